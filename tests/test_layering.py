@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.models": (
         {"megamod.nn", "megamod_kernels", "megamod.states", "megamod.dist.scope"}
         | {"megamod.mixture.posterior"},
-        {"torch", "transformers", "huggingface_hub", "safetensors"},
+        {"torch", "transformers", "huggingface_hub", "safetensors", "peft"},
     ),
     # Each room of data imports only those before it: corpus, lm, tasks.
     "megamod.data": (set(), {"numpy", "torch"}),
@@ -64,7 +64,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"megamod.data", "megamod.data.corpus", "megamod.data.lm"},
         {"numpy", "torch", "transformers", "datasets", "pydantic", "safetensors", "pyarrow"},
     ),
-    "megamod.states": ({"megamod.dist.scope"}, {"torch", "safetensors", "pydantic"}),
+    "megamod.states": (
+        {"megamod.dist.scope"},
+        {"torch", "safetensors", "pydantic", "huggingface_hub"},
+    ),
     "megamod.convert": (
         {"megamod", "megamod.models", "megamod.states", "megamod.dist.scope"},
         {"torch", "safetensors", "transformers", "huggingface_hub"},

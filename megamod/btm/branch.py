@@ -23,6 +23,7 @@ from megamod.errors import UserError
 from megamod.files import create_folder_atomically, write_json
 from megamod.folder_lock import hold
 from megamod.merging.merge import average_folders
+from megamod.states.adapter import is_adapter
 from megamod.states.checkpoint_folder import (
     KINDS,
     STATE,
@@ -143,9 +144,10 @@ def _write_start_model(
 ) -> None:
     """Write the start model as a dense folder.
 
-    It is the average of several parents by `weights`, in float32, or a copy of the only one.
+    It is the average of several parents by `weights`, in float32, or a copy of the only one; an
+    adapter is merged into its seed.
     """
-    if len(parents) > 1:
+    if len(parents) > 1 or is_adapter(parents[0].model):
         # In float32, because the optimizer's master weights are copied from it.
         average_folders(
             [(source.model, source.member) for source in parents],

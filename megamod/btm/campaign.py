@@ -71,6 +71,7 @@ class Campaign:
         expert_batch: sequences per step of one expert.
         length: tokens per sequence.
         output: output folder of the campaign.
+        adapters: the experts are LoRA adapters of the seed, with optimizers of their own.
     """
 
     rounds: tuple[tuple[str, ...], ...]
@@ -81,6 +82,7 @@ class Campaign:
     expert_batch: int
     length: int
     output: Path
+    adapters: bool = False
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -90,13 +92,14 @@ class Campaign:
     def get_first_step(self, round_index: int) -> int:
         """Return the first step of the experts of a round.
 
-        In later rounds they start from an average, which has no optimizer state, so from step 0.
+        In later rounds they start from an average, which has no optimizer state, so from step 0;
+        and so do adapters.
         """
-        return self.seed_steps if round_index == 0 else 0
+        return 0 if round_index or self.adapters else self.seed_steps
 
     def get_last_step(self, round_index: int) -> int:
         """Return the last step of the experts of a round."""
-        return self.total_steps - (self.seed_steps if round_index else 0)
+        return self.total_steps - self.seed_steps + self.get_first_step(round_index)
 
     def format_token_counts(self) -> str:
         """Format the tokens of seed and experts, and of the dense run of equal cost, as text."""
@@ -130,7 +133,7 @@ def build_campaign(parsed: Parsed) -> Campaign:
     Raises:
         UserError: naming the flag and what is allowed.
     """
-    btm, run, *_, data = parsed
+    btm, run, _, model, _, data = parsed
     require_values(run, "output_dir")
     require_values(data, "data")
     _refuse_unsupported_flags(parsed)
@@ -139,6 +142,11 @@ def build_campaign(parsed: Parsed) -> Campaign:
     domains = [domain for round_ in rounds for domain in round_]
     seed_domains = tuple(btm.seed_domains or rounds[0])
     _check_known_domains(seed_domains, available, "--seed_domains", data.data)
+    if model.lora_rank is not None and len(rounds) > 1:
+        raise UserError(
+            f"--lora_rank {model.lora_rank}: adapters of one seed are trained in one round, not "
+            f"{len(rounds)}; later rounds start from averages, which would be other seeds"
+        )
     if btm.in_one_world and len(rounds) > 1:
         raise UserError(f"--in_one_world: has one round of experts, not {len(rounds)}")
     if run.global_batch_size is None:
@@ -175,6 +183,7 @@ def build_campaign(parsed: Parsed) -> Campaign:
         expert_batch=share,
         length=data.max_seq_length,
         output=Path(run.output_dir),
+        adapters=model.lora_rank is not None,
     )
 
 

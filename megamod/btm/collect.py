@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 from megamod.btm.campaign import Campaign
-from megamod.btm.forest_entry import make_forest_entry, read_branch
+from megamod.btm.forest_entry import list_seed_parents, make_forest_entry, read_branch
 from megamod.btm.tasks import WORLD, get_expert_folder
 from megamod.files import hash_file
+from megamod.states.adapter import get_config_file
 from megamod.states.checkpoint_folder import StateRecord, format_checkpoint_name
 from megamod.states.forest import Expert, edit_forest, make_parents
 
@@ -30,7 +31,7 @@ def add_round_to_forest(campaign: Campaign, round_index: int, in_one_world: bool
 def _make_world_expert(campaign: Campaign, domain: str) -> Expert:
     """Build the forest entry of an expert that was trained in one job with the others."""
     run = get_expert_folder(campaign, WORLD)
-    checkpoint = run / "checkpoints" / format_checkpoint_name(campaign.total_steps)
+    checkpoint = run / "checkpoints" / format_checkpoint_name(campaign.get_last_step(0))
     saved = StateRecord.read(checkpoint / domain)
     entry = Expert(
         domain,
@@ -41,7 +42,8 @@ def _make_world_expert(campaign: Campaign, domain: str) -> Expert:
         tokens=saved.state.tokens.get(domain, 0),
         gpus=saved.world_size // len(campaign.domains),
         data_digest=saved.settings.get("data digest"),
-        config_digest=hash_file(run / "model" / domain / "config.json"),
+        config_digest=hash_file(get_config_file(run / "model" / domain)),
     )
     branched = read_branch(run)
-    return replace(entry, parents=make_parents(branched.parents) if branched else ())
+    parents = make_parents(branched.parents) if branched else list_seed_parents(entry.path)
+    return replace(entry, parents=parents)

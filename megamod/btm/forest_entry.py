@@ -10,8 +10,16 @@ import yaml
 from megamod.documents import Document, Items, read_document
 from megamod.errors import UserError
 from megamod.flags import read_run_recipe
+from megamod.states.adapter import find_seed_folder, is_adapter, is_model
 from megamod.states.checkpoint_folder import STATE, StateRecord, is_optimizer_file
-from megamod.states.forest import Expert, Forest, ParentEntry, make_parents, read_model_config
+from megamod.states.forest import (
+    Expert,
+    Forest,
+    Parent,
+    ParentEntry,
+    make_parents,
+    read_model_config,
+)
 from megamod.states.manifest import list_checkpoints
 from megamod.tables import format_table
 
@@ -48,9 +56,10 @@ def make_forest_entry(path: Path, domain: str | None = None, member: str | None 
         UserError: if the folder has no model, or its domain is ambiguous.
     """
     path = Path(path).absolute()
-    model = path / "model" if (path / "model" / "config.json").is_file() else path
+    model = path / "model" if is_model(path / "model") else path
     config = read_model_config(model)
-    domains = config.get("domains") or []
+    # The configuration of an adapter is its seed's, which names the domains of the seed.
+    domains = [] if is_adapter(model) else config.get("domains") or []
     has_experts = config.get("untie", "none") != "none"
     if has_experts and member not in domains:
         raise UserError(
@@ -63,7 +72,13 @@ def make_forest_entry(path: Path, domain: str | None = None, member: str | None 
     if domain is None:
         named = ", ".join(domains) or "no named domain"
         raise UserError(f"--domain is missing: the model in {model} was trained on {named}")
-    return Expert(domain, model, member if has_experts else None, **_read_training_record(path))
+    record = {"parents": list_seed_parents(model)} | _read_training_record(path)
+    return Expert(domain, model, member if has_experts else None, **record)
+
+
+def list_seed_parents(model: Path) -> tuple[Parent, ...]:
+    """List the seed of an adapter as its only parent; empty for another model."""
+    return (Parent(str(find_seed_folder(model)), 1.0),) if is_adapter(model) else ()
 
 
 def _read_training_domains(folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.mixture.prior import read_prior
+from megamod.states.adapter import is_adapter, is_model, list_model_folders
 from megamod.states.checkpoint_folder import STATE, StateRecord, parse_checkpoint_step
 from megamod.states.forest import open_forest, read_model_config
 from megamod.states.manifest import MANIFEST, find_checkpoint_faults, list_checkpoints
@@ -54,7 +55,7 @@ def find_parent(
     path = Path(path)
     checkpoint = select_checkpoint(path, step=step, step_share=step_share)
     if checkpoint is None:
-        if not (path / "config.json").is_file():
+        if not is_model(path):
             raise UserError(f"--parents {path}: is no run, no checkpoint and no model folder")
         if step is not None or step_share is not None:
             raise UserError(
@@ -64,19 +65,25 @@ def find_parent(
     faults = find_checkpoint_faults(checkpoint)
     if faults:
         raise UserError(f"--parents {checkpoint}: is not a complete checkpoint: {faults[0]}")
-    if (checkpoint / "config.json").is_file():
+    if is_model(checkpoint):
         return ParentModel(
-            checkpoint,
-            _check_member(checkpoint, path, member),
-            StateRecord.read(checkpoint).state.step,
+            checkpoint, _check_member(checkpoint, path, member), _read_step(checkpoint)
         )
-    worlds = sorted(config.parent.name for config in checkpoint.glob("*/config.json"))
+    worlds = [folder.name for folder in list_model_folders(checkpoint)]
     if member not in worlds:
         raise UserError(
             f"--parents {path}: holds independent models; --member must be one of "
             f"{', '.join(worlds)}, not {member!r}"
         )
-    return ParentModel(checkpoint, None, StateRecord.read(checkpoint / member).state.step, member)
+    return ParentModel(checkpoint, None, _read_step(checkpoint / member), member)
+
+
+def _read_step(checkpoint: Path) -> int | None:
+    """Read the step of a checkpoint whose optimizer an expert can keep; None for an adapter's.
+
+    The optimizer of an adapter has a state for the adapter alone, and an expert is a whole model.
+    """
+    return None if is_adapter(checkpoint) else StateRecord.read(checkpoint).state.step
 
 
 def select_checkpoint(

@@ -19,6 +19,17 @@ from megamod.btm.campaign import Campaign, Parsed
 from megamod.flags import find_origin, format_flags
 from megamod.states.manifest import list_checkpoints
 
+WITHOUT_ADAPTER: dict[str, object] = {
+    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_targets")),
+    "lora_dropout": 0.0,
+}
+"""Flags of the seed of adapters, which is a whole model."""
+SHAPE_OF_FOLDER: dict[str, object] = {
+    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads")),
+    "intermediate_size": None,
+    "from_scratch": False,
+}
+"""Flags that shape a new model, with the values that a run needs to start from a folder."""
 SEED, WORLD, AVERAGE, EVALUATION, PRIORS = "seed", "world", "average", "evaluation", "priors"
 
 
@@ -75,6 +86,7 @@ def make_seed_task(campaign: Campaign, parsed: Parsed, slot_count: int) -> Task:
         stop_step=steps,
         domains=list(campaign.seed_domains),
         untie="none",
+        **(WITHOUT_ADAPTER if campaign.adapters else {}),
     )
     return Task(SEED, slot_count, (train,), folder, steps)
 
@@ -98,9 +110,9 @@ def make_expert_task(campaign: Campaign, parsed: Parsed, round_index: int, domai
         origin += ("--prior", str(prior))
         if parsed[0].topk is not None:
             origin += ("--topk", str(parsed[0].topk))
-    elif campaign.seed_steps:
+    elif campaign.seed_steps and not campaign.adapters:
         origin = _list_seed_arguments(campaign)
-    changes: dict[str, object] = {}
+    changes = _select_seed_model(campaign)
     if origin:
         arguments = ("branch", *origin, "--domain", domain, "--output_dir", str(folder))
         stages.append(Stage("branch", "forest.py", arguments, branched))
@@ -124,16 +136,15 @@ def make_world_task(campaign: Campaign, parsed: Parsed) -> Task:
     """Build the task that trains all experts in one job of independent models."""
     folder, domains = get_expert_folder(campaign, WORLD), campaign.rounds[0]
     stages: list[Stage] = []
-    changes: dict[str, object] = {}
-    if campaign.seed_steps:
+    changes = _select_seed_model(campaign)
+    if campaign.seed_steps and not campaign.adapters:
         arguments = ("branch", "--one_world", *_list_seed_arguments(campaign), "--domain", *domains)
         arguments += ("--output_dir", str(folder))
         stages.append(Stage("branch", "forest.py", arguments, partial(_has_checkpoint, folder)))
         changes["init_from"] = None
-    last = campaign.total_steps
-    stages.append(
-        _make_train_stage(parsed, folder, last, domains=list(domains), untie="all", **changes)
-    )
+    last = campaign.get_last_step(0)
+    changes |= {"domains": list(domains), "untie": "all", "max_steps": last}
+    stages.append(_make_train_stage(parsed, folder, last, **changes))
     gpus = parsed[0].gpus_per_expert * len(domains)
     return Task(WORLD, gpus, tuple(stages), folder, last)
 
@@ -177,6 +188,13 @@ def has_finished(folder: Path, step: int) -> bool:
 
 def _has_checkpoint(folder: Path) -> bool:
     return bool(list_checkpoints(folder / "checkpoints"))
+
+
+def _select_seed_model(campaign: Campaign) -> dict[str, object]:
+    """Select the flags that let adapters start from the campaign's seed; none for whole models."""
+    if not (campaign.adapters and campaign.seed_steps):
+        return {}
+    return {"model": str(campaign.output / SEED / "model"), "init_from": None} | SHAPE_OF_FOLDER
 
 
 def _list_seed_arguments(campaign: Campaign) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ reduce-scatter half of that. Norms, flags and token counts (a few numbers per st
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from megamod.dist.scope import Scope, find_scopes
 from megamod.dist.topology import DomainTopology
@@ -35,11 +36,12 @@ def compute_step_traffic(
     persistence_threshold: int = 100_000,
     live_limit: int = 10**9,
     tied_names: Collection[str] = (),
+    frozen: Mapping[str, int] = MappingProxyType({}),
 ) -> Traffic:
     """Compute the bytes that one rank sends in a step.
 
     Args:
-        element_counts: elements of every parameter that a rank holds, by name.
+        element_counts: elements of every trained parameter that a rank holds, by name.
         zero_stage: ZeRO stage. 1 reduces gradients once per step, 2 and 3 after every micro-batch,
             because they store only a part of them; 3 gathers weights instead of storing them.
         micro_steps: micro-batches per rank and step.
@@ -49,9 +51,10 @@ def compute_step_traffic(
             max_live_parameters and max_reuse_distance). A larger model is gathered a second time
             for the backward pass.
         tied_names: parameters used by two modules; a model beyond the limit gathers them for each.
+        frozen: elements of every frozen parameter, which only ZeRO 3 sends.
     Source: Rajbhandari et al. 2020 (ZeRO), section 7; Gururangan et al. 2022 (DEMix), section 3.2.
     """
-    parameter_scopes = find_scopes(element_counts, topology.sharing)
+    parameter_scopes = find_scopes({**element_counts, **frozen}, topology.sharing)
     sent_bytes = {}
     for scope in Scope:
         ranks = topology.world_size
@@ -61,14 +64,15 @@ def compute_step_traffic(
             name: size for name, size in element_counts.items() if parameter_scopes[name] is scope
         }
         if zero_stage == 3:
+            weights = scope_counts | {
+                name: size for name, size in frozen.items() if parameter_scopes[name] is scope
+            }
             gathers = {
-                name: (
-                    2 * (1 + (name in tied_names)) if sum(scope_counts.values()) > live_limit else 1
-                )
-                for name, size in scope_counts.items()
+                name: 2 * (1 + (name in tied_names)) if sum(weights.values()) > live_limit else 1
+                for name, size in weights.items()
                 if size > persistence_threshold
             }
-            elements = _count_stage_3_elements(scope_counts, gathers, ranks, micro_steps)
+            elements = _count_stage_3_elements(scope_counts, weights, gathers, ranks, micro_steps)
         else:
             elements = _count_elements(sum(scope_counts.values()), ranks, zero_stage, micro_steps)
         sent_bytes[scope] = (ranks - 1) / ranks * elements * element_bytes
@@ -87,20 +91,21 @@ def _count_elements(parameter_elements: int, ranks: int, zero_stage: int, micro_
 
 
 def _count_stage_3_elements(
-    element_counts: Mapping[str, int],
+    trained: Mapping[str, int],
+    weights: Mapping[str, int],
     gather_counts: Mapping[str, int],
     ranks: int,
     micro_steps: int,
 ) -> int:
     """Count the elements in all-gathers and reduce-scatters of a step of ZeRO 3.
 
-    Gradients are scattered after every micro-batch. Weights are gathered `gather_counts` times in
-    it, and those that ZeRO 3 keeps whole once per step.
+    Gradients, of `trained`, are scattered after every micro-batch. Weights are gathered
+    `gather_counts` times in it, and those that ZeRO 3 keeps whole once per step.
     """
-    padded = {name: _round_up(size, ranks) for name, size in element_counts.items()}
+    padded = {name: _round_up(size, ranks) for name, size in weights.items()}
     gathered = sum(padded[name] * times for name, times in gather_counts.items())
     whole_elements = sum(size for name, size in padded.items() if name not in gather_counts)
-    return micro_steps * (sum(padded.values()) + gathered) + whole_elements
+    return micro_steps * (sum(padded[name] for name in trained) + gathered) + whole_elements
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -34,10 +34,12 @@ from megamod.evaluation.saved import (
 )
 from megamod.files import hash_file, write_atomic
 from megamod.models.lm.configuration import get_default_sequence_length, read_lm_config
-from megamod.models.lm.forest import LoadedExpert, load_experts
+from megamod.models.lm.forest_experts import LoadedExpert, load_experts
 from megamod.progress import progress
+from megamod.states.adapter import find_seed_folder, get_config_file, is_adapter
 from megamod.states.forest import Expert, Forest
 from megamod.states.stream import ModelFolder
+from megamod.states.weight_files import ADAPTER_FILE
 
 Scored = tuple[Tensor, Tensor]
 """Log-probabilities [E, B, T] float32 and a mask [B, T], False at padding."""
@@ -298,7 +300,11 @@ def list_expert_files(expert: Expert) -> list[Path]:
     Raises:
         UserError: if a file is missing or damaged.
     """
-    return [expert.path / "config.json", *ModelFolder(expert.path, expert.member).files]
+    seed, adapter = find_seed_folder(expert.path), expert.path
+    files = [seed / "config.json", *ModelFolder(seed, expert.member).files]
+    if is_adapter(adapter):
+        files += [get_config_file(adapter), adapter / ADAPTER_FILE]
+    return files
 
 
 @torch.no_grad()

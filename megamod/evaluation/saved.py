@@ -30,9 +30,11 @@ from megamod.models.lm.configuration import (
     get_untie,
     read_lm_config,
 )
-from megamod.models.lm.forest import load_lm_for_scoring
+from megamod.models.lm.forest_experts import ModelReader
+from megamod.states.adapter import is_model, list_model_folders
 from megamod.states.forest import FILE, open_forest
 from megamod.states.token_ids import check_same_ids
+from megamod.states.tokenizer_files import find_tokenizer_folder
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,10 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
     if folder.is_file() or (folder / FILE).exists():
         for expert in open_forest(folder).experts:
             members.setdefault(expert.path, {})[expert.domain] = expert.member
-    elif (folder / "config.json").exists():
+    elif is_model(folder):
         members = {folder: None}
     else:
-        subfolders = (path.parent for path in sorted(folder.glob("*/config.json")))
-        members = {path: {path.name: None} for path in subfolders}
+        members = {path: {path.name: None} for path in list_model_folders(folder)}
     if not members:
         raise UserError(f"--model {folder}: there is no config.json in it or in its subfolders")
     models = []
@@ -161,10 +162,11 @@ def score_models(
         (DEMix) and for independent models (Branch-Train-Merge).
     """
     matrix: ScoreMatrix = {}
+    reader = ModelReader(device)
     for saved in models:
         members = [member for member in saved.rows.values() if member is not None]
         # Experts that were not requested are not read.
-        model = load_lm_for_scoring(saved.folder, members).to(device)
+        model = reader.read(saved.folder, members)
         model.document_end = saved.document_end
         for row, member in saved.rows.items():
             if member is not None:
@@ -292,7 +294,7 @@ def check_tokenizer_matches(folder: Path, databin: DataBin, flag: str) -> None:
     tokenizer = databin.path / "tokenizer"
     remedy = f"; preprocess the text with --tokenizer {folder}, or choose another {flag}"
     if tokenizer.is_dir():
-        check_same_ids(folder, tokenizer, remedy)
+        check_same_ids(find_tokenizer_folder(folder), tokenizer, remedy)
 
 
 def open_held_out_blocks(data: LmData, held_out: HeldOut, domain: str) -> TokenBlocks:

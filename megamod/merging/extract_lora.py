@@ -19,12 +19,13 @@ from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.merging.compatibility import check_configs_match
 from megamod.merging.known_models import ModuleKind, list_modules
-from megamod.merging.lora import CONFIG, PREFIX, WEIGHTS
+from megamod.merging.lora import PREFIX
 from megamod.merging.naming import rename_to_template
 from megamod.merging.tensors import TensorSource, describe_source
 from megamod.states.forest import read_model_config
 from megamod.states.output_folder import check_new_folder, create_new_folder
 from megamod.states.stream import ModelFolder
+from megamod.states.weight_files import ADAPTER_CONFIG, ADAPTER_FILE
 from megamod.states.weights import write_tensors
 
 _EXACT = 1024  # rows or columns up to which all singular values are computed
@@ -157,8 +158,8 @@ def _write_adapter(
         "inference_mode": True,
     }
     with create_new_folder(output) as folder:
-        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-        write_json(folder / CONFIG, config)
+        write_tensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
+        write_json(folder / ADAPTER_CONFIG, config)
     return ExtractedAdapter(
         len(ranks), tuple(whole_modules), explained_square / total_square if total_square else 1.0
     )

@@ -4,11 +4,11 @@ The folder of an adapter is that of peft: `adapter_config.json` and `adapter_mod
 Source: Hu et al. 2021 (LoRA), section 4.1; rsLoRA: Kalajdzievski 2023; DoRA: Liu et al. 2024.
 """
 
-import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from megamod.errors import UserError
 from megamod.merging.tensors import TensorSource, TensorView, describe_source
+from megamod.states.adapter import find_seed_folder, is_adapter, read_adapter_config
 from megamod.states.stream import ModelFolder, Spec
+from megamod.states.weight_files import ADAPTER_CONFIG, ADAPTER_FILE
 
 logger = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Before the name of every module of the model."""
 # Keys of adapter_config.json that are handled here or have no effect after training. Any other key
@@ -75,7 +76,7 @@ class AdaptedFolder(TensorView):
         super().__init__(source)
         self.adapter = Path(adapter)
         config = _read_config(self.adapter)
-        with ModelFolder(self.adapter / WEIGHTS) as stored:
+        with ModelFolder(self.adapter / ADAPTER_FILE) as stored:
             tensors = {name: stored.read(name) for name in stored.tensors}
             self._digest = stored.compute_digest()
         self._updates: dict[str, _WeightUpdate] = {}
@@ -212,24 +213,28 @@ class AdaptedFolder(TensorView):
         return f"{self.source.compute_digest()}+{self._digest}"
 
 
+@contextmanager
+def open_weights(folder: Path, member: str | None = None) -> Iterator[TensorSource]:
+    """Open the weights of a model folder, or of an adapter merged into its seed.
+
+    Raises:
+        UserError: if they cannot be read.
+    """
+    with ModelFolder(find_seed_folder(folder), member) as source:
+        yield AdaptedFolder(source, folder) if is_adapter(folder) else source
+
+
 def _read_config(adapter: Path) -> Mapping[str, object]:
     """Read adapter_config.json of a LoRA adapter.
 
     Raises:
         UserError: naming the key that cannot be merged.
     """
-    file = adapter / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{adapter}: is not the folder of an adapter (no {CONFIG})") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise UserError(f"{file}: peft_type is {kind!r}; LORA can be merged")
-    if not (adapter / WEIGHTS).is_file():
-        raise UserError(f"{adapter}: has no {WEIGHTS}; save the adapter as safetensors")
+    config, file = read_adapter_config(adapter), adapter / ADAPTER_CONFIG
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type is {config.get('peft_type')!r}; LORA can be merged")
+    if not (adapter / ADAPTER_FILE).is_file():
+        raise UserError(f"{adapter}: has no {ADAPTER_FILE}; save the adapter as safetensors")
     for key, value in config.items():
         if key not in _HANDLED and value not in (None, False, {}, [], ""):
             raise UserError(

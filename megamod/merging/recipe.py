@@ -11,6 +11,7 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.merging.settings import Scope, Setting
 from megamod.merging.vocabulary import VocabularyRequest
+from megamod.states.adapter import find_seed_folder, is_adapter
 
 GREEDY_SOUP = "greedy_soup"
 """The method that first selects models whose uniform average is best on held-out data."""
@@ -185,7 +186,8 @@ class MergeRecipe:
 def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
     """Split `MODEL+ADAPTER`, mergekit's spelling of a model with a LoRA adapter.
 
-    A folder whose name is the whole text, plus included, is one model.
+    A folder whose name is the whole text, plus included, is one model. The folder of an adapter
+    alone stands for its seed with the adapter.
 
     Args:
         folder: in which names are looked up that the working directory does not have.
@@ -197,7 +199,7 @@ def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
             adapter = find_path(text[position + 1 :], folder)
             if text[:position] and model.exists() and adapter.exists():
                 return model, adapter
-    return whole, None
+    return (find_seed_folder(whole), whole) if is_adapter(whole) else (whole, None)
 
 
 def find_path(text: str, folder: Path) -> Path:

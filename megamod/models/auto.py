@@ -1,11 +1,8 @@
 """From a preset, folder or hub name to the configuration of a language model to train."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedConfig
 
 from megamod.errors import UserError
@@ -20,9 +17,9 @@ from megamod.models.lm.host import make_host_classes
 from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS
 from megamod.models.lm.load import check_same_family
 from megamod.models.presets import PRESETS
+from megamod.states.adapter import find_seed_folder, is_adapter
+from megamod.states.hub import download_from_hub, is_hub_name
 from megamod.states.weight_files import has_weights
-
-HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve_model_folder(model: str, flag: str = "--model") -> Path | None:
@@ -33,14 +30,19 @@ def resolve_model_folder(model: str, flag: str = "--model") -> Path | None:
     """
     if model in PRESETS["demix"]:
         return None
+    if is_adapter(Path(model)):
+        raise UserError(
+            f"{flag} {model} is a LoRA adapter of {find_seed_folder(Path(model))}: name that "
+            "folder, or merge the adapter into it with launchers/merge.py"
+        )
     if (Path(model) / "config.json").is_file():
         return Path(model)
     reason = ""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists():
+    if is_hub_name(model):
         try:
-            return Path(snapshot_download(model, allow_patterns=HUB_FILES))
-        except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-            reason = f"; the hub: {' '.join(str(error).split())[:200]}"
+            return download_from_hub(model)
+        except UserError as error:
+            reason = f"; {error}"
     raise UserError(
         f"{flag} {model!r} is no folder with config.json, no repository of the hub and none of "
         f"{', '.join(PRESETS['demix'])}{reason}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.campaign import BtmArgs
 from megamod.btm.placement import allocate_slots, check_job_fits
+from megamod.btm.tasks import WITHOUT_ADAPTER
 from megamod.dist.ds_config import get_offload_device
 from megamod.dist.hostfile import Host, HostSlots, read_hostfile
 from megamod.dist.scope import Sharing, parse_sharing
@@ -189,9 +190,12 @@ def _list_campaign_jobs(
         )
         check_job_fits(hosts, ranks, "--seed_gpus")
         seed_placements = [allocate_slots(hosts, (), ranks)]
+        whole_model = copy.copy(model)
+        vars(whole_model).update(WITHOUT_ADAPTER)
+        of_seed = (*parsed[:4], whole_model, *parsed[5:])
         jobs.append(
             _make_job(
-                parsed, "seed", ("seed",), Sharing.DENSE, domains, ranks, vocabulary, seed_steps,
+                of_seed, "seed", ("seed",), Sharing.DENSE, domains, ranks, vocabulary, seed_steps,
                 seed_placements,
             )
         )  # fmt: skip

@@ -104,7 +104,7 @@ class Memory:
 
 def compute_memory(
     sizes: Mapping[str, int],
-    frozen: int,
+    frozen: Mapping[str, int],
     topology: DomainTopology,
     setting: Setting,
     activations: int = 0,
@@ -114,7 +114,7 @@ def compute_memory(
 
     Args:
         sizes: elements of each trained parameter that a rank holds, by name.
-        frozen: elements of the frozen parameters.
+        frozen: elements of each frozen parameter, which has neither gradient nor optimizer state.
         activations: peak activation bytes of a micro-batch.
         hidden: names of the parameters that Muon trains, if `setting` has it.
     """
@@ -126,8 +126,15 @@ def compute_memory(
         for group in _group_parameters(some, topology)
         if group[0]
     ]
-    buffers = _compute_buffers(sizes, setting)
-    whole = Memory(frozen * setting.element_bytes, 0, 0, 0, activations, buffers, 0, 0)
+    buffers = _compute_buffers({**sizes, **frozen}, setting)
+    whole = Memory(0, 0, 0, 0, activations, buffers, 0, 0)
+    for group_sizes, ranks, _ in _group_parameters(frozen, topology):
+        on_device, on_host = _compute_weight_bytes(group_sizes, ranks, setting)
+        whole = replace(
+            whole,
+            weights=whole.weights + on_device,
+            host_weights=whole.host_weights + on_host,
+        )
     for part in parts:
         whole = replace(
             whole,
@@ -173,10 +180,8 @@ def _compute_group_memory(
         moments = (element if muon else MOMENTS) * total
         return Memory(full_bytes, full_bytes, moments, full_bytes * accumulates, 0, 0, 0, 0)
     if setting.stage == 3:
-        shard = sum(-(-size // ranks) for size in group_sizes)
-        whole = sum(size for size in group_sizes if size <= setting.persistent)
-        offloaded = shard if setting.offload_param != "none" else 0
-        weights = element * (shard - offloaded + whole)
+        shard = _count_shard_elements(group_sizes, ranks)
+        weights, offloaded = _compute_weight_bytes(group_sizes, ranks, setting)
     else:
         unit = ALIGNMENT * ranks
         padded = -(-total // unit) * unit
@@ -202,8 +207,23 @@ def _compute_group_memory(
         0,
         element * shard * allocates_again,
         update,
-        host_weights=element * offloaded,
+        host_weights=offloaded,
     )
+
+
+def _compute_weight_bytes(group_sizes: list[int], ranks: int, setting: Setting) -> tuple[int, int]:
+    """Compute the bytes of a rank's weights without padding: on the device, and on the host."""
+    if setting.stage < 3:
+        return setting.element_bytes * sum(group_sizes), 0
+    shard = _count_shard_elements(group_sizes, ranks)
+    whole = sum(size for size in group_sizes if size <= setting.persistent)
+    offloaded = shard if setting.offload_param != "none" else 0
+    return setting.element_bytes * (shard - offloaded + whole), setting.element_bytes * offloaded
+
+
+def _count_shard_elements(group_sizes: list[int], ranks: int) -> int:
+    """Count the elements of a rank's part of each parameter under ZeRO 3."""
+    return sum(-(-size // ranks) for size in group_sizes)
 
 
 def _compute_buffers(sizes: Mapping[str, int], setting: Setting) -> int:

@@ -13,6 +13,7 @@ from megamod.dist.scope import Sharing, parse_expert_domain
 from megamod.errors import UserError
 from megamod.models.auto import make_lm_config, resolve_model_folder
 from megamod.models.build import FAMILIES, build_encoder, make_encoder_config
+from megamod.models.lm.adapter import add_new_adapter, make_lora_fields
 from megamod.models.lm.configuration import read_lm_config
 from megamod.models.lm.flops import compute_flops_per_token, count_active_parameters
 from megamod.models.lm.load import select_lm_class
@@ -35,6 +36,11 @@ class Network:
     job: Job
     config: PreTrainedConfig
 
+    @property
+    def trains_adapter(self) -> bool:
+        """True if an adapter alone is trained; its seed need not exist yet."""
+        return self.job.model.lora_rank is not None
+
     @cached_property
     def rank_module(self) -> nn.Module:
         """The part of the model that a rank holds, on the meta device."""
@@ -55,9 +61,14 @@ class Network:
         return frozenset(n for n, p in self.rank_module.named_parameters() if p.use_muon)
 
     @cached_property
+    def frozen_sizes(self) -> dict[str, int]:
+        """Elements of each frozen parameter that a rank holds, by name."""
+        return {n: p.numel() for n, p in self.rank_module.named_parameters() if not p.requires_grad}
+
+    @property
     def frozen_parameters(self) -> int:
         """Elements of the frozen parameters that a rank holds."""
-        return sum(p.numel() for p in self.rank_module.parameters() if not p.requires_grad)
+        return sum(self.frozen_sizes.values())
 
     @property
     def shared_parameters(self) -> int:
@@ -87,6 +98,8 @@ class Network:
         """Parameters of all models that the job trains."""
         domains = len(self.job.topology.domains)
         if self.job.topology.sharing is Sharing.BTM:
+            if self.trains_adapter:  # of one seed
+                return self.frozen_parameters + domains * sum(self.trained_sizes.values())
             return domains * self.parameters_per_rank
         return self.shared_parameters + domains * self.parameters_per_expert
 
@@ -124,6 +137,8 @@ class Network:
             module = select_lm_class(config)(config, held if demix else None)
             if demix:
                 module.set_domain(held[0])
+            if self.trains_adapter:
+                add_new_adapter(module, make_lora_fields(module, **self.job.model.lora))
             return module
         return build_encoder(config, self.job.mux.objective)
 

@@ -65,7 +65,7 @@ class JobPlan:
         passed = self._find_peak_activations(setting.micro_batch, setting.checkpointing)
         return compute_memory(
             self.network.trained_sizes,
-            self.network.frozen_parameters,
+            self.network.frozen_sizes,
             topology or self.job.topology,
             setting,
             passed,
@@ -104,6 +104,8 @@ class JobPlan:
             self.network.total_parameters,
             self.network.total_parameters - self.network.frozen_parameters,
         )
+        if self.network.trains_adapter:  # the seed is not written again
+            total = trained
         states = trained * (MASTER + MOMENTS)
         if setting.muon:  # domains have equal experts
             domains, held = self.job.topology.domains, self.job.topology.get_rank_domains(0)

@@ -49,6 +49,7 @@ def compute_traffic(network: Network, topology: DomainTopology, setting: Setting
         setting.persistent,
         setting.live,
         tied,
+        network.frozen_sizes,
     )
 
 

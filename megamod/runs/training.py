@@ -112,6 +112,7 @@ class RunSpec:
         flops_per_token: from the module to the operations of a training step per token; None: the
             log shows no MFU.
         companions: further files that are copied into the model folder.
+        seed_digest: digest of the weights of an adapter's seed; None: no adapter is trained.
         settings: further values that a resumed run must agree on.
         make_choice: from the device to the selection of a step's data, see `train.loop.train`;
             None: all data.
@@ -132,6 +133,7 @@ class RunSpec:
     make_evaluate: Callable[[ActiveRun], Callable[[int], None]]
     flops_per_token: Callable[[nn.Module], float] | None = None
     companions: Sequence[Path] = ()
+    seed_digest: str | None = None
     settings: dict[str, object] | None = None
     make_choice: Callable[[torch.device], SelectBatches] | None = None
     write_model: Callable[[ModelExport, Path], object] | None = None
@@ -224,6 +226,7 @@ def _train(
         output / "run.yaml",
         recipe.card,
         recipe.companions,
+        recipe.seed_digest or "",
     )
     checkpoints = Checkpoints(
         output / "checkpoints",
@@ -315,22 +318,22 @@ def make_monitor(
     first_step: int,
 ) -> Monitor:
     """Build the monitor of a run; log the bytes that a step will send."""
-    sizes = {
-        name: getattr(parameter, "ds_numel", parameter.numel())
-        for name, parameter in engine.module.named_parameters()
-        if parameter.requires_grad
-    }
+    trained, frozen = {}, {}
+    for name, parameter in engine.module.named_parameters():
+        sizes = trained if parameter.requires_grad else frozen
+        sizes[name] = getattr(parameter, "ds_numel", parameter.numel())
     traffic = compute_step_traffic(
-        sizes,
+        trained,
         topology,
         engine.zero_optimization_stage(),
         engine.gradient_accumulation_steps(),
         next(engine.module.parameters()).element_size(),
+        frozen=frozen,
     )
     logger.info(
         "%s trained parameters on this rank; on the wire per step and rank: %.2f MB over all "
         "ranks, %.2f MB inside a domain",
-        f"{sum(sizes.values()):,}",
+        f"{sum(trained.values()):,}",
         traffic.world / 1e6,
         traffic.domain / 1e6,
     )

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from megamod.documents import Document, Items, read_document
 from megamod.files import hash_file, write_json
 from megamod.states.manifest import MANIFEST
+from megamod.states.weight_files import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,9 +223,8 @@ def make_digest_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[s
 
 def seal_models(folder: Path) -> None:
     """Write a manifest into every model folder: this one, or those of its subfolders."""
-    for config in folder.rglob("config.json"):
-        files = (file for file in config.parent.iterdir() if file.is_file())
-        entries = make_digest_entries(
-            config.parent, (file for file in files if file.name != MANIFEST)
-        )
-        write_manifest(config.parent, entries)
+    names = ("config.json", ADAPTER_CONFIG)
+    for model in sorted({config.parent for name in names for config in folder.rglob(name)}):
+        files = (file for file in model.iterdir() if file.is_file())
+        entries = make_digest_entries(model, (file for file in files if file.name != MANIFEST))
+        write_manifest(model, entries)

@@ -5,8 +5,9 @@
       "start_update": 350, "updates": 700, "tokens": 89600, "gpus": 1,
       "data_digest": "...", "config_digest": "..."}]}
 
-Paths are relative to the folder of forest.json where they lie in it. `path` is a model folder;
-`member` is null for a whole model and, for an expert of a DEMix model, its domain in there.
+Paths are relative to the folder of forest.json where they lie in it. `path` is a model folder, or
+that of a LoRA adapter; `member` is null for a whole model and, for an expert of a DEMix model, its
+domain in there.
 
 Source: Li et al. 2022 (Branch-Train-Merge), section 2, for what a forest is.
 """
@@ -22,9 +23,19 @@ from typing import Literal
 from megamod.documents import Document, Items, Name, check_name, read_document
 from megamod.errors import UserError
 from megamod.files import write_json
+from megamod.states.adapter import (
+    check_seed_weights,
+    find_seed_folder,
+    is_model,
+    list_model_folders,
+)
 from megamod.states.config_file import read_config_file
 from megamod.states.token_ids import check_same_ids
-from megamod.states.tokenizer_files import copy_tokenizer, list_tokenizer_files
+from megamod.states.tokenizer_files import (
+    copy_tokenizer,
+    find_tokenizer_folder,
+    list_tokenizer_files,
+)
 from megamod.states.weight_files import has_weights
 
 FORMAT = 1
@@ -102,11 +113,10 @@ def open_forest(path: str | Path) -> Forest:
         path = path / "model"
     if file.is_file():
         experts = _read(file)
-    elif (path / "config.json").is_file():
+    elif is_model(path):
         experts = _list_members(path)
     else:
-        folders = sorted(file.parent for file in path.glob("*/config.json"))
-        experts = [Expert(folder.name, folder) for folder in folders]
+        experts = [Expert(folder.name, folder) for folder in list_model_folders(path)]
     if not experts:
         raise UserError(
             f"--forest {path}: holds no expert; name a forest.json, a folder that has one, a DEMix "
@@ -142,12 +152,14 @@ def check_new_expert(path: str | Path, expert: Expert, replaced: str | None = No
     Args:
         replaced: domain of the expert that gives way to it; None: it is one more.
     Raises:
-        UserError: as `edit_forest`; if weights of the expert are missing; or if there is no expert
-            to replace.
+        UserError: as `edit_forest`; if weights of the expert are missing; if it is an adapter whose
+            seed has other weights now; or if there is no expert to replace.
     """
     file = resolve_forest_path(path)
-    if not has_weights(expert.path):
-        raise UserError(f"{expert.path}: there are no weights in it")
+    for folder in dict.fromkeys((expert.path, find_seed_folder(expert.path))):
+        if not has_weights(folder):
+            raise UserError(f"{folder}: there are no weights in it")
+    check_seed_weights(expert.path)
     experts = _read(file) if file.exists() else []
     if replaced is not None:
         del experts[find_expert(experts, replaced, path)]
@@ -184,7 +196,7 @@ def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
             # Makes the folder one that AutoModelForCausalLM.from_pretrained reads.
             write_json(file.parent / "config.json", {"model_type": MODEL_TYPE})
         for expert in experts:  # they share one tokenizer: the first that has it is enough
-            copy_tokenizer(expert.path, file.parent)
+            copy_tokenizer(find_tokenizer_folder(expert.path), file.parent)
         record = {"format": FORMAT, "experts": [_entry(e, file.parent) for e in experts]}
         write_json(file, record)
 
@@ -281,12 +293,13 @@ def _check_experts(experts: list[Expert], where: Path) -> None:
                 "one dense model"
             )
         sizes.setdefault(config.get("vocab_size"), expert.domain)
-        kinds.add(config.get("model_type") if list_tokenizer_files(expert.path) else "demix")
+        words = list_tokenizer_files(find_tokenizer_folder(expert.path))
+        kinds.add(config.get("model_type") if words else "demix")
     # Stock models pad their vocabularies; their tokenizers are compared below.
     if len(sizes) > 1 and "demix" in kinds:
         listed = ", ".join(f"{size} of {name}" for size, name in sizes.items())
         raise UserError(f"{where}: the experts have different vocabularies: {listed}")
-    folders = list(dict.fromkeys(expert.path for expert in experts))
+    folders = list(dict.fromkeys(find_tokenizer_folder(expert.path) for expert in experts))
     for folder in folders[1:]:
         check_same_ids(folders[0], folder)
 
@@ -294,10 +307,12 @@ def _check_experts(experts: list[Expert], where: Path) -> None:
 def read_model_config(folder: Path) -> dict[str, object]:
     """Read config.json of a model folder, with the names of its domains if it has experts.
 
+    Of an adapter, that of its seed.
+
     Raises:
         UserError: as `read_config_file`, or if it lacks them.
     """
-    config = read_config_file(folder)
+    config = read_config_file(find_seed_folder(folder))
     domains = config.get("domains")
     named = isinstance(domains, list) and all(isinstance(domain, str) for domain in domains)
     if config.get("untie", "none") != "none" and not (named and domains):

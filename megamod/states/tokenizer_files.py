@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megamod.files import write_atomic
+from megamod.states.adapter import find_seed_folder
 
 VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "dict.txt")
 """Files that hold nothing but a vocabulary or merges, besides SentencePiece models."""
@@ -16,6 +17,11 @@ PATTERNS = (
 def list_tokenizer_files(folder: Path) -> list[Path]:
     """List the files of the tokenizer in a folder, sorted; empty if it has no tokenizer."""
     return sorted({file for pattern in PATTERNS for file in folder.glob(pattern) if file.is_file()})
+
+
+def find_tokenizer_folder(folder: Path) -> Path:
+    """Find the folder of a model's tokenizer; of an adapter without one, its seed's."""
+    return folder if list_tokenizer_files(folder) else find_seed_folder(folder)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> list[Path]:

@@ -8,6 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megamod.errors import UserError
+from megamod.states.adapter import (
+    check_seed_weights,
+    find_seed_folder,
+    is_adapter,
+    is_model,
+    list_model_folders,
+)
 from megamod.states.checkpoint_folder import LATEST, STATE
 from megamod.states.forest import FILE, open_forest
 from megamod.states.manifest import MANIFEST, find_checkpoint_faults, list_checkpoints
@@ -27,7 +34,7 @@ def check_path(path: Path) -> Iterator[CheckResult]:
         yield from check_forest(path)
     elif _is_checkpoint(path):
         yield check_checkpoint(path)
-    elif (path / "config.json").exists():
+    elif is_model(path):
         yield check_model_files(path)
     else:
         reports = [*check_run(path)]
@@ -45,7 +52,8 @@ def check_forest(path: Path) -> Iterator[CheckResult]:
         yield f"{file}: forest", [str(error)]
         return
     yield f"{file}: forest, {len(opened.experts)} experts", []
-    for folder in dict.fromkeys(expert.path for expert in opened.experts):
+    folders = [expert.path for expert in opened.experts]
+    for folder in dict.fromkeys([*folders, *map(find_seed_folder, folders)]):
         yield check_model_files(folder)
     runs = {expert.path.parent for expert in opened.experts}
     runs |= {folder.parent for folder in file.parent.glob("*/checkpoints")}
@@ -57,10 +65,12 @@ def check_run(path: Path) -> Iterator[CheckResult]:
     """Check the checkpoints of a run by rising step, and its models: one, or one per domain."""
     for folder in (path, path / "checkpoints"):
         yield from check_checkpoints(folder)
-    for pattern in ("model/config.json", "model/*/config.json", "*/config.json"):
-        for config in sorted(path.glob(pattern)):
-            if pattern != "*/config.json" or config.parent.name != "model":
-                yield check_model_files(config.parent)
+    model = path / "model"
+    if is_model(model):
+        yield check_model_files(model)
+    for folder in (*list_model_folders(model), *list_model_folders(path)):
+        if folder != model:
+            yield check_model_files(folder)
 
 
 def check_checkpoints(folder: Path) -> Iterator[CheckResult]:
@@ -88,6 +98,8 @@ def check_model_files(path: Path) -> CheckResult:
     """
     from safetensors import SafetensorError, safe_open
 
+    if is_adapter(path):
+        return _check_adapter_files(path)
     faults: list[str] = []
     stored_in: dict[str, str] = {}
     index, where = path / INDEX_FILE, path / "config.json"
@@ -116,6 +128,17 @@ def check_model_files(path: Path) -> CheckResult:
     if (path / MANIFEST).exists():
         faults += find_checkpoint_faults(path)
     return f"{path}: model, {len(files)} weight files, {len(stored_in)} tensors", faults
+
+
+def _check_adapter_files(path: Path) -> CheckResult:
+    """Check that an adapter can be opened, and that its seed has the weights it was trained on."""
+    try:
+        seed = find_seed_folder(path)
+        check_seed_weights(path)
+    except UserError as error:
+        return f"{path}: adapter", [str(error)]
+    faults = find_checkpoint_faults(path) if (path / MANIFEST).exists() else []
+    return f"{path}: adapter of {seed}", faults
 
 
 def _is_checkpoint(path: Path) -> bool:

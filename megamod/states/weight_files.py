@@ -1,16 +1,30 @@
 """Weight files of a model folder. Importing this needs no torch."""
 
+import hashlib
 import json
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from megamod.errors import UserError
 
 DENSE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""Files of a LoRA adapter in the format of peft."""
 
 
 def has_weights(folder: Path) -> bool:
-    """Return True if a model folder holds weights, of any format that transformers reads.
+    """Return True if a model folder holds weights, of any format that transformers or peft reads.
+
+    Raises:
+        UserError: if a file that an index names is missing.
+    """
+    return bool(list_weight_files(folder)) or (folder / ADAPTER_FILE).is_file()
+
+
+def list_weight_files(folder: Path) -> list[Path]:
+    """List the weight files of a whole model, sorted; empty if there are none.
 
     Raises:
         UserError: if a file that an index names is missing.
@@ -19,14 +33,17 @@ def has_weights(folder: Path) -> bool:
     name = next((name for name in whole if (folder / name).exists()), None)
     if name is None:
         stray = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("pytorch_model*.bin"))
+        stray = [file for file in stray if file.name != ADAPTER_FILE]
         if stray:
             raise UserError(f"{stray[0]}: no {INDEX_FILE} says which weights the file holds")
-        return False
-    if name.endswith(".index.json"):
-        for file in sorted(set(read_index(folder, name).values())):
-            if not (folder / file).is_file():
-                raise UserError(f"{folder}: the weight file {file} is missing")
-    return True
+        return []
+    if not name.endswith(".index.json"):
+        return [folder / name]
+    files = sorted(set(read_index(folder, name).values()))
+    for file in files:
+        if not (folder / file).is_file():
+            raise UserError(f"{folder}: the weight file {file} is missing")
+    return [folder / file for file in files]
 
 
 def read_index(folder: Path, name: str = INDEX_FILE) -> dict[str, str]:
@@ -47,3 +64,18 @@ def read_index(folder: Path, name: str = INDEX_FILE) -> dict[str, str]:
         if not isinstance(shard, str) or not shard or Path(shard).name != shard:
             raise UserError(f"{file}: {tensor} is in {shard!r:.80}, not a file of this folder")
     return weight_map
+
+
+def compute_files_digest(files: Iterable[Path]) -> str:
+    """Compute a digest of files: SHA-256 over the CRC-32 of every MiB of them.
+
+    At four times the speed of SHA-256 alone. Not proof against somebody who forges weights.
+    """
+    hashed, buffer = hashlib.sha256(), bytearray(1 << 20)
+    for file in files:
+        hashed.update(file.name.encode())
+        with open(file, "rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                part = memoryview(buffer)[:count]
+                hashed.update(zlib.crc32(part).to_bytes(4, "little"))
+    return f"crc32-sha256:{hashed.hexdigest()}"

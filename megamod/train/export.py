@@ -4,6 +4,7 @@ Dense and DEMix runs write one folder; independent models (BTM) write one folder
 """
 
 import copy
+import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from megamod.dist.scope import Sharing, parse_expert_domain
 from megamod.dist.topology import DomainTopology
 from megamod.errors import PolicyStop
 from megamod.files import sync_folder, sync_tree
+from megamod.models.lm.adapter import list_adapters, write_adapter
 from megamod.states.checkpoint_folder import seal_models
 from megamod.states.weights import find_non_finite_weight, write_index, write_weights
 from megamod.version import __version__
@@ -32,7 +34,7 @@ from megamod.version import __version__
 logger = logging.getLogger(__name__)
 
 TEMPLATE = """---
-library_name: {library}
+library_name: {library}{base}
 license: unknown
 tags: [{tags}]
 ---
@@ -55,6 +57,7 @@ class Card:
         facts: further lines, by name.
         load: expression that loads the model.
         stock: True for a model that transformers loads without megamod.
+        seed: of an adapter, the folder or hub name of its seed; None: a whole model.
     """
 
     summary: str
@@ -62,14 +65,17 @@ class Card:
     facts: Mapping[str, str]
     load: str
     stock: bool = False
+    seed: str | None = None
 
     def format_text(self) -> str:
         """Format the file's content."""
         facts = "\n".join(
             f"- {name}: {value}" for name, value in {**self.facts, "megamod": __version__}.items()
         )
+        library = "transformers" if self.stock else "megamod"
         return TEMPLATE.format(
-            library="transformers" if self.stock else "megamod",
+            library=library if self.seed is None else "peft",
+            base="" if self.seed is None else f"\nbase_model: {json.dumps(self.seed)}",
             tags=", ".join(self.tags),
             summary=self.summary,
             facts=facts,
@@ -80,7 +86,8 @@ class Card:
 class ModelExport:
     """Callable that writes this rank's files of the model folder and returns them; collective.
 
-    Rank 0 writes what all domains share; the lead of each domain writes its expert.
+    Rank 0 writes what all domains share; the lead of each domain writes its expert. Of a model with
+    an adapter, the adapter alone is written.
     """
 
     def __init__(
@@ -92,10 +99,11 @@ class ModelExport:
         run_file: Path,
         card: Card,
         companions: Sequence[Path] = (),
+        seed_digest: str = "",
     ):
         """`config`: of the whole model, all domains. `tokenizer`: folder to copy; None: none.
 
-        `companions`: further files to copy.
+        `companions`: further files to copy. `seed_digest`: of the weights that an adapter needs.
         """
         self.engine = engine
         self.config = config
@@ -104,6 +112,8 @@ class ModelExport:
         self.run_file = run_file
         self.card = card
         self.companions = companions
+        self.seed_digest = seed_digest
+        self.is_adapter = bool(list_adapters(engine.module))
 
     def __call__(self, folder: Path) -> list[Path]:
         rank, sharing = dist.get_rank(), self.topology.sharing
@@ -138,13 +148,15 @@ class ModelExport:
         ):  # the last forward pass may have prefetched weights that were never used
             self.engine.empty_partition_cache()
         for name, parameter in self.engine.module.named_parameters():
+            if self.is_adapter and not parameter.requires_grad:
+                continue
             if is_unpartitioned:
                 state[name] = parameter
                 continue
             with deepspeed.zero.GatheredParameters([parameter]):
                 if keep_copies:
                     state[name] = parameter.detach().cpu().clone()
-        return state | _collect_persistent_buffers(self.engine.module)
+        return state if self.is_adapter else state | _collect_persistent_buffers(self.engine.module)
 
     def _write_expert_index(self, folder: Path, state: dict[str, Tensor]) -> list[Path]:
         """Write the index of all domains' weights; return its path."""
@@ -167,6 +179,9 @@ class ModelExport:
     ) -> list[Path]:
         """Write weights and companion files of a model without experts; return the files."""
         folder.mkdir(exist_ok=True)
+        if self.is_adapter:
+            files = write_adapter(self.engine.module, state, self.seed_digest, folder)
+            return files + self._copy_companions(folder)
         return write_weights(folder, state, has_experts=False) + self._write_companion_files(
             folder, config
         )
@@ -176,13 +191,17 @@ class ModelExport:
         config.architectures = [type(self.engine.module).__name__]
         config.dtype = next(self.engine.module.parameters()).dtype
         config.save_pretrained(folder)
+        return [folder / "config.json", *self._copy_companions(folder)]
+
+    def _copy_companions(self, folder: Path) -> list[Path]:
+        """Copy tokenizer and the run's recipe, and write the model card; return the files."""
         vocabulary = sorted(self.tokenizer.iterdir()) if self.tokenizer else ()
         copies = [self.run_file, *(file for file in vocabulary if file.is_file())]
         copies += self.companions
         for file in copies:
             shutil.copyfile(file, folder / file.name)
         (folder / "README.md").write_text(self.card.format_text(), encoding="utf-8")
-        return [folder / name for name in ("config.json", "README.md", *(f.name for f in copies))]
+        return [folder / name for name in ("README.md", *(file.name for file in copies))]
 
 
 def _collect_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

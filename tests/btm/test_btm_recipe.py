@@ -8,7 +8,7 @@ import pytest
 
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.campaign import BtmArgs, build_campaign, check_campaign_data
-from megamod.btm.tasks import make_expert_task, make_world_task
+from megamod.btm.tasks import make_expert_task, make_seed_task, make_world_task
 from megamod.data.corpus.binarize import FORMAT
 from megamod.data.corpus.indexed import IndexedWriter, format_split_prefix
 from megamod.errors import UserError
@@ -77,6 +77,22 @@ def test_without_a_seed_nothing_branches(data):
     assert [stage.title for stage in make_world_task(campaign, parsed).stages] == ["train"]
 
 
+def test_adapters_start_from_the_seed_that_is_trained_whole(data):
+    lora = ("--lora_rank", 4, "--lora_dropout", 0.1, "--hidden_size", 32)
+    parsed = parsed_of(data, "--global_batch_size", 16, "--seed_share", 0.3, *lora)
+    campaign = build_campaign(parsed)
+    seed, task = make_seed_task(campaign, parsed, 1), make_expert_task(campaign, parsed, 0, "law")
+    (arguments,) = (stage.arguments for stage in seed.stages)
+    _, model, _ = parse_args(RunArgs, ModelArgs, DataArgs, argv=list(arguments))
+    assert model.lora_rank is None and model.hidden_size == 32
+    for stage in (*task.stages, *make_world_task(campaign, parsed).stages):
+        run, model, _ = parse_args(RunArgs, ModelArgs, DataArgs, argv=list(stage.arguments))
+        assert (model.model, model.hidden_size) == ("out/seed/model", None)
+        assert (model.lora_rank, model.lora_dropout, run.max_steps) == (4, 0.1, 70)
+    assert [stage.title for stage in task.stages] == ["train"]
+    assert "16,000 tokens; a dense run" in campaign.format_token_counts()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -96,6 +112,10 @@ def test_without_a_seed_nothing_branches(data):
         (
             ("--global_batch_size", 8, "--in_one_world", "--rounds", "law med", "code art"),
             "--in_one_world: has one round",
+        ),
+        (
+            ("--global_batch_size", 8, "--lora_rank", 2, "--rounds", "law med", "code art"),
+            "adapters of one seed are trained in one round",
         ),
         (
             ("--global_batch_size", 8, "--domains", "law", "--rounds", "law med"),

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,8 +16,6 @@ from megamod.merging.merge import average_folders, merge
 from megamod.merging.recipe_file import read_recipe
 from megamod.runs.merge import MergeArgs, run_merge
 from megamod.states.weights import read_weights
-
-peft = pytest.importorskip("peft", reason="peft is not installed")
 
 LLAMA = LlamaConfig(
     vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,

@@ -14,9 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from megamod.models.ca_mtl.configuration import CaMtlConfig
 from megamod.models.ca_mtl.model import CaMtlForMultiTask
 
-needs_peft = pytest.mark.skipif(
-    importlib.util.find_spec("peft") is None, reason='needs pip install "megamod[dev]"'
-)
 needs_trl = pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason='needs pip install "megamod[dev]"'
 )
@@ -57,7 +54,6 @@ def model_and_batch(family: str, folder) -> tuple[nn.Module, dict[str, torch.Ten
     return model, batch | {"labels": ids[:, 0] % 3 if head == "sequence" else ids % 3}
 
 
-@needs_peft
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_on_every_linear_layer(family, tmp_path):
     """Every layer that the pass uses takes part: its factors get a gradient."""
@@ -93,7 +89,6 @@ def test_lora_on_every_linear_layer(family, tmp_path):
     torch.testing.assert_close(merged.loss, changed.loss, rtol=1e-4, atol=1e-5)
 
 
-@needs_peft
 def test_lora_with_checkpointing_and_generation(tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -114,7 +109,6 @@ def test_lora_with_checkpointing_and_generation(tmp_path):
     assert written.shape[1] <= 5
 
 
-@needs_peft
 def test_a_trained_prompt_uses_embeddings_as_input(tmp_path):
     """Prompt tuning passes `inputs_embeds`; rows of the table are then the tokens themselves."""
     from peft import PromptTuningConfig, get_peft_model

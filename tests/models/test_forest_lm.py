@@ -14,7 +14,8 @@ from megamod.errors import UserError
 from megamod.mixture.posterior import compute_token_weights, mix_log_probs
 from megamod.models.lm.configuration import ForestConfig
 from megamod.models.lm.demix import DemixForCausalLM
-from megamod.models.lm.forest import ForestForCausalLM, load_experts
+from megamod.models.lm.forest import ForestForCausalLM
+from megamod.models.lm.forest_experts import load_experts
 from megamod.states.forest import Expert, Forest, edit_forest
 
 PAD, LONGEST = 1, 24

@@ -31,6 +31,7 @@ TWO_RANKS = [
     *[(untie, stage, "bf16") for untie in ("feedforward", "all") for stage in (1, 2)],
     ("none", 3, "bf16", "cpu"),
     ("none", 3, "bf16", "muon"),
+    *[("lora", stage, "bf16") for stage in (1, 2, 3)],
 ]
 
 
@@ -48,6 +49,7 @@ def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
     """
     from deepspeed.accelerator import get_accelerator
 
+    from megamod.models.lm.adapter import add_new_adapter, make_lora_fields
     from megamod.models.lm.demix import DemixForCausalLM
     from megamod.train.deepspeed_settings import apply_muon_rules
     from megamod.train.engine import build_engine, finish_micro_step
@@ -56,11 +58,15 @@ def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
     get_accelerator().is_fp16_supported = lambda: True  # torch computes it on any processor
     domains, output = DOMAINS[:2], []
     for untie, stage, precision, *where in cases:
+        adapted, untie = untie == "lora", untie.replace("lora", "none")
         sharing = parse_sharing(untie)
         topology = DomainTopology(world, domains, sharing)
         held, demix = topology.get_rank_domains(rank), sharing is Sharing.DEMIX
         model = DemixForCausalLM(tiny_config(untie, domains), held if demix else None)
-        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        if adapted:
+            add_new_adapter(model, make_lora_fields(model, rank=2))
+        sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        frozen = {name: p.numel() for name, p in model.named_parameters() if not p.requires_grad}
         steps = 2 if stage == 1 else 1  # gradients of stage 1 are whole until the last micro-batch
         config = ds_config(stage, steps, 0.5, precision)
         config["zero_optimization"] |= {
@@ -85,7 +91,7 @@ def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
         finish_micro_step(engine, 0.5)
         hidden = {n for n, p in model.named_parameters() if muon and p.use_muon}
         setting = settings(stage, precision, *where)
-        needed = compute_memory(sizes, 0, topology, setting, hidden=hidden)
+        needed = compute_memory(sizes, frozen, topology, setting, hidden=hidden)
         away = 0
         if setting.offload_param != "none":
             away = storage_bytes(engine.optimizer.param_groups_fp16_flat_cpu_memory)
@@ -124,7 +130,7 @@ def counted_of_hosts(rank: int) -> list[tuple]:
         batch = make_batch(domains[0], 0, 0, ragged=False)
         engine.backward(loss_of(engine, batch, domains[0] if untie != "none" else None))
         finish_micro_step(engine, 0.5)
-        needed = compute_memory(sizes, 0, topology, settings(stage, "fp32"))
+        needed = compute_memory(sizes, {}, topology, settings(stage, "fp32"))
         output.append(
             (
                 (weight_bytes(engine, stage), optimizer_bytes(engine, stage)),
@@ -161,7 +167,7 @@ def gradient_bytes(engine, stage: int) -> int:
     if stage == 2:
         groups = zero.averaged_gradients.values()
         return sum(t.numel() * t.element_size() for group in groups for t in group)
-    parameters = list(engine.module.parameters())
+    parameters = [p for p in engine.module.parameters() if p.requires_grad]
     held = [p.grad for p in parameters if p.grad is not None]
     assert len(held) == len(parameters)
     return sum(gradient.numel() * gradient.element_size() for gradient in held)

@@ -174,7 +174,7 @@ def test_states_of_the_reference_shape():
     """2 bytes of weights, an eighth of 14 more: 4.9 GB for 1.3B on 8 ranks with stage 2."""
     size = 1_315_723_264
     dense = DomainTopology(8, ("text",), jobs_sharing("none"))
-    needed = compute_memory({"w": size}, 0, dense, settings(2, "bf16"))
+    needed = compute_memory({"w": size}, {}, dense, settings(2, "bf16"))
     states = needed.weights + needed.gradients + needed.optimizer
     assert states == pytest.approx(size * (2 + 14 / 8), rel=1e-6)
     assert states / 2**30 == pytest.approx(4.6, abs=0.05)
@@ -188,10 +188,10 @@ def test_states_by_stage(stage, expected):
     size = 1_315_723_264
     dense = DomainTopology(8, ("text",), jobs_sharing("none"))
     if stage == 0:  # no masters in float32 there: the same bytes, spelled otherwise
-        needed = compute_memory({"w": size}, 0, dense, settings(0, "fp32"))
+        needed = compute_memory({"w": size}, {}, dense, settings(0, "fp32"))
         assert needed.weights + needed.gradients + needed.optimizer == 16 * size
         return
-    needed = compute_memory({"w": size}, 0, dense, settings(stage, "bf16"))
+    needed = compute_memory({"w": size}, {}, dense, settings(stage, "bf16"))
     states = needed.weights + needed.gradients + needed.optimizer
     assert states / 2**30 == pytest.approx(expected, abs=0.05)
 
@@ -199,7 +199,7 @@ def test_states_by_stage(stage, expected):
 def test_experts_are_cut_over_the_ranks_of_their_domain():
     topology = DomainTopology(8, tuple("abcd"), jobs_sharing("feedforward"))
     sizes = {"attention": 8000, "x.experts.a.fc1": 4000}
-    needed = compute_memory(sizes, 0, topology, settings(1, "bf16"))
+    needed = compute_memory(sizes, {}, topology, settings(1, "bf16"))
     assert needed.weights == 2 * 12_000
     assert needed.gradients == 2 * 12_000
     assert needed.optimizer == 12 * (8000 // 8 + 4000 // 2)
@@ -209,8 +209,8 @@ def test_an_offloaded_optimizer_is_on_the_host():
     from dataclasses import replace
 
     dense = DomainTopology(4, ("text",), jobs_sharing("none"))
-    plain = compute_memory({"w": 8000}, 0, dense, settings(2, "bf16"))
-    moved = compute_memory({"w": 8000}, 0, dense, replace(settings(2, "bf16"), offload="cpu"))
+    plain = compute_memory({"w": 8000}, {}, dense, settings(2, "bf16"))
+    moved = compute_memory({"w": 8000}, {}, dense, replace(settings(2, "bf16"), offload="cpu"))
     assert (moved.optimizer, moved.gradients, moved.weights) == (0, 0, plain.weights)
     assert moved.host == 2000 * (12 + 4)
 
@@ -220,11 +220,13 @@ def test_offloaded_weights_are_on_the_host_but_for_small_ones():
 
     dense = DomainTopology(4, ("text",), jobs_sharing("none"))
     inputs = replace(settings(3, "bf16"), persistent=100)
-    moved = compute_memory({"w": 8000, "bias": 100}, 0, dense, replace(inputs, offload_param="cpu"))
+    moved = compute_memory(
+        {"w": 8000, "bias": 100}, {}, dense, replace(inputs, offload_param="cpu")
+    )
     assert moved.host_weights == 2 * (8000 + 100) // 4
     assert moved.weights == 2 * 100  # kept whole
     both = replace(inputs, offload_param="cpu", offload="nvme")
-    assert compute_memory({"w": 8000}, 0, dense, both).host == 2000 * (12 + 4)
+    assert compute_memory({"w": 8000}, {}, dense, both).host == 2000 * (12 + 4)
 
 
 def jobs_sharing(untie: str):

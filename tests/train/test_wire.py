@@ -24,22 +24,29 @@ CASES = [
     ("all", 1, {}),
     ("all", 2, {}),
     ("all", 3, {"persistence_threshold": 0}),
+    *(("lora", stage, {}) for stage in (2, 3)),
+    ("lora", 3, {"persistence_threshold": 0}),
 ]
 
 
 def count_all(rank: int) -> dict:
     """Two steps of every case; the second is counted. Two domains, so two ranks share each."""
+    from megamod.models.lm.adapter import add_new_adapter, make_lora_fields
     from megamod.models.lm.demix import DemixForCausalLM
     from megamod.train.engine import build_engine, finish_micro_step
     from megamod.train.optim import make_adamw
 
     domains, results = DOMAINS[:2], {}
     for number, (untie, stage, limits) in enumerate(CASES):
+        adapted, untie = untie == "lora", untie.replace("lora", "none")
         topology = DomainTopology(4, domains, parse_sharing(untie))
         held = topology.get_rank_domains(rank)
         demix = topology.sharing is Sharing.DEMIX
         model = DemixForCausalLM(tiny_config(untie, domains), held if demix else None)
-        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        if adapted:
+            add_new_adapter(model, make_lora_fields(model, rank=2))
+        sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        frozen = {name: p.numel() for name, p in model.named_parameters() if not p.requires_grad}
         config = ds_config(stage, MICRO_STEPS, 0.5)
         if "persistence_threshold" in limits:
             config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -61,7 +68,9 @@ def count_all(rank: int) -> dict:
         payload = dict(sent["payload"])
         world = sum(size for (_, ranks), size in payload.items() if len(ranks) == 4)
         domain = sum(size for (_, ranks), size in payload.items() if len(ranks) < 4)
-        expected = compute_step_traffic(sizes, topology, stage, MICRO_STEPS, 4, **limits)
+        expected = compute_step_traffic(
+            sizes, topology, stage, MICRO_STEPS, 4, frozen=frozen, **limits
+        )
         results[number] = (world, domain, expected.world, expected.domain)
     return results
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from megamod.documents import check_domain
 from megamod.errors import UserError, report_damage
 from megamod.mixture.posterior import RULES
+from megamod.states.adapter import find_seed_folder
 from megamod.states.config_file import read_config_file
 from megamod.states.forest import HOST_TYPE
 
@@ -26,6 +27,9 @@ UNTIE = (
 """Which parts a causal LM holds once per domain: nothing (a dense model); the feed-forward of every
 layer (DEMix), of every second layer, of the last layer; whole blocks; blocks and output matrix;
 embeddings and output matrix."""
+
+ADAPTERS = "adapters"
+"""Field of a part of a forest: for each adapter in it, the fields of its `LoraConfig`."""
 
 SPECIAL_IDS = ("bos_token_id", "pad_token_id", "eos_token_id")
 
@@ -87,9 +91,10 @@ class ForestConfig(PreTrainedConfig):
 
     Args:
         parts: fields of the configuration of each model that is held, `model_type` among them
-            ("demix" where it is missing); the experts of one DEMix model are in one part.
-        experts: for each expert its `domain`, the number of its `part`, and `member`: the domain in
-            that part, or None if the part is the expert.
+            ("demix" where it is missing); the experts of one DEMix model are in one part, and so
+            are the adapters of one seed (field `adapters`).
+        experts: for each expert its `domain`, the number of its `part`, and `member`: the domain or
+            adapter in that part, or None if the part is the expert.
         prior: probability of each expert before any token is seen; None: all alike.
         rule: what the weights are inferred from: all tokens so far ("history") or the last one.
         temperature: what the log-likelihoods of tokens are divided by ("history" alone).
@@ -170,9 +175,8 @@ def make_part_config(fields: Mapping[str, object]) -> PreTrainedConfig:
     Raises:
         ValueError: for an unknown model type.
     """
-    return _find_config_class(fields.get("model_type", DemixConfig.model_type)).from_dict(
-        dict(fields)
-    )
+    kind = _find_config_class(fields.get("model_type", DemixConfig.model_type))
+    return kind.from_dict({name: value for name, value in fields.items() if name != ADAPTERS})
 
 
 def _find_config_class(kind: object) -> type[PreTrainedConfig]:
@@ -186,15 +190,16 @@ def _find_config_class(kind: object) -> type[PreTrainedConfig]:
 
 
 def read_lm_config(folder: Path, flag: str | None = None) -> PreTrainedConfig:
-    """Read the configuration of a causal language model from its folder.
+    """Read the configuration of a causal language model from its folder; of an adapter, its seed's.
 
     Raises:
         UserError: if it is of another kind, or needs code that is not part of transformers.
     """
     where = str(folder) if flag is None else f"{flag} {folder}"
     with report_damage(f"{where}: config.json cannot be used"):
+        folder = find_seed_folder(Path(folder))
         try:
-            read_config_file(Path(folder))
+            read_config_file(folder)
         except UserError as error:
             raise UserError(f"{where}: config.json cannot be used: {error}") from error
         fields, _ = PreTrainedConfig.get_config_dict(folder)

@@ -26,6 +26,7 @@ from megamod.models.calls import (
     format_output,
     select_logit_states,
 )
+from megamod.models.lm.adapter import select_expert
 from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix_draw import draw_module_weights
 from megamod.models.lm.demix_model import DemixModel, DemixPreTrainedModel
@@ -34,7 +35,6 @@ from megamod.nn.demix import (
     DomainExperts,
     get_selected_expert,
     iterate_domain_experts,
-    select_domain,
 )
 
 
@@ -115,12 +115,12 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         return super().resize_token_embeddings(*args, **kwargs)
 
     def set_domain(self, domain: str) -> None:
-        """Choose the expert that following calls use.
+        """Choose the expert, or the adapter, that following calls use.
 
         Raises:
             UserError: if this process does not hold the domain's expert.
         """
-        select_domain(self, domain)
+        select_expert(self, domain)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
         """Save as every model does; the folder names the domains whose experts are in it."""

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from megamod.models.lm.hosts import HOSTS
+from megamod.models.lm.hosts import HOSTS, find_layers_path
 
 
 def list_feed_forward_names(model: nn.Module) -> set[str]:
@@ -14,9 +14,10 @@ def list_feed_forward_names(model: nn.Module) -> set[str]:
     kind = model.config.model_type
     if kind == "demix":
         parts = ("fc1", "fc2")
-        layers, paths = "model.layers", [f"feed_forward.{part}" for part in parts]
+        paths = [f"feed_forward.{part}" for part in parts]
     else:
-        layers, paths = HOSTS[kind].layers, HOSTS[kind].feed_forward
+        paths = HOSTS[kind].feed_forward
+    layers = find_layers_path(model.config)
     inside = tuple(
         f"{layers}.{number}.{path}."
         for number in range(len(model.get_submodule(layers)))

@@ -2,19 +2,18 @@
 
     p(x_t | x_<t) = sum_j w_j(t) p_j(x_t | x_<t),    w_j(t) from the prior and p_j(x_<t)
 
-Experts are whole models (Branch-Train-Merge) or the domains of a DEMix model. The weights follow
-the text: they are inferred from how well each expert predicted the tokens so far.
+Experts are whole models (Branch-Train-Merge), adapters of a seed, or the domains of a DEMix model.
+The weights follow the text: they are inferred from how well each expert predicted it so far.
 Source: Gururangan et al. 2022 (DEMix), section 5; Li et al. 2022 (Branch-Train-Merge), section 2.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from megamod.errors import UserError
@@ -25,66 +24,22 @@ from megamod.models.calls import (
     format_output,
     select_logit_states,
 )
+from megamod.models.lm.adapter import (
+    add_empty_adapter,
+    list_adapter_fields,
+    list_adapters,
+)
 from megamod.models.lm.configuration import (
+    ADAPTERS,
     ForestConfig,
-    get_domains,
-    get_untie,
     make_part_config,
-    read_lm_config,
 )
 from megamod.models.lm.demix import DemixOutput
 from megamod.models.lm.forest_cache import ExpertCache, fill_mask_and_positions, split_cache
-from megamod.models.lm.load import LanguageModel, load_lm, select_lm_class
-from megamod.states.forest import FILE, Expert, Forest, open_forest
-
-
-@dataclass(frozen=True)
-class LoadedExpert:
-    """An expert in memory: call `model(..., domain=member)`, also where member is None."""
-
-    domain: str
-    model: LanguageModel
-    member: str | None
-
-
-def load_experts(
-    forest: Forest, device: torch.device | str, only_domains: Sequence[str] | None = None
-) -> Iterator[LoadedExpert]:
-    """Yield the experts one after the other, in the order of the forest, their member selected.
-
-    Experts of one DEMix model come as one module, read once and without experts that are not
-    wanted. A module is let go after its last expert, so that a loop that keeps nothing holds one
-    model at a time.
-
-    Args:
-        only_domains: domains to load; None for all.
-    Raises:
-        UserError: if a domain of `only_domains` is not in the forest, or a folder cannot be read.
-    """
-    for domain in only_domains or ():
-        if domain not in forest.domains:
-            raise UserError(
-                f"{forest.path}: no expert of domain {domain!r}; "
-                f"there are {', '.join(forest.domains)}"
-            )
-    selected = [
-        expert for expert in forest.experts if only_domains is None or expert.domain in only_domains
-    ]
-    remaining_uses = Counter(expert.path for expert in selected)
-    open_models: dict[Path, LanguageModel] = {}
-    for expert in selected:
-        if expert.path not in open_models:
-            members = [e.member for e in selected if e.path == expert.path and e.member]
-            open_models[expert.path] = load_lm_for_scoring(expert.path, members).to(device)
-        loaded = LoadedExpert(expert.domain, open_models[expert.path], expert.member)
-        _check_member(expert, loaded.model.config)
-        if expert.member is not None:
-            loaded.model.set_domain(expert.member)
-        remaining_uses[expert.path] -= 1
-        if not remaining_uses[expert.path]:
-            del open_models[expert.path]
-        yield loaded
-        del loaded
+from megamod.models.lm.forest_experts import add_member, check_member, load_lm_for_scoring
+from megamod.models.lm.load import LanguageModel, select_lm_class
+from megamod.states.adapter import find_seed_folder
+from megamod.states.forest import FILE, Forest, open_forest
 
 
 @dataclass
@@ -126,6 +81,9 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
             for part in configs:
                 part._attn_implementation = config._attn_implementation
             parts = [select_lm_class(part)(part) for part in configs]
+            for part, fields in zip(parts, config.parts, strict=True):
+                for name, adapter in fields.get(ADAPTERS, {}).items():
+                    add_empty_adapter(part, name, adapter)
         self.parts = nn.ModuleList(parts)
         self._tied_weights_keys = {
             f"parts.{number}.{tied}": f"parts.{number}.{source}"
@@ -157,18 +115,20 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         """
         if config is not None and config._attn_implementation is not None:
             kwargs.setdefault("attn_implementation", config._attn_implementation)
-        folders = list(dict.fromkeys(expert.path for expert in forest.experts))
+        seeds = [find_seed_folder(expert.path).resolve() for expert in forest.experts]
+        folders = list(dict.fromkeys(seeds))
         parts = [load_lm_for_scoring(folder, **kwargs) for folder in folders]
         experts = []
-        for expert in forest.experts:
-            part = folders.index(expert.path)
-            _check_member(expert, parts[part].config)
-            experts.append({"domain": expert.domain, "part": part, "member": expert.member})
+        for expert, seed in zip(forest.experts, seeds, strict=True):
+            part = folders.index(seed)
+            check_member(expert, parts[part].config)
+            member = add_member(parts[part], expert, forest.experts)
+            experts.append({"domain": expert.domain, "part": part, "member": member})
         fields = (config or ForestConfig()).to_diff_dict()
         for field in ("model_type", "transformers_version", "architectures"):
             fields.pop(field, None)
         fields |= {
-            "parts": [_select_part_fields(part.config) for part in parts],
+            "parts": [_select_part_fields(part) for part in parts],
             "experts": experts,
         }
         merged = ForestConfig(**fields)
@@ -394,34 +354,9 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         return mixed
 
 
-def load_lm_for_scoring(
-    folder: Path, members: Sequence[str] | None = None, **kwargs: object
-) -> LanguageModel:
-    """Load a model folder for scoring, with the experts of these domains; None or empty for all.
-
-    Raises:
-        UserError: if it is not one of our language models, or lacks weights.
-    """
-    domains = get_domains(read_lm_config(folder))
-    known = [domain for domain in members or () if domain in domains]
-    return load_lm(folder, local_domains=known or None, **kwargs).eval()
-
-
-def _check_member(expert: Expert, config: PreTrainedConfig) -> None:
-    """Raise UserError if a model lacks the expert's member, or needs one."""
-    has_experts, domains = get_untie(config) != "none", get_domains(config)
-    if expert.member is not None and (not has_experts or expert.member not in domains):
-        available = ", ".join(domains) if has_experts else "none, the model is dense"
-        raise UserError(
-            f"{expert.path}: no expert of domain {expert.member!r}; available: {available}"
-        )
-    if expert.member is None and has_experts:
-        raise UserError(
-            f"{expert.path}: holds experts; `member` must name one of {', '.join(domains)}"
-        )
-
-
-def _select_part_fields(config: PreTrainedConfig) -> dict:
+def _select_part_fields(part: LanguageModel) -> dict:
     """Select the fields of a part's configuration, without those of the forest as a whole."""
     left_out = ("transformers_version", "architectures")
-    return {name: value for name, value in config.to_diff_dict().items() if name not in left_out}
+    changed = part.config.to_diff_dict().items()
+    fields = {name: value for name, value in changed if name not in left_out}
+    return fields | ({ADAPTERS: list_adapter_fields(part)} if list_adapters(part) else {})

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from megamod.dist.scope import EXPERTS_COMPONENT
 from megamod.models.calls import format_output
+from megamod.models.lm.adapter import select_expert
 from megamod.models.lm.configuration import HOST_TYPE, check_domain_names, has_own_feed_forward
 from megamod.models.lm.demix import DemixOutput, restrict_config_to_local_domains, score_labels
 from megamod.models.lm.documents import (
@@ -32,7 +33,7 @@ from megamod.models.lm.documents import (
     make_alibi_of_rows,
 )
 from megamod.models.lm.hosts import DOCUMENTS_BY_MASK, HOSTS, UNTIE_OF_HOSTS, Host
-from megamod.nn.demix import DomainExperts, select_domain
+from megamod.nn.demix import DomainExperts
 
 Scores = tuple[Tensor, Tensor]
 
@@ -93,12 +94,12 @@ class HostMixin:
                 setattr(layer, name, DomainExperts(experts.pop, domains))
 
     def set_domain(self, domain: str) -> None:
-        """Choose the expert that following calls use.
+        """Choose the expert, or the adapter, that following calls use.
 
         Raises:
             UserError: if this process does not hold the domain's expert.
         """
-        select_domain(self, domain)
+        select_expert(self, domain)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
         """Save as every model does; the folder names the domains whose experts are in it."""

@@ -63,3 +63,13 @@ DOCUMENTS_BY_MASK = ("bloom", "falcon", "mpt", "opt", "xglm", "biogpt")
 
 UNTIE_OF_HOSTS = ("none", "feedforward", "feedforward_every_other", "feedforward_top")
 """Parts of a stock model that can exist once per domain: those inside single layers."""
+
+
+def find_layers_path(config: object) -> str | None:
+    """Find the path of the list of decoder layers; None for a family without a row.
+
+    Args:
+        config: of a stock model, or of the project's GPT.
+    """
+    kind = getattr(config, "host", config.model_type)
+    return "model.layers" if kind == "demix" else HOSTS[kind].layers if kind in HOSTS else None

@@ -10,9 +10,11 @@ from transformers.cache_utils import Cache
 
 from megamod.dist.scope import to_dense_name
 from megamod.errors import UserError, report_damage
+from megamod.models.lm.adapter import add_adapter
 from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, read_lm_config
 from megamod.models.lm.demix import DemixForCausalLM, DemixOutput, draw_lm_weights
 from megamod.models.lm.host import find_stock_class, make_dense_class, make_host_classes
+from megamod.states.adapter import find_seed_folder, is_adapter
 from megamod.states.weight_files import has_weights
 from megamod.states.weights import check_finite, copy_to_experts, read_weights
 
@@ -124,6 +126,8 @@ def load_lm(
 ) -> LanguageModel:
     """Load the model in a folder, with the experts of these domains; None for all.
 
+    Of an adapter's folder, its seed with the adapter in it.
+
     Args:
         config: what to load the weights into; None for the folder's own. One with experts takes the
             weights of a dense folder as the start of each.
@@ -132,6 +136,10 @@ def load_lm(
     Raises:
         UserError: if the folder is no language model, lacks weights, or has some not finite.
     """
+    if is_adapter(folder):
+        model = load_lm(find_seed_folder(folder), config, local_domains, flag, **kwargs)
+        add_adapter(model, folder)
+        return model
     saved = read_lm_config(folder, flag)
     config = saved if config is None else config
     where = str(folder) if flag is None else f"{flag} {folder}"

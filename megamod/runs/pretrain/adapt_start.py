@@ -19,6 +19,7 @@ from megamod.evaluation.ensemble import MixingProtocol, estimate_priors
 from megamod.evaluation.expert_scores import Experts, ParallelScores, SequentialScores
 from megamod.evaluation.saved import HeldOut, check_tokenizer_matches
 from megamod.flags import refuse_changes
+from megamod.merging.lora import open_weights
 from megamod.mixture.prior import read_prior
 from megamod.models.auto import check_host_family, check_vocabulary_fits
 from megamod.models.lm.configuration import (
@@ -208,7 +209,7 @@ def build_dense_model(expert: Expert, config: DemixConfig, method: str) -> Langu
         UserError: if its weights do not fit its configuration.
     """
     model = select_lm_class(config)(config)
-    with ModelFolder(expert.path, expert.member) as folder:
+    with open_weights(expert.path, expert.member) as folder:
         for name, parameter in model.named_parameters():
             spec = folder.tensors.get(name)
             if spec is None or spec.shape != tuple(parameter.shape):
@@ -242,8 +243,9 @@ def make_start_record(forest: Forest, start: AdaptationStart, digest: str) -> di
 
 
 def digest_weights(expert: Expert) -> str:
-    """Return the SHA-256 of the weight files that an expert is read from."""
-    return ModelFolder(expert.path, expert.member).compute_digest()
+    """Return a digest of the weight files that an expert is read from."""
+    with open_weights(expert.path, expert.member) as folder:
+        return folder.compute_digest()
 
 
 def _read_recorded_start(path: Path, forest: Forest) -> AdaptationStart | None:

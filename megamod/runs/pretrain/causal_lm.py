@@ -1,6 +1,7 @@
 """Pretraining of causal language models: dense, with domain experts (DEMix), independent (BTM)."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,13 +25,15 @@ from megamod.models.auto import (
     make_lm_config,
     resolve_model_folder,
 )
+from megamod.models.lm.adapter import add_new_adapter, make_lora_fields
 from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, get_domains, get_untie
 from megamod.models.lm.flops import compute_flops_per_token
-from megamod.models.lm.load import LanguageModel, build_lm
+from megamod.models.lm.load import LanguageModel, build_lm, select_lm_class
 from megamod.models.lm.routing import freeze_all_but_routers, is_mixture
 from megamod.models.presets import SHAPE
 from megamod.runs.pretrain.mixture import check_mixture, name_experts, write_mixture
 from megamod.runs.training import ActiveRun, RunSpec, execute_run
+from megamod.states.adapter import compute_seed_digest
 from megamod.states.tokenizer_files import list_tokenizer_files
 from megamod.train.export import Card
 from megamod.train.objectives import CausalLMObjective, MixtureLMObjective
@@ -73,6 +76,12 @@ def pretrain(
     stock = list_stock_files(model.model, config, data)
     if start is not None:
         check_tokenizer_matches(start[0], data.databin, start[1])
+    adapter = None if model.lora_rank is None else make_adapter_fields(model, config, start)
+    if adapter is not None and optim.optim != "adamw":
+        raise UserError(
+            f"--optim {optim.optim} trains whole matrices, and --lora_rank {model.lora_rank} only "
+            "their low-rank updates; give one of the two"
+        )
     log_start(model, start, config)
     if data_args.mask_documents:
         check_document_masking(config)
@@ -89,6 +98,8 @@ def pretrain(
             local_domains=held if choose else None,
             flag=start[1] if start else "",
         )
+        if adapter is not None:
+            add_new_adapter(network, adapter, run.seed)
         if data_args.mask_documents:
             network.document_end = data.special_ids["eos_token_id"]
         if model.train == "router":
@@ -101,13 +112,16 @@ def pretrain(
             return MixtureLMObjective(data.domains, device, model.router_aux_loss_coef, experts)
         return CausalLMObjective(data.domains, device, choose)
 
+    seed = None if adapter is None else compute_seed_digest(start[0])
     recipe = RunSpec(
         config=config,
         topology=topology,
         data_digest=data.digest,
         tokenizer=None if stock else data.tokenizer_folder,
         companions=stock,
-        card=make_card(config, sharing, data.digest),
+        card=make_card(config, sharing, data.digest, adapter),
+        seed_digest=seed,
+        settings={} if seed is None else {"seed weights": seed},
         groups=data.domains,
         unit="tokens",
         make_batches=lambda shape: data.build_train_batches(
@@ -142,6 +156,28 @@ def pretrain(
     if rank == 0:
         done.monitor.close()
         print(write_report(done.output, matrix, split, done.state.step))
+
+
+def make_adapter_fields(
+    model: ModelArgs, config: LmConfig, start: tuple[Path, str] | None
+) -> dict[str, object]:
+    """Make the fields of the `LoraConfig` of the adapter that a run trains; load no weights.
+
+    Args:
+        config: of the seed; `start`: its folder, see `find_start_folder`.
+    Raises:
+        UserError: if there is no seed with weights, or the targets are none of its layers.
+    """
+    if start is None:
+        raise UserError(
+            f"--lora_rank {model.lora_rank} adapts the weights of a seed, and this run draws new "
+            f"ones (--model {model.model}): name the folder or hub name of a trained model"
+        )
+    named = model.init_from or model.model
+    with torch.device("meta"):
+        seed = select_lm_class(config)(config)
+    name = str(Path(named).absolute()) if Path(named).exists() else named
+    return make_lora_fields(seed, seed_name=name, **model.lora)
 
 
 def list_stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
@@ -219,8 +255,13 @@ def log_own_perplexity(
     running.monitor.log_scores(step, {d: s.perplexity for d, s in scores.items()}, split)
 
 
-def make_card(config: LmConfig, sharing: Sharing, data_digest: str) -> Card:
-    """Return the model card of a causal language model."""
+def make_card(
+    config: LmConfig,
+    sharing: Sharing,
+    data_digest: str,
+    adapter: Mapping[str, object] | None = None,
+) -> Card:
+    """Return the model card of a language model, or of its adapter (fields of a `LoraConfig`)."""
     facts = {
         "domains, in order": ", ".join(get_domains(config)) or "none named",
         "parts held per domain": get_untie(config),
@@ -228,10 +269,22 @@ def make_card(config: LmConfig, sharing: Sharing, data_digest: str) -> Card:
     }
     if get_untie(config) != "none":
         facts["choose an expert with"] = "`model.set_domain(NAME)`"
+    stock = config.model_type not in (DemixConfig.model_type, HOST_TYPE)
+    if adapter is not None:
+        facts = {"rank": str(adapter["r"]), "scaled by": f"{adapter['lora_alpha']} / rank", **facts}
+        seed = str(adapter["base_model_name_or_path"])
+        return Card(
+            summary=f"A LoRA adapter of {seed}, trained with megamod.",
+            tags=("lora", "causal-lm", sharing.value),
+            facts=facts,
+            load="peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER)",
+            stock=stock,
+            seed=seed,
+        )
     return Card(
         summary=f"A causal language model trained with megamod, sharing: {sharing.value}.",
         tags=("causal-lm", sharing.value),
         facts=facts,
         load="AutoModelForCausalLM.from_pretrained(FOLDER)",
-        stock=config.model_type not in (DemixConfig.model_type, HOST_TYPE),
+        stock=stock,
     )

@@ -1,0 +1,258 @@
+"""LoRA adapters of language models, in the classes and files of peft.
+
+The layers of peft are put into the model in place, so its class, its loss and the names of its
+other parameters stay. Several adapters can be in one model, which then holds its own weights once.
+Source: Hu et al. 2021 (LoRA), section 4.1.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from megamod.errors import UserError
+from megamod.files import write_json
+from megamod.models.lm.hosts import find_layers_path
+from megamod.nn.demix import select_domain
+from megamod.states.adapter import SEED_DIGEST, read_adapter_config
+from megamod.states.weight_files import ADAPTER_CONFIG, ADAPTER_FILE
+from megamod.states.weights import write_tensors
+
+NEW = "default"
+"""Name in the model of an adapter that is trained, as in peft."""
+SEED = "seed"
+"""Member of a model with adapters that stands for none of them."""
+PREFIX = "base_model.model."
+"""Before the names of tensors in the files of peft."""
+
+
+def make_lora_fields(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+    seed_name: str = "",
+) -> dict[str, object]:
+    """Make the fields of the `LoraConfig` of a new adapter.
+
+    Args:
+        model: may be on the meta device.
+        alpha: updates are scaled by alpha / rank; None: 2 * rank.
+        targets: names of linear layers, or their last parts; None: all of the decoder layers.
+        seed_name: folder or hub name of the seed, for whoever loads the adapter.
+    Raises:
+        UserError: if a target is no linear layer of the decoder layers, or these are not known.
+    """
+    layers = find_layers_path(model.config)
+    if layers is None and targets is None:
+        raise UserError(
+            f"--lora_rank {rank}: the layers of a {model.config.model_type} are not known; name "
+            "those to adapt with --lora_targets"
+        )
+    linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    head = model.get_output_embeddings()
+    outside = {n for n, m in model.named_modules() if m is head}
+    inside = [
+        n for n in linear if n not in outside and n.startswith(f"{layers or ''}.".lstrip("."))
+    ]
+    chosen = list(inside)
+    for target in targets or ():
+        if not any(f".{name}".endswith(f".{target}") for name in inside):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in inside}))
+            raise UserError(
+                f"--lora_targets {target}: is no linear layer of the blocks of this model; they "
+                f"have {known}"
+            )
+    if targets is not None:
+        endings = tuple(f".{target}" for target in targets)
+        chosen = [name for name in inside if f".{name}".endswith(endings)]
+    short = {name.rpartition(".")[2] for name in chosen}
+    reached = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in short]
+    return {
+        "r": rank,
+        "lora_alpha": 2 * rank if alpha is None else alpha,
+        "lora_dropout": dropout,
+        # Last parts of names, as people write them, where they select the same layers.
+        "target_modules": sorted(short if reached == chosen else chosen),
+        "fan_in_fan_out": isinstance(model.get_submodule(chosen[0]), Conv1D),
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": seed_name,
+    }
+
+
+def add_new_adapter(model: PreTrainedModel, fields: Mapping[str, object], seed: int = 0) -> None:
+    """Put a new adapter, whose update is zero, into a model and freeze everything else.
+
+    Args:
+        fields: of a `LoraConfig`.
+        seed: of its first matrices; equal seeds give equal ones.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _inject(model, fields, NEW)
+
+
+def list_adapters(model: nn.Module) -> list[str]:
+    """List the names of the adapters in a model."""
+    return list(getattr(model, "peft_config", ()))
+
+
+def select_adapter_tensors(
+    model: PreTrainedModel, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Select the tensors of the trained adapter, under the names of peft's files.
+
+    Args:
+        state: parameters by name, those of the adapter at least.
+    """
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(
+        model, dict(state), adapter_name=NEW, save_embedding_layers=False
+    )
+    return {PREFIX + name: tensor for name, tensor in tensors.items()}
+
+
+def write_adapter(
+    model: PreTrainedModel, state: Mapping[str, Tensor], seed_digest: str, folder: Path
+) -> list[Path]:
+    """Write the trained adapter as peft does; return its two files.
+
+    Args:
+        state: see `adapter_state`.
+        seed_digest: fingerprint of the seed's weights, kept in the metadata of the file.
+    """
+    fields = list_adapter_fields(model)[NEW] | {"inference_mode": True}
+    write_json(folder / ADAPTER_CONFIG, fields)
+    metadata = {"format": "pt", SEED_DIGEST: seed_digest}
+    write_tensors(folder / ADAPTER_FILE, select_adapter_tensors(model, state), metadata)
+    return [folder / ADAPTER_CONFIG, folder / ADAPTER_FILE]
+
+
+def add_adapter(model: PreTrainedModel, folder: Path) -> str:
+    """Put the adapter of a folder into its seed; returns the name to select it by.
+
+    Raises:
+        UserError: if it does not fit the model, or changes more than its decoder layers.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    name = f"adapter_{len(list_adapters(model))}"
+    fields = read_adapter_config(folder)
+    if fields.get("peft_type") != "LORA":
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG}: peft_type is {fields.get('peft_type')!r}, not 'LORA'"
+        )
+    if not (folder / ADAPTER_FILE).is_file():
+        raise UserError(f"{folder}: has no {ADAPTER_FILE}; save the adapter as safetensors")
+    try:
+        weights = load_peft_weights(str(folder), device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / ADAPTER_FILE}: cannot be opened: {error}") from error
+    _check_layers(model, weights, folder)
+    try:
+        _inject(model, fields, name)
+        report = set_peft_model_state_dict(model, weights, name)
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: the adapter does not fit its seed: {reason}") from error
+    lost = [key for key in report.missing_keys if f".{name}." in key] + report.unexpected_keys
+    if lost:
+        raise UserError(f"{folder}: the adapter does not fit its seed, as {min(lost)} shows")
+    select_adapter(model, name)
+    return name
+
+
+def add_empty_adapter(model: PreTrainedModel, name: str, fields: Mapping[str, object]) -> None:
+    """Put an adapter into a model whose weights are loaded afterwards."""
+    _inject(model, fields, name)
+    select_adapter(model, name)
+
+
+def list_adapter_fields(model: PreTrainedModel) -> dict[str, dict[str, object]]:
+    """List the fields of the `LoraConfig` of each adapter in a model, as JSON, by its name."""
+    return {name: _plain(config.to_dict()) for name, config in model.peft_config.items()}
+
+
+def select_adapter(model: PreTrainedModel, name: str) -> None:
+    """Select the adapter that following calls use, frozen; `SEED`: none.
+
+    Raises:
+        UserError: if the model has no adapter of that name.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    known = list_adapters(model)
+    if name not in (SEED, *known):
+        raise UserError(f"no adapter {name!r} in the model; there are {', '.join(known)}")
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            if layer.disable_adapters != (name == SEED):
+                layer.enable_adapters(name != SEED)
+            if name != SEED:
+                layer.set_adapter(name, inference_mode=True)
+
+
+def select_expert(model: PreTrainedModel, domain: str) -> None:
+    """Select the adapter of a model with adapters, else the expert of a domain.
+
+    Raises:
+        UserError: if the model does not hold it.
+    """
+    if list_adapters(model):
+        select_adapter(model, domain)
+    else:
+        select_domain(model, domain)
+
+
+def _inject(model: PreTrainedModel, fields: Mapping[str, object], name: str) -> None:
+    from peft import PeftConfig, inject_adapter_in_model
+
+    config = PeftConfig.from_peft_type(**{"peft_type": "LORA", **fields})
+    with warnings.catch_warnings():
+        # Several adapters in one model are what is wanted.
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, model, name)
+    model.train(model.training)  # the layers of an adapter begin with their dropout in effect
+    for key, parameter in model.named_parameters():
+        if ".lora_" in key:  # transformers would draw them anew when the model joins a forest
+            parameter._is_hf_initialized = True
+
+
+def _check_layers(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse an adapter that changes more than products with matrices of the decoder layers.
+
+    Embeddings and output matrices have code of their own, and whole tensors would replace those of
+    the seed for all of its adapters.
+    """
+    start = f"{find_layers_path(model.config) or ''}.".lstrip(".")
+    known = {name for name, _ in model.named_modules()}
+    for key in weights:
+        name = key.removeprefix(PREFIX)
+        module, is_update, _ = name.partition(".lora_")
+        if is_update and module not in known:
+            raise UserError(
+                f"{folder}: the adapter does not fit its seed: a {model.config.model_type} has no "
+                f"layer {module}"
+            )
+        if not name.startswith(start) or not is_update or ".lora_embedding" in name:
+            raise UserError(
+                f"{folder}: the adapter changes {name}, which it cannot do beside other adapters "
+                f"of its seed; merge it first: launchers/merge.py --models {folder}"
+            )
+
+
+def _plain(value: object) -> object:
+    """Convert a value to JSON: sets as sorted lists, enumerations by value."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return getattr(value, "value", value)

@@ -1,0 +1,131 @@
+"""Experts of a forest in memory; members of a DEMix model and adapters of a seed share a module."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from megamod.errors import UserError
+from megamod.models.lm.adapter import SEED, add_adapter, list_adapters, select_adapter
+from megamod.models.lm.configuration import get_domains, get_untie, read_lm_config
+from megamod.models.lm.load import LanguageModel, load_lm
+from megamod.states.adapter import find_seed_folder, is_adapter
+from megamod.states.forest import Expert, Forest
+
+
+@dataclass(frozen=True)
+class LoadedExpert:
+    """An expert in memory: call `model(..., domain=member)`, also where member is None."""
+
+    domain: str
+    model: LanguageModel
+    member: str | None
+
+
+def load_experts(
+    forest: Forest, device: torch.device | str, only_domains: Sequence[str] | None = None
+) -> Iterator[LoadedExpert]:
+    """Yield the experts one after the other, in the order of the forest, their member selected.
+
+    Experts of one DEMix model come as one module, read once and without experts that are not
+    wanted; so do adapters of one seed. A module is let go after its last expert, so that a loop
+    that keeps nothing holds one model at a time.
+
+    Args:
+        only_domains: domains to load; None for all.
+    Raises:
+        UserError: if a domain of `only_domains` is not in the forest, or a folder cannot be read.
+    """
+    for domain in only_domains or ():
+        if domain not in forest.domains:
+            raise UserError(
+                f"{forest.path}: no expert of domain {domain!r}; "
+                f"there are {', '.join(forest.domains)}"
+            )
+    selected = [
+        expert for expert in forest.experts if only_domains is None or expert.domain in only_domains
+    ]
+    folders = [find_seed_folder(expert.path).resolve() for expert in selected]
+    remaining_uses = Counter(folders)
+    open_models: dict[Path, LanguageModel] = {}
+    for expert, folder in zip(selected, folders, strict=True):
+        if folder not in open_models:
+            members = [e.member for e in selected if e.path.resolve() == folder and e.member]
+            open_models[folder] = load_lm_for_scoring(folder, members).to(device)
+        check_member(expert, open_models[folder].config)
+        member = add_member(open_models[folder], expert, selected)
+        loaded = LoadedExpert(expert.domain, open_models[folder], member)
+        if member is not None:
+            loaded.model.set_domain(member)
+        remaining_uses[folder] -= 1
+        if not remaining_uses[folder]:
+            del open_models[folder]
+        yield loaded
+        del loaded
+
+
+class ModelReader:
+    """Reads model folders for scoring, one after the other, and holds the one read last.
+
+    Folders that follow each other and are adapters of one seed, or the seed, share its weights.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._folder: Path | None = None
+        self._model: LanguageModel | None = None
+
+    def read(self, folder: Path, members: Sequence[str] = ()) -> LanguageModel:
+        """Read a model, its adapter selected; of one with experts, those of `members`, empty: all.
+
+        Raises:
+            UserError: if it cannot be read.
+        """
+        seed = find_seed_folder(folder).resolve()
+        if self._model is None or members or seed != self._folder:
+            self._model = None
+            self._model, self._folder = load_lm_for_scoring(seed, members).to(self.device), seed
+        if is_adapter(folder):
+            add_adapter(self._model, folder)
+        elif list_adapters(self._model):
+            select_adapter(self._model, SEED)
+        return self._model
+
+
+def load_lm_for_scoring(
+    folder: Path, members: Sequence[str] | None = None, **kwargs: object
+) -> LanguageModel:
+    """Load a model folder for scoring, with the experts of these domains; None or empty for all.
+
+    Raises:
+        UserError: if it is not one of our language models, or lacks weights.
+    """
+    domains = get_domains(read_lm_config(folder))
+    known = [domain for domain in members or () if domain in domains]
+    return load_lm(folder, local_domains=known or None, **kwargs).eval()
+
+
+def check_member(expert: Expert, config: PreTrainedConfig) -> None:
+    """Raise UserError if a model lacks the expert's member, or needs one."""
+    has_experts, domains = get_untie(config) != "none", get_domains(config)
+    if expert.member is not None and (not has_experts or expert.member not in domains):
+        available = ", ".join(domains) if has_experts else "none, the model is dense"
+        raise UserError(
+            f"{expert.path}: no expert of domain {expert.member!r}; available: {available}"
+        )
+    if expert.member is None and has_experts:
+        raise UserError(
+            f"{expert.path}: holds experts; `member` must name one of {', '.join(domains)}"
+        )
+
+
+def add_member(model: LanguageModel, expert: Expert, experts: Sequence[Expert]) -> str | None:
+    """Return the name that selects an expert in the model of its folder; add it if an adapter."""
+    if is_adapter(expert.path):
+        return add_adapter(model, expert.path)
+    folder = expert.path.resolve()
+    is_seed = any(is_adapter(e.path) and find_seed_folder(e.path) == folder for e in experts)
+    return SEED if is_seed else expert.member

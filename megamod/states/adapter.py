@@ -1,0 +1,121 @@
+"""Folders of LoRA adapters as peft writes them, and the seed whose weights each of them needs.
+
+An adapter's folder has no configuration and no tokenizer that it must have: both are its seed's.
+Importing this needs no torch.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from megamod.errors import UserError
+from megamod.states.hub import download_from_hub, is_hub_name
+from megamod.states.weight_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    DENSE_FILE,
+    INDEX_FILE,
+    compute_files_digest,
+    list_weight_files,
+)
+
+SEED_DIGEST = "seed_digest"
+"""Entry in the metadata of an adapter's weight file: digest of the weights of its seed."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return True for the folder of an adapter, which holds no weights of a whole model."""
+    whole = any((folder / name).is_file() for name in (DENSE_FILE, INDEX_FILE))
+    return (folder / ADAPTER_CONFIG).is_file() and not whole
+
+
+def is_model(folder: Path) -> bool:
+    """Return True for the folder of a model: whole, or an adapter."""
+    return (folder / "config.json").is_file() or is_adapter(folder)
+
+
+def list_model_folders(folder: Path) -> list[Path]:
+    """List the subfolders that hold a model, whole or an adapter, in alphabetical order."""
+    return sorted(path for path in folder.glob("*") if path.is_dir() and is_model(path))
+
+
+def get_config_file(folder: Path) -> Path:
+    """Return the path of the configuration of a model, or of an adapter."""
+    return folder / (ADAPTER_CONFIG if is_adapter(folder) else "config.json")
+
+
+def find_seed_folder(folder: Path) -> Path:
+    """Find the folder of the model that an adapter was trained on; of another model, its own.
+
+    Raises:
+        UserError: if adapter_config.json cannot be read, or its seed is neither a folder here nor
+            a repository of the hub.
+    """
+    folder = Path(folder)
+    if not is_adapter(folder):
+        return folder
+    file = folder / ADAPTER_CONFIG
+    name = read_adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{file}: base_model_name_or_path is {name!r}, not the folder of a model")
+    for seed in (Path(name), folder / name):
+        if (seed / "config.json").is_file():
+            return seed.resolve()  # one path for one seed, however adapters spell it
+    reason = ""
+    if is_hub_name(name):
+        try:
+            return download_from_hub(name)
+        except UserError as error:
+            reason = f" ({error})"
+    raise UserError(
+        f"{file}: there is no model at its base_model_name_or_path {name!r}{reason}; write the "
+        "folder of the seed there"
+    )
+
+
+def read_adapter_config(folder: Path) -> dict[str, object]:
+    """Read the fields of adapter_config.json.
+
+    Raises:
+        UserError: if there is none, or it is no JSON object.
+    """
+    file = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: is not the folder of an adapter (no {ADAPTER_CONFIG})"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: is not an object")
+    return config
+
+
+def check_seed_weights(folder: Path) -> None:
+    """Refuse an adapter whose seed has other weights than it was trained on; others pass.
+
+    Adapters of other programs do not record their seed and pass too.
+
+    Raises:
+        UserError: if the weights differ, or a file is missing or damaged.
+    """
+    if not is_adapter(folder):
+        return
+    seed, file = find_seed_folder(folder), folder / ADAPTER_FILE
+    try:
+        with safe_open(file, framework="np") as tensors:
+            recorded = (tensors.metadata() or {}).get(SEED_DIGEST)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be opened: {error}") from error
+    if recorded is not None and recorded != compute_seed_digest(seed):
+        raise UserError(
+            f"{folder}: the adapter was trained on other weights than those that are in {seed} now"
+        )
+
+
+def compute_seed_digest(seed: Path) -> str:
+    """Compute the digest of the weights in a seed's folder."""
+    return compute_files_digest(list_weight_files(seed))

@@ -1,0 +1,30 @@
+"""Models of the Hugging Face hub as local folders."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+from megamod.errors import UserError
+
+HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+
+
+def is_hub_name(name: str) -> bool:
+    """Return True for `owner/model`, unless that is a path of this machine."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+@cache
+def download_from_hub(name: str) -> Path:
+    """Download a repository of the hub, unless it is here; return its local folder.
+
+    Raises:
+        UserError: with the reason, if there is none or it cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(f"the hub: {' '.join(str(error).split())[:200]}") from error
