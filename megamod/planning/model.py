@@ -13,7 +13,7 @@ from megamod.dist.scope import Sharing, parse_expert_domain
 from megamod.errors import UserError
 from megamod.models.auto import make_lm_config, resolve_model_folder
 from megamod.models.build import FAMILIES, build_encoder, make_encoder_config
-from megamod.models.lm.adapter import add_new_adapter, make_lora_fields
+from megamod.models.lm.adapter import add_blank_adapter, make_lora_fields
 from megamod.models.lm.configuration import read_lm_config
 from megamod.models.lm.flops import compute_flops_per_token, count_active_parameters
 from megamod.models.lm.load import select_lm_class
@@ -138,7 +138,7 @@ class Network:
             if demix:
                 module.set_domain(held[0])
             if self.trains_adapter:
-                add_new_adapter(module, make_lora_fields(module, **self.job.model.lora))
+                add_blank_adapter(module, make_lora_fields(module, **self.job.model.lora))
             return module
         return build_encoder(config, self.job.mux.objective)
 

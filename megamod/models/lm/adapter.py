@@ -99,6 +99,18 @@ def add_new_adapter(model: PreTrainedModel, fields: Mapping[str, object], seed: 
         _inject(model, fields, NEW)
 
 
+def add_blank_adapter(model: PreTrainedModel, fields: Mapping[str, object]) -> None:
+    """Put an adapter without values into a model whose tensors have no storage; freeze the rest.
+
+    peft moves new layers to the device of the model, which tensors without storage do not allow.
+    """
+    _inject(model, fields, NEW, low_cpu_mem_usage=True)
+    for key, parameter in list(model.named_parameters()):
+        if parameter.requires_grad:
+            path, _, name = key.rpartition(".")
+            setattr(model.get_submodule(path), name, nn.Parameter(torch.empty(parameter.shape)))
+
+
 def list_adapters(model: nn.Module) -> list[str]:
     """List the names of the adapters in a model."""
     return list(getattr(model, "peft_config", ()))
@@ -212,14 +224,16 @@ def select_expert(model: PreTrainedModel, domain: str) -> None:
         select_domain(model, domain)
 
 
-def _inject(model: PreTrainedModel, fields: Mapping[str, object], name: str) -> None:
+def _inject(
+    model: PreTrainedModel, fields: Mapping[str, object], name: str, **options: bool
+) -> None:
     from peft import PeftConfig, inject_adapter_in_model
 
     config = PeftConfig.from_peft_type(**{"peft_type": "LORA", **fields})
     with warnings.catch_warnings():
         # Several adapters in one model are what is wanted.
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-        inject_adapter_in_model(config, model, name)
+        inject_adapter_in_model(config, model, name, **options)
     model.train(model.training)  # the layers of an adapter begin with their dropout in effect
     for key, parameter in model.named_parameters():
         if ".lora_" in key:  # transformers would draw them anew when the model joins a forest
