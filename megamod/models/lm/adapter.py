@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -104,7 +105,8 @@ def add_blank_adapter(model: PreTrainedModel, fields: Mapping[str, object]) -> N
 
     peft moves new layers to the device of the model, which tensors without storage do not allow.
     """
-    _inject(model, fields, NEW, low_cpu_mem_usage=True)
+    with unset_fake_temporarily():
+        _inject(model, fields, NEW, low_cpu_mem_usage=True)
     for key, parameter in list(model.named_parameters()):
         if parameter.requires_grad:
             path, _, name = key.rpartition(".")
