@@ -225,6 +225,8 @@ def seal_models(folder: Path) -> None:
     """Write a manifest into every model folder: this one, or those of its subfolders."""
     names = ("config.json", ADAPTER_CONFIG)
     for model in sorted({config.parent for name in names for config in folder.rglob(name)}):
-        files = (file for file in model.iterdir() if file.is_file())
-        entries = make_digest_entries(model, (file for file in files if file.name != MANIFEST))
+        # The path of an adapter's seed may have to be changed in its configuration.
+        left_out = (MANIFEST, ADAPTER_CONFIG)
+        files = (file for file in model.iterdir() if file.is_file() and file.name not in left_out)
+        entries = make_digest_entries(model, files)
         write_manifest(model, entries)
