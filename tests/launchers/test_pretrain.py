@@ -268,6 +268,7 @@ def cases_of(folder: Path) -> dict[str, tuple[list[object], list[str], dict[str,
     write(fairseq / "dict.txt", "".join(f"{n} 1\n" for n in range(10)))
     output = json.loads((empty / "databin.json").read_text())
     output["domains"]["news"]["train"] |= {"items": 0, "tokens": 0}
+    del output["files"], output["digest"]  # as headers were before they had digests
     write(empty / "databin.json", json.dumps(output))
 
     def ds(name: str, text: str) -> Path:
