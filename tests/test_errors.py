@@ -110,7 +110,9 @@ def main():
 run_main(main)
 """
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    alone = {name: value for name, value in os.environ.items() if name != "RANK"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=alone, **pipes) as process:
         assert process.stdout.readline() == b"x\n"
         process.stdout.close()
         assert process.stderr.read() == b""

@@ -50,6 +50,10 @@ class Tokens:
     def __init__(self, count: int):
         self.tokens = (5 + np.arange(count) * 7 % 38).astype(np.uint16)
 
+    def check(self, ids: np.ndarray, start: int) -> None:
+        """Expect ids as they were written."""
+        assert np.array_equal(ids, self.tokens[start : start + len(ids)])
+
 
 def batches_of(prefix: int = 0, micro: int = 4, pads: int = 0, blocks: int = 7) -> MaskedBatches:
     """Batches of 8 rows to a step, with many masks."""
