@@ -18,7 +18,7 @@ from megamod.flags import parse_args
 
 def main() -> None:
     """Parse the flags, compute the shares, print and write them."""
-    from megamod.runs.attribution import AttributionArgs, attribute
+    from megamod.runs.attribution_args import AttributionArgs
 
     argv = sys.argv[1:]
     # The one word that is neither a flag nor the value of one.
@@ -30,6 +30,8 @@ def main() -> None:
     if len(alone) == 1:
         argv += ["--text", argv.pop(alone[0])]
     (args,) = parse_args(AttributionArgs, argv=argv, doc=__doc__)
+    from megamod.runs.attribution import attribute
+
     attribute(args)
 
 

@@ -14,30 +14,16 @@ from torch import Tensor
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.evaluation.plots import plot_attribution
 from megamod.files import write_atomic, write_json
-from megamod.flags import Arguments, option, require_values
+from megamod.flags import require_values
 from megamod.merging.alignment.calibration import read_token_ids
 from megamod.merging.moe.configuration import read_moe_config
 from megamod.merging.moe.record import MoeRecord, format_experts, read_moe_record
 from megamod.models.lm.configuration import get_max_sequence_length
 from megamod.models.lm.load import load_lm
 from megamod.models.lm.routing import record_routing
+from megamod.runs.attribution_args import AttributionArgs
 from megamod.states.output_folder import check_new_folder, create_new_folder
 from megamod.tables import format_table
-
-
-@dataclass
-class AttributionArgs(Arguments):
-    """Model, text and output."""
-
-    model: str | None = option(None, "folder of a mixture of experts, with moe.json")
-    text: str | None = option(None, "file with a document per line, or JSON lines with `text`")
-    max_documents: int = option(16, "documents that are read, the first ones", least=1)
-    max_seq_length: int | None = option(
-        None, "tokens of a document that are read; none: 1024, or fewer if the model has fewer"
-    )
-    output_dir: str | None = option(
-        None, "folder for attribution.json, tokens.txt and attribution.png; none: print alone"
-    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from megamod.data.corpus.binarize import binarize
 from megamod.errors import UserError
 from megamod.merging.moe.record import read_moe_record
-from megamod.runs.attribution import AttributionArgs, attribute
+from megamod.runs.attribution import attribute
+from megamod.runs.attribution_args import AttributionArgs
 from megamod.runs.edit_moe import EditArgs, run_edit
 from megamod.runs.to_moe import MoeArgs, run_to_moe
 

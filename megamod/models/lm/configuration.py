@@ -267,7 +267,11 @@ def has_own_feed_forward(untie: str, layer_index: int, layer_count: int) -> bool
 def check_domain_names(domains: Sequence[str]) -> None:
     """Raise ValueError for names that are doubled or cannot be part of a parameter's name."""
     for domain in domains:
-        check_domain(domain, "domains")
+        try:
+            check_domain(domain, "domain")
+        except UserError as error:
+            allowed = "letters, digits, _ and - (at most 100)"
+            raise ValueError(f"domain {domain!r}: a name is made of {allowed}") from error
         if hasattr(nn.ModuleDict, domain):
             raise ValueError(f"domain {domain!r}: is the name of a method of torch modules")
     doubled = {domain for domain in domains if domains.count(domain) > 1}
