@@ -29,7 +29,7 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 test: lint
 	@extensions=$$(mktemp -d) && trap 'rm -rf "$$extensions"' EXIT && \
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR="$$extensions" \
-	  $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	  $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ except ModuleNotFoundError:  # tests that need a GPU do without
     hypothesis = None
 
 LONGEST = ("test_compile_ahead.py", "test_two_hosts.py", "test_kill_drill.py", "test_pretrain.py")
+LONGEST += ("test_mixture_pretrain.py", "test_lora_runs.py", "test_btm.py", "test_checkpoint.py")
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,7 +41,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take minutes come first, so that no core waits for the last of them."""
+    """Files that take minutes come first, so that no core waits for the last of them.
+
+    pytest-xdist keeps this order with --no-loadscope-reorder alone.
+    """
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
