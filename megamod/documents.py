@@ -116,10 +116,15 @@ def check_domain(name: str, origin: str) -> str:
     Raises:
         UserError: naming the origin, if it does not consist of allowed characters.
     """
-    if not _DOMAIN.fullmatch(name):
+    if not is_domain(name):
         allowed = "letters, digits, _ and - (at most 100)"
         raise UserError(f"{origin}: {shorten(name)} is not made of {allowed}")
     return name
+
+
+def is_domain(name: str) -> bool:
+    """True if the name consists of the characters that names of domains may have."""
+    return _DOMAIN.fullmatch(name) is not None
 
 
 def check_known_word(word: object, known: Iterable[str], what: str) -> None:

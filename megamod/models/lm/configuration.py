@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig
 
-from megamod.documents import check_domain
+from megamod.documents import is_domain
 from megamod.errors import UserError, report_damage
 from megamod.mixture.posterior import RULES
 from megamod.states.adapter import find_seed_folder
@@ -267,13 +267,11 @@ def has_own_feed_forward(untie: str, layer_index: int, layer_count: int) -> bool
 def check_domain_names(domains: Sequence[str]) -> None:
     """Raise ValueError for names that are doubled or cannot be part of a parameter's name."""
     for domain in domains:
-        try:
-            check_domain(domain, "domain")
-        except UserError as error:
-            allowed = "letters, digits, _ and - (at most 100)"
-            raise ValueError(f"domain {domain!r}: a name is made of {allowed}") from error
-        if hasattr(nn.ModuleDict, domain):
-            raise ValueError(f"domain {domain!r}: is the name of a method of torch modules")
+        if not is_domain(domain) or hasattr(nn.ModuleDict, domain):
+            raise ValueError(
+                f"domain {domain!r}: a name is made of letters, digits, _ and - (at most 100), "
+                "and is not the name of a method of torch modules"
+            )
     doubled = {domain for domain in domains if domains.count(domain) > 1}
     if doubled:
         raise ValueError(f"domain {sorted(doubled)[0]!r} is named twice")
