@@ -9,7 +9,7 @@ from transformers import AutoConfig
 import megamod  # noqa: F401  (makes our configurations known)
 from megamod.convert import ConvertedModel
 from megamod.errors import UserError
-from megamod.states.weights import write_index, write_weights
+from megamod.states.weights import is_finite, write_index, write_weights
 
 
 def write_converted_model(converted: ConvertedModel, folder: Path, dtype: str) -> None:
@@ -29,7 +29,7 @@ def write_converted_model(converted: ConvertedModel, folder: Path, dtype: str) -
     config.dtype = getattr(torch, dtype)
     state = {name: tensor.to(config.dtype) for name, tensor in converted.state.items()}
     for name, tensor in state.items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise UserError(f"{name} holds values that are not finite in {dtype}")
     config.save_pretrained(folder)
     has_experts = fields.get("untie", "none") != "none"

@@ -18,7 +18,7 @@ from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS
 from megamod.models.lm.load import check_same_family
 from megamod.models.presets import PRESETS
 from megamod.states.adapter import find_seed_folder, is_adapter
-from megamod.states.hub import download_from_hub, is_hub_name
+from megamod.states.hub import find_in_hub
 from megamod.states.weight_files import has_weights
 
 
@@ -37,12 +37,10 @@ def resolve_model_folder(model: str, flag: str = "--model") -> Path | None:
         )
     if (Path(model) / "config.json").is_file():
         return Path(model)
-    reason = ""
-    if is_hub_name(model):
-        try:
-            return download_from_hub(model)
-        except UserError as error:
-            reason = f"; {error}"
+    downloaded, reason = find_in_hub(model)
+    if downloaded is not None:
+        return downloaded
+    reason = reason and f"; {reason}"
     raise UserError(
         f"{flag} {model!r} is no folder with config.json, no repository of the hub and none of "
         f"{', '.join(PRESETS['demix'])}{reason}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from megamod.errors import UserError
-from megamod.states.hub import download_from_hub, is_hub_name
+from megamod.states.hub import find_in_hub
 from megamod.states.weight_files import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -62,12 +62,10 @@ def find_seed_folder(folder: Path) -> Path:
     for seed in (Path(name), folder / name):
         if (seed / "config.json").is_file():
             return seed.resolve()  # one path for one seed, however adapters spell it
-    reason = ""
-    if is_hub_name(name):
-        try:
-            return download_from_hub(name)
-        except UserError as error:
-            reason = f" ({error})"
+    downloaded, reason = find_in_hub(name)
+    if downloaded is not None:
+        return downloaded
+    reason = reason and f" ({reason})"
     raise UserError(
         f"{file}: there is no model at its base_model_name_or_path {name!r}{reason}; write the "
         "folder of the seed there"

@@ -14,6 +14,19 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
+def find_in_hub(name: str) -> tuple[Path | None, str]:
+    """Return the local folder of a repository of the hub, or None and the reason.
+
+    The reason is empty if the name is not of the form `owner/model`.
+    """
+    if not is_hub_name(name):
+        return None, ""
+    try:
+        return download_from_hub(name), ""
+    except UserError as error:
+        return None, str(error)
+
+
 @cache
 def download_from_hub(name: str) -> Path:
     """Download a repository of the hub, unless it is here; return its local folder.
