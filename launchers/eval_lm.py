@@ -15,13 +15,12 @@ the GPU if there is one. A model whose vocabulary has room for domain tokens is 
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from megamod.args import VERIFY_DATA
+from megamod.args import MASK_DOCUMENTS, VERIFY_DATA
 from megamod.errors import UserError, run_main
-from megamod.flags import Arguments, option, parse_args, read_run_recipe, require_values
+from megamod.flags import Arguments, option, parse_args, require_values
 
 
 @dataclass
@@ -53,9 +52,7 @@ class EvalArgs(Arguments):
     context_window: int = option(
         0, "unscored tokens of context at the start of each sequence", least=0
     )
-    mask_documents: Literal["auto", "true", "false"] = option(
-        "auto", "no attention across the ends of documents; auto: as the model was trained"
-    )
+    mask_documents: Literal["auto", "true", "false"] = option("auto", MASK_DOCUMENTS)
     per_device_eval_batch_size: int = option(8, "sequences per batch", least=1)
     output: str | None = option(None, "JSON file to write")
     jsonl: str | None = option(None, "JSON-lines file to write, one line per score")
@@ -98,7 +95,7 @@ def main() -> None:
         args.experts,
         args.context_window,
         args.force_domain_token,
-        partial(masks_documents, args.mask_documents),
+        args.mask_documents,
         args.verify_data,
     )
     folders = {model: find_models(Path(model), held_out) for model in args.model}
@@ -118,17 +115,6 @@ def main() -> None:
         write_atomic(Path(args.jsonl), format_score_lines(models, args.split))
     if args.plot is not None:
         plot_matrix(list_heat_map_rows(models), Path(args.plot), f"{args.split} perplexity")
-
-
-def masks_documents(choice: str, folder: Path) -> bool:
-    """Return True if attention of the model in `folder` is to stop at the ends of documents.
-
-    Args:
-        choice: "true", "false", or "auto": as run.yaml in the folder says.
-    """
-    if choice == "auto":
-        return read_run_recipe(folder).get("mask_documents") is True
-    return choice == "true"
 
 
 if __name__ == "__main__":

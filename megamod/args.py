@@ -17,6 +17,7 @@ from megamod.flags import (
     set_values,
 )
 
+MASK_DOCUMENTS = "no attention across the ends of documents; auto: as each model was trained"
 VERIFY_DATA = (
     "check of the token files against their digests before they are read: file sizes, a sample of "
     "blocks, or everything"

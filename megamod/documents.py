@@ -85,6 +85,15 @@ def read_document(path: str | Path, schema: type[Schema], origin: str | None = N
     return check_document(_parse(data, kind, origin), schema, origin)
 
 
+def read_run_recipe(folder: Path) -> dict[str, object]:
+    """Read the values of run.yaml in a folder; an empty dict if it cannot be read."""
+    try:
+        values = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def check_document(value: object, schema: type[Schema], origin: str, key: str = "") -> Schema:
     """Make an instance of a schema from a value that a file holds.
 

@@ -127,15 +127,6 @@ def require_values(args: Arguments, *names: str) -> None:
             raise UserError(f"--{f.name} is missing: {f.metadata['help']}")
 
 
-def read_run_recipe(folder: Path) -> dict[str, object]:
-    """Read the values of run.yaml in a folder; an empty dict if it cannot be read."""
-    try:
-        values = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 def write_run_recipe(path: Path, *parsed: Arguments) -> None:
     """Write a recipe that repeats the run, with the origin of each value as a comment."""
     lines = []

@@ -7,9 +7,8 @@ from typing import Literal
 
 import yaml
 
-from megamod.documents import Document, Items, read_document
+from megamod.documents import Document, Items, read_document, read_run_recipe
 from megamod.errors import UserError
-from megamod.flags import read_run_recipe
 from megamod.states.adapter import find_seed_folder, is_adapter, is_model
 from megamod.states.checkpoint_folder import STATE, StateRecord, is_optimizer_file
 from megamod.states.forest import (

@@ -28,6 +28,7 @@ from megamod.errors import UserError
 from megamod.evaluation.perplexity import Batch
 from megamod.evaluation.saved import (
     HeldOut,
+    find_document_end,
     iterate_held_out_batches,
     open_held_out_blocks,
     open_held_out_data,
@@ -59,6 +60,7 @@ class Experts:
 
     Attributes:
         domains: domains of the experts, in the order of the forest.
+        document_ends: id at which attention of an expert stops, by its folder; None: at none.
     """
 
     def __init__(
@@ -99,6 +101,10 @@ class Experts:
                     f"its domains are {', '.join(data_domains)}"
                 )
         self.data = {path: open_held_out_data(path, configs[path], held_out) for path in configs}
+        self.document_ends = {
+            path: find_document_end(path, configs[path], self.data[path], held_out)
+            for path in configs
+        }
         has_domain_tokens = {
             path: data.vocab_size > data.databin.vocab_size for path, data in self.data.items()
         }
@@ -139,7 +145,8 @@ class Experts:
 
     def compute_log_probs(self, expert: LoadedExpert, text: TextSelection) -> Iterator[Tensor]:
         """Yield the log-probabilities [B, T] of the text's targets, batch by batch, on the CPU."""
-        data = self.data[self.find_expert(expert.domain).path]
+        path = self.find_expert(expert.domain).path
+        data = self.data[path]
         remaining, span = self.load_target_masks(text).shape
         for batch in iterate_held_out_batches(
             data, replace(self.held_out, split=text.split), text.domain
@@ -147,6 +154,8 @@ class Experts:
             if remaining <= 0:
                 return
             rows = min(remaining, len(batch["labels"]))
+            # Adapters of one seed share a module, and may be read in turn.
+            expert.model.document_end = self.document_ends[path]
             yield _compute_batch_log_probs(expert, batch, rows, span, self.device)
             remaining -= rows
 
@@ -232,6 +241,7 @@ class SequentialScores:
             "block_size": held_out.block_size,
             "context_window": held_out.context_window,
             "domain_token": data.domain_tokens.get(held_out.force_domain_token or text.domain),
+            "document_end": self.experts.document_ends[expert.path],
             "device": self.experts.device.type,
             "expert": [self._digest_file(path) for path in list_expert_files(expert)],
             "member": expert.member,

@@ -1,6 +1,6 @@
 """Scores of language models in folders, loaded one after the other."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from megamod.data.lm.batches import iterate_eval_batches
 from megamod.data.lm.blocks import TokenBlocks
 from megamod.data.lm.databin import DataBin
 from megamod.data.lm.pretraining import LmData
+from megamod.documents import read_run_recipe
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import (
     DENSE,
@@ -54,7 +55,8 @@ class HeldOut:
         context_window: preceding tokens that are read with each sequence and not scored; sequences
             are shorter by as many.
         force_domain_token: domain whose token starts all sequences; None: the domain of the text.
-        mask_documents: True for a model folder whose attention stops at the ends of documents.
+        mask_documents: "true" if attention stops at the ends of documents, "false" if not, "auto":
+            as in the training of each model.
         verify: see `DataBin`.
     """
 
@@ -68,7 +70,7 @@ class HeldOut:
     experts: Sequence[str] | None = None
     context_window: int = 0
     force_domain_token: str | None = None
-    mask_documents: Callable[[Path], bool] = lambda folder: False
+    mask_documents: str = "auto"
     verify: str = "sample"
 
 
@@ -127,10 +129,7 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
             open_held_out_blocks(
                 data, held_out, domain
             )  # raises for a missing file before any scoring
-        end = None
-        if held_out.mask_documents(path):
-            check_document_masking(config)
-            end = data.special_ids["eos_token_id"]
+        end = find_document_end(path, config, data, held_out)
         models.append(SavedModel(path, config, data, rows, end))
     return models if held_out.experts is None else _select_experts(folder, models, held_out.experts)
 
@@ -281,6 +280,23 @@ def open_held_out_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmD
                 f"{', '.join(data.domains)}; --force_domain_token uses one of them"
             )
     return data
+
+
+def find_document_end(
+    folder: Path, config: LmConfig, data: LmData, held_out: HeldOut
+) -> int | None:
+    """Return the id at which attention of the model in `folder` stops; None: at none.
+
+    Raises:
+        UserError: if that is not possible with the model's family.
+    """
+    choice = held_out.mask_documents
+    if choice == "auto":
+        choice = "true" if read_run_recipe(folder).get("mask_documents") is True else "false"
+    if choice == "false":
+        return None
+    check_document_masking(config)
+    return data.special_ids["eos_token_id"]
 
 
 def check_tokenizer_matches(folder: Path, databin: DataBin, flag: str) -> None:

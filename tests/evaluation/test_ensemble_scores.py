@@ -22,7 +22,7 @@ from megamod.evaluation.expert_scores import (
     TextSelection,
     list_expert_files,
 )
-from megamod.evaluation.saved import HeldOut, find_models, score_models
+from megamod.evaluation.saved import HeldOut, find_document_end, find_models, score_models
 from megamod.mixture.ensemble import PosteriorRule
 from megamod.mixture.prior import Prior
 from megamod.models.lm.demix import DemixForCausalLM
@@ -183,7 +183,15 @@ def test_the_whole_protocol_by_hand(root, rule):
     assert result.lines[2]["exp_avg_posterior"] == pytest.approx(prior, abs=1e-6)
 
 
-@pytest.mark.parametrize("fields", [{}, {"context_window": 3}, {"block_size": 5, "batch_size": 3}])
+ALONE = (
+    {},
+    {"context_window": 3},
+    {"block_size": 5, "batch_size": 3},
+    {"mask_documents": "true"},
+)
+
+
+@pytest.mark.parametrize("fields", ALONE)
 def test_experts_alone_score_as_they_do_without_a_forest(root, fields):
     experts = experts_of(root, **fields)
     protocol = MixingProtocol("simple_average", batch=1)
@@ -198,6 +206,27 @@ def test_experts_alone_score_as_they_do_without_a_forest(root, fields):
             theirs = matrix[expert][domain]
             assert score.nll == pytest.approx(theirs.nll, rel=1e-6)
             assert (score.tokens, score.bytes) == (theirs.tokens, theirs.bytes)
+
+
+def test_each_expert_reads_documents_as_it_was_trained(root, tmp_path):
+    """One that was trained with --mask_documents beside one that was not."""
+    shutil.copytree(root / "whole", tmp_path / "whole")
+    (tmp_path / "whole" / "law" / "run.yaml").write_text("mask_documents: true\n")
+    text, nll = TextSelection("law", "test"), {}
+    for choice in ("auto", "true", "false"):
+        fields = held_out(root, mask_documents=choice)
+        experts = Experts(open_forest(tmp_path / "whole"), fields, CPU)
+        for source in (SequentialScores(experts, tmp_path), ParallelScores(experts)):
+            batches = list(source.batches(text, experts.domains, 4))
+            scores = torch.cat([log_probs for log_probs, _ in batches], 1).sum((1, 2))
+            nll[choice] = dict(zip(experts.domains, scores.tolist(), strict=True))
+    for domain, trained in (("law", "true"), ("code", "false")):
+        assert nll["auto"][domain] == pytest.approx(nll[trained][domain], rel=1e-6)
+        assert abs(nll["true"][domain] - nll["false"][domain]) > 1e-2
+    with pytest.raises(UserError, match="attention of a mamba cannot stop"):
+        config = type("Config", (), {"model_type": "mamba"})()
+        path = experts.forest.experts[0].path
+        find_document_end(path, config, experts.data[path], held_out(root, mask_documents="true"))
 
 
 def test_an_expert_left_out_is_a_forest_without_it(root):

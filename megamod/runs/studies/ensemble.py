@@ -47,6 +47,7 @@ def mix_forest(args: EnsembleArgs, device: torch.device) -> dict[str, DomainResu
         own_only=False,
         context_window=args.context_window,
         force_domain_token=args.force_domain_token,
+        mask_documents=args.mask_documents,
         verify=args.verify_data,
     )
     experts = Experts(open_forest(args.forest), held_out, device, args.experts)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megamod.args import VERIFY_DATA
+from megamod.args import MASK_DOCUMENTS, VERIFY_DATA
 from megamod.errors import UserError
 from megamod.flags import Arguments, option
 
@@ -60,6 +60,7 @@ class EnsembleArgs(Arguments):
         "auto", "domain token before each sequence; auto: if the experts have domain tokens"
     )
     force_domain_token: str | None = option(None, "domain whose token comes before every sequence")
+    mask_documents: Literal["auto", "true", "false"] = option("auto", MASK_DOCUMENTS)
     per_device_eval_batch_size: int = option(8, "sequences per forward pass of an expert", least=1)
     mixing_batch_size: int = option(
         2, "sequences per update of the moving average of the posterior", least=1
