@@ -2,12 +2,14 @@
 
     python -m megamod_kernels.compile_ahead            all tuned builds, for sm_80 and sm_90
     python -m megamod_kernels.compile_ahead --json FILE rsa_demux
+    python -m megamod_kernels.compile_ahead --reuse FILE --json FILE    changed builds only
 
 Triton compiles to a cubin for any target; the tools in its wheel report the resources. Results and
 speed are not checked. TRITON_INTERPRET must not be set.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -67,6 +69,16 @@ def measure_resources(build: Build, capability: int) -> dict[str, int]:
     return {"registers": registers, "stack": stack, "spills": spills, "shared": shared}
 
 
+def compute_digest(build: Build, capability: int) -> str:
+    """Compute a digest of all that decides the machine code of a build: source, settings, Triton.
+
+    Triton's key of a kernel covers the functions it calls, and its line number.
+    """
+    settings = (build.signature, build.constants, build.aligned, build.num_warps, build.num_stages)
+    text = f"{triton.__version__} {capability} {build.kernel.cache_key} {settings}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
 def find_refused_arguments(build: Build) -> list[str]:
     """List the integer arguments for which the kernel does not compile when they are 1.
 
@@ -115,23 +127,33 @@ def main() -> int:
     parser.add_argument("operations", nargs="*", help=f"of {', '.join(BUILDS)}; none: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     parser.add_argument(
+        "--reuse",
+        type=Path,
+        metavar="FILE",
+        help="numbers of an earlier --json, taken for builds that have not changed since",
+    )
+    parser.add_argument(
         "--capability", type=int, nargs="+", choices=tuple(SHARED_LIMIT), default=[80, 90]
     )
     args = parser.parse_args()
+    kept = {row["digest"]: row for row in json.loads(args.reuse.read_text())} if args.reuse else {}
     rows, bad = [], 0
     for build in list_builds(args.operations or BUILDS):
         for capability in args.capability:
-            usage = measure_resources(build, capability)
+            digest = compute_digest(build, capability)
+            row = kept.get(digest) or {"digest": digest, **measure_resources(build, capability)}
+            usage = {name: row[name] for name in ("registers", "stack", "spills", "shared")}
             listed = list_faults(usage, capability)
             bad += bool(listed)
-            rows.append({"build": build.name, "capability": capability, **usage, "faults": listed})
+            rows.append({"build": build.name, "capability": capability, **usage, "digest": digest})
             print(
                 f"sm_{capability} {build.name:58} {usage['registers']:4} registers "
                 f"{usage['shared']:7} shared  {'; '.join(listed)}",
                 flush=True,
             )
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        lines = ",\n".join(map(json.dumps, rows))
+        args.json.write_text(f"[\n{lines}\n]\n")
     return int(bad > 0)
 
 

@@ -1,13 +1,23 @@
-"""Every tuned build, compiled for two generations of GPUs without one."""
+"""Every tuned build, compiled for two generations of GPUs without one.
+
+Builds whose kernel, settings and Triton are those of builds.json are not compiled again. After a
+change of kernels renew it, or each run of the suite compiles them:
+
+    python -m megamod_kernels.compile_ahead --reuse tests/kernels/builds.json \\
+      --json tests/kernels/builds.json
+"""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from megamod_kernels.builds import BUILDS
 from megamod_kernels.compile_ahead import SHARED_LIMIT, list_faults
+
+KEPT = Path(__file__).with_name("builds.json")
 
 
 @pytest.mark.slow
@@ -16,7 +26,7 @@ def test_every_tuned_build_fits_a_gpu(tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     command = [sys.executable, "-W", "ignore", "-m", "megamod_kernels.compile_ahead"]
     done = subprocess.run(
-        [*command, "--json", str(tmp_path / "builds.json")],
+        [*command, "--reuse", str(KEPT), "--json", str(tmp_path / "builds.json")],
         env=environment,
         capture_output=True,
         text=True,
