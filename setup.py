@@ -30,6 +30,7 @@ CORE = [
     "zstandard>=0.23",
 ]
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
+COMPLETION = ["argcomplete>=3.5,<4"]
 EVAL = ["lm-eval>=0.4.13,<0.5", "accelerate>=1.15,<2"]
 DEV = [
     "pytest>=9",
@@ -41,6 +42,13 @@ DEV = [
     "pre-commit>=4",
     "build>=1.2",
 ]
+# Folders of recipes and DeepSpeed files as packages of data: megamod/shipped_files.py finds them.
+FILES = {
+    "megamod." + name + "".join(f".{part}" for part in path.relative_to(folder).parts): str(path)
+    for folder, name in (("launchers/recipes", "recipes"), ("ds_configs", "ds_configs"))
+    for path in (Path(folder), *Path(folder).rglob("*"))
+    if path.is_dir()
+}
 
 setup(
     name="megamod",
@@ -52,8 +60,16 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megamod", "megamod.*"])
-    + find_packages("kernels", include=["megamod_kernels*"]),
-    package_dir={"megamod_kernels": "kernels/megamod_kernels"},
+    + find_packages("kernels", include=["megamod_kernels*"])
+    + list(FILES),
+    package_dir={"megamod_kernels": "kernels/megamod_kernels", **FILES},
+    package_data={name: ["*.yaml", "*.json", "*.md"] for name in FILES},
+    entry_points={"console_scripts": ["megamod = megamod.__main__:run"]},
     install_requires=CORE,
-    extras_require={"triton": TRITON, "eval": EVAL, "dev": DEV + TRITON + EVAL},
+    extras_require={
+        "triton": TRITON,
+        "eval": EVAL,
+        "completion": COMPLETION,
+        "dev": DEV + TRITON + EVAL + COMPLETION,
+    },
 )

@@ -1,52 +1,7 @@
-"""Pretrain a language model: dense, with domain experts (DEMix), one per domain (BTM), or an
-encoder that reads several texts in one pass (MUX-BERT, MUX-ELECTRA).
+"""The command `megamod pretrain` as a file, for deepspeed and torchrun."""
 
-    deepspeed launchers/pretrain.py launchers/recipes/quickstart.yaml \\
-        --deepspeed ds_configs/cpu_smoke.json --output_dir runs/first
-    deepspeed launchers/pretrain.py launchers/recipes/modern/demix_125m_d8.yaml --data DATABIN \\
-        --deepspeed ds_configs/demix_zero2_bf16.json --output_dir runs/demix
-    torchrun --nproc_per_node 2 launchers/pretrain.py RECIPE.yaml --output_dir OUT
-    python launchers/pretrain.py RECIPE.yaml --output_dir OUT      (one process)
-    python launchers/pretrain.py --objective masked_lm --model small --num_instances 5 \\
-        --per_device_train_batch_size 40 --max_seq_length 128 --task_loss_coeff 0 \\
-        --retrieval_loss_coeff 1 --data DATABIN --output_dir runs/warm-up
-
-The same command resumes an interrupted run. DATABIN comes from launchers/preprocess.py.
-"""
-
-from megamod.args import (
-    DataArgs,
-    ModelArgs,
-    MuxArgs,
-    OptimArgs,
-    RunArgs,
-    SafetyArgs,
-    refuse_unused_flags,
-)
+from megamod.commands.pretrain import main
 from megamod.errors import run_main
-from megamod.flags import parse_args, require_values
-
-
-def main() -> None:
-    """Parse the flags, train, and print the output paths."""
-    parsed = parse_args(RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs, doc=__doc__)
-    *common, mux, data = parsed
-    require_values(parsed[0], "output_dir")
-    require_values(data, "data")
-    refuse_unused_flags(common[2], mux, data, common[3])
-    # Imported late, so that --help and errors in flags answer at once.
-    from megamod.runs.node_log import start_logging
-
-    start_logging()
-    if mux.objective == "causal_lm":
-        from megamod.runs.pretrain.causal_lm import pretrain
-
-        pretrain(*common, data)
-    else:
-        from megamod.runs.pretrain.encoder_lm import pretrain
-
-        pretrain(*common, mux, data)
-
 
 if __name__ == "__main__":
     run_main(main)

@@ -1,54 +1,7 @@
-"""Check the files of a run, checkpoint, model folder, forest or data-bin against their digests.
+"""The command `megamod verify` as a file, for deepspeed and torchrun."""
 
-    python launchers/verify.py OUT                        every checkpoint of a run, and its model
-    python launchers/verify.py OUT/checkpoints/step-40    sizes and SHA-256 digests
-    python launchers/verify.py OUT/model                  weight files against their index
-    python launchers/verify.py FOREST/forest.json         its entries, their models and checkpoints
-    python launchers/verify.py DATABIN                    digests, indices and ids of every split
-
-Prints one line per group of files. Exit code 0 if all are intact, 2 with a list of faults if not.
-"""
-
-import argparse
-from collections.abc import Iterator
-from pathlib import Path
-
-from megamod.errors import UserError, run_main
-
-
-def main() -> None:
-    """Check each group of files; list the faults at the end."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("path", type=Path, metavar="PATH", help="a folder, as above")
-    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
-    path = parser.parse_args().path
-    faults = []
-    for title, group_faults in iterate_file_groups(path):
-        print(f"{'FAULT' if group_faults else 'ok':<7}{title}", flush=True)
-        faults += group_faults
-    if faults:
-        listed = "".join(f"\n  {fault}" for fault in faults)
-        raise UserError(f"{path} is damaged, {len(faults)} faults:{listed}")
-
-
-def iterate_file_groups(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield (title, faults) for each group of files under a path."""
-    from megamod.states.forest import FILE
-
-    if not path.is_dir() and not (path.name == FILE and path.is_file()):
-        raise UserError(f"{path} is not a folder, and no {FILE}")
-    if (path / "databin.json").exists() or (path / "dict.txt").exists():
-        from megamod.data.lm.verify import check_databin
-
-        return check_databin(path)
-    from megamod.states.verify import check_path as of_states
-
-    return of_states(path)
-
+from megamod.commands.verify import main
+from megamod.errors import run_main
 
 if __name__ == "__main__":
     run_main(main)

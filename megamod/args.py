@@ -278,7 +278,7 @@ class MuxArgs(Arguments):
 class DataArgs(Arguments):
     """Data-bin, domains and sequences."""
 
-    data: str | None = option(None, "data-bin folder written by launchers/preprocess.py")
+    data: str | None = option(None, "data-bin folder written by megamod preprocess")
     domains: list[str] | None = option(  # noqa: RUF009
         None, "domains, in this order; none: all of the data-bin"
     )

@@ -7,7 +7,6 @@ that `--help` may take.
 """
 
 import argparse
-import difflib
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from typing import ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
 
+from megamod.command_line import CommandParser, complete_with, make_unknown_error
 from megamod.errors import UserError
 from megamod.files import write_atomic
 
@@ -170,7 +170,8 @@ def _read_recipe(path: Path, fields_by_name: dict[str, Field]) -> dict[str, tupl
         loader = yaml.SafeLoader(path.read_bytes())
         node = loader.get_single_node()
     except OSError as error:
-        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
+        listed = "; `megamod recipes` lists those that come along" if not path.exists() else ""
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}{listed}") from error
     except yaml.MarkedYAMLError as error:
         line, column = error.problem_mark.line + 1, error.problem_mark.column + 1
         where = f"recipe {path}, line {line}, column {column}"
@@ -183,7 +184,7 @@ def _read_recipe(path: Path, fields_by_name: dict[str, Field]) -> dict[str, tupl
     for key_node, value_node in node.value if node else ():
         key, where = str(key_node.value), f"recipe {path}, line {key_node.start_mark.line + 1}"
         if key not in fields_by_name:
-            raise _make_unknown_error(f"{where}: unknown key", key, fields_by_name)
+            raise make_unknown_error(f"{where}: unknown key", key, fields_by_name)
         if key in values:
             raise UserError(f"{where}: {key!r} appears twice")
         try:
@@ -200,17 +201,12 @@ def _parse_flags(
     arguments: list[str], classes: Sequence[type], doc: str | None
 ) -> argparse.Namespace:
     """Parse the flags on the command line, as text; raise UserError for unknown words."""
-    description, _, epilog = (doc or "").strip().partition("\n\n")
-    parser = _Parser(
+    parser = CommandParser(
+        doc,
         usage="%(prog)s [RECIPE.yaml] [--flag value ...]",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # LOCAL_RANK is what is read
-    parser.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
     for cls in classes:
         group = parser.add_argument_group(cls.__doc__.splitlines()[0].rstrip("."))
         for f in fields(cls):
@@ -223,28 +219,16 @@ def _parse_flags(
                 metavar="{" + ",".join(choices) + "}" if choices else _NAMES[kind][0],
             )
             text = f"{f.metadata['help']} (default: {'none' if f.default is None else f.default})"
-            group.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **argument_options)
+            action = group.add_argument(
+                f"--{f.name}", help=text.replace("%", "%%"), **argument_options
+            )
+            if choices:
+                complete_with(action, choices)
             if f.metadata["alias"]:
                 group.add_argument(
                     f"--{f.metadata['alias']}", help=f"same as --{f.name}", **argument_options
                 )
-    parsed, unknown = parser.parse_known_args(arguments)
-    for word in unknown:
-        if word.startswith("-"):
-            flag = word.partition("=")[0]
-            flags = [a for action in parser._actions for a in action.option_strings]
-            for answer in _FOREIGN.get(flag.lstrip("-"), ()):
-                if re.match(r"--\w+", answer)[0] in flags:
-                    raise UserError(f"unknown flag {flag!r}; here it is {answer}")
-            raise _make_unknown_error("unknown flag", flag, flags)
-    if unknown:
-        raise UserError(f"unexpected argument {unknown[0]!r}; a recipe is the first argument")
-    return parsed
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
+    return parser.parse_args(arguments)
 
 
 def _find_spelling(flag_field: Field, flags: dict[str, object]) -> tuple[str, object] | None:
@@ -326,13 +310,6 @@ def _check_value(flag_field: Field, value: object, where: str) -> object:
     )
 
 
-def _make_unknown_error(problem: str, word: str, words: Iterable[str]) -> UserError:
-    """Make the error for an unknown word, with the nearest known one if it is similar."""
-    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.75)
-    nearest = f"the nearest is {near[0]!r}, " if near else ""
-    return UserError(f"{problem} {word!r}; {nearest}--help lists all")
-
-
 # How help and messages name a type.
 _NAMES = {
     int: ("INT", "a whole number"),
@@ -341,26 +318,5 @@ _NAMES = {
     bool: ("BOOL", "true or false"),
     list[str]: ("NAME", "a list of names"),
     list[float]: ("FLOAT", "a list of numbers"),
-}
-# Flags of other programs, and their spelling here: the first that a launcher has.
-_FOREIGN = {
-    "lr": ("--learning_rate",),
-    "N": ("--num_instances",),
-    "fp16": ("--precision fp16",),
-    "bf16": ("--precision bf16",),
-    "batch_size": ("--per_device_train_batch_size", "--per_device_eval_batch_size"),
-    "train_batch_size": ("--per_device_train_batch_size",),
-    "eval_batch_size": ("--per_device_eval_batch_size",),
-    "max_length": ("--max_seq_length",),
-    "block_size": ("--max_seq_length",),
-    "steps": ("--max_steps",),
-    "epochs": ("--num_train_epochs", "--max_steps"),
-    "num_train_epochs": ("--max_steps",),
-    "overwrite_output_dir": ("--output_dir with a new folder, since no run is overwritten",),
-    "resume_from_checkpoint": ("--resume PATH",),
-    "eval_strategy": ("--eval_steps N",),
-    "save_strategy": ("--save_steps N",),
-    "dataset_name": ("--data, a folder written by launchers/preprocess.py",),
-    "train_file": ("--data, a folder written by launchers/preprocess.py",),
 }
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -1,17 +1,12 @@
-"""Run a launcher in the process of the tests."""
+"""Run a command in the process of the tests."""
 
-import importlib.util
+import importlib
 import sys
-from pathlib import Path
-
-LAUNCHERS = Path(__file__).resolve().parents[1] / "launchers"
 
 
 def launch(name: str, *words: object) -> None:
-    """Call `main` of a launcher with these words as its arguments."""
-    spec = importlib.util.spec_from_file_location(f"launch_{name}", LAUNCHERS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Call `main` of a command with these words as its arguments."""
+    module = importlib.import_module(f"megamod.commands.{name}")
     before, sys.argv = sys.argv, [f"{name}.py", *map(str, words)]
     try:
         module.main()

@@ -36,7 +36,9 @@ def setup_lists() -> dict[str, list[str]]:
 def declared() -> dict[str, Requirement]:
     """Return the requirements of an installation, and the optional ones except for developers."""
     lists = setup_lists()
-    expected = map(Requirement, lists["CORE"] + lists["TRITON"] + lists["EVAL"])
+    expected = map(
+        Requirement, lists["CORE"] + lists["TRITON"] + lists["COMPLETION"] + lists["EVAL"]
+    )
     return {canonicalize_name(item.name): item for item in expected}
 
 
@@ -130,22 +132,3 @@ def test_installed_for_every_folder_and_nothing_else(tmp_path):
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stdout.strip() == "['megamod', 'megamod_kernels']", done.stderr
-
-
-def test_launchers_help_without_torch():
-    """`--help` of every launcher shows its commands at once, since nothing heavy is loaded."""
-    program = (
-        "import runpy, sys\n"
-        "path = sys.argv[1]\n"
-        "sys.argv = [path, '--help']\n"
-        "try: runpy.run_path(path, run_name='__main__')\n"
-        "except SystemExit as end: code = end.code\n"
-        "heavy = ('torch', 'transformers', 'deepspeed', 'numpy')\n"
-        "print([m for m in heavy if m in sys.modules], code)"
-    )
-    for path in sorted((REPOSITORY / "launchers").glob("*.py")):
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(path)], capture_output=True, text=True
-        )
-        assert done.stdout.rstrip().endswith("[] 0"), f"{path.name}: {done.stdout}{done.stderr}"
-        assert f"launchers/{path.name}" in done.stdout

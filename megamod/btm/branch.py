@@ -1,6 +1,6 @@
 """First checkpoint of a new expert, built from the checkpoints of its parents.
 
-`branch` writes RUN/checkpoints/step-N, from which `launchers/pretrain.py --output_dir RUN` resumes
+`branch` writes RUN/checkpoints/step-N, from which `megamod pretrain --output_dir RUN` resumes
 like any interrupted run. With one parent, the optimizer state and its step are kept, and so is the
 position in the learning-rate schedule; only the data start over. The average of several parents, or
 a parent without an optimizer, starts at step 0 with a new optimizer.

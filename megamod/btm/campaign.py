@@ -283,5 +283,5 @@ def read_databin_domains(data: Path) -> tuple[str, ...]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{header}: cannot be read: {error!r}") from error
     if not domains:
-        raise UserError(f"--data {data}: is not a data-bin; launchers/preprocess.py writes one")
+        raise UserError(f"--data {data}: is not a data-bin; megamod preprocess writes one")
     return tuple(check_domain(domain, f"--data {data}") for domain in domains)

@@ -204,7 +204,7 @@ def _list_seed_arguments(campaign: Campaign) -> tuple[str, ...]:
 def _make_train_stage(
     parsed: Parsed, folder: Path, last_step: int, title: str = "train", **changes: object
 ) -> Stage:
-    """Build the stage of launchers/pretrain.py from `changes` and flags that are not defaults."""
+    """Build the stage of megamod pretrain from `changes` and flags that are not defaults."""
     changes["output_dir"] = str(folder)
     arguments: list[str] = []
     for args in parsed[1:]:

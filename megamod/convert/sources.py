@@ -108,7 +108,7 @@ def _read_config_fields(source: str, where: str) -> dict[str, object]:
         if path.is_file() or any(file.suffix in FAIRSEQ for file in path.glob("*")):
             raise UserError(
                 f"{where}: is no model folder (no config.json); a checkpoint of fairseq becomes "
-                f"one by `launchers/convert.py --format fairseq_lm --input {source} --output_dir "
+                f"one by `megamod convert --format fairseq_lm --input {source} --output_dir "
                 "DIR`"
             )
         raise UserError(f"{where}: there is no model (no config.json)")
@@ -139,7 +139,7 @@ def _check_fields(
     if isinstance(fields.get("num_tasks"), int):
         raise UserError(
             f"{where}: is a released checkpoint of CA-MTL; convert it first, its tasks in order: "
-            f"`launchers/convert.py --format ca_mtl --input {source} --tasks A B --output_dir DIR`"
+            f"`megamod convert --format ca_mtl --input {source} --tasks A B --output_dir DIR`"
         )
     instances = fields.get("num_instances", 1)
     if instances != 1 or ("muxing_variant" in fields and "num_instances" not in fields):
@@ -187,7 +187,7 @@ def _convert_into_cache(source: str, flag: str) -> Path:
     except OSError as error:
         raise UserError(
             f"{where}: its conversion cannot be kept in {cache} ({error.strerror}); convert it by "
-            f"`launchers/convert.py --format datamux --input {source} --output_dir DIR`"
+            f"`megamod convert --format datamux --input {source} --output_dir DIR`"
         ) from error
     logger.info("%s: a released checkpoint, converted into %s", where, target)
     return target

@@ -60,7 +60,7 @@ class HostfileReport:
             )
         if special := [name for name in names if set(name) & set(SEPARATORS)]:
             notes.append(
-                f"note: --include, --exclude and launchers/btm.py cannot select {special[0]}: "
+                f"note: --include, --exclude and megamod btm cannot select {special[0]}: "
                 "name the host, and its user, in ~/.ssh/config"
             )
         return notes
@@ -92,7 +92,7 @@ class HostfileFaults(UserError):
         self.faults = tuple(faults)
         shown = list(faults[:2])
         if len(faults) > 2:
-            shown[1] += f" (and {len(faults) - 2} more, which launchers/check_hostfile.py lists)"
+            shown[1] += f" (and {len(faults) - 2} more, which megamod check-hostfile lists)"
         listed = "".join(f"\n  {fault}" for fault in shown)
         super().__init__(f"hostfile {path} has {len(faults)} faults:{listed}")
 

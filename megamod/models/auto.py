@@ -33,7 +33,7 @@ def resolve_model_folder(model: str, flag: str = "--model") -> Path | None:
     if is_adapter(Path(model)):
         raise UserError(
             f"{flag} {model} is a LoRA adapter of {find_seed_folder(Path(model))}: name that "
-            "folder, or merge the adapter into it with launchers/merge.py"
+            "folder, or merge the adapter into it with megamod merge"
         )
     if (Path(model) / "config.json").is_file():
         return Path(model)
@@ -184,7 +184,7 @@ def check_vocabulary_fits(
     if ends != [None] and special_ids["eos_token_id"] not in ends:
         raise UserError(
             f"{where} ends a text with id {', '.join(map(str, ends))}, the data with id "
-            f"{special_ids['eos_token_id']}: make them with launchers/preprocess.py and its "
+            f"{special_ids['eos_token_id']}: make them with megamod preprocess and its "
             "tokenizer"
         )
 

@@ -79,11 +79,11 @@ FLAGS = ("--max_steps", "6", "--global_batch_size", "6", "--per_device_train_bat
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Stand-ins for launchers, a data-bin's header, a folder for what programs tell."""
+    """Stand-ins for commands, a data-bin's header, a folder for what programs tell."""
     for name, text in (("pretrain.py", PRETRAIN), ("forest.py", FOREST)):
         (tmp_path / "launchers").mkdir(exist_ok=True)
         (tmp_path / "launchers" / name).write_text(text)
-    btm = (REPOSITORY / "launchers" / "btm.py").read_text()
+    btm = (REPOSITORY / "megamod" / "commands" / "btm.py").read_text()
     (tmp_path / "launchers" / "btm.py").write_text(btm)
     (tmp_path / "told").mkdir()
     (tmp_path / "bin").mkdir()

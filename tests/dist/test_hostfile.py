@@ -113,7 +113,7 @@ def test_all_faults_at_once(tmp_path):
     assert numbers == [1, 1, 2, 2, 4, 5, 5, 6]
     lines = str(error.value).splitlines()
     assert len(lines) == 3 and lines[0].endswith(" has 8 faults:")
-    assert lines[2].endswith("(and 6 more, which launchers/check_hostfile.py lists)")
+    assert lines[2].endswith("(and 6 more, which megamod check-hostfile lists)")
 
 
 def test_a_missing_file(tmp_path):

@@ -1,4 +1,4 @@
-"""launchers/pretrain.py on a stock Llama under the two launchers that people use."""
+"""`megamod pretrain` on a stock Llama, as a module under the two launchers that people use."""
 
 import json
 import math
@@ -19,8 +19,8 @@ from megamod.data.lm.pretraining import LmData
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 STARTED = {
-    "deepspeed": ("--num_accelerators", "--untie", "feedforward"),
-    "torchrun": ("--nproc_per_node", "--untie", "none"),
+    "deepspeed": ("--module", "--num_accelerators", "--untie", "feedforward"),
+    "torchrun": ("-m", "--nproc_per_node", "--untie", "none"),
 }
 
 
@@ -46,7 +46,7 @@ def root(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("launcher", STARTED)
 def test_launchers_train_a_stock_model(launcher, root):
     """With experts under the one, and dense under the other."""
-    ranks, *untie = STARTED[launcher]
+    module, ranks, *untie = STARTED[launcher]
     out, demix = root / launcher, untie[1] != "none"
     flags = dict(model=root / "llama", data=root / "bin", output_dir=out, max_seq_length=LENGTH)
     flags |= dict(max_steps=2, per_device_train_batch_size=1, global_batch_size=2)
@@ -54,7 +54,7 @@ def test_launchers_train_a_stock_model(launcher, root):
     if demix:
         flags |= dict(deepspeed=REPOSITORY / "ds_configs" / "cpu_smoke.json")
     command = [BIN / launcher, ranks, 2, "--master_port", free_port()]
-    command += [REPOSITORY / "launchers" / "pretrain.py", *untie]
+    command += [module, "megamod", "pretrain", *untie]
     command += [word for name, value in flags.items() for word in (f"--{name}", value)]
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"  # where deepspeed looks for python
     done = subprocess.run(

@@ -393,5 +393,5 @@ def _refuse_megatron_index(path: Path, field: bytes, items: int, length: int) ->
     if len(field) == 8 and length in (expected, expected + items):
         raise UserError(
             f"{path}: is an index of Megatron-LM ({documents} document bounds at byte "
-            f"{HEADER.size}), not of fairseq; run launchers/preprocess.py on the text again"
+            f"{HEADER.size}), not of fairseq; run megamod preprocess on the text again"
         )

@@ -214,7 +214,7 @@ class DataBin:
         """Set the attributes from fairseq's files; raise UserError if there are none."""
         if (self.path / "tokenizer").is_dir():
             raise UserError(
-                f"--data {self.path}: was written by launchers/preprocess.py, but its {HEADER} is "
+                f"--data {self.path}: was written by megamod preprocess, but its {HEADER} is "
                 "missing; copy it again or preprocess the text again"
             )
         flat = [file for split in SPLITS if (file := self.path / f"{split}.idx").exists()]
@@ -227,7 +227,7 @@ class DataBin:
         if not flat and not files:
             raise UserError(
                 f"--data {self.path}: holds neither {HEADER} nor token files (train.idx or "
-                "NAME/train.idx), so it is not a data-bin; launchers/preprocess.py writes one"
+                "NAME/train.idx), so it is not a data-bin; megamod preprocess writes one"
             )
         self._flat = bool(flat)
         if flat:

@@ -120,7 +120,7 @@ def read_moe_record(folder: Path) -> MoeRecord:
         return MoeRecord(content["model_type"], content["shared"], experts, content["router"])
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: there is no {FILE}; mixtures of experts are made by launchers/to_moe.py"
+            f"{folder}: there is no {FILE}; mixtures of experts are made by megamod to-moe"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: is not the record of a mixture of experts: {error!r}") from error

@@ -261,7 +261,7 @@ def _check_layers(model: PreTrainedModel, weights: Mapping[str, Tensor], folder:
         if not name.startswith(start) or not is_update or ".lora_embedding" in name:
             raise UserError(
                 f"{folder}: the adapter changes {name}, which it cannot do beside other adapters "
-                f"of its seed; merge it first: launchers/merge.py --models {folder}"
+                f"of its seed; merge it first: megamod merge --models {folder}"
             )
 
 

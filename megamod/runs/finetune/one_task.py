@@ -220,7 +220,7 @@ def _find_instance_count(config: PreTrainedConfig, stage: OneTaskArgs) -> int:
     if stage.num_instances not in (None, instances):
         raise UserError(
             f"--num_instances {stage.num_instances}: the model {stage.model or stage.config_name} "
-            f"is made for {instances}; `launchers/pretrain.py --objective masked_lm --init_from "
+            f"is made for {instances}; `megamod pretrain --objective masked_lm --init_from "
             "MODEL --num_instances N` makes one for N"
         )
     return instances

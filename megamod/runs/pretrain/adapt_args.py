@@ -19,7 +19,7 @@ class AdaptArgs(Arguments):
     model: str | None = option(
         None, "folder of a dense model, instead of --forest", alias="model_name_or_path"
     )
-    data: str | None = option(None, "data-bin folder written by launchers/preprocess.py")
+    data: str | None = option(None, "data-bin folder written by megamod preprocess")
     verify_data: Literal["size", "sample", "full"] = option("sample", VERIFY_DATA)
     domain: str | None = option(None, "domain of the data-bin to adapt to; names the new expert")
     method: Literal["feedforward", "full"] = option(
@@ -29,7 +29,7 @@ class AdaptArgs(Arguments):
         None, "expert to start from; none: that of the highest posterior on the valid split"
     )
     prior: str | None = option(
-        None, "JSON of launchers/eval_ensemble.py with the weights that select the start"
+        None, "JSON of megamod eval-ensemble with the weights that select the start"
     )
     prior_sequences: int = option(
         100, "sequences of the valid split that select the start", least=1

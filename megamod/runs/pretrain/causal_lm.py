@@ -204,7 +204,7 @@ def list_stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
         raise UserError(
             f"--data {data.databin.path} was made with another tokenizer than that of "
             f"--model {model}: "
-            f"make it with launchers/preprocess.py --tokenizer {model}"
+            f"make it with megamod preprocess --tokenizer {model}"
         )
     return files
 

@@ -1,4 +1,4 @@
-"""Evaluate a mixture of the experts of a forest, as launchers/eval_ensemble.py does."""
+"""Evaluate a mixture of the experts of a forest, as megamod eval-ensemble does."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Flags of launchers/eval_ensemble.py."""
+"""Flags of megamod eval-ensemble."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ class EnsembleArgs(Arguments):
     """Experts, text, mixture and output."""
 
     forest: str | None = option(None, "forest.json, or a folder of experts")
-    data: str | None = option(None, "data-bin folder written by launchers/preprocess.py")
+    data: str | None = option(None, "data-bin folder written by megamod preprocess")
     verify_data: Literal["size", "sample", "full"] = option("sample", VERIFY_DATA)
     domain: list[str] | None = option(  # noqa: RUF009
         None, "domains of the data-bin to score", alias="domains"

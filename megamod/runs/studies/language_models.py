@@ -1,10 +1,10 @@
 """One cell of a study of language models: dense, DEMix or Branch-Train-Merge on some domains.
 
-A cell trains through the same functions as launchers/pretrain.py and launchers/forest.py, in this
+A cell trains through the same functions as megamod pretrain and megamod forest, in this
 process, in a folder named after its flags: runs that two cells have in common (the seed of a forest
 is the beginning of a dense run) are made once, and a cell that was interrupted goes on.
 
-Settings are flags of launchers/pretrain.py, and
+Settings are flags of megamod pretrain, and
     seed_share             train a forest, with a seed of so large a part of the steps
     expert_learning_rate   peak of the experts' schedule, whose place is that of the seed
     random_split           train the experts on a random split of the text (a control)

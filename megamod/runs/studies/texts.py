@@ -29,7 +29,7 @@ class StudyText:
         work: folder of the study's files.
         domains: trained on and scored.
         novel: scored alone.
-        tokenizer: as `launchers/preprocess.py --tokenizer`.
+        tokenizer: as `megamod preprocess --tokenizer`.
         held_out_bytes: of valid and of test text to keep per domain, in whole documents from the
             first on; None: all.
     """

@@ -1,0 +1,80 @@
+"""The console command: `megamod VERB ...`, `python -m megamod VERB ...`.
+
+deepspeed --module megamod VERB ...
+torchrun --nproc_per_node 2 -m megamod VERB ...
+"""
+
+import importlib
+import os
+import sys
+
+from megamod.command_line import CommandParser, complete_with, make_unknown_error
+from megamod.commands import GROUPS, list_verbs, read_summary
+from megamod.errors import UserError, run_main
+from megamod.version import __version__
+
+ENDING = """\
+megamod VERB --help lists the flags of a verb; hyphens and underscores are the same. In several
+processes: deepspeed --module megamod VERB ..., or launchers/VERB.py of the repository.
+Completion: pip install argcomplete, and in the shell eval "$(register-python-argcomplete megamod)".
+"""
+
+
+def main() -> None:
+    """Print the map, or call the `main` of a verb with the rest of the command line."""
+    words = sys.argv[1:]
+    if "_ARGCOMPLETE" in os.environ:
+        words = _complete_verb()
+    # The deepspeed launcher inserts --local_rank=N before the arguments of the user; LOCAL_RANK is
+    # what is read.
+    if words and words[0].startswith("--local_rank="):
+        words.pop(0)
+    verb = words.pop(0) if words else "--help"
+    if verb in ("-h", "--help"):
+        print(format_map())
+    elif verb == "--version":
+        print(f"megamod {__version__}")
+    elif verb.replace("_", "-") not in list_verbs():
+        raise make_unknown_error("unknown verb", verb, list_verbs())
+    else:
+        sys.argv = [f"megamod {verb}", *words]
+        importlib.import_module(f"megamod.commands.{verb.replace('-', '_')}").main()
+
+
+def format_map() -> str:
+    """Format all verbs by group, each with the summary of its command."""
+    lines = [f"megamod {__version__}: modular language models on DeepSpeed", ""]
+    lines += ["usage: megamod VERB ...", "       megamod --version", ""]
+    width = max(map(len, list_verbs()))
+    for title, names in GROUPS.items():
+        lines.append(title)
+        for name in names:
+            lines.append(f"  {name.replace('_', '-'):{width}}  {read_summary(name)}")
+        lines.append("")
+    return "\n".join([*lines, ENDING.rstrip()])
+
+
+def _complete_verb() -> list[str]:
+    """Complete the verb for the shell, or return the words of the line if it has one."""
+    import argcomplete
+
+    line, point = os.environ["COMP_LINE"], int(os.environ["COMP_POINT"])
+    # argcomplete counts in bytes, and skips as many words as _ARGCOMPLETE says.
+    before = argcomplete.split_line(line, len(line.encode()[:point].decode(errors="ignore")))[3]
+    skipped = int(os.environ["_ARGCOMPLETE"])
+    if len(before) > skipped:
+        os.environ["_ARGCOMPLETE"] = str(skipped + 1)
+        return before[skipped:]
+    parser = CommandParser(__doc__)
+    complete_with(parser.add_argument("verb"), list_verbs())
+    parser.parse_args([])
+    raise UserError("_ARGCOMPLETE is set, but no shell asks for completions")
+
+
+def run() -> None:
+    """Call `main` and end the process with the exit code of its outcome."""
+    run_main(main)
+
+
+if __name__ == "__main__":
+    run()

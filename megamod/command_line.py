@@ -1,0 +1,91 @@
+"""The parser of every command: one-sentence errors, flags of other programs, shell completion."""
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Iterable, Sequence
+
+from megamod.errors import UserError
+
+# Flags of other programs, and their spelling here: the first that a launcher has.
+FOREIGN_FLAGS = {
+    "lr": ("--learning_rate",),
+    "N": ("--num_instances",),
+    "fp16": ("--precision fp16",),
+    "bf16": ("--precision bf16",),
+    "batch_size": ("--per_device_train_batch_size", "--per_device_eval_batch_size"),
+    "train_batch_size": ("--per_device_train_batch_size",),
+    "eval_batch_size": ("--per_device_eval_batch_size",),
+    "max_length": ("--max_seq_length",),
+    "block_size": ("--max_seq_length",),
+    "steps": ("--max_steps",),
+    "epochs": ("--num_train_epochs", "--max_steps"),
+    "num_train_epochs": ("--max_steps",),
+    "overwrite_output_dir": ("--output_dir with a new folder, since no run is overwritten",),
+    "resume_from_checkpoint": ("--resume PATH",),
+    "eval_strategy": ("--eval_steps N",),
+    "save_strategy": ("--save_steps N",),
+    "dataset_name": ("--data, a folder written by megamod preprocess",),
+    "train_file": ("--data, a folder written by megamod preprocess",),
+}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An `argparse` parser whose errors are `UserError`s of one sentence.
+
+    Args:
+        doc: docstring of the command: its first paragraph heads the help, the rest ends it.
+        options: as for `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, doc: str | None, **options: object):
+        description, _, epilog = (doc or "").strip().partition("\n\n")
+        super().__init__(
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+        # `run_main` looks for it among the words of the command line.
+        self.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        if "_ARGCOMPLETE" in os.environ:
+            import argcomplete
+
+            argcomplete.autocomplete(self)  # ends the process
+        parsed, unknown = self.parse_known_args(args, namespace)
+        self._refuse_unknown_words(unknown)
+        return parsed
+
+    def _refuse_unknown_words(self, words: Sequence[str]) -> None:
+        flags = [text for action in self._actions for text in action.option_strings]
+        for word in words:
+            if word.startswith("-"):
+                flag = word.partition("=")[0]
+                for answer in FOREIGN_FLAGS.get(flag.lstrip("-"), ()):
+                    if re.match(r"--\w+", answer)[0] in flags:
+                        raise UserError(f"unknown flag {flag!r}; here it is {answer}")
+                raise make_unknown_error("unknown flag", flag, flags)
+        if words:
+            expected = "; a recipe is the first argument" if "[RECIPE" in (self.usage or "") else ""
+            raise UserError(f"unexpected argument {words[0]!r}{expected}")
+
+
+def complete_with(action: argparse.Action, values: Sequence[str]) -> None:
+    """Let the shell complete these values of a flag whose `choices` are checked later."""
+    action.completer = lambda **_: values
+
+
+def make_unknown_error(problem: str, word: str, words: Iterable[str]) -> UserError:
+    """Make the error for an unknown word, with the nearest known one if it is similar."""
+    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.75)
+    nearest = f"the nearest is {near[0]!r}, " if near else ""
+    return UserError(f"{problem} {word!r}; {nearest}--help lists all")
