@@ -110,7 +110,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {"megamod.models"}
         | {"megamod.merging.tensors"}
         | {"megamod.data", "megamod.data.corpus"},
-        {"torch", "transformers", "safetensors", "numpy", "scipy", "pydantic"},
+        {"torch", "transformers", "safetensors", "numpy", "scipy", "pydantic", "psutil"},
     ),
     "megamod.btm": (
         {"megamod.args", "megamod.flags", "megamod.dist.scope", "megamod.dist.hostfile"}

@@ -70,6 +70,8 @@ CHANGES = {
     "head_follow_residual": False,
     "seed": 3,
     "regularisation": 1.0,
+    "refine_steps": 1,
+    "maps": "maps",
     "calibration.path": "short.txt",
     "calibration.fraction": 0.3,
     "calibration.special_tokens": False,
@@ -77,8 +79,9 @@ CHANGES = {
     **{f"compat.{key}": True for key in vars(Compat())},
 }
 # What a change of these keys depends on: rounding, the order of a search, a tied matrix, or another
-# key; they are refused where they cannot have an effect (see below).
-_MAY_BE_EQUAL = {"seed", "compat.stacked", "head_follow_residual", "compat.unmerge"}
+# key; they are refused where they cannot have an effect (see below). Kept maps are those that would
+# be computed.
+_MAY_BE_EQUAL = {"seed", "compat.stacked", "head_follow_residual", "compat.unmerge", "maps"}
 
 
 def test_every_key_is_tried():
@@ -91,13 +94,13 @@ def test_every_key_is_tried():
 @pytest.mark.parametrize("method", ALIGNMENTS)
 def test_every_key_of_align_changes_the_result_or_is_refused(models_root, tmp_path, method):
     block: dict = {"method": method}
-    if method in ("activation", "ot"):
+    if method in ("activation", "ot", "orthogonal"):
         block["calibration"] = {"path": str(models_root / "text.txt")}
     plain = outcome(models_root, tmp_path, "plain", block)
     assert isinstance(plain, dict)
     ignored = []
     for key, value in CHANGES.items():
-        value = str(models_root / value) if key == "calibration.path" else value
+        value = str(models_root / value) if key in ("calibration.path", "maps") else value
         outer, _, inner = key.partition(".")
         changed = dict(block)
         changed[outer] = {**block.get(outer, {}), inner: value} if inner else value

@@ -1,4 +1,4 @@
-"""Align one model to another: from two models and calibration text to permutations.
+"""Align one model to another: from two models and calibration text to permutations and maps.
 
     options = Options(groups=("ff", "attn"))
     alignment = align(model_a, model_b, whole_batches(items, 8), options)
@@ -18,6 +18,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from megamod.data.corpus.fast_tokenizers import load_fast_tokenizer
 from megamod.errors import UserError
+from megamod.merging.alignment.align_orthogonal import (
+    align_by_maps,
+    align_weights_by_maps,
+    check_rotation,
+)
 from megamod.merging.alignment.calibration import Batch, iterate_whole_batches, read_token_ids
 from megamod.merging.alignment.groups import Group
 from megamod.merging.alignment.matching import (
@@ -36,6 +41,8 @@ from megamod.merging.alignment.measure import (
 )
 from megamod.merging.alignment.options import Calibration, Options
 from megamod.merging.alignment.record import Alignment, find_following_head, list_aligned_groups
+from megamod.merging.alignment.refine import Refinement
+from megamod.merging.alignment.reuse import compute_or_reuse
 from megamod.merging.alignment.statistics import average_moments
 from megamod.merging.alignment.symmetry import Symmetry, find_symmetry
 from megamod.merging.alignment.weight_matching import match_weights
@@ -61,7 +68,10 @@ def align_models(
             fit them, or the architecture does not support the options.
     """
     config, others = first.config.to_dict(), second.config.to_dict()
-    if options.method == "weight":
+    without_text = options.method == "orthogonal" and batches is None
+    if without_text and options.refine_steps:
+        raise UserError(f"align.refine_steps: {options.refine_steps} steps need calibration text")
+    if options.method == "weight" or without_text:
         return align_weights(config, first.state_dict(), others, second.state_dict(), options)
     symmetry = _find_common_symmetry(
         config,
@@ -78,10 +88,33 @@ def align_models(
             for g in _list_matched_groups(symmetry, options)
         }
         return _build_alignment(symmetry, matches, options, costs=False)
+    if options.method == "orthogonal":
+        return _align_by_maps(first, second, symmetry, list(batches), options)
     matched = _list_matched_groups(symmetry, options)
     observed = _list_observed_groups(matched, options)
     measured = measure_covariances(first, second, observed, symmetry.domains, batches, options)
     return _build_alignment(symmetry, _match_groups(matched, measured, options), options)
+
+
+def _align_by_maps(
+    first: PreTrainedModel,
+    second: PreTrainedModel,
+    symmetry: Symmetry,
+    batches: Sequence[Batch],
+    options: Options,
+) -> Alignment:
+    """Find orthogonal maps from text and weights, and refine them if the options say so."""
+
+    def compute(progress_file: Path | None) -> Alignment:
+        alignment = align_by_maps(first, second, symmetry, batches, options)
+        if not options.refine_steps:
+            return alignment
+        models, seed = (first, second), options.seed
+        refinement = Refinement(*models, symmetry, alignment, batches, seed, progress_file)
+        return refinement.run(options.refine_steps)
+
+    states = (first.state_dict(), second.state_dict())
+    return compute_or_reuse(options, states, batches, compute)
 
 
 def align_weights(
@@ -91,7 +124,7 @@ def align_weights(
     second: Mapping[str, Tensor],
     options: Options,
 ) -> Alignment:
-    """Find the permutations from weights alone (method "weight"); no model is run.
+    """Find the alignment from weights alone (method "weight" or "orthogonal"); no model is run.
 
     Args:
         config, other_config: configurations of the two.
@@ -102,6 +135,11 @@ def align_weights(
     symmetry = _find_common_symmetry(
         config, collect_float_shapes(first), other_config, collect_float_shapes(second), options
     )
+    if options.method == "orthogonal":
+        states = (first, second)
+        return compute_or_reuse(
+            options, states, (), lambda _: align_weights_by_maps(*states, symmetry, options)
+        )
     groups = {group.name: group for group in list_aligned_groups(symmetry, options)}
     residual = [group for group in groups.values() if group.family == "res"]
     tied_head = groups.get(find_following_head(symmetry, options) or "")
@@ -140,15 +178,17 @@ def _find_common_symmetry(
         UserError: if the models do not fit each other or the options.
     """
     check_same_architecture(config, other_config)
+    if options.method == "orthogonal":
+        check_rotation(config, other_config)
     symmetry = find_symmetry(config, shapes, qk=options.qk)
     _check_same_shapes(shapes, other_shapes, symmetry.tied)
-    rotated = any(
+    queries_move_whole = any(
         axis.part == "queries"
         for group in symmetry.select_groups("attn")
         for axis in group.producing_axes
     )
     mixed = options.attention == "ignore_heads" or options.method == "ot"
-    if rotated and "attn" in options.groups and mixed:
+    if queries_move_whole and "attn" in options.groups and mixed:
         key = "method: ot" if options.method == "ot" else "attention: ignore_heads"
         raise UserError(
             f"align.{key}: queries and keys of a {config['model_type']} can be permuted by whole "
@@ -310,7 +350,7 @@ def align_folders(
     """
     models = [load_model(name) for name in (first, second)]
     calibration = options.calibration
-    if batches is None and calibration.path is not None and options.method != "weight":
+    if batches is None and options.reads_text and calibration.path is not None:
         batches = read_calibration_batches(first, models[0].config, calibration)
     return align_models(*models, batches, options)
 

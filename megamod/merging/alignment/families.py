@@ -4,7 +4,7 @@ A new architecture of the same kind (attention, feed-forward, residual stream) i
 Names are relative to the backbone's prefix, and those inside a layer to the layer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,10 @@ class Family:
         outer_norm: norm after the embeddings (post-norm) or after the last layer (pre-norm).
         pre_norm: True if norms come before attention and feed-forward.
         transposed: True if weights are [in, out].
-        rotary: True if queries and keys are rotated, which fixes the order of their features.
+        rms: True if norms do not subtract the mean.
+        rotary: True if queries and keys are rotated, which fixes the order of their features. The
+            planes are entries (p, p + h / 2) of a head.
+        head_norms: True if queries and keys are normalised within heads.
         layers, heads: configuration fields with the numbers of layers and of attention heads.
         key_heads: configuration field with the number of key and value heads; None: as many.
         output_heads: heads that a model may have.
@@ -51,6 +54,7 @@ class Family:
         ties: value of `tie_word_embeddings` if the configuration does not have it.
         free: endings of the names of tensors that no permutation touches.
         residual: True if the residual stream can be permuted.
+        required: configuration fields with the only values that these names describe.
     """
 
     prefix: str
@@ -67,7 +71,9 @@ class Family:
     pre_norm: bool = False
     transposed: bool = False
     gate: str | None = None
+    rms: bool = False
     rotary: bool = False
+    head_norms: bool = False
     layers: str = "num_hidden_layers"
     heads: str = "num_attention_heads"
     key_heads: str | None = None
@@ -77,6 +83,7 @@ class Family:
     ties: bool = True
     free: tuple[str, ...] = ()
     residual: bool = True
+    required: tuple[tuple[str, object], ...] = ()
 
 
 _TABLES = tuple(f"embeddings.{name}_embeddings" for name in ("word", "position", "token_type"))
@@ -106,6 +113,7 @@ _LLAMA = Family(
     tables=("embed_tokens",),
     outer_norm="norm",
     pre_norm=True,
+    rms=True,
     rotary=True,
     key_heads="num_key_value_heads",
     readers=("lm_head", "score", "qa_outputs"),
@@ -187,6 +195,28 @@ FAMILIES = {
         # Old checkpoints store the causal mask.
         free=(".attn.bias", ".attn.masked_bias", "classifier.bias", "qa_outputs.bias"),
     ),
+    "opt": Family(
+        prefix="model.decoder.",
+        layer="layers.{}.",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        mixed="self_attn.out_proj",
+        widen="fc1",
+        narrow="fc2",
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        tables=("embed_tokens", "embed_positions"),
+        outer_norm="final_layer_norm",
+        pre_norm=True,
+        readers=("lm_head", "score", "qa_outputs"),
+        tied=(("lm_head.weight", "embed_tokens.weight"),),
+        free=("qa_outputs.bias",),
+        required=(
+            ("do_layer_norm_before", True),
+            ("layer_norm_elementwise_affine", True),
+            ("_remove_final_layer_norm", False),
+        ),
+    ),
     "demix": Family(
         prefix="model.",
         layer="layers.{}.",
@@ -206,5 +236,6 @@ FAMILIES = {
     # What follows keys and demultiplexer differs from variant to variant: their features stay.
     "mux_bert": Family(prefix="bert.", **_ENCODER, residual=False),
 }
-FAMILIES |= dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA)
+FAMILIES |= dict.fromkeys(("llama", "mistral", "qwen2"), _LLAMA)
+FAMILIES["qwen3"] = replace(_LLAMA, head_norms=True)
 FAMILIES["xlm-roberta"] = FAMILIES["roberta"]

@@ -1,7 +1,7 @@
 """Views of model folders in aligned order, so that any merge method can merge them.
 
 Nothing is written: rows are read in their new order, and the columns of a piece are reordered after
-it is read. With soft assignments each thread holds one whole tensor.
+it is read. With soft assignments and orthogonal maps each thread holds one whole tensor.
 """
 
 import threading
@@ -14,9 +14,11 @@ from megamod.merging.alignment.permute import (
     apply_changes,
     combine_axis_index,
     compute_axis_changes,
+    find_alignment_folding,
     find_scaled_spans,
     map_untied_tensors,
     scale_features,
+    transform_tensor,
 )
 from megamod.merging.alignment.record import Alignment
 from megamod.merging.alignment.symmetry import Symmetry, find_symmetry
@@ -35,7 +37,7 @@ class PermutedFolder(TensorView):
     Args:
         source: the folder.
         alignment: of its model to the reference.
-        reference: this is the reference: permute nothing, only add those matrices.
+        reference: this is the reference: permute nothing, only fold norms and add those matrices.
     Attributes:
         tensors: specification of every tensor.
         config: configuration of a model with these weights.
@@ -47,7 +49,8 @@ class PermutedFolder(TensorView):
         super().__init__(source)
         symmetry = find_folder_symmetry(source, qk=alignment.options.qk)
         all_changes = compute_axis_changes(symmetry, alignment)
-        self._stored = map_untied_tensors(symmetry, all_changes)
+        self._folding = find_alignment_folding(symmetry, alignment)
+        self._stored = map_untied_tensors(symmetry, all_changes, self._folding)
         self._changes: dict[str, list[AxisChange]] = {} if reference else all_changes
         self._scaled, self._tied = find_scaled_spans(symmetry, alignment), symmetry.tied
         self._cached = threading.local()
@@ -57,19 +60,26 @@ class PermutedFolder(TensorView):
         if self._stored:
             self.config |= {"tie_word_embeddings": False}
 
+    def _read_original(self, name: str) -> Tensor:
+        """Read a tensor as it is stored; a tied matrix under either name."""
+        return self.source.read(name if name in self.source.tensors else self._stored[name])
+
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
         """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on."""
         tensor_changes = self._changes.get(name, [])
         scaled = self._scaled.get(self._tied.get(name, name), [])
         original = name if name in self.source.tensors else self._stored[name]
-        if not tensor_changes and not scaled:
+        mixed = self._folding is not None or any(
+            change.is_soft or change.blocks is not None for change in tensor_changes
+        )
+        mixed = mixed and self.tensors[name].dtype.is_floating_point
+        if not tensor_changes and not scaled and not mixed:
             self.source.read_into(original, start, buffer)
             return
         spec = self.tensors[name]
-        soft = any(change.is_soft for change in tensor_changes)
-        if spec.nbytes <= PIECE or soft:
-            if soft:
-                whole = self._read_mixed_tensor(name, original)
+        if spec.nbytes <= PIECE or mixed:
+            if mixed:
+                whole = self._read_mixed_tensor(name)
             else:
                 whole = apply_changes(self.source.read(original), tensor_changes)
             whole = scale_features(whole, scaled)
@@ -85,11 +95,12 @@ class PermutedFolder(TensorView):
         part = scale_features(part, scaled, first)
         buffer.copy_(part.reshape(-1)[start - first * row :][: len(buffer)])
 
-    def _read_mixed_tensor(self, name: str, original: str) -> Tensor:
+    def _read_mixed_tensor(self, name: str) -> Tensor:
         """Read and mix a whole tensor; the last one is cached, as the next piece belongs to it."""
         cached = getattr(self._cached, "tensor", None)
         if cached is None or cached[0] != name:
-            cached = name, apply_changes(self.source.read(original), self._changes[name])
+            changes = self._changes.get(name, [])
+            cached = name, transform_tensor(name, self._read_original, self._folding, changes)
             self._cached.tensor = cached
         return cached[1]
 

@@ -13,12 +13,16 @@ class TensorAxis:
     Attributes:
         part: "features": all features of the group; "queries": all, but heads move as a whole;
             "keys": the same for the fewer key heads; "values": features of the key heads.
+        role: matrices of a `Group` that act on the entries: "stream" (residual stream), "qk" and
+            "values" (inside attention heads), "sign" (gated features); "gain" and "shift" of a norm
+            are never multiplied.
     """
 
     tensor: str
     dim: int
     start: int = 0
     part: str = "features"
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Group:
         producing_axes: weights that produce the features or act on each alone; `reading_axes`:
             weights that read them.
         hooks: where the features are observed; statistics of several hooks are added.
+        projections: of an attention group, where queries, keys and values are observed.
+        centred: observe the features of each token without their mean.
     """
 
     name: str
@@ -53,6 +59,8 @@ class Group:
     reading_axes: tuple[TensorAxis, ...]
     hooks: tuple[Hook, ...]
     queries_per_key: int = 1
+    projections: tuple[Hook, ...] = ()
+    centred: bool = False
 
     @property
     def axes(self) -> tuple[TensorAxis, ...]:
@@ -85,6 +93,11 @@ class Group:
         if axis.part != "values":
             features_within = torch.arange(self.head_width)
         return (head_order * self.head_width + features_within).flatten()
+
+    def spread_blocks(self, axis: TensorAxis, blocks: Tensor) -> Tensor:
+        """Repeat matrices [m, h, h] of the key heads for all heads [n, h, h] along an axis."""
+        count, width = blocks.shape[:2]
+        return blocks.repeat_interleave(self.count_entries(axis) // (count * width), 0)
 
     def spread_products(self, axis: TensorAxis, products: Tensor) -> Tensor:
         """Spread inner products of the entries of a tensor axis over pairs of features, [size,

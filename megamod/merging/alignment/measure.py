@@ -113,13 +113,13 @@ def measure_covariances(
                 def store_features(
                     group: Group, hook: Hook, x: Tensor, first_features=first_features, rows=rows
                 ) -> None:
-                    first_features[group.name, hook] = rows.select_rows(x)
+                    first_features[group.name, hook] = rows.select_features(group, x)
 
                 def add_covariance(
                     group: Group, hook: Hook, x: Tensor, first_features=first_features, rows=rows
                 ) -> None:
                     sums[group.name].add_batch(
-                        first_features.pop((group.name, hook)), rows.select_rows(x)
+                        first_features.pop((group.name, hook)), rows.select_features(group, x)
                     )
 
                 _run_with_hooks(first, batch, domain, groups, store_features)
@@ -150,8 +150,19 @@ class _RowSelection:
         level = self._level
         self.count = int(self._counted.sum()) if level == "none" else len(batch.lengths)
 
+    def select_features(self, group: Group, x: Tensor) -> Tensor:
+        """Select the rows [n, C] of a group's features, without the mean of each if the group says
+        so.
+        """
+        rows = self.select_rows(x)
+        return rows - rows.mean(-1, keepdim=True) if group.centred else rows
+
     def select_rows(self, x: Tensor) -> Tensor:
-        """Select the rows [n, C] that count, of features [B, L, C] or pooled features [B, C]."""
+        """Select the rows [n, C] that count, of features [B, L, C] or [B L, C], or pooled features
+        [B, C].
+        """
+        if x.dim() == 2 and len(x) != len(self._counted):  # OPT has no axis of items within layers
+            x = x.unflatten(0, (len(self._counted), -1))
         if x.dim() == 2:
             return x
         counted = self._fit_mask_to_length(x.shape[1])

@@ -6,7 +6,7 @@ from megamod.documents import check_document
 from megamod.errors import UserError
 from megamod.merging.alignment.align import align_folders, align_weights
 from megamod.merging.alignment.folder import PermutedFolder, find_folder_symmetry
-from megamod.merging.alignment.options import BY_TEXT, EffectiveOptions, Options
+from megamod.merging.alignment.options import EffectiveOptions, Options
 from megamod.merging.alignment.record import Alignment, make_identity_alignment
 from megamod.merging.tensors import TensorSource, describe_source
 from megamod.states.forest import read_model_config
@@ -30,9 +30,11 @@ def align_folder_views(
     for folder in folders[1:]:
         alignment = _align_two_folders(folders[0], folder, options, origin)
         view = PermutedFolder(folder, alignment)
-        if options.compat.scale:
+        if options.compat.scale or alignment.maps:
             views[0] = PermutedFolder(folders[0], alignment, reference=True)
-        if extra := sorted(view.tensors.keys() - folder.tensors.keys()):
+        extra = sorted(view.tensors.keys() - folder.tensors.keys())
+        # Folded norms untie the reference as well, so its result is whole.
+        if extra and not (view.tensors.keys() <= views[0].tensors.keys()):
             raise UserError(
                 f"{origin}: aligned so, {extra[0]} is no longer tied; leave head_follow_residual "
                 "on and head off in align"
@@ -47,7 +49,7 @@ def _align_two_folders(
     """Align the second folder to the first; raise UserError if the options need text that cannot be
     run.
     """
-    if options.method in BY_TEXT:
+    if options.reads_text:
         for folder in (first, second):
             if getattr(folder, "adapter", None) is not None:
                 raise UserError(

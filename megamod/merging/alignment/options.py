@@ -7,9 +7,11 @@ from pydantic import AfterValidator, Field, model_validator
 from megamod.documents import Document, Items, Number
 from megamod.merging.alignment.matching import ATTENTION
 
-METHODS = ("activation", "ot", "weight", "identity")
+METHODS = ("activation", "ot", "weight", "orthogonal", "identity")
 BY_TEXT = ("activation", "ot")
 """Methods that run models on calibration text."""
+BY_TEXT_OR_WEIGHTS = "orthogonal"
+"""Method that runs models if there is text."""
 GROUPS = ("ff", "attn", "res")
 RESIDUAL = ("first", "last", "all", "sep")
 SENTENCE_LEVELS = ("none", "cls", "maxpool", "avgpool")
@@ -61,8 +63,9 @@ class Options(Document):
 
     Attributes:
         method: "activation" (correlations on calibration text), "ot" (the same with soft
-            assignments, which changes the function of the model), "weight" (from weights alone) or
-            "identity".
+            assignments, which changes the function of the model), "weight" (from weights alone),
+            "orthogonal" (orthogonal maps beside permutations, from text and weights, or from
+            weights alone if there is no text) or "identity".
         regularisation: softness of "ot".
         groups: families that are permuted: "ff", "attn", "res".
         attention: see `matching.ATTENTION`.
@@ -76,8 +79,12 @@ class Options(Document):
         head_follow_residual: permute the features of a masked-LM head like the residual stream, so
             that its matrix stays tied to the embeddings. Otherwise the permuted model has an output
             matrix of its own.
-        calibration: text for "activation" and "ot".
-        seed: of the order of groups with "weight".
+        calibration: text for "activation", "ot" and "orthogonal".
+        refine_steps: steps of gradient descent on the loss half way between the models, which
+            refine the maps of "orthogonal".
+        maps: folder that keeps the maps of "orthogonal" under a digest of models, text and options;
+            they are read from it if they are there, and a refinement that was killed goes on.
+        seed: of the order of groups with "weight"; of what a refinement draws.
         compat: defects of the original program.
     """
 
@@ -94,6 +101,8 @@ class Options(Document):
     seed: int = 0
     compat: Compat = Compat()
     regularisation: _Positive = 0.1
+    refine_steps: int = Field(0, ge=0)
+    maps: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Options":
@@ -101,7 +110,17 @@ class Options(Document):
             raise ValueError("groups: is empty; name at least one of ff, attn, res")
         if self.method == "ot" and self.compat.unmerge:
             raise ValueError("compat.unmerge: goes with permutations, not with method ot")
+        if self.method == "orthogonal" and self.attention == "ignore_heads":
+            raise ValueError(
+                "attention: ignore_heads mixes heads, which method orthogonal does not"
+            )
         return self
+
+    @property
+    def reads_text(self) -> bool:
+        """Return True if models run on calibration text."""
+        named = self.calibration.path is not None
+        return self.method in BY_TEXT or (self.method == BY_TEXT_OR_WEIGHTS and named)
 
 
 def list_unused_keys(options: Options) -> list[str]:
@@ -109,30 +128,33 @@ def list_unused_keys(options: Options) -> list[str]:
 
     A record of an alignment holds all keys, so only documents that people write are checked.
     """
-    by_text, permuting = options.method in BY_TEXT, options.method != "identity"
+    by_correlation, permuting = options.method in BY_TEXT, options.method != "identity"
+    maps, by_text = options.method == BY_TEXT_OR_WEIGHTS, options.reads_text
     groups, compat, text = set(options.groups), options.compat, options.calibration
     effective = {
         "groups": permuting or compat.scale,
         "attention": permuting and "attn" in groups,
-        "residual": "res" in groups and (by_text or options.residual == "sep"),
-        "qk": permuting and "attn" in groups,
-        "absolute": by_text,
-        "covariance": by_text,
+        "residual": "res" in groups and not maps and (by_correlation or options.residual == "sep"),
+        "qk": permuting and not maps and "attn" in groups,
+        "absolute": by_correlation,
+        "covariance": by_correlation,
         "head": permuting or compat.scale,
         "head_follow_residual": permuting and "res" in groups,
-        "seed": options.method == "weight",
+        "seed": options.method == "weight" or (maps and options.refine_steps > 0),
+        "refine_steps": maps and by_text,
+        "maps": maps,
         "regularisation": options.method == "ot",
-        "calibration.path": by_text,
+        "calibration.path": by_text or maps,
         "calibration.fraction": by_text,
         "calibration.batch_size": by_text,
         "calibration.special_tokens": by_text and text.sentence_level != "cls",
         "calibration.sentence_level": by_text,
-        "compat.scale": True,
-        "compat.unmerge": permuting and "res" in groups,
-        "compat.res_attn_without_embeddings": permuting and groups == {"attn", "res"},
-        "compat.pooler_by_tokens": by_text and options.head,
-        "compat.cls_at_one": by_text and text.sentence_level == "cls",
-        "compat.stacked": by_text,
+        "compat.scale": not maps,
+        "compat.unmerge": permuting and not maps and "res" in groups,
+        "compat.res_attn_without_embeddings": permuting and not maps and groups == {"attn", "res"},
+        "compat.pooler_by_tokens": by_correlation and options.head,
+        "compat.cls_at_one": by_correlation and text.sentence_level == "cls",
+        "compat.stacked": by_correlation,
     }
     defaults, unused = Options(), []
     for key, used in effective.items():
@@ -145,6 +167,8 @@ def list_unused_keys(options: Options) -> list[str]:
 
 
 def _refuse_unused(options: Options) -> Options:
+    if options.refine_steps and options.method == BY_TEXT_OR_WEIGHTS and not options.reads_text:
+        raise ValueError("refine_steps: needs calibration.path, text to refine the maps on")
     if unused := list_unused_keys(options):
         raise ValueError(
             f"{unused[0]} has no effect with method {options.method} and groups "

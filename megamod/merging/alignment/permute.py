@@ -1,7 +1,7 @@
-"""Permutations applied to weights, and averages of aligned models.
+"""Permutations and orthogonal maps applied to weights, and averages of aligned models.
 
-A permuted model computes the same function: rows of the weights that produce features and columns
-of those that read them are reordered by indexing.
+An aligned model computes the same function: rows of the weights that produce features and columns
+of those that read them are reordered by indexing, and multiplied by the same orthogonal matrices.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from megamod.errors import UserError
-from megamod.merging.alignment.record import Alignment
+from megamod.merging.alignment.folding import Folding, Read, find_folding
+from megamod.merging.alignment.groups import Group, TensorAxis
+from megamod.merging.alignment.record import Alignment, Maps
 from megamod.merging.alignment.symmetry import Symmetry
 
 State = Mapping[str, Tensor]
@@ -23,16 +25,24 @@ _SCALE = 2 / (2 + 1e-5)  # factor of the original program, see `Compat.scale`
 @dataclass(frozen=True)
 class AxisChange:
     """New order of some entries of a tensor: entry i along `axis` is the former entry `index[i]`,
-    both counted from `start`. With a matrix, entry i is the sum weighted by row i."""
+    both counted from `start`. With a matrix, entry i is the sum weighted by row i.
+
+    Attributes:
+        index: None: the order stays.
+        blocks: [m, h, h], matrices that the entries are multiplied by after that, h at a time;
+            None: none. They are orthogonal, so weights that read the entries are multiplied by the
+            same.
+    """
 
     axis: int
     start: int
-    index: Tensor
+    index: Tensor | None
+    blocks: Tensor | None = None
 
     @property
     def is_soft(self) -> bool:
-        """True if entries are mixed, not only reordered."""
-        return self.index.dim() == 2
+        """True if entries are mixed by a soft assignment."""
+        return self.index is not None and self.index.dim() == 2
 
 
 def compute_axis_changes(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[AxisChange]]:
@@ -44,17 +54,40 @@ def compute_axis_changes(symmetry: Symmetry, alignment: Alignment) -> dict[str, 
     all_changes: dict[str, list[AxisChange]] = {}
     effective = alignment.find_applied_permutations(symmetry)
     for name, index in effective.items():
-        if torch.equal(index, torch.arange(len(index))):
+        group, maps = symmetry.groups[name], alignment.find_maps(symmetry.groups[name])
+        stays = torch.equal(index, torch.arange(len(index)))
+        if stays and not maps:
             continue
-        group = symmetry.groups[name]
         for axis in group.axes:
-            change = AxisChange(axis.dim, axis.start, group.make_entry_index(axis, index))
+            change = make_axis_change(group, axis, None if stays else index, maps)
             all_changes.setdefault(axis.tensor, []).append(change)
     if alignment.options.compat.unmerge and "res.emb" in effective:
         index = effective["res.emb"]
         for alias in _list_tied_matrices(symmetry):
             all_changes[alias] = [AxisChange(1, 0, index[index])]
     return all_changes
+
+
+def make_axis_change(
+    group: Group, axis: TensorAxis, permutation: Tensor | None, maps: Maps
+) -> AxisChange:
+    """Make the change of a group's entries along one tensor axis.
+
+    Args:
+        permutation: of the features; None: they stay in order.
+        maps: of the group by role.
+    """
+    index = None if permutation is None else group.make_entry_index(axis, permutation)
+    blocks = maps.get(axis.role)
+    if blocks is not None:
+        blocks = group.spread_blocks(axis, blocks)
+    return AxisChange(axis.dim, axis.start, index, blocks)
+
+
+def find_alignment_folding(symmetry: Symmetry, alignment: Alignment) -> Folding | None:
+    """Find how norms are folded before the maps of an alignment; None: they are not."""
+    streams = (role for maps in alignment.maps.values() for role in maps if role == "stream")
+    return find_folding(symmetry) if any(streams) else None
 
 
 Span = tuple[int, int, int]
@@ -92,9 +125,14 @@ def scale_features(tensor: Tensor, spans: Sequence[Span], first: int = 0) -> Ten
 
 
 def map_untied_tensors(
-    symmetry: Symmetry, all_changes: Mapping[str, list[AxisChange]]
+    symmetry: Symmetry, all_changes: Mapping[str, list[AxisChange]], folding: Folding | None
 ) -> dict[str, str]:
-    """Map tied tensors that need storage of their own once aligned to their original tensors."""
+    """Map tied tensors that need storage of their own once aligned to their original tensors.
+
+    A folded norm makes an output matrix differ from the table, unless its gain is 1 and its bias 0.
+    """
+    if folding is not None:
+        return dict(symmetry.tied)
     # A configuration unties all of them or none.
     same = all(
         _have_equal_changes(all_changes.get(alias, []), all_changes.get(source, []))
@@ -103,11 +141,25 @@ def map_untied_tensors(
     return {} if same else dict(symmetry.tied)
 
 
+def find_untied_tensors(symmetry: Symmetry, alignment: Alignment) -> dict[str, str]:
+    """Map tied tensors that an alignment unties to their original tensors."""
+    folding = find_alignment_folding(symmetry, alignment)
+    return map_untied_tensors(symmetry, compute_axis_changes(symmetry, alignment), folding)
+
+
 def _have_equal_changes(first: list[AxisChange], second: list[AxisChange]) -> bool:
     """Return True if two lists hold the same changes in the same order."""
     return len(first) == len(second) and all(
-        (a.axis, a.start) == (b.axis, b.start) and torch.equal(a.index, b.index)
+        (a.axis, a.start) == (b.axis, b.start)
+        and _are_equal(a.index, b.index)
+        and _are_equal(a.blocks, b.blocks)
         for a, b in zip(first, second, strict=True)
+    )
+
+
+def _are_equal(first: Tensor | None, second: Tensor | None) -> bool:
+    return first is second or (
+        first is not None and second is not None and torch.equal(first, second)
     )
 
 
@@ -118,14 +170,46 @@ def _list_tied_matrices(symmetry: Symmetry) -> set[str]:
 
 
 def apply_changes(tensor: Tensor, tensor_changes: list[AxisChange]) -> Tensor:
-    """Apply changes to a tensor; the same tensor if there are none."""
+    """Apply changes to a tensor; the same tensor if there are none. Gradients reach the blocks."""
     for change in tensor_changes:
         if change.is_soft:
             tensor = _mix_entries(tensor, change)
-    for axis in dict.fromkeys(change.axis for change in tensor_changes if not change.is_soft):
-        index = combine_axis_index(tensor.shape[axis], axis, tensor_changes)
+    hard = [c for c in tensor_changes if c.index is not None and not c.is_soft]
+    for axis in dict.fromkeys(change.axis for change in hard):
+        index = combine_axis_index(tensor.shape[axis], axis, hard)
         tensor = tensor.index_select(axis, index.to(tensor.device))
+    for change in tensor_changes:
+        if change.blocks is not None:
+            tensor = _multiply_blocks(tensor, change)
     return tensor
+
+
+def _multiply_blocks(tensor: Tensor, change: AxisChange) -> Tensor:
+    """Multiply entries along an axis by the matrices of a change, in the dtype of the tensor."""
+    blocks = change.blocks.to(tensor)
+    count, width, _ = blocks.shape
+    moved = tensor.movedim(change.axis, 0)
+    before, part, after = moved.tensor_split([change.start, change.start + count * width])
+    mixed = torch.bmm(blocks, part.reshape(count, width, -1)).view(part.shape)
+    return torch.cat([before, mixed, after]).movedim(0, change.axis)
+
+
+def transform_tensor(
+    name: str, read: Read, folding: Folding | None, tensor_changes: list[AxisChange]
+) -> Tensor:
+    """Return a tensor of the aligned model; with folding or maps computed in float64.
+
+    Args:
+        read: of the model as it is, tied matrices under both names.
+        folding: None: norms stay as they are.
+    """
+    tensor = read(name)
+    if not tensor.is_floating_point():
+        return tensor
+    if folding is None and all(change.blocks is None for change in tensor_changes):
+        return apply_changes(tensor, tensor_changes)
+    whole = tensor.double() if folding is None else folding.fold(name, read)
+    return apply_changes(whole, tensor_changes).to(tensor.dtype).contiguous()
 
 
 def _mix_entries(tensor: Tensor, change: AxisChange) -> Tensor:
@@ -147,7 +231,7 @@ def combine_axis_index(length: int, axis: int, tensor_changes: list[AxisChange])
     """Combine all changes along an axis into one index vector [length]."""
     index = torch.arange(length)
     for change in tensor_changes:
-        if change.axis == axis and not change.is_soft:
+        if change.axis == axis and change.index is not None and not change.is_soft:
             index[change.start : change.start + len(change.index)] = change.start + change.index
     return index
 
@@ -159,15 +243,15 @@ def permute_state(state: State, symmetry: Symmetry, alignment: Alignment) -> dic
     model must then be loaded with `tie_word_embeddings` off.
     """
     all_changes = compute_axis_changes(symmetry, alignment)
-    whole = _prepare_state(state, symmetry, alignment, all_changes)
-    return {
-        name: apply_changes(tensor, all_changes.get(name, [])) for name, tensor in whole.items()
-    }
+    return _transform_state(state, symmetry, alignment, all_changes, all_changes)
 
 
 def prepare_reference(state: State, symmetry: Symmetry, alignment: Alignment) -> dict[str, Tensor]:
-    """Return the weights of the reference under the names of `permute_state`."""
-    return _prepare_state(state, symmetry, alignment, compute_axis_changes(symmetry, alignment))
+    """Return the weights of the reference under the names of `permute_state`, norms folded if those
+    of the aligned model are.
+    """
+    all_changes = compute_axis_changes(symmetry, alignment)
+    return _transform_state(state, symmetry, alignment, all_changes, {})
 
 
 def interpolate_states(first: State, second: State, weight: float = 0.5) -> dict[str, Tensor]:
@@ -221,20 +305,28 @@ def merge_keeping_heads(
     )
 
 
-def _prepare_state(
+def _transform_state(
     state: State,
     symmetry: Symmetry,
     alignment: Alignment,
     all_changes: Mapping[str, list[AxisChange]],
+    applied: Mapping[str, list[AxisChange]],
 ) -> dict[str, Tensor]:
-    """Return the state before the permutation: with `Compat.scale` applied and untied matrices
-    added.
+    """Return the state with `Compat.scale` applied, untied matrices added, norms folded, and the
+    changes in `applied`.
+
+    Args:
+        all_changes: of the aligned model, which decide what is untied.
     """
     prepared = dict(state)
     for name, spans in find_scaled_spans(symmetry, alignment).items():
         prepared[name] = scale_features(prepared[name], spans)
-    needed = map_untied_tensors(symmetry, all_changes)
+    folding = find_alignment_folding(symmetry, alignment)
+    needed = map_untied_tensors(symmetry, all_changes, folding)
     for alias, source in symmetry.tied.items():
         if alias in prepared or alias in needed:
             prepared[alias] = prepared[source]
-    return prepared
+    return {
+        name: transform_tensor(name, prepared.__getitem__, folding, applied.get(name, []))
+        for name in prepared
+    }

@@ -1,7 +1,9 @@
-"""An alignment and its folder on disk: `alignment.json`, `permutations.safetensors`."""
+"""An alignment and its folder on disk: `alignment.json`, `permutations.safetensors`, and
+`maps.safetensors` if there are orthogonal maps.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +21,20 @@ from megamod.merging.alignment.symmetry import Symmetry
 from megamod.states.weights import write_tensors
 
 _RECORD, _PERMUTATIONS = "alignment.json", "permutations.safetensors"
+_MAPS = "maps.safetensors"
+_ORTHOGONAL = 1e-8
+"""Largest entry of M Mᵀ - I in a stored map."""
+_ONES = 1e-6
+"""Largest entry of Q 1 - 1 in the map of a stream between LayerNorms."""
+
+Maps = Mapping[str, Tensor]
+"""Orthogonal matrices [m, h, h] of a group by the role of the entries that they act on."""
 
 
 class _Record(Document):
     """The content of alignment.json."""
 
-    format: Literal[1]
+    format: Literal[1, 2]
     options: Options
     costs: dict[str, float]
 
@@ -40,11 +50,19 @@ class Alignment:
         costs: group -> summed similarity of matched features / (2 C): half the mean correlation.
             With `qk` the cost of an attention group is that of its queries and keys.
         options: that the alignment was computed with.
+        maps: group -> role -> [m, h, h] float64, orthogonal matrices that act on the permuted
+            features, with the method "orthogonal". All groups of the residual stream have the map
+            of "res.emb".
     """
 
     permutations: Mapping[str, Tensor]
     costs: Mapping[str, float]
     options: Options
+    maps: Mapping[str, Maps] = field(default_factory=dict)
+
+    def find_maps(self, group: Group) -> Maps:
+        """Return the maps of a group by role."""
+        return self.maps.get("res.emb" if group.family == "res" else group.name, {})
 
     def find_applied_permutations(self, symmetry: Symmetry) -> dict[str, Tensor]:
         """Return the permutations that are applied, by group.
@@ -64,8 +82,29 @@ class Alignment:
                     f"alignment: {group.name} has {group.size} features in this model; there is "
                     f"{size} for it"
                 )
+            self._check_maps(group, symmetry)
             chosen[group.name] = permutation
         return chosen
+
+    def _check_maps(self, group: Group, symmetry: Symmetry) -> None:
+        """Refuse maps of another size than the group's features, and a map of the stream that does
+        not fit the norms; raise UserError naming the group.
+        """
+        for role, blocks in self.find_maps(group).items():
+            size = group.size
+            if role in ("qk", "values"):
+                size //= group.queries_per_key
+            if blocks.shape[0] * blocks.shape[1] != size:
+                raise UserError(
+                    f"alignment: {group.name} has {size} features in this model; there is a map "
+                    f"{role} of {blocks.shape[0] * blocks.shape[1]}"
+                )
+            ones = blocks.sum(-1)
+            if role == "stream" and not symmetry.family.rms and (ones - 1).abs().max() > _ONES:
+                raise UserError(
+                    f"alignment: the map of {group.name} does not keep the vector of ones, as the "
+                    "norms of this model need"
+                )
 
     def save(self, folder: Path) -> None:
         """Write the folder atomically.
@@ -80,8 +119,16 @@ class Alignment:
                     {name: index.contiguous() for name, index in self.permutations.items()},
                     {"format": "pt"},
                 )
+                named = {
+                    f"{name}:{role}": blocks.contiguous()
+                    for name, maps in self.maps.items()
+                    for role, blocks in maps.items()
+                }
+                if named:
+                    write_tensors(temporary / _MAPS, named, {"format": "pt"})
                 options = self.options.model_dump()
-                record = {"format": 1, "options": options, "costs": dict(self.costs)}
+                version = 2 if named else 1
+                record = {"format": version, "options": options, "costs": dict(self.costs)}
                 write_json(temporary / _RECORD, record)
         except FileExistsError as error:
             raise UserError(f"{folder}: exists already") from error
@@ -125,10 +172,7 @@ def load_alignment(folder: Path) -> Alignment:
     """
     folder = Path(folder)
     record = read_document(folder / _RECORD, _Record)
-    try:
-        permutations = load_file(folder / _PERMUTATIONS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / _PERMUTATIONS} cannot be read: {error}") from error
+    permutations = _read_tensors(folder / _PERMUTATIONS)
     for name, index in permutations.items():
         if index.dim() == 2 and record.options.method == "ot":
             sums = torch.cat([index.sum(0), index.sum(1)])
@@ -137,4 +181,25 @@ def load_alignment(folder: Path) -> Alignment:
             good = index.dim() == 1 and torch.equal(index.sort().values, torch.arange(len(index)))
         if not good:
             raise UserError(f"{folder / _PERMUTATIONS}: {name} is not a permutation")
-    return Alignment(permutations, record.costs, record.options)
+    maps: dict[str, dict[str, Tensor]] = {}
+    for key, blocks in (_read_tensors(folder / _MAPS) if record.format == 2 else {}).items():
+        name, _, role = key.rpartition(":")
+        if not _is_orthogonal(blocks):
+            raise UserError(f"{folder / _MAPS}: {key} is not made of orthogonal matrices")
+        maps.setdefault(name, {})[role] = blocks
+    return Alignment(permutations, record.costs, record.options, maps)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _is_orthogonal(blocks: Tensor) -> bool:
+    """Return True for float64 [m, h, h] with M Mᵀ = I to `_ORTHOGONAL`."""
+    if blocks.dtype != torch.float64 or blocks.dim() != 3 or blocks.shape[1] != blocks.shape[2]:
+        return False
+    error = blocks @ blocks.mT - torch.eye(blocks.shape[1], dtype=blocks.dtype)
+    return bool(error.abs().max() <= _ORTHOGONAL)

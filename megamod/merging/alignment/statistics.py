@@ -86,18 +86,31 @@ class CrossCovariance:
                 features that exist once per sequence, which makes their means wrong.
         """
         sums, squares, product, n = self._sums, self._squares, self._product, self.count
-        if count is not None and count != n and self._shifts is None:
+        if count is not None and count != n:
+            sums, squares, product = self._compute_raw_sums()
             n = count
-        elif count is not None and count != n:
-            shifts = torch.stack(self._shifts).double()
-            squares = squares + 2 * shifts * sums + n * shifts**2
-            product += torch.outer(shifts[0], sums[1]) + torch.outer(sums[0], shifts[1])
-            product += n * torch.outer(*shifts)
-            sums, n = sums + n * shifts, count
         mean = sums / n
         variance = squares / n - mean**2
         product.div_(n).sub_(torch.outer(*mean))
         return Moments(variance[0], variance[1], product)
+
+    def compute_products(self) -> Moments:
+        """Compute sums of squares and of products as they are, means included; the sums are
+        overwritten.
+        """
+        _, squares, product = self._compute_raw_sums()
+        return Moments(squares[0].cpu(), squares[1].cpu(), product.cpu())
+
+    def _compute_raw_sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return sums, squares and products of the features without the shift."""
+        sums, squares, product, n = self._sums, self._squares, self._product, self.count
+        if self._shifts is None:
+            return sums, squares, product
+        shifts = torch.stack(self._shifts).double()
+        squares = squares + 2 * shifts * sums + n * shifts**2
+        product += torch.outer(shifts[0], sums[1]) + torch.outer(sums[0], shifts[1])
+        product += n * torch.outer(*shifts)
+        return sums + n * shifts, squares, product
 
 
 def average_moments(moments: Sequence[Moments]) -> Moments:

@@ -23,17 +23,21 @@ class Symmetry:
 
     Attributes:
         groups: by name.
+        family: names of the architecture.
         tied: tensor -> tensor that it shares storage with.
         unknown: tensors whose role in the model is not known.
         domains: of a model with experts.
         output_heads: of the model.
+        tensors: names of all tensors.
     """
 
     groups: Mapping[str, Group]
+    family: Family
     tied: Mapping[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
     output_heads: tuple[Head, ...] = ()
+    tensors: frozenset[str] = frozenset()
 
     def select_groups(self, *families: str) -> list[Group]:
         """Return the groups of these families, in the order of the computation."""
@@ -56,6 +60,7 @@ def find_symmetry(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fa
         known = ", ".join(sorted(FAMILIES))
         raise UserError(f"model_type {kind!r}: cannot be aligned; known are {known}")
     family = FAMILIES[kind]
+    _check_required_fields(family, config)
     dense = {to_dense_name(name): name for name in shapes}
     prefix = family.prefix if any(name.startswith(family.prefix) for name in dense) else ""
     names = _ModuleNames(family, prefix, {name: tuple(shapes[raw]) for name, raw in dense.items()})
@@ -100,11 +105,23 @@ def find_symmetry(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fa
         _check_group_shapes(group, shapes, tied)
     return Symmetry(
         {group.name: group for group in expanded},
+        family,
         {alias: source for alias, source in tied.items() if source in shapes},
         unknown,
         domains,
         tuple(head for head, _ in output_heads),
+        frozenset(shapes),
     )
+
+
+def _check_required_fields(family: Family, config: Mapping[str, object]) -> None:
+    """Refuse a configuration that the family's names do not describe; raise UserError naming the
+    field.
+    """
+    for key, required in family.required:
+        value = config.get(key, required)
+        if value != required:
+            raise UserError(f"config.json: {key} is {value!r}; only {required!r} can be aligned")
 
 
 @dataclass(frozen=True)
@@ -129,12 +146,13 @@ class _ModuleNames:
         return f"{module}.weight" in self.shapes
 
     def list_produced_axes(
-        self, module: str, start: int = 0, part: str = "features"
+        self, module: str, start: int = 0, part: str = "features", role: str = ""
     ) -> list[TensorAxis]:
         """List the tensor axes along which a dense layer produces features."""
-        axes = [TensorAxis(f"{module}.weight", 1 if self.family.transposed else 0, start, part)]
+        dim = 1 if self.family.transposed else 0
+        axes = [TensorAxis(f"{module}.weight", dim, start, part, role)]
         if f"{module}.bias" in self.shapes:
-            axes.append(TensorAxis(f"{module}.bias", 0, start, part))
+            axes.append(TensorAxis(f"{module}.bias", 0, start, part, role))
         return axes
 
     def list_widening_modules(self, layer: str) -> list[str]:
@@ -144,18 +162,19 @@ class _ModuleNames:
         parts = (self.family.widen, *((self.family.gate,) if self.family.gate else ()))
         return [layer + part for part in parts]
 
-    def list_read_axes(self, module: str) -> list[TensorAxis]:
+    def list_read_axes(self, module: str, role: str = "stream") -> list[TensorAxis]:
         """List the tensor axes along which a dense layer reads features. Heads are never stored
         transposed.
         """
         inside = module.startswith(self.prefix) and self.prefix
-        return [TensorAxis(f"{module}.weight", 0 if self.family.transposed and inside else 1)]
+        dim = 0 if self.family.transposed and inside else 1
+        return [TensorAxis(f"{module}.weight", dim, role=role)]
 
     def list_scaled_axes(self, module: str) -> list[TensorAxis]:
         """List the tensor axes along which a norm scales features."""
-        axes = [TensorAxis(f"{module}.weight", 0)]
+        axes = [TensorAxis(f"{module}.weight", 0, role="gain")]
         if f"{module}.bias" in self.shapes:
-            axes.append(TensorAxis(f"{module}.bias", 0))
+            axes.append(TensorAxis(f"{module}.bias", 0, role="shift"))
         return axes
 
     def find_axis_length(self, tensor: str, axis: int) -> int:
@@ -216,14 +235,14 @@ def _find_output_readers(
                 None,
             )
             heads.append((head, reader))
-            into.append(TensorAxis(f"{dense}.weight", 1))
+            into.append(TensorAxis(f"{dense}.weight", 1, role="stream"))
     taken = {reader for _, reader in heads}
     for reader in family.readers:
         module = names.prefix + reader if names.has_module(names.prefix + reader) else reader
         alias = any(alias == f"{module}.weight" for alias, _ in family.tied)
         exists = names.has_module(module) or (alias and names.may_have_tensor(f"{module}.weight"))
         if exists and module not in taken:
-            into.append(TensorAxis(f"{module}.weight", 1))
+            into.append(TensorAxis(f"{module}.weight", 1, role="stream"))
     return heads, into
 
 
@@ -231,7 +250,7 @@ def _make_embedding_group(names: _ModuleNames) -> Group:
     """Make the group of the residual stream before the first layer."""
     family, prefix = names.family, names.prefix
     out = [
-        TensorAxis(f"{prefix}{table}.weight", 1)
+        TensorAxis(f"{prefix}{table}.weight", 1, role="stream")
         for table in family.tables
         if names.has_module(prefix + table)
     ]
@@ -282,11 +301,12 @@ def _make_layer_groups(
     fused = query == key
     starts = (0, size, 2 * size) if fused else (0, 0, 0)
     parts = ("queries", "keys", "values") if family.rotary else ("features",) * 3
-    projections = zip((query, key, value), starts, parts, strict=True)
+    roles = ("qk", "qk", "values")
+    projections = zip((query, key, value), starts, parts, roles, strict=True)
     produced = [names.list_produced_axes(*projection) for projection in projections]
     out = [*produced[0], *produced[1]]
     hook = Hook(mixed, "input")
-    into = names.list_read_axes(mixed)
+    into = names.list_read_axes(mixed, "values")
     groups = []
     if qk:
         hooks = [Hook(key, "output", starts[1]), Hook(query, "output", starts[0])]
@@ -294,10 +314,23 @@ def _make_layer_groups(
         out = []
     out += produced[2]
     attention = _make_group(f"layer.{layer}.attn", "attn", size, key_heads, out, into, [hook])
-    groups.append(replace(attention, queries_per_key=heads // key_heads))
+    observed = zip((query, key, value), starts, strict=True)
+    groups.append(
+        replace(
+            attention,
+            queries_per_key=heads // key_heads,
+            projections=tuple(Hook(module, "output", start) for module, start in observed),
+        )
+    )
     wide = names.find_axis_length(f"{narrow}.weight", inputs)
-    out = [axis for module in widen for axis in names.list_produced_axes(module)]
-    into, hooks = names.list_read_axes(narrow), [Hook(narrow, "input")]
+    # The gate decides what passes, so its sign is fixed; that of what it multiplies is free.
+    signs = ["sign", ""] if family.gate else [""]
+    out = [
+        axis
+        for module, role in zip(widen, signs, strict=True)
+        for axis in names.list_produced_axes(module, role=role)
+    ]
+    into, hooks = names.list_read_axes(narrow, signs[0]), [Hook(narrow, "input")]
     feed_forward = _make_group(f"layer.{layer}.ffn", "ff", wide, None, out, into, hooks)
     if not family.residual:
         return [*groups, feed_forward]
@@ -314,13 +347,13 @@ def _make_layer_groups(
         for name, out, norm, into in (
             (
                 "attn_ln",
-                names.list_produced_axes(mixed) + names.list_scaled_axes(after[0]),
+                names.list_produced_axes(mixed, role="stream") + names.list_scaled_axes(after[0]),
                 after[0],
                 [axis for module in widen for axis in names.list_read_axes(module)],
             ),
             (
                 "final_ln",
-                names.list_produced_axes(narrow) + names.list_scaled_axes(after[1]),
+                names.list_produced_axes(narrow, role="stream") + names.list_scaled_axes(after[1]),
                 after[1],
                 following_readers,
             ),
@@ -383,16 +416,19 @@ def _group_for_expert(group: Group, named: Mapping[str, list[str]], domain: str 
             for name in expert_tensor_names(axis.tensor)
         )
 
-    hooks = tuple(
-        replace(hook, module=name.removesuffix(".weight"))
-        for hook in group.hooks
-        for name in expert_tensor_names(f"{hook.module}.weight")
-    )
+    def rename_hooks(dense: Sequence[Hook]) -> tuple[Hook, ...]:
+        return tuple(
+            replace(hook, module=name.removesuffix(".weight"))
+            for hook in dense
+            for name in expert_tensor_names(f"{hook.module}.weight")
+        )
+
     return replace(
         group,
         producing_axes=rename_axes(group.producing_axes),
         reading_axes=rename_axes(group.reading_axes),
-        hooks=hooks,
+        hooks=rename_hooks(group.hooks),
+        projections=rename_hooks(group.projections),
     )
 
 

@@ -49,10 +49,8 @@ from megamod.merging.alignment.align import (
 )
 from megamod.merging.alignment.calibration import iterate_whole_batches, read_token_ids
 from megamod.merging.alignment.measure import load_model
-from megamod.merging.alignment.options import BY_TEXT
 from megamod.merging.alignment.permute import (
-    compute_axis_changes,
-    map_untied_tensors,
+    find_untied_tensors,
     permute_state,
     prepare_reference,
 )
@@ -182,7 +180,7 @@ def _read_calibration(
         UserError: if there is no text, or the fraction is less than one item.
     """
     options = study.variants[variant]
-    if options.method not in BY_TEXT:
+    if not options.reads_text:
         return None
     calibration, items = options.calibration, held_out.calibration
     try:
@@ -351,7 +349,7 @@ def _compute_curve(
         prepare_reference(first.state_dict(), symmetry, alignment),
         permute_state(second.state_dict(), symmetry, alignment),
     )
-    if map_untied_tensors(symmetry, compute_axis_changes(symmetry, alignment)):
+    if find_untied_tensors(symmetry, alignment):
         _untie(second)
     ends = tuple({name: tensor.clone() for name, tensor in state.items()} for state in ends)
     weights = list_even_weights(study.points)

@@ -1,0 +1,197 @@
+"""Align two models by orthogonal maps: closed form from text, from weights, or both.
+
+With text, one pass over it gives the sums of products of all features, and a map of each group; a
+descent on the weights starts from these maps. Without text it starts from the identity.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from megamod.errors import UserError
+from megamod.merging.alignment.calibration import Batch
+from megamod.merging.alignment.folding import Folding, Read, find_folding
+from megamod.merging.alignment.groups import Group
+from megamod.merging.alignment.matching import assign_features
+from megamod.merging.alignment.measure import FeatureStatistics, measure_covariances
+from megamod.merging.alignment.options import Options
+from megamod.merging.alignment.orthogonal import (
+    GroupMatch,
+    list_observed_parts,
+    match_observed_heads,
+    match_observed_stream,
+    match_signed_features,
+    select_inner_kind,
+)
+from megamod.merging.alignment.record import Alignment, find_following_head, list_aligned_groups
+from megamod.merging.alignment.symmetry import Symmetry
+from megamod.merging.alignment.weight_descent import WeightDescent, make_identity_match
+
+_ROUNDS_AFTER_TEXT = 2
+_ROUNDS = 100
+
+
+_SAME = (
+    *("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "head_dim", "sliding_window"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "activation_function", "hidden_act"),
+)
+"""Configuration fields in which two models must agree for one map to fit both."""
+
+
+def check_rotation(config: Mapping[str, object], other: Mapping[str, object]) -> None:
+    """Refuse two configurations that maps do not fit.
+
+    Raises:
+        UserError: naming the field.
+    """
+    for key in _SAME:
+        if config.get(key) != other.get(key):
+            raise UserError(
+                f"{key} is {config.get(key)!r} in the first model, {other.get(key)!r} in the "
+                "second; only models that agree in it can be aligned by orthogonal maps"
+            )
+    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    part = config.get("partial_rotary_factor") or rotary.get("partial_rotary_factor") or 1.0
+    if part != 1.0:
+        raise UserError(
+            f"config.json: partial_rotary_factor is {part!r}; heads that are rotated in part "
+            "cannot be aligned by orthogonal maps"
+        )
+
+
+def rotates_stream(symmetry: Symmetry, options: Options) -> bool:
+    """Return True if the residual stream is rotated; in post-norm models it is permuted."""
+    return "res" in options.groups and symmetry.family.pre_norm
+
+
+def align_by_maps(
+    first: PreTrainedModel,
+    second: PreTrainedModel,
+    symmetry: Symmetry,
+    batches: Iterable[Batch],
+    options: Options,
+) -> Alignment:
+    """Find the maps from text, then from weights.
+
+    Raises:
+        UserError: if the text is too short or does not fit the models.
+    """
+    matches = _match_by_text(first, second, symmetry, batches, options)
+    states = (first.state_dict(), second.state_dict())
+    return _descend(*states, symmetry, options, matches, _ROUNDS_AFTER_TEXT)
+
+
+def align_weights_by_maps(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], symmetry: Symmetry, options: Options
+) -> Alignment:
+    """Find the maps from weights alone."""
+    groups = list_aligned_groups(symmetry, options)
+    start = {group.name: make_identity_match(group) for group in groups}
+    return _descend(first, second, symmetry, options, start, _ROUNDS)
+
+
+def _match_by_text(
+    first: PreTrainedModel,
+    second: PreTrainedModel,
+    symmetry: Symmetry,
+    batches: Iterable[Batch],
+    options: Options,
+) -> dict[str, GroupMatch]:
+    """Run both models on the text and match every group by the products of its features."""
+    groups = list_aligned_groups(symmetry, options)
+    rotates, keeps_ones = rotates_stream(symmetry, options), not symmetry.family.rms
+    following = find_following_head(symmetry, options)
+    observed: list[Group] = []
+    for group in groups:
+        if group.family == "attn" or (group.family == "res" and rotates):
+            observed += list_observed_parts(group, keeps_ones)
+        elif group.name != following and (group.family != "res" or group.name == "res.emb"):
+            observed.append(group)
+    measured = measure_covariances(first, second, observed, symmetry.domains, batches, options)
+    shared = _match_stream(groups, symmetry, measured, options)
+    matches: dict[str, GroupMatch] = {}
+    for group in groups:
+        if group.family == "res" or group.name == following:
+            matches[group.name] = shared
+        elif group.family == "attn":
+            kind = select_inner_kind(symmetry.family)
+            matches[group.name] = match_observed_heads(group, measured, kind, options.attention)
+        else:
+            matches[group.name] = _match_features(group, measured)
+    return matches
+
+
+def _match_stream(
+    groups: list[Group], symmetry: Symmetry, measured: FeatureStatistics, options: Options
+) -> GroupMatch | None:
+    """Match the residual stream: by a map, or in post-norm models by a permutation."""
+    stream = [group for group in groups if group.family == "res"]
+    if not stream:
+        return None
+    if not rotates_stream(symmetry, options):
+        return _match_features(stream[0], measured)
+    places = {g.name: measured.covariances[g.name].compute_products() for g in stream}
+    keeps_ones = not symmetry.family.rms
+    return match_observed_stream(places, stream[0].size, measured.row_count, keeps_ones)
+
+
+def _match_features(group: Group, measured: FeatureStatistics) -> GroupMatch:
+    """Match the features of a group by their correlations."""
+    correlation = measured.covariances[group.name].compute_moments().compute_correlation().cpu()
+    if any(axis.role == "sign" for axis in group.axes):
+        return match_signed_features(correlation)
+    match = assign_features(correlation)
+    return GroupMatch(match.permutation, {}, match.value)
+
+
+def _descend(
+    first: Mapping[str, Tensor],
+    second: Mapping[str, Tensor],
+    symmetry: Symmetry,
+    options: Options,
+    start: Mapping[str, GroupMatch],
+    rounds: int,
+) -> Alignment:
+    """Go on from matches by the weights, and build the alignment."""
+    groups = {group.name: group for group in list_aligned_groups(symmetry, options)}
+    rotates = rotates_stream(symmetry, options)
+    folding = find_folding(symmetry) if rotates else None
+    following = groups.get(find_following_head(symmetry, options) or "")
+    stream = [group for group in groups.values() if group.family == "res"]
+    units = [[*stream, *([following] if following else [])]] if stream else []
+    units += [[g] for g in groups.values() if g not in stream and g is not following]
+    # A tied matrix counts besides its original only if it has a norm or features of its own.
+    own = {a.tensor for (g, *_) in units if g.family == "head" for a in g.reading_axes}
+    descent = WeightDescent(
+        _make_read(first, symmetry, folding),
+        _make_read(second, symmetry, folding),
+        units,
+        lambda name: name not in symmetry.tied or folding is not None or name in own,
+        folded=rotates,
+        keeps_ones=not symmetry.family.rms,
+        kind=select_inner_kind(symmetry.family),
+        mode=options.attention,
+    )
+    matches = descent.descend(start, rounds)
+    permutations, maps, costs = {}, {}, {}
+    for name, group in groups.items():
+        match = matches[name]
+        kept = match.permutation
+        permutations[name] = torch.arange(group.size) if kept is None else kept
+        if match.maps and (group.family != "res" or name == "res.emb"):
+            maps[name] = match.maps
+        costs[name] = match.value / (2 * group.size)
+    return Alignment(permutations, costs, options, maps)
+
+
+def _make_read(state: Mapping[str, Tensor], symmetry: Symmetry, folding: Folding | None) -> Read:
+    """Return a function that reads tensors in float64, with norms folded; tied ones by any name."""
+
+    def read(name: str) -> Tensor:
+        return state[name if name in state else symmetry.tied[name]].cpu()
+
+    if folding is None:
+        return lambda name: read(name).double()
+    return lambda name: folding.fold(name, read)

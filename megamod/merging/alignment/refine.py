@@ -1,0 +1,347 @@
+"""Refinement of orthogonal maps by the loss half way between two causal language models.
+
+On top of the aligned model B come maps that start at the identity, made of skew matrices, so that
+every iterate is orthogonal: exp(S - Sᵀ) (of the residual stream exp(C (S - Sᵀ) C), which keeps the
+vector of ones), and with rotary embeddings an angle per plane. A step draws rows of the calibration
+text and λ between 0.3 and 0.7, and descends on the loss of (1 - λ) A + λ map(B). Orders of features
+and of heads stay.
+Source: Theus et al. 2025 (Generalized linear mode connectivity for transformers), section 4, for
+learned maps.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from megamod.errors import UserError
+from megamod.files import write_atomic
+from megamod.merging.alignment.calibration import Batch, iterate_whole_batches
+from megamod.merging.alignment.groups import Group
+from megamod.merging.alignment.orthogonal import (
+    FREE,
+    PLANES,
+    make_plane_rotations,
+    select_inner_kind,
+    solve_procrustes,
+    solve_stream,
+)
+from megamod.merging.alignment.permute import (
+    AxisChange,
+    apply_changes,
+    make_axis_change,
+    permute_state,
+    prepare_reference,
+)
+from megamod.merging.alignment.record import Alignment
+from megamod.merging.alignment.symmetry import Symmetry
+from megamod.progress import progress
+
+logger = logging.getLogger(__name__)
+
+ROWS = 16  # of a step
+LENGTH = 128  # tokens of a row at most
+RATE = 3e-3
+LOWEST, HIGHEST = 0.3, 0.7  # share of the second model in a step
+EVERY = 20  # steps between evaluations
+HELD_OUT = 10  # one row of so many is never trained on
+MOST_HELD_OUT = 128  # rows
+
+Key = tuple[str, str]
+"""Group and role of a map."""
+
+
+@dataclass
+class _State:
+    """State of a refinement.
+
+    Attributes:
+        step: number of steps done.
+        parameters: what maps are made of, by group and role.
+        best: parameters with the smallest held-out loss; `best_loss`: that loss.
+        averages, squares: moments of Adam.
+    """
+
+    step: int
+    parameters: dict[Key, Tensor]
+    best: dict[Key, Tensor]
+    best_loss: float
+    averages: dict[Key, Tensor]
+    squares: dict[Key, Tensor]
+
+
+class Refinement:
+    """Refinement of the maps of an aligned model.
+
+    Args:
+        first, second: the models; the second is mapped by `alignment`.
+        batches: calibration text.
+        seed: of rows and shares.
+        progress_file: keeps the state, so that a refinement that was killed goes on; None: none.
+    Raises:
+        UserError: if the models are no causal language models, or the text is one row.
+    """
+
+    def __init__(
+        self,
+        first: PreTrainedModel,
+        second: PreTrainedModel,
+        symmetry: Symmetry,
+        alignment: Alignment,
+        batches: Sequence[Batch],
+        seed: int,
+        progress_file: Path | None = None,
+    ):
+        if not isinstance(first, AutoModelForCausalLM._model_mapping.get(type(first.config), ())):
+            raise UserError(
+                f"align.refine_steps: {type(first).__name__} predicts no next token; only causal "
+                "language models can be refined"
+            )
+        self._model, self._symmetry, self._alignment = first.eval(), symmetry, alignment
+        self._kind = select_inner_kind(symmetry.family)
+        self._seed, self._file = seed, progress_file
+        self._rows, self._held_out = _split_rows(batches, symmetry.domains)
+        states = (
+            prepare_reference(first.state_dict(), symmetry, alignment),
+            permute_state(second.state_dict(), symmetry, alignment),
+        )
+        _warn_of_memory(states[0])
+        self._reference, self._aligned = states
+
+    def run(self, steps: int) -> Alignment:
+        """Refine, and return the alignment with the maps of the smallest held-out loss.
+
+        Raises:
+            UserError: if a loss is not finite.
+        """
+        state = self._start_or_resume()
+        with progress(total=steps, title="refining maps", unit="step") as bar:
+            bar.update(state.step)
+            while state.step < steps:
+                self._step(state)
+                bar.update(1)
+                if state.step % EVERY == 0 or state.step == steps:
+                    self._evaluate(state)
+                    self._write(state)
+        return self._compose(state.best)
+
+    def _start_or_resume(self) -> _State:
+        """Return the kept state; else one of maps that change nothing."""
+        zeros = self._make_zeros()
+        if self._file is not None and self._file.exists():
+            return _read_state(self._file, list(zeros))
+        copies = [{key: tensor.clone() for key, tensor in zeros.items()} for _ in range(4)]
+        state = _State(0, copies[0], copies[1], math.inf, copies[2], copies[3])
+        self._evaluate(state)
+        return state
+
+    def _make_zeros(self) -> dict[Key, Tensor]:
+        """Return the parameters of maps that change nothing."""
+        zeros = {}
+        for name, maps in self._alignment.maps.items():
+            for role, blocks in maps.items():
+                if role == "qk" and self._kind == PLANES:
+                    zeros[name, role] = torch.zeros(blocks.shape[0], blocks.shape[1] // 2)
+                elif role == "qk" and self._kind != FREE:
+                    continue
+                elif role != "sign":
+                    zeros[name, role] = torch.zeros(blocks.shape)
+        return {key: tensor.to(self._model.device) for key, tensor in zeros.items()}
+
+    def _step(self, state: _State) -> None:
+        """Make one step of Adam."""
+        generator = torch.Generator().manual_seed((self._seed << 32) + state.step)
+        share = LOWEST + (HIGHEST - LOWEST) * float(torch.rand((), generator=generator))
+        drawn = torch.randperm(len(self._rows), generator=generator)[:ROWS].tolist()
+        parameters = {key: t.detach().requires_grad_() for key, t in state.parameters.items()}
+        loss = self._compute_loss(parameters, share, [self._rows[i] for i in drawn])
+        if not bool(loss.isfinite()):
+            raise UserError(f"align.refine_steps: the loss is {float(loss)} at step {state.step}")
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        state.step += 1
+        first, second = 0.9, 0.999
+        for key, gradient in zip(parameters, gradients, strict=True):
+            average = state.averages[key].lerp_(gradient, 1 - first)
+            square = state.squares[key].lerp_(gradient**2, 1 - second)
+            scale = (square / (1 - second**state.step)).sqrt_().add_(1e-8)
+            change = average / (1 - first**state.step) / scale
+            state.parameters[key] = state.parameters[key] - RATE * change
+
+    @torch.no_grad()
+    def _evaluate(self, state: _State) -> None:
+        """Measure the loss half way on the rows that were set aside; keep the best parameters."""
+        total, tokens = 0.0, 0
+        mixed = self._mix(state.parameters, 0.5)
+        for start in range(0, len(self._held_out), ROWS):
+            rows = self._held_out[start : start + ROWS]
+            count = sum(len(ids) - 1 for ids, _ in rows)
+            total += float(self._compute_mixed_loss(mixed, rows)) * count
+            tokens += count
+        loss = total / tokens
+        if not math.isfinite(loss):
+            raise UserError(f"align.refine_steps: the loss is {loss} at step {state.step}")
+        if loss < state.best_loss:
+            state.best_loss, state.best = loss, dict(state.parameters)
+
+    def _compute_loss(
+        self, parameters: Mapping[Key, Tensor], share: float, rows: "Sequence[_Row]"
+    ) -> Tensor:
+        return self._compute_mixed_loss(self._mix(parameters, share), rows)
+
+    def _mix(self, parameters: Mapping[Key, Tensor], share: float) -> dict[str, Tensor]:
+        """Return (1 - share) of the reference and share of the mapped model by name."""
+        changes = self._make_changes(self._make_blocks(parameters))
+        return {
+            name: torch.lerp(tensor, apply_changes(self._aligned[name], changes[name]), share)
+            if name in changes
+            else torch.lerp(tensor, self._aligned[name], share)
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in self._reference.items()
+        }
+
+    def _make_blocks(self, parameters: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        """Make the orthogonal matrices [m, h, h] of all maps."""
+        blocks = {}
+        for (name, role), tensor in parameters.items():
+            if tensor.dim() == 2:
+                blocks[name, role] = make_plane_rotations(tensor.cos(), tensor.sin())
+                continue
+            skew = tensor - tensor.mT
+            if role == "stream" and not self._symmetry.family.rms:
+                skew = skew - skew.mean(-1, keepdim=True)
+                skew = skew - skew.mean(-2, keepdim=True)
+            blocks[name, role] = torch.matrix_exp(skew)
+        return blocks
+
+    def _make_changes(self, blocks: Mapping[Key, Tensor]) -> dict[str, list[AxisChange]]:
+        """Make the changes of each tensor."""
+        changes: dict[str, list[AxisChange]] = {}
+        for group in self._symmetry.groups.values():
+            maps = {role: b for (name, role), b in blocks.items() if name == _name_maps(group)}
+            for axis in group.axes if maps else ():
+                change = make_axis_change(group, axis, None, maps)
+                if change.blocks is not None:
+                    changes.setdefault(axis.tensor, []).append(change)
+        return changes
+
+    def _compute_mixed_loss(self, tensors: Mapping[str, Tensor], rows: "Sequence[_Row]") -> Tensor:
+        """Compute the mean cross entropy of next tokens of the rows, in nats."""
+        losses, count = [], 0
+        for domain in dict.fromkeys(domain for _, domain in rows):
+            ids = [ids for ids, own in rows if own == domain]
+            (batch,) = iterate_whole_batches(ids, len(ids))
+            inputs, mask = batch.input_ids.to(self._model.device), batch.mask
+            arguments = {} if domain is None else {"domain": domain}
+            arguments |= {"input_ids": inputs, "attention_mask": mask.to(inputs.device)}
+            arguments["use_cache"] = False
+            logits = functional_call(
+                self._model, dict(tensors), kwargs=arguments, tie_weights=False
+            ).logits
+            targets = inputs[:, 1:].masked_fill(mask[:, 1:].to(inputs.device) == 0, -100)
+            losses.append(
+                functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum"
+                )
+            )
+            count += int(mask[:, 1:].sum())
+        return torch.stack(losses).sum() / count
+
+    def _compose(self, parameters: Mapping[Key, Tensor]) -> Alignment:
+        """Return the alignment with the refined maps after its own, orthogonal in float64."""
+        exact = {key: tensor.double().cpu() for key, tensor in parameters.items()}
+        maps = {name: dict(roles) for name, roles in self._alignment.maps.items()}
+        for (name, role), blocks in self._make_blocks(exact).items():
+            combined = blocks @ maps[name][role]
+            if role == "stream":
+                matrix, _ = solve_stream(combined[0], not self._symmetry.family.rms)
+                maps[name][role] = matrix[None]
+            elif parameters[name, role].dim() == 2:
+                maps[name][role] = combined
+            else:
+                maps[name][role] = solve_procrustes(combined)[0]
+        return replace(self._alignment, maps=maps)
+
+    def _write(self, state: _State) -> None:
+        """Write the state to the progress file, if there is one."""
+        if self._file is None:
+            return
+        kinds = ("parameters", "best", "averages", "squares")
+        tensors = {
+            f"{kind}:{name}:{role}": tensor.clone()  # the best may be the present ones
+            for kind in kinds
+            for (name, role), tensor in getattr(state, kind).items()
+        }
+        numbers = {"step": str(state.step), "best_loss": state.best_loss.hex()}
+        write_atomic(self._file, save(tensors, numbers))
+
+
+def _name_maps(group: Group) -> str:
+    return "res.emb" if group.family == "res" else group.name
+
+
+def _read_state(path: Path, keys: Sequence[Key]) -> _State:
+    """Read a progress file.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            numbers = file.metadata()
+            kinds = (
+                {(name, role): file.get_tensor(f"{kind}:{name}:{role}") for name, role in keys}
+                for kind in ("parameters", "best", "averages", "squares")
+            )
+            parameters, best, averages, squares = kinds
+            loss = float.fromhex(numbers["best_loss"])
+            return _State(int(numbers["step"]), parameters, best, loss, averages, squares)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is damaged, remove it to start again: {error}") from error
+
+
+_Row = tuple[list[int], str | None]
+"""Token ids, and the domain of a model with experts."""
+
+
+def _split_rows(batches: Sequence[Batch], domains: Sequence[str]) -> tuple[list[_Row], list[_Row]]:
+    """Return rows to train on, and rows set aside.
+
+    Raises:
+        UserError: if there are fewer than two rows of two tokens.
+    """
+    rows: list[_Row] = []
+    for batch in batches:
+        for ids, length in zip(batch.input_ids, batch.lengths.tolist(), strict=True):
+            kept = ids[: min(length, LENGTH)].tolist()
+            if length < 2:
+                continue
+            rows += [(kept, d) for d in ([batch.domain] if batch.domain else domains or [None])]
+    if len(rows) < 2:
+        raise UserError(
+            f"align.refine_steps: the calibration text has {len(rows)} rows of two tokens or more; "
+            "give at least 2"
+        )
+    held_out = min(max(len(rows) // HELD_OUT, min(ROWS, len(rows) // 2)), MOST_HELD_OUT)
+    return rows[held_out:], rows[:held_out]
+
+
+def _warn_of_memory(state: Mapping[str, Tensor]) -> None:
+    """Warn if the mapped model and its gradient do not fit into the free memory."""
+    needed = 2 * sum(tensor.nbytes for tensor in state.values())
+    free = psutil.virtual_memory().available
+    if needed > free:
+        logger.warning(
+            "align.refine_steps: refinement needs %.1f GB more memory, and %.1f GB are free",
+            *(needed / 1e9, free / 1e9),
+        )

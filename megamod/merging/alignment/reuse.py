@@ -1,0 +1,63 @@
+"""Alignments kept in a folder under a digest of models, text and options, to be used again."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megamod.merging.alignment.calibration import Batch
+from megamod.merging.alignment.options import Options
+from megamod.merging.alignment.record import Alignment, load_alignment
+
+_VERSION = 1  # of the computation; alignments of another one are not used again
+_NAME = 32  # hexadecimal digits
+
+
+def compute_or_reuse(
+    options: Options,
+    states: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Batch],
+    compute: Callable[[Path | None], Alignment],
+) -> Alignment:
+    """Return the kept alignment of two models, or compute and keep it in the folder `options.maps`.
+
+    Args:
+        states: weights of both models; `batches`: calibration text, empty: none.
+        compute: gets the file for the state of an unfinished refinement; None without a folder.
+    Raises:
+        UserError: if a kept alignment cannot be read.
+    """
+    if options.maps is None:
+        return compute(None)
+    folder = Path(options.maps) / _digest_inputs(options, states, batches)[:_NAME]
+    if folder.is_dir():
+        return replace(load_alignment(folder), options=options)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    progress_file = folder.with_name(f"{folder.name}.progress.safetensors")
+    alignment = compute(progress_file)
+    alignment.save(folder)
+    progress_file.unlink(missing_ok=True)
+    return alignment
+
+
+def _digest_inputs(
+    options: Options, states: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch]
+) -> str:
+    """Return a digest of everything that the alignment depends on."""
+    # The text itself counts, not where it lies.
+    settings = options.model_dump(exclude={"maps": True, "calibration": {"path"}})
+    digest = hashlib.sha256(json.dumps([_VERSION, settings], sort_keys=True).encode())
+    for state in states:
+        for name in sorted(state):
+            digest.update(f"{name} {state[name].dtype} {list(state[name].shape)}".encode())
+            flat = state[name].detach().cpu().contiguous().reshape(-1)
+            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    for batch in batches:
+        digest.update(f"{batch.domain} {list(batch.input_ids.shape)}".encode())
+        digest.update(memoryview(batch.input_ids.contiguous().numpy()))
+        digest.update(memoryview(batch.lengths.contiguous().numpy()))
+    return digest.hexdigest()
