@@ -182,8 +182,8 @@ def test_known_maps_are_found(kind):
         if name != "mlm_head":
             assert torch.equal(alignment.permutations[name], torch.argsort(permutation)), name
     if "res.emb" in built.maps:
-        found = alignment.maps["res.emb"]["stream"][0]
-        assert (found - built.maps["res.emb"]["stream"][0].T).abs().max() < 1e-4
+        stream = alignment.maps["res.emb"]["stream"][0]
+        assert (stream - built.maps["res.emb"]["stream"][0].T).abs().max() < 1e-4
     merged = merge_states(first.state_dict(), second.state_dict(), symmetry, alignment)
     mean = copy_of(first, merged, bool(find_untied_tensors(symmetry, alignment)))
     torch.testing.assert_close(outputs(mean), outputs(first), rtol=0, atol=2e-4)
@@ -324,12 +324,12 @@ def test_refinement_lowers_the_loss_and_goes_on_after_a_kill(tmp_path, monkeypat
 def test_maps_are_kept_and_used_again(tmp_path, monkeypatch):
     first, second = random_model("dense", 1), random_model("dense", 2)
     options = options_of("dense", maps=str(tmp_path / "maps"), refine_steps=1)
-    made = align_models(first, second, batches_of(), options)
+    first_time = align_models(first, second, batches_of(), options)
     (folder,) = (tmp_path / "maps").iterdir()
     assert json.loads((folder / "alignment.json").read_text())["format"] == 2
     monkeypatch.setattr(Refinement, "run", None)
     again = align_models(first, second, batches_of(), options)
-    for name, maps in made.maps.items():
+    for name, maps in first_time.maps.items():
         assert all(torch.equal(blocks, again.maps[name][role]) for role, blocks in maps.items())
     more = options_of("dense", maps=str(tmp_path / "maps"))
     align_models(first, second, batches_of(), more)
@@ -337,8 +337,8 @@ def test_maps_are_kept_and_used_again(tmp_path, monkeypatch):
     align_models(first, random_model("dense", 4), batches_of(), more)
     align_models(first, second, None, more)
     assert len(list((tmp_path / "maps").iterdir())) == 5
-    maps = {"res.emb": {"stream": 2 * made.maps["res.emb"]["stream"]}}
-    Alignment(made.permutations, {}, made.options, maps).save(tmp_path / "wrong")
+    maps = {"res.emb": {"stream": 2 * first_time.maps["res.emb"]["stream"]}}
+    Alignment(first_time.permutations, {}, first_time.options, maps).save(tmp_path / "wrong")
     with pytest.raises(UserError, match=r"res\.emb:stream is not made of orthogonal matrices"):
         load_alignment(tmp_path / "wrong")
 

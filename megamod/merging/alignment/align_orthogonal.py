@@ -163,12 +163,12 @@ def _descend(
     units = [[*stream, *([following] if following else [])]] if stream else []
     units += [[g] for g in groups.values() if g not in stream and g is not following]
     # A tied matrix counts besides its original only if it has a norm or features of its own.
-    own = {a.tensor for (g, *_) in units if g.family == "head" for a in g.reading_axes}
+    untied_readers = {a.tensor for (g, *_) in units if g.family == "head" for a in g.reading_axes}
     descent = WeightDescent(
         _make_read(first, symmetry, folding),
         _make_read(second, symmetry, folding),
         units,
-        lambda name: name not in symmetry.tied or folding is not None or name in own,
+        lambda name: name not in symmetry.tied or folding is not None or name in untied_readers,
         folded=rotates,
         keeps_ones=not symmetry.family.rms,
         kind=select_inner_kind(symmetry.family),

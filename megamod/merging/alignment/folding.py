@@ -112,16 +112,16 @@ def find_folding(symmetry: Symmetry) -> Folding:
             else:
                 writers[axis.tensor] = axis.dim
         for domain, (gain, shift) in named.items():
-            own = [
+            reading = [
                 axis
                 for axis in group.reading_axes
                 if domain is None or parse_expert_domain(axis.tensor) == domain
             ]
-            with_bias = {a.tensor: f"{a.tensor.removesuffix('weight')}bias" for a in own}
+            with_bias = {a.tensor: f"{a.tensor.removesuffix('weight')}bias" for a in reading}
             ones = shift is not None and not symmetry.tensors.issuperset(with_bias.values())
             norm = Norm(gain, shift, ones)
             norms.append(norm)
-            readers |= {axis.tensor: (norm, axis.dim) for axis in own}
+            readers |= {axis.tensor: (norm, axis.dim) for axis in reading}
             biases |= {b: w for w, b in with_bias.items() if b in symmetry.tensors}
         for axis in group.reading_axes:
             if axis.tensor not in readers:

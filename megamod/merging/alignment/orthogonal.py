@@ -142,8 +142,8 @@ class HeadProducts:
 
     def sum_over_order(self, first: int, second: int, order: Tensor) -> Tensor:
         """Sum the products [h, h] of a pair of key heads, whose query heads have an order [n]."""
-        own = self.per_query[first, torch.arange(len(order)), second, order]
-        return own.sum(0) + self.per_key[first, second]
+        by_head = self.per_query[first, torch.arange(len(order)), second, order]
+        return by_head.sum(0) + self.per_key[first, second]
 
 
 def split_head_products(group: Group, per_query: Tensor, per_key: Tensor | None) -> HeadProducts:
@@ -200,10 +200,12 @@ def _order_queries(
 ) -> tuple[Tensor, float]:
     """Find the order [n] of the query heads of a pair of key heads, and the value of the pair."""
     j, k = pair
-    own = [part.per_query[j, :, k] for part in (qk, values)]
-    order = torch.arange(len(own[0]))
+    per_pair = [part.per_query[j, :, k] for part in (qk, values)]
+    order = torch.arange(len(per_pair[0]))
     if mode != "monotonic":
-        order = assign_features(_score_inner(own[0], kind) + _score_inner(own[1], FREE)).permutation
+        order = assign_features(
+            _score_inner(per_pair[0], kind) + _score_inner(per_pair[1], FREE)
+        ).permutation
     best, best_order = -torch.inf, order
     for _ in range(_QUERY_ROUNDS):
         solved = [
@@ -217,7 +219,8 @@ def _order_queries(
         if mode == "monotonic":
             break
         similarity = sum(
-            (products * maps).sum((-2, -1)) for products, (maps, _) in zip(own, solved, strict=True)
+            (products * maps).sum((-2, -1))
+            for products, (maps, _) in zip(per_pair, solved, strict=True)
         )
         order = assign_features(similarity).permutation
     return best_order, best

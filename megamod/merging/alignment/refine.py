@@ -239,7 +239,7 @@ class Refinement:
         """Compute the mean cross entropy of next tokens of the rows, in nats."""
         losses, count = [], 0
         for domain in dict.fromkeys(domain for _, domain in rows):
-            ids = [ids for ids, own in rows if own == domain]
+            ids = [ids for ids, part in rows if part == domain]
             (batch,) = iterate_whole_batches(ids, len(ids))
             inputs, mask = batch.input_ids.to(self._model.device), batch.mask
             arguments = {} if domain is None else {"domain": domain}
