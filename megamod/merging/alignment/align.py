@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from megamod.data.corpus.fast_tokenizers import load_fast_tokenizer
 from megamod.errors import UserError
 from megamod.merging.alignment.align_orthogonal import (
+    DESCENT_ROUNDS,
     align_by_maps,
     align_weights_by_maps,
     check_rotation,
@@ -58,11 +59,14 @@ def align_models(
     second: PreTrainedModel,
     batches: Iterable[Batch] | None,
     options: Options,
+    *,
+    descent_rounds: int = DESCENT_ROUNDS,
 ) -> Alignment:
-    """Find the permutations that bring the features of the second model into the first's order.
+    """Find the permutations and maps that bring the second model's features into the first's order.
 
     Args:
         batches: calibration text; None: the method needs none.
+        descent_rounds: of "orthogonal" with text, on the weights after it.
     Raises:
         UserError: if the models differ in shape or architecture, the text is empty or does not
             fit them, or the architecture does not support the options.
@@ -89,7 +93,7 @@ def align_models(
         }
         return _build_alignment(symmetry, matches, options, costs=False)
     if options.method == "orthogonal":
-        return _align_by_maps(first, second, symmetry, list(batches), options)
+        return _align_by_maps(first, second, symmetry, list(batches), options, descent_rounds)
     matched = _list_matched_groups(symmetry, options)
     observed = _list_observed_groups(matched, options)
     measured = measure_covariances(first, second, observed, symmetry.domains, batches, options)
@@ -102,11 +106,12 @@ def _align_by_maps(
     symmetry: Symmetry,
     batches: Sequence[Batch],
     options: Options,
+    descent_rounds: int,
 ) -> Alignment:
     """Find orthogonal maps from text and weights, and refine them if the options say so."""
 
     def compute(progress_file: Path | None) -> Alignment:
-        alignment = align_by_maps(first, second, symmetry, batches, options)
+        alignment = align_by_maps(first, second, symmetry, batches, options, descent_rounds)
         if not options.refine_steps:
             return alignment
         models, seed = (first, second), options.seed
@@ -114,7 +119,7 @@ def _align_by_maps(
         return refinement.run(options.refine_steps)
 
     states = (first.state_dict(), second.state_dict())
-    return compute_or_reuse(options, states, batches, compute)
+    return compute_or_reuse(options, states, batches, compute, descent_rounds)
 
 
 def align_weights(
@@ -138,7 +143,7 @@ def align_weights(
     if options.method == "orthogonal":
         states = (first, second)
         return compute_or_reuse(
-            options, states, (), lambda _: align_weights_by_maps(*states, symmetry, options)
+            options, states, (), lambda _: align_weights_by_maps(*states, symmetry, options), 0
         )
     groups = {group.name: group for group in list_aligned_groups(symmetry, options)}
     residual = [group for group in groups.values() if group.family == "res"]

@@ -29,8 +29,9 @@ from megamod.merging.alignment.record import Alignment, find_following_head, lis
 from megamod.merging.alignment.symmetry import Symmetry
 from megamod.merging.alignment.weight_descent import WeightDescent, make_identity_match
 
-_ROUNDS_AFTER_TEXT = 2
-_ROUNDS = 100
+DESCENT_ROUNDS = 2
+"""Rounds of descent on the weights after the text."""
+_MOST_ROUNDS = 100  # without text
 
 
 _SAME = (
@@ -72,6 +73,7 @@ def align_by_maps(
     symmetry: Symmetry,
     batches: Iterable[Batch],
     options: Options,
+    descent_rounds: int,
 ) -> Alignment:
     """Find the maps from text, then from weights.
 
@@ -80,7 +82,7 @@ def align_by_maps(
     """
     matches = _match_by_text(first, second, symmetry, batches, options)
     states = (first.state_dict(), second.state_dict())
-    return _descend(*states, symmetry, options, matches, _ROUNDS_AFTER_TEXT)
+    return _descend(*states, symmetry, options, matches, descent_rounds)
 
 
 def align_weights_by_maps(
@@ -89,7 +91,7 @@ def align_weights_by_maps(
     """Find the maps from weights alone."""
     groups = list_aligned_groups(symmetry, options)
     start = {group.name: make_identity_match(group) for group in groups}
-    return _descend(first, second, symmetry, options, start, _ROUNDS)
+    return _descend(first, second, symmetry, options, start, _MOST_ROUNDS)
 
 
 def _match_by_text(

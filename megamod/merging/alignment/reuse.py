@@ -22,18 +22,20 @@ def compute_or_reuse(
     states: Sequence[Mapping[str, Tensor]],
     batches: Sequence[Batch],
     compute: Callable[[Path | None], Alignment],
+    descent_rounds: int,
 ) -> Alignment:
     """Return the kept alignment of two models, or compute and keep it in the folder `options.maps`.
 
     Args:
         states: weights of both models; `batches`: calibration text, empty: none.
         compute: gets the file for the state of an unfinished refinement; None without a folder.
+        descent_rounds: of the computation, after the text.
     Raises:
         UserError: if a kept alignment cannot be read.
     """
     if options.maps is None:
         return compute(None)
-    folder = Path(options.maps) / _digest_inputs(options, states, batches)[:_NAME]
+    folder = Path(options.maps) / _digest_inputs(options, states, batches, descent_rounds)[:_NAME]
     if folder.is_dir():
         return replace(load_alignment(folder), options=options)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -45,12 +47,17 @@ def compute_or_reuse(
 
 
 def _digest_inputs(
-    options: Options, states: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch]
+    options: Options,
+    states: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Batch],
+    descent_rounds: int,
 ) -> str:
     """Return a digest of everything that the alignment depends on."""
     # The text itself counts, not where it lies.
     settings = options.model_dump(exclude={"maps": True, "calibration": {"path"}})
-    digest = hashlib.sha256(json.dumps([_VERSION, settings], sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps([_VERSION, descent_rounds, settings], sort_keys=True).encode()
+    )
     for state in states:
         for name in sorted(state):
             digest.update(f"{name} {state[name].dtype} {list(state[name].shape)}".encode())

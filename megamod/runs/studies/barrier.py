@@ -350,7 +350,7 @@ def _compute_curve(
         permute_state(second.state_dict(), symmetry, alignment),
     )
     if find_untied_tensors(symmetry, alignment):
-        _untie(second)
+        untie_output_matrix(second)
     ends = tuple({name: tensor.clone() for name, tensor in state.items()} for state in ends)
     weights = list_even_weights(study.points)
     losses = compute_losses_along_line(second, *ends, weights, held_out.losses, advance)
@@ -365,7 +365,7 @@ def _compute_curve(
     }
 
 
-def _untie(model: PreTrainedModel) -> None:
+def untie_output_matrix(model: PreTrainedModel) -> None:
     """Copy the output matrix so that it no longer shares storage with the input embedding."""
     output = model.get_output_embeddings()
     output.weight = torch.nn.Parameter(output.weight.detach().clone())

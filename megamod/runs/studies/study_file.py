@@ -89,7 +89,7 @@ class StudyFile(Document):
     """The content of a study's file."""
 
     title: str
-    kind: Literal["language_models", "finetuning"]
+    kind: Literal["language_models", "finetuning", "barriers"]
     text: TextSpec | None = None
     common: dict[str, Setting] = Field({})
     rungs: dict[Name, dict[str, Setting]] = Field({"all": {}})
@@ -99,8 +99,8 @@ class StudyFile(Document):
 
     @model_validator(mode="after")
     def _check(self) -> "StudyFile":
-        if (self.text is None) is (self.kind == "language_models"):
-            raise ValueError("`text` goes with kind: language_models, which needs it")
+        if (self.text is None) is not (self.kind == "finetuning"):
+            raise ValueError("`text` goes with kind: language_models and barriers, which need it")
         if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError("seeds: different whole numbers from 0 are needed")
         for line in (*self.table.lines.values(), self.table.baseline):

@@ -1,0 +1,192 @@
+"""One cell of a study of barriers: losses between dense models of different seeds, once aligned.
+
+The seeds of a study form a circle: the cell of seed s aligns the model of the next seed, and the
+one after it, to that of s. Models are trained as in `language_models`, and shared by all cells.
+
+Settings are flags of launchers/pretrain.py, and
+    circle              number of seeds, from 1 on, of the models
+    align_KEY           key of `align:` in a recipe, except its text
+    calibration_rows    rows of training text to align on; none: from weights alone
+    descent_rounds      with align_method orthogonal: rounds of descent on weights after the text
+    held_out_rows       rows of the test split to measure losses on
+    points              models evaluated on the line, ends included
+
+Rows of scores, in nats: `barrier`; `average` and `average_of_three`, the loss of the mean of two
+and of three models above that of the worst of them; `worst`, that loss of two.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from megamod.data.lm.databin import DataBin
+from megamod.errors import UserError
+from megamod.evaluation.barrier import (
+    Losses,
+    compute_barrier,
+    compute_losses_along_line,
+    list_even_weights,
+)
+from megamod.evaluation.held_out_loss import compute_causal_loss
+from megamod.merging.alignment.align import align_models, collect_float_shapes
+from megamod.merging.alignment.calibration import Batch, iterate_whole_batches
+from megamod.merging.alignment.measure import load_model
+from megamod.merging.alignment.options import Options
+from megamod.merging.alignment.permute import (
+    find_untied_tensors,
+    interpolate_states,
+    permute_state,
+    prepare_reference,
+)
+from megamod.merging.alignment.symmetry import find_symmetry
+from megamod.runs.studies.barrier import untie_output_matrix
+from megamod.runs.studies.language_models import count_parameters, train_or_resume
+from megamod.runs.studies.records import Figures
+from megamod.runs.studies.study_file import Cell, Study
+from megamod.runs.studies.texts import StudyText
+
+PREFIX = "align_"
+SETTINGS = ("circle", "calibration_rows", "descent_rounds", "held_out_rows", "points")
+BATCH = 32  # rows of a forward pass
+Ends = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+def run_barrier_cell(
+    study: Study, cell: Cell, inputs: Path, work: Path
+) -> tuple[Figures, dict[str, object]]:
+    """Train the models that are not trained yet, align them, and measure the losses between them.
+
+    Returns:
+        the figures, and the digest of the data.
+    Raises:
+        UserError: for settings that are missing or not allowed.
+    """
+    spec = study.file.text
+    text = StudyText(
+        inputs / "domains", work, spec.domains, spec.novel, spec.tokenizer, spec.held_out_bytes
+    )
+    settings = cell.settings
+    extras = {name: settings.get(name) for name in SETTINGS}
+    for name in ("circle", "held_out_rows", "points"):
+        if not isinstance(extras[name], int) or extras[name] < 2:
+            raise UserError(f"{study.name}: {name} is {extras[name]!r}, not a number from 2 on")
+    fields = {k.removeprefix(PREFIX): v for k, v in settings.items() if k.startswith(PREFIX)}
+    options = Options(**fields)
+    flags = {k: v for k, v in settings.items() if k not in SETTINGS and not k.startswith(PREFIX)}
+    seeds = [(cell.seed - 1 + step) % extras["circle"] + 1 for step in range(3)]
+    folders = [
+        train_or_resume({**flags, "seed": seed}, text.training_bin, work) / "model"
+        for seed in dict.fromkeys(seeds)
+    ]
+    models = [load_model(str(folder), AutoModelForCausalLM).eval() for folder in folders]
+    length = flags["max_seq_length"]
+    databin = DataBin(text.training_bin)
+    batches = None
+    if extras["calibration_rows"] is not None:
+        rows = _read_rows(databin, "train", extras["calibration_rows"], length)
+        batches = list(iterate_whole_batches(rows.tolist(), BATCH))
+    held_out = _read_rows(databin, "test", extras["held_out_rows"], length)
+    started = time.process_time()
+    pairs = [_align(models[0], m, batches, options, extras["descent_rounds"]) for m in models[1:]]
+    seconds = (time.process_time() - started) / len(pairs)
+    scores, curve = _measure(models, pairs, held_out, extras["points"])
+    details = {
+        "curve": curve,
+        "seeds": seeds,
+        "alignment_processor_seconds": round(seconds, 1),
+        "parameters": count_parameters(folders[:1]),
+        "tokens": flags["max_steps"] * flags["per_device_train_batch_size"] * length,
+    }
+    figures = Figures({row: {"nats": value} for row, value in scores.items()}, details)
+    return figures, {"text": text.digest}
+
+
+def _align(
+    first: PreTrainedModel,
+    second: PreTrainedModel,
+    batches: Sequence[Batch] | None,
+    options: Options,
+    descent_rounds: int | None,
+) -> tuple[Ends, bool]:
+    """Return the weights of the reference and of the aligned model, and whether the output matrix
+    is no longer tied.
+    """
+    more = {} if descent_rounds is None else {"descent_rounds": descent_rounds}
+    alignment = align_models(first, second, batches, options, **more)
+    state = first.state_dict()
+    symmetry = find_symmetry(first.config.to_dict(), collect_float_shapes(state), qk=options.qk)
+    ends = (
+        prepare_reference(state, symmetry, alignment),
+        permute_state(second.state_dict(), symmetry, alignment),
+    )
+    copies = tuple({name: tensor.clone() for name, tensor in end.items()} for end in ends)
+    return copies, bool(find_untied_tensors(symmetry, alignment))
+
+
+def _measure(
+    models: Sequence[PreTrainedModel],
+    pairs: Sequence[tuple[Ends, bool]],
+    held_out: np.ndarray,
+    points: int,
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Measure the scores in nats, and the curve between the first two models.
+
+    Args:
+        pairs: of each model after the first, see `_align`; its model is overwritten.
+    """
+
+    def losses(model: torch.nn.Module) -> dict[str, float]:
+        return {"loss": compute_causal_loss(model, held_out, BATCH)}
+
+    alone = [losses(model)["loss"] for model in models]
+    probe, (ends, untied) = models[1], pairs[0]
+    if untied:
+        untie_output_matrix(probe)
+    weights = list_even_weights(points)
+    curve = compute_losses_along_line(probe, *ends, weights, losses)["loss"]
+    middle = _compute_loss_of_mean(probe, [ends[0], ends[1]], losses)
+    scores = {
+        "barrier": compute_barrier(weights, curve),
+        "average": middle - max(alone[:2]),
+        "worst": max(alone[:2]),
+    }
+    if len(pairs) > 1:
+        states = [ends[0], *(other for (_, other), _ in pairs)]
+        scores["average_of_three"] = _compute_loss_of_mean(probe, states, losses) - max(alone)
+    return scores, {"weights": weights, "losses": curve}
+
+
+def _compute_loss_of_mean(
+    probe: PreTrainedModel, states: Sequence[dict[str, Tensor]], losses: Losses
+) -> float:
+    """Return the loss of the mean of weights, which overwrites the model `probe`."""
+    mean = states[0]
+    for count, state in enumerate(states[1:], start=1):
+        mean = interpolate_states(mean, state, count / (count + 1))
+    probe.load_state_dict(mean)
+    return losses(probe)["loss"]
+
+
+def _read_rows(databin: DataBin, split: str, count: int, length: int) -> np.ndarray:
+    """Read rows [count, length] of a split, as many of each domain, spread evenly over it.
+
+    Raises:
+        UserError: if a domain has fewer tokens than that.
+    """
+    domains, rows = databin.domains, []
+    for number, domain in enumerate(domains):
+        share = (number + 1) * count // len(domains) - number * count // len(domains)
+        tokens = databin.open_split(domain, split).tokens
+        if share * length > len(tokens):
+            raise UserError(
+                f"{share} rows of {length} tokens: the {split} text of {domain} has {len(tokens)} "
+                "tokens"
+            )
+        starts = [index * (len(tokens) - length) // max(1, share) for index in range(share)]
+        rows += [tokens[start : start + length].astype(np.int64) for start in starts]
+    return np.stack(rows)
