@@ -125,10 +125,10 @@ def check_domain(name: str, origin: str) -> str:
     Raises:
         UserError: naming the origin, if it does not consist of allowed characters.
     """
-    if not is_domain(name):
-        allowed = "letters, digits, _ and - (at most 100)"
-        raise UserError(f"{origin}: {shorten(name)} is not made of {allowed}")
-    return name
+    try:
+        return parse_domain(name)
+    except ValueError as error:
+        raise UserError(f"{origin}: {error}") from None
 
 
 def is_domain(name: str) -> bool:
@@ -171,6 +171,17 @@ def parse_name(value: object) -> str:
     return text
 
 
+def parse_domain(name: str) -> str:
+    """Return the name of a domain.
+
+    Raises:
+        ValueError: if it does not consist of allowed characters.
+    """
+    if not is_domain(name):
+        raise ValueError(f"{shorten(name)} is not made of letters, digits, _ and - (at most 100)")
+    return name
+
+
 def _parse_number(value: object) -> int | float:
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError(f"{shorten(value)} is not a finite number")
@@ -179,6 +190,8 @@ def _parse_number(value: object) -> int | float:
 
 Name = Annotated[str, BeforeValidator(parse_name)]
 """A name that becomes part of a file's name."""
+Domain = Annotated[str, AfterValidator(parse_domain)]
+"""The name of a domain, which becomes part of the names of files and parameters."""
 Key = Annotated[str, BeforeValidator(str)]
 """A key that is text, whatever YAML reads it as."""
 Items = Annotated[tuple[Item, ...], BeforeValidator(lambda v: tuple(v) if type(v) is list else v)]

@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.data": (set(), {"numpy", "torch"}),
     "megamod.data.corpus": (
         {"megamod.data"},
-        {"numpy", "torch", "transformers", "tokenizers", "datasets", "sentencepiece"}
+        {"numpy", "torch", "transformers", "tokenizers", "datasets", "sentencepiece", "pydantic"}
         | {"google", "pyarrow", "zstandard"},  # google: protobuf, of SentencePiece models
     ),
     "megamod.data.lm": (
@@ -114,7 +114,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "megamod.btm": (
         {"megamod.args", "megamod.flags", "megamod.dist.scope", "megamod.dist.hostfile"}
-        | {"megamod.data.lm", "megamod.merging", "megamod.mixture", "megamod.states"},
+        | {"megamod.data.corpus", "megamod.data.lm", "megamod.merging", "megamod.mixture"}
+        | {"megamod.states"},
         {"torch", "safetensors", "yaml", "psutil"},
     ),
     "megamod.runs": (
@@ -128,7 +129,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "megamod.planning": (
         {"megamod.args", "megamod.flags", "megamod.btm", "megamod.dist", "megamod.dist.scope"}
-        | {"megamod.dist.hostfile", "megamod.models", "megamod.train"},
+        | {"megamod.data.corpus", "megamod.dist.hostfile", "megamod.models", "megamod.states"}
+        | {"megamod.train"},
         {"torch", "transformers", "matplotlib"},
     ),
 }

@@ -4,12 +4,12 @@ Source: Li et al. 2022 (Branch-Train-Merge), section 2 for the loop, section 4.1
 E experts, each trains for the steps of the dense run with 1/E of its batch.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.data.corpus.header import HEADER, read_header
 from megamod.documents import check_domain
 from megamod.errors import UserError
 from megamod.flags import Arguments, find_origin, option, require_values
@@ -274,14 +274,9 @@ def read_databin_domains(data: Path) -> tuple[str, ...]:
     Raises:
         UserError: if the folder is not a data-bin, or a domain's name cannot be a folder's.
     """
-    header = data / "databin.json"
-    try:
-        if header.exists():
-            domains = list(json.loads(header.read_text(encoding="utf-8"))["domains"])
-        else:
-            domains = sorted(file.parent.name for file in data.glob("*/train.idx"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{header}: cannot be read: {error!r}") from error
+    if (data / HEADER).exists():
+        return tuple(read_header(data).domains)
+    domains = sorted(file.parent.name for file in data.glob("*/train.idx"))
     if not domains:
         raise UserError(f"--data {data}: is not a data-bin; megamod preprocess writes one")
     return tuple(check_domain(domain, f"--data {data}") for domain in domains)

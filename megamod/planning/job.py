@@ -4,7 +4,6 @@ Batch sizes, precision and ZeRO stage are resolved by the code that resolves the
 """
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, Safet
 from megamod.btm.campaign import BtmArgs
 from megamod.btm.placement import allocate_slots, check_job_fits
 from megamod.btm.tasks import WITHOUT_ADAPTER
+from megamod.data.corpus.header import HEADER, read_header
 from megamod.dist.ds_config import get_offload_device
 from megamod.dist.hostfile import Host, HostSlots, read_hostfile
 from megamod.dist.scope import Sharing, parse_sharing
@@ -25,6 +25,7 @@ from megamod.models.lm.configuration import read_lm_config
 from megamod.models.presets import PRESETS
 from megamod.planning.memory import BUCKET, LIVE, PERSISTENT, Setting
 from megamod.planning.plan_args import PlanArgs
+from megamod.states.config_file import read_config_file
 from megamod.train.compiled import check_compile_stage
 from megamod.train.deepspeed_settings import resolve_settings
 
@@ -138,15 +139,11 @@ def read_vocabulary(
     Raises:
         UserError: if the data-bin's header cannot be read.
     """
-    header = Path(data.data or "") / "databin.json"
     causal = mux.objective == "causal_lm"
-    if data.data is not None and header.is_file():
-        try:
-            read = json.loads(header.read_text(encoding="utf-8"))
-            ids = [int(read[name] or 0) for name in ("bos_id", "pad_id", "eos_id")]
-            size, domains = int(read["vocab_size"]), tuple(read["domains"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{header}: cannot be read: {error!r}") from error
+    if data.data is not None and (Path(data.data) / HEADER).is_file():
+        header = read_header(Path(data.data))
+        domains, size = tuple(header.domains), header.vocab_size
+        ids = header.bos_id or 0, header.pad_id, header.eos_id
         extra = len(data.domains or domains) if data.domain_token else 0
         mask = min(103, size - 1)
         return Vocabulary(plan.vocab_size or size + extra, *ids, mask, assumed=False), domains
@@ -281,7 +278,10 @@ def read_hidden_size(model: ModelArgs, mux: MuxArgs) -> int:
     if mux.objective == "causal_lm" and (folder := resolve_model_folder(model.model)) is not None:
         return read_lm_config(folder, "--model").hidden_size  # families name the field differently
     if config_file.is_file():
-        return int(json.loads(config_file.read_text(encoding="utf-8"))["hidden_size"])
+        fields = read_config_file(config_file.parent)
+        if not isinstance(fields.get("hidden_size"), int):
+            raise UserError(f"{config_file}: hidden_size is missing, a whole number")
+        return fields["hidden_size"]
     sizes = PRESETS["demix"]
     if mux.objective != "causal_lm":
         sizes = PRESETS[FAMILIES[mux.objective]]

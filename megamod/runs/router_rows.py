@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from megamod.data.corpus.binarize import HEADER
+from megamod.data.corpus.header import HEADER
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.campaign import BtmArgs, build_campaign, check_campaign_data
 from megamod.btm.tasks import make_expert_task, make_seed_task, make_world_task
-from megamod.data.corpus.binarize import FORMAT
+from megamod.data.corpus.header import FORMAT
 from megamod.data.corpus.indexed import IndexedWriter, format_split_prefix
 from megamod.errors import UserError
 from megamod.flags import parse_args
@@ -170,7 +170,8 @@ def test_the_recipe_of_the_paper(data):
     domains = parse_args(BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs, argv=argv)[
         -1
     ].domains
-    header = {"domains": {key: {} for key in domains}}
+    header = json.loads((data / "databin.json").read_text())
+    header["domains"] = {key: {} for key in domains}
     (data / "databin.json").write_text(json.dumps(header))
     parsed = parse_args(
         *(BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs),

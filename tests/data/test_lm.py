@@ -285,16 +285,16 @@ def test_databin_refusals(tmp_path, header):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: h.pop("eos_id"), "lacks the key 'eos_id'"),
-        (lambda h: h.update(format=2), "format 2, only 1"),
-        (lambda h: h.update(vocab_size="14"), "vocab_size is '14'"),
-        (lambda h: h.update(vocab_size=13), "max_id is 13, not a whole number below .* 13"),
-        (lambda h: h.update(pad_id=None), "pad_id is None"),
-        (lambda h: h.update(domains={}), "holds no domain"),
-        (lambda h: h.update(domains=[1]), "not the header of a data-bin"),
+        (lambda h: h.pop("eos_id"), "eos_id is missing"),
+        (lambda h: h.update(format=2), "format: 2 is not one of 1"),
+        (lambda h: h.update(vocab_size="14"), "vocab_size: '14' is not a whole number"),
+        (lambda h: h.update(vocab_size=13), "max_id is 13, not below the vocabulary size 13"),
+        (lambda h: h.update(pad_id=None), "pad_id: None is not a whole number"),
+        (lambda h: h.update(domains={}), "domains: {} has fewer than 1 items"),
+        (lambda h: h.update(domains=[1]), "domains: .1. is not `key: value` lines"),
         (lambda h: h["domains"].update({"../x": {}}), r"domains: '\.\./x' is not made of"),
-        (lambda h: h["domains"]["a"]["train"].pop("tokens"), "lacks the key 'tokens'"),
-        (lambda h: h["domains"]["a"].update(train=3), "not the header of a data-bin"),
+        (lambda h: h["domains"]["a"]["train"].pop("tokens"), "domains.a.train.tokens is missing"),
+        (lambda h: h["domains"]["a"].update(train=3), "train: 3 is not `key: value` lines"),
     ],
 )
 def test_malformed_headers(tmp_path, change, message):

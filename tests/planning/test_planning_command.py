@@ -217,7 +217,7 @@ def test_the_whole_command(monkeypatch, tmp_path, capsys):
 
 def test_the_data_say_how_many_tokens_there_are(tmp_path):
     ids = dict(bos_id=None, pad_id=0, eos_id=1, unk_id=2)
-    header = {"vocab_size": 1000, "domains": ["law", "med"], **ids}
+    header = {"format": 1, "vocab_size": 1000, "domains": {"law": {}, "med": {}}, **ids}
     (tmp_path / "databin.json").write_text(json.dumps(header))
     (plan,) = planned("--data", str(tmp_path), "--untie", "feedforward", "--world_size", "2")
     assert plan.network.config.vocab_size == 1000

@@ -1,6 +1,6 @@
 """Text to a data-bin, the folder of token files that training reads.
 
-    OUT/databin.json                       header with counts and digests; see `binarize`
+    OUT/databin.json                       header with counts and digests; see `DataBinHeader`
     OUT/tokenizer/                         also readable by AutoTokenizer
     OUT/dict.txt, OUT/NAME/dict.txt        if the special ids are those of fairseq
     OUT/NAME/train.{bin,idx}, valid_NAME.{bin,idx}, test_NAME.{bin,idx}
@@ -22,7 +22,16 @@ from pathlib import Path
 
 import numpy as np
 
-from megamod.data.corpus.documents import SPLITS, DocumentSource, open_document_source
+from megamod.data.corpus.documents import DocumentSource, open_document_source
+from megamod.data.corpus.header import (
+    FORMAT,
+    HEADER,
+    SPLITS,
+    SplitHeader,
+    compute_header_digest,
+    format_header,
+    read_header,
+)
 from megamod.data.corpus.indexed import (
     IndexedWriter,
     compute_block_digests,
@@ -35,7 +44,7 @@ from megamod.data.corpus.tokenizers import (
     find_trainer,
     load_tokenizer,
 )
-from megamod.documents import check_domain
+from megamod.documents import check_domain, read_document
 from megamod.errors import UserError
 from megamod.files import format_json, hash_file, sync_folder, sync_tree, write_atomic, write_json
 from megamod.folder_lock import hold_name
@@ -43,8 +52,6 @@ from megamod.progress import progress
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-HEADER = "databin.json"
 ITEMS = ("document", "line")
 BYTES_PER_WORKER = 64 << 20  # a worker process takes seconds to start
 SAMPLE_BYTES = 8 << 20
@@ -112,12 +119,7 @@ def binarize(
         streaming: read data sets of the hub without storing them.
 
     Returns:
-        The content of databin.json: {"format", "tokenizer": {"kind", "digest"}, "vocab_size",
-        "bos_id", "pad_id", "eos_id", "unk_id", "items", "bos", "replaced": {NAME: characters},
-        "domains": {NAME: {SPLIT: {"items", "tokens", "bytes", "max_id", "text_sha256",
-        "sha256": {"bin", "idx"}, "blocks"}}}, "files": {PATH: SHA-256}, "digest"}. "blocks": see
-        `compute_block_digests`, "digest": `compute_header_digest`. "bytes" counts the UTF-8 text of
-        the items without line ends between them; "tokens" includes the bos and eos of each item.
+        The content of databin.json, see `DataBinHeader`.
 
     Raises:
         UserError: on bad input, an empty split, or an output folder that is not empty and not the
@@ -211,10 +213,8 @@ def _read_existing_header(output: Path) -> dict | None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     try:
-        header = json.loads((output / HEADER).read_text(encoding="utf-8"))
-        _compute_header_identity(header)
-        return header
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return read_header(output).model_dump(exclude_unset=True)
+    except UserError as error:
         raise UserError(
             f"--output_dir {output}: exists and is not a data-bin of this command; choose a new "
             "folder"
@@ -229,17 +229,21 @@ def _compute_identity(
         [name, *(split_digests[split] for split in SPLITS)]
         for name, split_digests in digests.items()
     ]
-    content = [FORMAT, header["tokenizer"], header["items"], ordered]
+    content = [FORMAT, header.get("tokenizer"), header.get("items"), ordered]
     content += ["bos"] if header.get("bos") else []
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _compute_header_identity(header: dict) -> str:
-    """Compute the identity of an existing data-bin from its header."""
-    domains = header["domains"].items()
-    return _compute_identity(
-        header, {name: {s: splits[s]["text_sha256"] for s in SPLITS} for name, splits in domains}
-    )
+    """Compute the identity of an existing data-bin from its header.
+
+    A header of an earlier version lacks digests, so that its identity equals no other.
+    """
+    digests = {
+        name: {split: splits.get(split, {}).get("text_sha256") for split in SPLITS}
+        for name, splits in header["domains"].items()
+    }
+    return _compute_identity(header, digests)
 
 
 def _iterate_items(
@@ -295,12 +299,12 @@ def _lock_work_folder(output: Path, key: str) -> Iterator[Path]:
     work = output.with_name(f".{output.name}.partial")
     with hold_name(output):
         (work / "parts").mkdir(parents=True, exist_ok=True)
-        record = work / "run.json"
-        if not record.exists() or json.loads(record.read_text()) != {"key": key}:
+        record, content = work / "run.json", format_json({"key": key}, indent=2) + "\n"
+        if not record.exists() or record.read_text(encoding="utf-8") != content:
             for folder in ("parts", "databin"):
                 shutil.rmtree(work / folder, ignore_errors=True)
             (work / "parts").mkdir()
-            write_json(record, {"key": key})
+            write_atomic(record, content)
         yield work
         shutil.rmtree(work, ignore_errors=True)
 
@@ -332,8 +336,8 @@ def _write_splits(
                 prefix = work / "databin" / format_split_prefix(name, split)
                 record = work / "parts" / f"{name}.{split}.json"
                 if record.exists():
-                    entry = json.loads(record.read_text())
-                    if _hash_split_files(prefix) == entry["sha256"] and "blocks" in entry:
+                    entry = read_document(record, SplitHeader).model_dump()
+                    if _hash_split_files(prefix) == entry["sha256"] and entry["blocks"]:
                         domains[name][split] = entry
                         bar.update(entry["bytes"])
                         continue
@@ -412,14 +416,3 @@ def _complete_databin(databin: Path, header: dict, tokenizer: Tokenizer) -> None
     text = format_header({**header, "digest": ""})
     header["digest"] = compute_header_digest(text, "")
     write_atomic(databin / HEADER, format_header(header))
-
-
-def format_header(header: Mapping[str, object]) -> str:
-    """Format the content of databin.json."""
-    return format_json(header, indent=2) + "\n"
-
-
-def compute_header_digest(text: str, digest: str) -> str:
-    """Compute the SHA-256 of databin.json with an empty "digest" in place of `digest`."""
-    empty = text.replace(f'"digest": "{digest}"\n}}', '"digest": ""\n}')
-    return hashlib.sha256(empty.encode()).hexdigest()

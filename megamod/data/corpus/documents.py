@@ -20,6 +20,7 @@ from megamod.data.corpus.file_formats import (
     require_format,
     strip_format_endings,
 )
+from megamod.data.corpus.header import SPLITS
 from megamod.data.corpus.text_columns import (
     Cells,
     find_split_tables,
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-SPLITS = ("train", "valid", "test")
 SPELLINGS = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
 SHARES = {"train": 0.90, "valid": 0.05, "test": 0.05}
 FORMATS = ("text", "JSON lines", "JSON", "CSV", "TSV", "Parquet")

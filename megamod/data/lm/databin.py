@@ -6,12 +6,10 @@ import os
 import random
 import re
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megamod.data.corpus.binarize import FORMAT, HEADER, compute_header_digest
-from megamod.data.corpus.documents import SPLITS
+from megamod.data.corpus.header import HEADER, SPLITS, DataBinHeader, SplitHeader, read_header
 from megamod.data.corpus.indexed import (
     BLOCK_BYTES,
     Dictionary,
@@ -19,7 +17,6 @@ from megamod.data.corpus.indexed import (
     check_blocks,
     format_split_prefix,
 )
-from megamod.documents import check_domain
 from megamod.errors import UserError
 from megamod.files import hash_file
 
@@ -53,11 +50,10 @@ class DataBin:
 
     def __init__(self, path: str | Path, verify: str = "sample", share: tuple[int, int] = (0, 1)):
         self.path, self.verify, self.share = Path(path), verify, share
-        self._header: dict | None = None
+        self._header: DataBinHeader | None = None
         self._flat = False
-        header = self.path / HEADER
-        if os.path.lexists(header):
-            self._read_header(header)
+        if os.path.lexists(self.path / HEADER):
+            self._read_header()
         else:
             self._read_fairseq_folder()
 
@@ -69,8 +65,8 @@ class DataBin:
     @property
     def tokenizer_digest(self) -> str | None:
         """Digest of the tokenizer of the data; None if the header does not record it."""
-        tokenizer = (self._header or {}).get("tokenizer")
-        return tokenizer.get("digest") if isinstance(tokenizer, dict) else None
+        tokenizer = self._header and self._header.tokenizer
+        return tokenizer and tokenizer.digest
 
     def find_split_prefix(self, domain: str, split: str) -> Path:
         """Find the path of a split's files without ending; the files need not exist.
@@ -103,31 +99,34 @@ class DataBin:
         prefix = self.find_split_prefix(domain, split)
         if self._header is None:
             return IndexedDataset(prefix, self.vocab_size)
-        expected = self._header["domains"][domain][split]
+        expected = self._header.domains[domain][split]
         dataset = IndexedDataset(prefix, self.vocab_size, scan=False)
-        for name, actual in (("items", len(dataset)), ("tokens", len(dataset.tokens))):
-            if actual != expected[name]:
+        for name, actual, count in (
+            ("items", len(dataset), expected.items),
+            ("tokens", len(dataset.tokens), expected.tokens),
+        ):
+            if actual != count:
                 raise UserError(
-                    f"{prefix}: holds {actual} {name}, but {HEADER} says {expected[name]} for the "
-                    f"split {split} of domain {domain}; they are from different runs"
+                    f"{prefix}: holds {actual} {name}, but {HEADER} says {count} for the split "
+                    f"{split} of domain {domain}; they are from different runs"
                 )
         self._check_digests(dataset, expected)
         return dataset
 
-    def _check_digests(self, dataset: IndexedDataset, expected: Mapping[str, object]) -> None:
+    def _check_digests(self, dataset: IndexedDataset, expected: SplitHeader) -> None:
         """Compare the digest of the index, and those of the tokens that `verify` asks for."""
-        digests, (part, parts) = expected.get("sha256", {}), self.share
+        digests, (part, parts) = expected.sha256, self.share
         if "idx" in digests and hash_file(dataset.idx_path) != digests["idx"]:
             raise UserError(f"{dataset.idx_path}: does not have the digest that {HEADER} says")
         if self.verify == "full" and part == zlib.crc32(str(dataset.prefix).encode()) % parts:
             if "bin" in digests and hash_file(dataset.bin_path) != digests["bin"]:
                 raise UserError(f"{dataset.bin_path}: does not have the digest that {HEADER} says")
-        elif self.verify == "sample" and "blocks" in expected:
+        elif self.verify == "sample" and expected.blocks is not None:
             mine = range(-(-dataset.tokens.nbytes // BLOCK_BYTES))[part::parts]
             count = min(len(mine), -(-SAMPLE_BLOCKS // parts))
             # Other blocks in every run, so that none stays unread for ever.
             numbers = random.SystemRandom().sample(mine, count)
-            check_blocks(dataset.bin_path, expected["blocks"], numbers)
+            check_blocks(dataset.bin_path, expected.blocks, numbers)
 
     def open_blocks(
         self, domain: str, split: str, block_size: int, domain_token: int | None = None
@@ -151,7 +150,7 @@ class DataBin:
     def count_text_bytes(self, domain: str, split: str) -> int:
         """Return the UTF-8 bytes of the text of a split; 0 if unknown (fairseq)."""
         self._check_domain_and_split(domain, split)
-        return self._header["domains"][domain][split]["bytes"] if self._header else 0
+        return self._header.domains[domain][split].bytes if self._header else 0
 
     def _check_domain_and_split(self, domain: str, split: str) -> str:
         """Return the split; raise UserError if the data-bin lacks it or the domain."""
@@ -162,45 +161,14 @@ class DataBin:
             )
         if split not in SPLITS:
             raise UserError(f"split {split!r}: allowed are {', '.join(SPLITS)}")
-        if self._header is not None and split not in self._header["domains"][domain]:
+        if self._header is not None and split not in self._header.domains[domain]:
             raise UserError(f"{self.path / HEADER}: domain {domain} has no split {split}")
         return split
 
-    def _read_header(self, path: Path) -> None:
-        """Read databin.json into the attributes; raise UserError if it is malformed."""
-        try:
-            text = path.read_text(encoding="utf-8")
-            header = json.loads(text)
-            if header["format"] != FORMAT:
-                raise UserError(f"{path}: format {header['format']!r}, only {FORMAT} can be read")
-            self.domains = tuple(header["domains"])
-            self.vocab_size = _read_whole_number(header, "vocab_size")
-            for name in ("bos_id", "pad_id", "eos_id", "unk_id"):
-                if name in ("pad_id", "eos_id") or header[name] is not None:
-                    _read_whole_number(header, name, self.vocab_size)
-                setattr(self, name, header[name])
-            for name, splits in header["domains"].items():
-                check_domain(name, f"{path}, domains")
-                for split in splits.values():
-                    for key in ("items", "tokens", "bytes"):
-                        _read_whole_number(split, key)
-                    _read_whole_number(split, "max_id", self.vocab_size)
-        except KeyError as error:
-            raise UserError(f"{path}: lacks the key {error}") from error
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from error
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path}: is not the header of a data-bin: {error}") from error
-        if not self.domains:
-            raise UserError(f"{path}: holds no domain")
-        digest = header.get("digest")
-        if (digest is None) is not ("files" not in header):
-            raise UserError(f"{path}: has one of the keys files and digest; copy it again")
-        if digest is not None and compute_header_digest(text, digest) != digest:
-            raise UserError(f"{path}: does not have the digest in its last line; copy it again")
-        for name, expected in header.get("files", {}).items() if self.verify != "size" else ():
+    def _read_header(self) -> None:
+        """Set the attributes from databin.json; raise UserError if it or its files are damaged."""
+        header = read_header(self.path)
+        for name, expected in (header.files or {}).items() if self.verify != "size" else ():
             file = self.path / name
             if not file.is_file() or hash_file(file) != expected:
                 raise UserError(
@@ -208,7 +176,11 @@ class DataBin:
                     "again"
                 )
         self._header = header
-        self.digest = hash_file(path)
+        self.domains: tuple[str, ...] = tuple(header.domains)
+        self.vocab_size = header.vocab_size
+        self.bos_id, self.pad_id = header.bos_id, header.pad_id
+        self.eos_id, self.unk_id = header.eos_id, header.unk_id
+        self.digest = hash_file(self.path / HEADER)
 
     def _read_fairseq_folder(self) -> None:
         """Set the attributes from fairseq's files; raise UserError if there are none."""
@@ -232,7 +204,7 @@ class DataBin:
         self._flat = bool(flat)
         if flat:
             name = re.sub("[^A-Za-z0-9_-]", "_", self.path.resolve().name)
-            self.domains: tuple[str, ...] = (name,)
+            self.domains = (name,)
         else:
             self.domains = tuple(dict.fromkeys(file.parent.name for file in files))
         dictionary = self._find_fairseq_dictionary()
@@ -264,12 +236,3 @@ class DataBin:
 
 def _build_index_path(prefix: Path) -> Path:
     return prefix.with_name(f"{prefix.name}.idx")
-
-
-def _read_whole_number(entry: dict, key: str, upper_limit: int | None = None) -> int:
-    """Return an entry that is a whole number below a limit; raise ValueError for others."""
-    value = entry[key]
-    if type(value) is not int or value < 0 or (upper_limit is not None and value >= upper_limit):
-        limit = "" if upper_limit is None else f" below the vocabulary size {upper_limit}"
-        raise ValueError(f"{key} is {value!r}, not a whole number{limit}")
-    return value

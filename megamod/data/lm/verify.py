@@ -1,10 +1,9 @@
 """Check of a data-bin on disk against its header."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from megamod.data.corpus.documents import SPLITS
+from megamod.data.corpus.header import HEADER, SPLITS, read_header
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
@@ -21,21 +20,20 @@ def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
     except UserError as error:
         yield f"{path}: data-bin", [str(error)]
         return
-    file = path / "databin.json"
-    header = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    header = read_header(path) if (path / HEADER).exists() else None
     yield f"{path}: data-bin, {len(data.domains)} domains, {data.vocab_size:,} ids", []
-    faults = [
-        f"{path / name} is missing or does not have the SHA-256 digest of databin.json"
-        for name, digest in header.get("files", {}).items()
-        if not (path / name).is_file() or hash_file(path / name) != digest
-    ]
-    if "files" in header:
-        yield f"{path}: tokenizer and dictionaries, {len(header['files'])} files", faults
-    elif "tokenizer" in header:  # of an earlier version, which recorded no digests of files
+    if header and header.files is not None:
+        faults = [
+            f"{path / name} is missing or does not have the SHA-256 digest of databin.json"
+            for name, digest in header.files.items()
+            if not (path / name).is_file() or hash_file(path / name) != digest
+        ]
+        yield f"{path}: tokenizer and dictionaries, {len(header.files)} files", faults
+    elif header and header.tokenizer:  # of an earlier version, which recorded no digests of files
         folder = path / "tokenizer"
-        yield f"{folder}: tokenizer", _find_tokenizer_faults(folder, header["tokenizer"]["digest"])
+        yield f"{folder}: tokenizer", _find_tokenizer_faults(folder, header.tokenizer.digest)
     for domain in data.domains:
-        for split in header["domains"][domain] if header else SPLITS:
+        for split in header.domains[domain] if header else SPLITS:
             prefix = data.find_split_prefix(domain, split)
             if not header and not prefix.with_name(f"{prefix.name}.idx").exists():
                 continue  # in a data-bin of fairseq any split may be absent
@@ -46,7 +44,7 @@ def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
                 title = f"{prefix}: {len(dataset):,} items, {len(dataset.tokens):,} tokens"
             except UserError as error:
                 faults.append(str(error))
-            expected = header["domains"][domain][split].get("sha256", {}) if header else {}
+            expected = header.domains[domain][split].sha256 if header else {}
             for ending, digest in expected.items():
                 file = prefix.with_name(f"{prefix.name}.{ending}")
                 if file.exists() and hash_file(file) != digest:

@@ -1,0 +1,117 @@
+"""databin.json: vocabulary and domains of a data-bin, counts and digests of its files."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from megamod.documents import Document, Domain, read_document
+from megamod.errors import UserError
+from megamod.files import format_json
+
+HEADER = "databin.json"
+FORMAT = 1
+SPLITS = ("train", "valid", "test")
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class SplitHeader(Document):
+    """Counts and digests of a split; headers of earlier versions lack some digests.
+
+    Attributes:
+        tokens: with the bos and eos of each item.
+        bytes: of the UTF-8 text of the items, without line ends between them.
+        text_sha256: of the text, see `ItemCounter`.
+        sha256: of the two files, by ending.
+        blocks: see `compute_block_digests`.
+    """
+
+    items: Count
+    tokens: Count
+    bytes: Count
+    max_id: Count
+    text_sha256: str | None = None
+    sha256: dict[Literal["bin", "idx"], str] = Field({})
+    blocks: str | None = None
+
+
+class TokenizerHeader(Document):
+    """Kind and digest of the tokenizer."""
+
+    kind: str
+    digest: str
+
+
+_Splits = dict[Literal["train", "valid", "test"], SplitHeader]
+
+
+class DataBinHeader(Document):
+    """Content of databin.json; headers of earlier versions lack some keys.
+
+    Attributes:
+        items: the unit that an eos ends.
+        bos: True if items start with bos.
+        replaced: characters that were replaced because they were not UTF-8, by domain.
+        domains: by name and split, in the order of preprocessing.
+        files: SHA-256 of the tokenizer's files and the dictionaries, by path in the folder.
+        digest: see `compute_header_digest`.
+    """
+
+    format: Literal[1]
+    tokenizer: TokenizerHeader | None = None
+    vocab_size: Count
+    bos_id: Count | None
+    pad_id: Count
+    eos_id: Count
+    unk_id: Count | None
+    items: Literal["document", "line"] | None = None
+    bos: bool = False
+    replaced: dict[str, Count] = Field({})
+    domains: dict[Domain, dict[Literal["train", "valid", "test"], SplitHeader]] = Field(
+        min_length=1
+    )
+    files: dict[str, str] | None = None
+    digest: str | None = None
+
+    @model_validator(mode="after")
+    def _check_ids(self) -> "DataBinHeader":
+        ids = {name: getattr(self, name) for name in ("bos_id", "pad_id", "eos_id", "unk_id")}
+        for domain, splits in self.domains.items():
+            ids |= {f"domains.{domain}.{name}: max_id": s.max_id for name, s in splits.items()}
+        for name, value in ids.items():
+            if value is not None and value >= self.vocab_size:
+                raise ValueError(
+                    f"{name} is {value}, not below the vocabulary size {self.vocab_size}"
+                )
+        if (self.digest is None) is not (self.files is None):
+            raise ValueError("has one of the keys files and digest; copy it again")
+        return self
+
+
+def read_header(folder: Path) -> DataBinHeader:
+    """Read databin.json in a folder.
+
+    Raises:
+        UserError: if it is missing, malformed, or differs from its digest.
+    """
+    path = folder / HEADER
+    header = read_document(path, DataBinHeader)
+    if header.digest is not None:
+        text = path.read_text(encoding="utf-8")
+        if compute_header_digest(text, header.digest) != header.digest:
+            raise UserError(f"{path}: does not have the digest in its last line; copy it again")
+    return header
+
+
+def format_header(header: Mapping[str, object]) -> str:
+    """Format the content of databin.json."""
+    return format_json(header, indent=2) + "\n"
+
+
+def compute_header_digest(text: str, digest: str) -> str:
+    """Compute the SHA-256 of databin.json with an empty "digest" in place of `digest`."""
+    empty = text.replace(f'"digest": "{digest}"\n}}', '"digest": ""\n}')
+    return hashlib.sha256(empty.encode()).hexdigest()
