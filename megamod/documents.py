@@ -8,7 +8,8 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from reprlib import Repr
 from typing import Annotated, Any, TypeVar
@@ -59,7 +60,7 @@ class Document(BaseModel):
         return value
 
 
-Schema = TypeVar("Schema", bound=Document)
+Schema = TypeVar("Schema")
 Item = TypeVar("Item")
 
 
@@ -67,31 +68,72 @@ def read_document(path: str | Path, schema: type[Schema], origin: str | None = N
     """Read a file, JSON if its name ends so and else YAML, as an instance of a schema.
 
     Args:
+        schema: a subclass of `Document`, or a list or dictionary of them or of plain values.
         origin: name of the file in messages; None: its path.
     Raises:
         UserError: naming the file, the key, the value and what is allowed.
     """
     path, origin = Path(path), origin or str(path)
     kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
+    text = _read_text(path, kind, origin)
+    with _report_malformed(kind, origin):
+        if kind == "JSON":
+            value = json.loads(text, object_pairs_hook=_build_mapping)
+        else:
+            value = _Loader(text).get_single_data()
+    _check_size(value, origin)
+    return check_document(value, schema, origin)
+
+
+def read_lines(path: str | Path, origin: str) -> dict[str, tuple[object, int]]:
+    """Read the `key: value` lines of a YAML file: value and line number by key.
+
+    Raises:
+        UserError: naming the origin, the line, and the key if its value is malformed.
+    """
+    text = _read_text(Path(path), "YAML", origin)
+    with _report_malformed("YAML", origin):
+        loader = _Loader(text)
+        root = loader.get_single_node()
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{origin} is not a list of `key: value` lines")
+    lines = {}
+    for key_node, value_node in root.value if root else ():
+        key, number = str(key_node.value), key_node.start_mark.line + 1
+        with _report_malformed("YAML", f"{origin}, line {number}, {key}"):
+            lines[key] = loader.construct_object(value_node, deep=True), number
+    _check_size({key: value for key, (value, _) in lines.items()}, origin)
+    return lines
+
+
+def read_object(path: Path) -> dict[str, object]:
+    """Read a JSON object without a schema, whose keys and size another program decides.
+
+    Raises:
+        FileNotFoundError: if there is no such file; callers say which file would do.
+        UserError: if it cannot be read, or is no object.
+    """
     try:
-        with open(path, "rb") as file:
-            data = file.read(_LARGEST_FILE[kind] + 1)
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
     except OSError as error:
-        raise UserError(f"{origin} cannot be read: {error.strerror}") from error
-    if len(data) > _LARGEST_FILE[kind]:
-        raise UserError(
-            f"{origin} has more than {_LARGEST_FILE[kind]:,} bytes, the most for {kind}"
-        )
-    return check_document(_parse(data, kind, origin), schema, origin)
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is not an object")
+    return content
 
 
 def read_run_recipe(folder: Path) -> dict[str, object]:
-    """Read the values of run.yaml in a folder; an empty dict if it cannot be read."""
-    try:
-        values = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    """Read the values of run.yaml in a folder, which any version may have written; empty without.
+
+    Raises:
+        UserError: if it is malformed.
+    """
+    file = folder / "run.yaml"
+    return read_document(file, dict[str, Setting]) if file.is_file() else {}
 
 
 def check_document(value: object, schema: type[Schema], origin: str, key: str = "") -> Schema:
@@ -188,6 +230,13 @@ def _parse_number(value: object) -> int | float:
     return value
 
 
+def _parse_setting(value: object) -> object:
+    for item in value if type(value) is list else [value]:
+        if item is not None and type(item) not in (str, bool, int, float):
+            raise ValueError(f"{shorten(value)} is not text, a number, true, false, or a list")
+    return value
+
+
 Name = Annotated[str, BeforeValidator(parse_name)]
 """A name that becomes part of a file's name."""
 Domain = Annotated[str, AfterValidator(parse_domain)]
@@ -196,6 +245,8 @@ Key = Annotated[str, BeforeValidator(str)]
 """A key that is text, whatever YAML reads it as."""
 Items = Annotated[tuple[Item, ...], BeforeValidator(lambda v: tuple(v) if type(v) is list else v)]
 """A list."""
+Setting = Annotated[Any, AfterValidator(_parse_setting)]
+"""The value of a flag, with the type that YAML reads."""
 Number = Annotated[Any, AfterValidator(_parse_number)]
 """A number that keeps its type: a whole one stays whole in records."""
 
@@ -224,16 +275,28 @@ def _build_mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return content
 
 
-def _parse(data: bytes, kind: str, origin: str) -> object:
-    """Return the value in a file's bytes, of bounded depth and size."""
+def _read_text(path: Path, kind: str, origin: str) -> str:
+    """Read a file of bounded size; raise UserError if it is larger or not UTF-8."""
     try:
-        text = data.decode("utf-8-sig")
-        if kind == "JSON":
-            value = json.loads(text, object_pairs_hook=_build_mapping)
-        else:
-            value = _Loader(text).get_single_data()
+        with open(path, "rb") as file:
+            data = file.read(_LARGEST_FILE[kind] + 1)
+    except OSError as error:
+        raise UserError(f"{origin} cannot be read: {error.strerror}") from error
+    if len(data) > _LARGEST_FILE[kind]:
+        raise UserError(
+            f"{origin} has more than {_LARGEST_FILE[kind]:,} bytes, the most for {kind}"
+        )
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{origin}: byte {error.start} is not UTF-8") from error
+
+
+@contextmanager
+def _report_malformed(kind: str, origin: str) -> Iterator[None]:
+    """Turn the errors of a parser into UserErrors that name the origin and the line."""
+    try:
+        yield
     except RecursionError as error:
         raise UserError(f"{origin}: {_TOO_DEEP}") from error
     except yaml.MarkedYAMLError as error:
@@ -242,8 +305,6 @@ def _parse(data: bytes, kind: str, origin: str) -> object:
         raise UserError(f"{origin}{where}: not YAML: {error.problem}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{origin}: not {kind}: {' '.join(str(error).split())}") from error
-    _check_size(value, origin)
-    return value
 
 
 _TOO_DEEP = f"is nested more than {_LARGEST_DEPTH} deep"

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal, Union, get_args, get_origin
 import yaml
 
 from megamod.command_line import CommandParser, complete_with, make_unknown_error
+from megamod.documents import read_lines
 from megamod.errors import UserError
 from megamod.files import write_atomic
 
@@ -166,34 +167,19 @@ def _read_recipe(path: Path, fields_by_name: dict[str, Field]) -> dict[str, tupl
 
     Raise UserError for a bad file.
     """
-    try:
-        loader = yaml.SafeLoader(path.read_bytes())
-        node = loader.get_single_node()
-    except OSError as error:
-        listed = "; `megamod recipes` lists those that come along" if not path.exists() else ""
-        raise UserError(f"recipe {path} cannot be read: {error.strerror}{listed}") from error
-    except yaml.MarkedYAMLError as error:
-        line, column = error.problem_mark.line + 1, error.problem_mark.column + 1
-        where = f"recipe {path}, line {line}, column {column}"
-        raise UserError(f"{where} is not YAML: {error.problem}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    if node is not None and not isinstance(node, yaml.MappingNode):
-        raise UserError(f"recipe {path} is not a list of `flag: value` lines")
-    values: dict[str, tuple[object, str]] = {}
-    for key_node, value_node in node.value if node else ():
-        key, where = str(key_node.value), f"recipe {path}, line {key_node.start_mark.line + 1}"
+    origin, values = f"recipe {path}", {}
+    if not path.exists():
+        raise UserError(
+            f"{origin} cannot be read: there is no such file; `megamod recipes` lists those that "
+            "come along"
+        )
+    for key, (value, line) in read_lines(path, origin).items():
+        where = f"{origin}, line {line}"
         if key not in fields_by_name:
             raise make_unknown_error(f"{where}: unknown key", key, fields_by_name)
-        if key in values:
-            raise UserError(f"{where}: {key!r} appears twice")
-        try:
-            value = loader.construct_object(value_node, deep=True)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{where}: {key!r} is not valid YAML: {error}") from error
         if isinstance(value, str) and _inspect_type(fields_by_name[key])[0] is float:
             value = _convert_text(float, value)  # YAML 1.1 reads 1e-3 as text
-        values[key] = _check_value(fields_by_name[key], value, f"{where}, {key}"), f"recipe {path}"
+        values[key] = _check_value(fields_by_name[key], value, f"{where}, {key}"), origin
     return values
 
 

@@ -10,11 +10,11 @@ the Auto classes of transformers, and importing `megamod` first registers the mo
 Needs `pip install "megamod[eval]"`.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from megamod.errors import UserError, run_main
+from megamod.states.config_file import read_config_file
 
 ENCODERS = ("ca_mtl", "mux_bert", "mux_electra", "mux_roberta")
 
@@ -39,12 +39,11 @@ def check_harness_model(model_args: Mapping[str, object]) -> None:
     Raises:
         UserError: naming the domains, or the model type.
     """
-    file, domain = Path(str(model_args.get("pretrained"))) / "config.json", model_args.get("domain")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    folder, domain = Path(str(model_args.get("pretrained"))), model_args.get("domain")
+    if not (folder / "config.json").is_file():
         return  # a name on the hub, or for the harness to refuse
-    where, kind = f"--model_args pretrained={file.parent}", config.get("model_type")
+    config = read_config_file(folder)
+    where, kind = f"--model_args pretrained={folder}", config.get("model_type")
     if kind in ENCODERS:
         raise UserError(
             f"{where}: is a {kind}, an encoder; the harness needs a causal language model"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs, apply_ds_values
 from megamod.btm.campaign import BtmArgs
+from megamod.documents import read_run_recipe
 from megamod.errors import UserError
 from megamod.flags import (
     Arguments,
@@ -142,7 +143,7 @@ def test_one_message_names_flag_value_and_choice(argv, parts):
         ("domains: law\n", ["line 1", "'law'", "a list of names"]),
         ("seed: 2020-99-99\n", ["line 1", "seed"]),
         ("learning_rate: .inf\n", ["line 1", "inf"]),
-        ("- 1\n", ["flag: value"]),
+        ("- 1\n", ["key: value"]),
         ("seed: !!python/object/apply:os.getpid []\n", ["line 1", "seed"]),
         ("\x00", ["not YAML"]),
         ("a: " + "[" * 5000, ["recipe"]),
@@ -188,6 +189,14 @@ def test_a_saved_run_repeats_itself(tmp_path, seed, rate, folder, domains):
     write_run_recipe(tmp_path / "run.yaml", *given_args)
     again = parse_args(RunArgs, OptimArgs, DataArgs, argv=[str(tmp_path / "run.yaml")])
     assert again == given_args
+
+
+@pytest.mark.parametrize("text", ["seed: [", "- 1", "", "seed: 2020-01-01", "seed: 1\nseed: 2"])
+def test_a_damaged_run_yaml_is_one_sentence(tmp_path, text):
+    assert read_run_recipe(tmp_path) == {}
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"run\.yaml"):
+        read_run_recipe(tmp_path)
 
 
 def test_a_saved_run_tells_origins_and_keeps_a_derived_accumulation(tmp_path):

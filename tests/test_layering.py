@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "megamod_kernels": (set(), {"torch", "triton"}),
     "megamod.nn": ({"megamod_kernels", "megamod.dist.scope"}, {"torch", "transformers"}),
-    "megamod.lm_eval": (set(), {"lm_eval"}),
+    "megamod.lm_eval": ({"megamod.states"}, {"lm_eval"}),
     "megamod.mixture.posterior": (set(), {"torch"}),
     "megamod.mixture": ({"megamod.mixture.posterior"}, {"torch", "pydantic"}),
     "megamod.models": (
@@ -116,7 +116,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"megamod.args", "megamod.flags", "megamod.dist.scope", "megamod.dist.hostfile"}
         | {"megamod.data.corpus", "megamod.data.lm", "megamod.merging", "megamod.mixture"}
         | {"megamod.states"},
-        {"torch", "safetensors", "yaml", "psutil"},
+        {"torch", "safetensors", "psutil"},
     ),
     "megamod.runs": (
         DATA
@@ -125,7 +125,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {"megamod.merging.moe"}
         | {"megamod.evaluation", "megamod.mixture", "megamod.states", "megamod.train"}
         | {"megamod.convert", "megamod.version"},
-        {"torch", "transformers", "deepspeed", "huggingface_hub", "numpy", "yaml"} | {"pydantic"},
+        {"torch", "transformers", "deepspeed", "huggingface_hub", "numpy", "pydantic"},
     ),
     "megamod.planning": (
         {"megamod.args", "megamod.flags", "megamod.btm", "megamod.dist", "megamod.dist.scope"}

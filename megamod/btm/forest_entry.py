@@ -5,8 +5,6 @@ import json
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from megamod.documents import Document, Items, read_document, read_run_recipe
 from megamod.errors import UserError
 from megamod.states.adapter import find_seed_folder, is_adapter, is_model
@@ -135,8 +133,7 @@ def _read_training_record(run: Path) -> dict[str, object]:
             "seed": saved.settings.get("seed"),
             "data_digest": saved.settings.get("data digest"),
         }
-    if (run / "run.yaml").is_file():
-        settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    if settings := read_run_recipe(run):
         relevant = {key: value for key, value in settings.items() if key not in WITHOUT_EFFECT}
         text = json.dumps(relevant, sort_keys=True).encode()
         record["config_digest"] = hashlib.sha256(text).hexdigest()

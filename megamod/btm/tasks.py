@@ -9,13 +9,14 @@ OUT/logs/NAME.log          output of the programs of a job
 OUT/jobs/NAME.lock         held by the job while it runs
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 from megamod.btm.campaign import Campaign, Parsed
+from megamod.documents import read_object
+from megamod.errors import UserError
 from megamod.flags import find_origin, format_flags
 from megamod.states.manifest import list_checkpoints
 
@@ -180,8 +181,8 @@ def get_expert_folder(campaign: Campaign, domain: str) -> Path:
 def has_finished(folder: Path, step: int) -> bool:
     """Return True if a run has ended at `step`; its scores are written last."""
     try:
-        scores = json.loads((folder / "perplexity.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        scores = read_object(folder / "perplexity.json")
+    except (OSError, UserError):
         return False
     return scores.get("step") == step and (folder / "model").is_dir()
 

@@ -7,7 +7,6 @@ Our models use the original names, except that tensors which the originals store
 are stored once, and that the discriminator of the ELECTRA wrapper has no prefix.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -149,9 +148,9 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
     if options.domains:
         raise UserError("--domains: a multiplexed model has no experts to choose from")
     try:
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config = read_config_file(source)
         class_name = config["architectures"][0]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"{source}: is not a multiplexed model: {error!r}") from error
     name = next((name for name, to in ORIGINALS.items() if to.ours == class_name), None)
     if name is None:

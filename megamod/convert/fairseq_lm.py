@@ -8,7 +8,6 @@ A DEMix rank file holds the feed-forwards of the rank's domain; ranks of one dom
 and hold the same.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +18,10 @@ from torch import Tensor
 from megamod.convert import NO_OPTIONS, ConvertedModel, Options
 from megamod.convert.reading import Checkpoint, read_checkpoint
 from megamod.dist.scope import EXPERTS_COMPONENT, parse_expert_domain
+from megamod.documents import read_object
 from megamod.errors import UserError
 from megamod.files import write_json
+from megamod.states.config_file import read_config_file
 from megamod.states.weights import extract_expert_weights, read_weights, write_tensors
 
 _OUTSIDE = {
@@ -130,11 +131,13 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
     if options.domains:
         raise UserError("--domains: all experts are exported to fairseq, there is no choice")
     try:
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config = read_config_file(source)
         layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
         domains, untie = config["domains"], config["untie"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{source}: is not a language model of megamod: {error!r}") from error
+    except KeyError as error:
+        raise UserError(
+            f"{source}: is not a language model of megamod: config.json has no {error}"
+        ) from error
     if untie != "none" and not untie.startswith("feedforward"):
         raise UserError(
             f"{source}: untie is {untie!r}; rank files of fairseq hold feed-forwards only"
@@ -234,14 +237,9 @@ def _find_dense_file(source: Path) -> Path:
 def _read_settings(folder: Path, checkpoint: Checkpoint) -> dict[str, object]:
     """Return the settings of config.json, overridden by the checkpoint's cfg.model, else args.
 
-    Raise UserError if config.json is not JSON.
+    Raise UserError if config.json is malformed.
     """
-    in_folder: object = {}
-    if (folder / "config.json").exists():
-        try:
-            in_folder = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{folder / 'config.json'}: is not JSON: {error}") from error
+    in_folder = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
     cfg = checkpoint.settings.get("cfg")
     stored = cfg.get("model") if isinstance(cfg, dict) else None
     stored = stored if isinstance(stored, dict) else checkpoint.settings.get("args")

@@ -5,7 +5,6 @@ does not scale its embeddings. The factor is multiplied into the embedding matri
 be tied to the output matrix: the result has both and is larger by one of them.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from megamod.convert import NO_OPTIONS, Options
 from megamod.dist.scope import parse_expert_domain
 from megamod.errors import UserError
 from megamod.files import write_json
+from megamod.states.config_file import read_config_file
 from megamod.states.weights import DENSE_FILE, extract_expert_weights, read_weights, write_tensors
 
 _OUTSIDE = {
@@ -75,16 +75,14 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
 
 def _read_config(source: Path) -> dict[str, object]:
     """Read config.json; raise UserError unless it is that of our GPT with OPT's norm epsilon."""
-    try:
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        if config["model_type"] != "demix":
-            raise UserError(f"{source}: model_type is {config['model_type']!r}; needed is 'demix'")
-        for name in (*_FIELDS, "untie", "intermediate_size"):
-            config[name]
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{source}: is not a language model of megamod: {error!r}") from error
+    config = read_config_file(source)
+    if config.get("model_type") != "demix":
+        raise UserError(f"{source}: model_type is {config.get('model_type')!r}; needed is 'demix'")
+    missing = [n for n in (*_FIELDS, "untie", "intermediate_size") if n not in config]
+    if missing:
+        raise UserError(
+            f"{source}: is not a language model of megamod: config.json has no {missing[0]}"
+        )
     eps = config.get("layer_norm_eps", _NORM_EPS)
     if eps != _NORM_EPS:
         raise UserError(f"{source}: layer_norm_eps is {eps}; OPT has {_NORM_EPS} and nothing else")

@@ -1,13 +1,12 @@
 """Files of a merged model besides its weights: configuration, tokenizer, card and record."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megamod.errors import UserError
+from megamod.documents import read_object
 from megamod.files import write_atomic, write_json
 from megamod.merging.layer_settings import LayerOrigin, build_stacked_config
 from megamod.merging.recipe import MergeRecipe, RecipePart
@@ -120,11 +119,7 @@ def _adapt_files_to_vocabulary(folder: Path, words: bool, vocabulary: Vocabulary
     """
     generation = folder / _CARRIED[0]
     if generation.is_file():
-        try:
-            content = json.loads(generation.read_text(encoding="utf-8"))
-            write_json(generation, vocabulary.renumber_token_ids(content))
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{_CARRIED[0]}: is not JSON: {error}") from error
+        write_json(generation, vocabulary.renumber_token_ids(read_object(generation)))
     if words and vocabulary.has_new_words:
         write_json(folder / VOCABULARY, vocabulary.tokenizer)
         # These files lack the new words, and nobody reads them if there is a tokenizer.json.
@@ -157,11 +152,7 @@ def _read_chat_template(folder: Path) -> str | None:
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from error
-    template = content.get("chat_template") if isinstance(content, dict) else None
+    template = read_object(file).get("chat_template")
     return template if isinstance(template, str) else None
 
 

@@ -5,7 +5,7 @@ averaged over the layers. A document's is the mean over its tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -111,7 +111,7 @@ def _write_files(
     content = {
         "model": args.model,
         "text": args.text,
-        "experts": [asdict(expert) for expert in record.experts],
+        "experts": [expert.model_dump() for expert in record.experts],
         "documents": [
             {
                 "shares": document.mean_shares,

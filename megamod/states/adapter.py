@@ -4,11 +4,11 @@ An adapter's folder has no configuration and no tokenizer that it must have: bot
 Importing this needs no torch.
 """
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from megamod.documents import read_object
 from megamod.errors import UserError
 from megamod.states.hub import find_in_hub
 from megamod.states.weight_files import (
@@ -80,16 +80,11 @@ def read_adapter_config(folder: Path) -> dict[str, object]:
     """
     file = folder / ADAPTER_CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except FileNotFoundError:
         raise UserError(
             f"{folder}: is not the folder of an adapter (no {ADAPTER_CONFIG})"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: is not an object")
-    return config
 
 
 def check_seed_weights(folder: Path) -> None:

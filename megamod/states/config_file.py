@@ -1,9 +1,9 @@
 """Reader of config.json: an object, whose sizes are possible. Importing this needs no torch."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from megamod.documents import read_object
 from megamod.errors import UserError
 
 SIZES = (
@@ -24,15 +24,9 @@ def read_config_file(folder: Path) -> dict[str, object]:
     """
     file = Path(folder) / "config.json"
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = read_object(file)
     except FileNotFoundError:
         raise UserError(f"{folder}: there is no model (no config.json)") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{file}: is not an object")
     if not isinstance(fields.get("model_type", ""), str):
         raise UserError(f"{file}: model_type is {fields['model_type']!r:.80}, not a name")
     check_sizes(fields, str(file))

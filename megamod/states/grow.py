@@ -1,6 +1,5 @@
 """Add an expert to a model folder with experts; existing tensors stay bit for bit."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.forest import read_model_config
 from megamod.states.stream import ModelFolder
+from megamod.states.weight_files import read_index
 from megamod.states.weights import (
     INDEX_FILE,
     has_index,
@@ -78,8 +78,8 @@ def add_expert(
         ] = weight.to(spec.dtype)
 
     if has_index(source):
-        index = json.loads((source / INDEX_FILE).read_text(encoding="utf-8"))
-        weight_map = {name: index["weight_map"][name] for name in source_model.tensors}
+        listed = read_index(source)
+        weight_map = {name: listed[name] for name in source_model.tensors}
         for file in source_model.files:
             link_or_copy(file, target / file.name)
     else:

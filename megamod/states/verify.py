@@ -3,7 +3,6 @@
 Loads neither torch nor DeepSpeed, so that a look takes as long as reading the files.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from megamod.states.adapter import (
     list_model_folders,
 )
 from megamod.states.checkpoint_folder import LATEST, STATE
+from megamod.states.config_file import read_config_file
 from megamod.states.forest import FILE, open_forest
 from megamod.states.manifest import MANIFEST, find_checkpoint_faults, list_checkpoints
 from megamod.states.weight_files import INDEX_FILE, read_index
@@ -102,16 +102,13 @@ def check_model_files(path: Path) -> CheckResult:
         return _check_adapter_files(path)
     faults: list[str] = []
     stored_in: dict[str, str] = {}
-    index, where = path / INDEX_FILE, path / "config.json"
+    index = path / INDEX_FILE
     try:
-        config = json.loads(where.read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or "model_type" not in config:
-            faults.append(f"{where} names no model_type")
+        if "model_type" not in read_config_file(path):
+            faults.append(f"{path / 'config.json'} names no model_type")
         listed_in = read_index(path) if index.exists() else {}
     except UserError as error:
         return f"{path}: model", [str(error)]
-    except (OSError, ValueError, RecursionError) as error:
-        return f"{path}: model", [f"{where} is unreadable: {error!r}"]
     files = sorted(set(listed_in.values())) or ["model.safetensors"]
     for name in files:
         try:

@@ -1,11 +1,11 @@
 """Weight files of a model folder. Importing this needs no torch."""
 
 import hashlib
-import json
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from megamod.documents import read_object
 from megamod.errors import UserError
 
 DENSE_FILE = "model.safetensors"
@@ -54,9 +54,8 @@ def read_index(folder: Path, name: str = INDEX_FILE) -> dict[str, str]:
     """
     file = folder / name
     try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        weight_map = {str(tensor): shard for tensor, shard in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        weight_map = {**read_object(file)["weight_map"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: is not the index of a model: {error!r:.300}") from error
     if not weight_map:
         raise UserError(f"{file}: names no files")

@@ -134,7 +134,7 @@ def test_what_opt_cannot_hold_is_refused(tmp_path):
         (demix, ("cod",), "no expert of domain 'cod'"),
         (dense, ("law",), "has no experts to choose from"),
         (odd, (), "layer_norm_eps is 1e-06"),
-        (tmp_path, (), "is not a language model of megamod"),
+        (tmp_path, (), "there is no model"),
     ):
         with pytest.raises(UserError, match=message):
             export(folder, tmp_path, Options(domains))

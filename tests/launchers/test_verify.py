@@ -191,7 +191,7 @@ def test_models_are_checked_against_their_index(whole_run, tmp_path, monkeypatch
     assert len(faults) == 2 and all("cannot be opened" in fault for fault in faults)
     (model / "config.json").write_text("{")
     (fault,) = check(monkeypatch, model)
-    assert "config.json is unreadable" in fault
+    assert "config.json: cannot be read" in fault
     for domain in ("law", "med"):  # independent models: a folder each
         write_model(tmp_path / "both" / "model" / domain)
     assert (

@@ -70,12 +70,21 @@ def convert_to_moe(
         write_config_and_tokenizer(replace(dense, config=config), folder, copy_tokenizer)
         shares = dense.compute_shares() if plan.shared == "averaged" else [None] * plan.experts
         experts = tuple(
-            ExpertRecord(model.domain, _format_path(model), model.member, share, digest, data)
+            ExpertRecord(
+                domain=model.domain,
+                path=_format_path(model),
+                member=model.member,
+                weight=share,
+                digest=digest,
+                data_digest=data,
+            )
             for model, share, digest, data in zip(
                 recipe.inputs, shares, digests, data_digests, strict=True
             )
         )
-        record = MoeRecord(plan.kind, plan.shared, experts, rows.record)
+        record = MoeRecord(
+            model_type=plan.kind, shared=plan.shared, experts=experts, router=rows.record
+        )
         write_moe_record(folder, record)
         write_moe_card(folder, record)
     return plan

@@ -7,7 +7,7 @@ in place of an expert's (`upgrade`), or with another router row (`refresh`).
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -106,10 +106,8 @@ def drop(folder: Path, domain: str, output: Path, *, keep_influence: bool, shard
             router |= _remove_from_router_record(router, number, domain)
             if router["centre"]:
                 influence = influence or "the rows of the others are centred with its row"
-        _write_mixture(
-            mixture, output, others, {}, config, replace(record, experts=experts, router=router),
-            shard,
-        )  # fmt: skip
+        changed = record.model_copy(update={"experts": experts, "router": router})
+        _write_mixture(mixture, output, others, {}, config, changed, shard)
     return influence
 
 
@@ -153,14 +151,14 @@ def upgrade(folder: Path, domain: str, expert: Expert, output: Path, *, shard: i
         order[number] = model
         experts = list(record.experts)
         experts[number] = ExpertRecord(
-            domain,
-            str(expert.path),
-            expert.member,
-            None,
-            model.compute_digest(),
-            expert.data_digest,
+            domain=domain,
+            path=str(expert.path),
+            member=expert.member,
+            weight=None,
+            digest=model.compute_digest(),
+            data_digest=expert.data_digest,
         )
-        changed = replace(record, experts=tuple(experts))
+        changed = record.model_copy(update={"experts": tuple(experts)})
         _write_mixture(mixture, output, order, {}, mixture.config, changed, shard)
 
 
@@ -192,7 +190,8 @@ def refresh(
         mixture = open_mixture(folder, stack)
         record, number = mixture.record, mixture.record.find_expert(domain, folder)
         refreshed = {**record.router.get("refreshed", {}), domain: dict(router)}
-        changed = replace(record, router={**record.router, "refreshed": refreshed})
+        router = {**record.router, "refreshed": refreshed}
+        changed = record.model_copy(update={"router": router})
         order = list(range(len(record.experts)))
         _write_mixture(mixture, output, order, {number: rows}, mixture.config, changed, shard)
 

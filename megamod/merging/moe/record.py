@@ -8,18 +8,17 @@
 config.json beside it is that of the stock class alone.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
+from megamod.documents import Document, Items, read_document
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.tables import format_table
 from megamod.version import __version__
 
 FILE = "moe.json"
-FORMAT = 1
 _CARD = """---
 library_name: transformers
 license: unknown
@@ -34,8 +33,7 @@ any {kind}; `{file}` has all of this for programs.
 """
 
 
-@dataclass(frozen=True)
-class ExpertRecord:
+class ExpertRecord(Document):
     """One expert of a mixture.
 
     Attributes:
@@ -53,14 +51,15 @@ class ExpertRecord:
     data_digest: str | None
 
 
-@dataclass(frozen=True)
-class MoeRecord:
-    """Content of moe.json."""
+class MoeRecord(Document):
+    """Content of moe.json; `shared` and `router`: origin of the other weights and the routers."""
 
+    format: Literal[1] = 1
     model_type: str
     shared: str
-    experts: tuple[ExpertRecord, ...]
-    router: Mapping[str, object]
+    experts: Items[ExpertRecord]
+    router: dict[str, Any]
+    megamod: str = __version__
 
     @property
     def domains(self) -> list[str]:
@@ -82,7 +81,7 @@ class MoeRecord:
 
 def write_moe_record(folder: Path, record: MoeRecord) -> None:
     """Write moe.json."""
-    write_json(folder / FILE, {"format": FORMAT, **asdict(record), "megamod": __version__})
+    write_json(folder / FILE, {**record.model_dump(), "megamod": __version__})
 
 
 def write_moe_card(folder: Path, record: MoeRecord) -> None:
@@ -112,18 +111,11 @@ def read_moe_record(folder: Path) -> MoeRecord:
         UserError: if there is none, or it is not of this form.
     """
     file = Path(folder) / FILE
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(f"format is {content['format']!r}, not {FORMAT}")
-        experts = tuple(ExpertRecord(**entry) for entry in content["experts"])
-        return MoeRecord(content["model_type"], content["shared"], experts, content["router"])
-    except FileNotFoundError:
+    if not file.is_file():
         raise UserError(
             f"{folder}: there is no {FILE}; mixtures of experts are made by megamod to-moe"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{file}: is not the record of a mixture of experts: {error!r}") from error
+        )
+    return read_document(file, MoeRecord)
 
 
 def format_experts(record: MoeRecord) -> str:

@@ -1,17 +1,15 @@
 """The best model of a finetuning run, by the evaluations of its dev splits."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
+from megamod.documents import read_document
 from megamod.files import write_json
-from megamod.runs.finetune.records import Record
+from megamod.runs.finetune.records import EVALUATIONS, Evaluation, Record
 from megamod.train.export import ModelExport
-
-EVALUATIONS = "evaluations.json"
 
 
 class BestModel:
@@ -35,13 +33,11 @@ class BestModel:
         """Read the evaluations of a run that resumes after `step`."""
         file = self.folder / EVALUATIONS
         if step and file.exists() and (self.folder / "model").is_dir():
-            evaluations = json.loads(file.read_text(encoding="utf-8"))
-            evaluations = [
-                evaluation for evaluation in evaluations if self.value(evaluation) is not None
+            recorded = read_document(file, list[Evaluation])
+            earlier = [
+                item.model_dump(exclude_unset=True) for item in recorded if item.step <= step
             ]
-            self.evaluations = [
-                evaluation for evaluation in evaluations if evaluation["step"] <= step
-            ]
+            self.evaluations = [item for item in earlier if self.value(item) is not None]
 
     def add(self, evaluation: Record) -> bool:
         """Add an evaluation; return True if it is the best one."""

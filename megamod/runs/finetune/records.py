@@ -5,18 +5,67 @@ so on. `FinetuneModel.has_many_tasks` decides.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from megamod.data.tasks.specs import GLUE, describe_task
+from megamod.documents import Document, Number
 from megamod.evaluation.glue import Scores, average_task_scores, compute_task_score
 from megamod.runs.finetune.model import FinetuneModel
 from megamod.train.export import Card
 
 AVERAGE = "average"
+EVALUATIONS, RESULTS = "evaluations.json", "results.json"
 Record = dict[str, object]
 TaskScores = Mapping[str, Mapping[str, Scores]]
 """Scores by task and split."""
+_SplitScores = dict[str, dict[str, Any]]
+
+
+class Evaluation(Document):
+    """An item of evaluations.json: `tasks` and `score` of many tasks, or `scores` of one."""
+
+    step: int
+    tasks: dict[str, _SplitScores] | None = None
+    scores: _SplitScores | None = None
+    score: Number = None
+    instances_per_second: Number
+
+
+class SeedResults(Document):
+    """Results of one seed: its best and last evaluation, peaks of tasks, predicted splits."""
+
+    step: int | None = None
+    best: Evaluation | None = None
+    last: Evaluation | None = None
+    by_task: dict[str, Any] | None = None
+    predicted: dict[str, Any] | None = None
+
+
+class Results(Document):
+    """Content of results.json of a finetuning run.
+
+    Attributes:
+        task: of a run on one task; `tasks`, `variant`: of a run on many.
+        metric: that selects the best model.
+        mean, deviation: over seeds, of each score.
+        task_score, instances_per_second: means over seeds; None: nothing was scored.
+    """
+
+    task: dict[str, Any] | None = None
+    num_instances: int | None = None
+    tasks: list[dict[str, Any]] | None = None
+    variant: str | None = None
+    rows: dict[str, Any]
+    cut_rows: dict[str, Any]
+    model: str | None
+    metric: str | None = None
+    seeds: dict[str, SeedResults]
+    mean: dict[str, float] | None = None
+    deviation: dict[str, float] | None = None
+    task_score: float | None = None
+    instances_per_second: float | None = None
 
 
 def make_evaluation_record(

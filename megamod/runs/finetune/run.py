@@ -32,6 +32,7 @@ from megamod.runs.finetune.best import BestModel
 from megamod.runs.finetune.model import FinetuneModel
 from megamod.runs.finetune.records import (
     AVERAGE,
+    RESULTS,
     Record,
     TaskScores,
     find_score,
@@ -48,7 +49,6 @@ from megamod.runs.training import ActiveRun, RunSpec, execute_run, hold_output
 from megamod.train.deepspeed_settings import resolve_settings
 from megamod.train.export import publish_model
 
-RESULTS = "results.json"
 SHARES = "task_shares.png"
 
 

@@ -3,7 +3,6 @@
 Source: Gururangan et al. 2022 (DEMix), section 6.2.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from megamod.data.lm.databin import DataBin
 from megamod.data.lm.pretraining import LmData
 from megamod.dist.scope import parse_expert_domain, to_dense_name
+from megamod.documents import Document, read_document
 from megamod.errors import UserError
 from megamod.evaluation.ensemble import MixingProtocol, estimate_priors
 from megamod.evaluation.expert_scores import Experts, ParallelScores, SequentialScores
@@ -54,6 +54,21 @@ class AdaptationStart:
     expert: Expert
     reason: str
     posterior: dict[str, float] | None = None
+
+
+class StartRecord(Document):
+    """Content of start.json.
+
+    Attributes:
+        start: domain of the expert; `why` it was selected.
+        weights: digest of its weights.
+    """
+
+    forest: str
+    start: str
+    why: str
+    weights: str
+    posterior: dict[str, float] | None
 
 
 def list_candidates(args: AdaptArgs) -> Forest:
@@ -233,13 +248,13 @@ def build_dense_model(expert: Expert, config: DemixConfig, method: str) -> Langu
 
 def make_start_record(forest: Forest, start: AdaptationStart, digest: str) -> dict[str, object]:
     """Return the content of OUT/start.json, which a resumed run reads."""
-    return {
-        "forest": str(forest.path),
-        "start": start.expert.domain,
-        "why": start.reason,
-        "weights": digest,
-        "posterior": start.posterior,
-    }
+    return StartRecord(
+        forest=str(forest.path),
+        start=start.expert.domain,
+        why=start.reason,
+        weights=digest,
+        posterior=start.posterior,
+    ).model_dump()
 
 
 def digest_weights(expert: Expert) -> str:
@@ -252,16 +267,16 @@ def _read_recorded_start(path: Path, forest: Forest) -> AdaptationStart | None:
     """Read the start that an interrupted run selected in this forest; None if there is none. The
     forest may have grown since.
     """
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved["forest"] == str(forest.path) and saved["start"] in forest.domains:
-            expert = forest.experts[forest.domains.index(saved["start"])]
-            return AdaptationStart(expert, saved["why"], saved["posterior"])
-    except FileNotFoundError:
+    if not path.is_file():
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read: {error!r}; remove it to choose anew") from error
-    return None
+    try:
+        saved = read_document(path, StartRecord)
+    except UserError as error:
+        raise UserError(f"{error}; remove it to choose anew") from error
+    if saved.forest != str(forest.path) or saved.start not in forest.domains:
+        return None
+    expert = forest.experts[forest.domains.index(saved.start)]
+    return AdaptationStart(expert, saved.why, saved.posterior)
 
 
 def _list_expert_parameters(expert: Expert) -> set[str] | None:

@@ -1,6 +1,5 @@
 """Pretraining of a mixture of experts: checks, names of experts, the model folder."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -51,4 +50,4 @@ def write_mixture(model: ModelArgs, export: ModelExport, folder: Path) -> None:
         if start is not None and (start / FILE).is_file():
             record = read_moe_record(start)
             router = {**record.router, "trained": model.train}
-            write_moe_record(config.parent, replace(record, router=router))
+            write_moe_record(config.parent, record.model_copy(update={"router": router}))

@@ -9,16 +9,17 @@ Rows: `start` and `adapted` on the training domains (what is forgotten), `novel_
 `novel_adapted` on the novel one.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 from megamod.args import RunArgs, SafetyArgs
+from megamod.documents import read_document
 from megamod.evaluation.perplexity import DENSE
 from megamod.flags import format_flags, parse_args
 from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
 from megamod.runs.studies.forest_scores import Losses, ScoredText, score_expert
 from megamod.runs.studies.study_file import Settings
+from megamod.states.config_file import read_config_file
 
 SETTINGS = ("adapt_to", "adapt_method", "adapt_steps", "adapt_learning_rate")
 
@@ -36,10 +37,10 @@ def score_adaptation(
         losses on the training domains, on the novel domain, and the expert it started from.
     """
     from megamod.runs.pretrain.adapt import adapt
+    from megamod.runs.pretrain.adapt_start import RECORD, StartRecord
 
     shutil.rmtree(output, ignore_errors=True)
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    apart = config["untie"] != "none"
+    apart = read_config_file(model)["untie"] != "none"
     batch = settings.get("global_batch_size") or settings["per_device_train_batch_size"]
     flags = {
         "forest" if apart else "model": str(model),
@@ -60,7 +61,7 @@ def score_adaptation(
     adapt(*parse_args(RunArgs, SafetyArgs, AdaptOptimArgs, AdaptArgs, argv=words))
     start = DENSE
     if apart:
-        start = json.loads((output / "start.json").read_text(encoding="utf-8"))["start"]
+        start = read_document(output / RECORD, StartRecord).start
     grown = apart and settings["adapt_method"] == "feedforward"
     end = settings["adapt_to"] if grown else DENSE
     models = {"start": (model, start), "adapted": (output / "model", end)}

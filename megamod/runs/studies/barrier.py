@@ -7,7 +7,6 @@ Source: Verma and Elbayad 2024 (Merging text transformer models from different i
 section 5, for the comparison.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.masking import Masking
 from megamod.data.lm.text_blocks import read_text_blocks
 from megamod.data.tasks.specs import find_any_task
+from megamod.documents import read_document
 from megamod.errors import UserError
 from megamod.evaluation.barrier import (
     Losses,
@@ -67,6 +67,7 @@ from megamod.runs.studies.barrier_recipe import (
     MLM,
     RECORD,
     BarrierStudy,
+    Curve,
     HeldOutSettings,
     check_record,
 )
@@ -384,7 +385,7 @@ def _write_results(study: BarrierStudy, output: Path) -> str:
     for task in study.tasks:
         for name in study.variants:
             pair_curves = [
-                json.loads(_find_curve_path(output, task, name, pair).read_text(encoding="utf-8"))
+                read_document(_find_curve_path(output, task, name, pair), Curve).model_dump()
                 for pair in study.pairs
             ]
             splits = list(pair_curves[0]["losses"])

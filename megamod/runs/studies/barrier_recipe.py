@@ -1,20 +1,17 @@
 """Barrier study files: models, pairs, tasks and alignments."""
 
 import itertools
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from megamod.documents import Document, Items, Name, parse_name, read_document
+from megamod.documents import Document, Items, Name, Number, parse_name, read_document
 from megamod.errors import UserError
 from megamod.merging.alignment.options import EffectiveOptions
 
 MLM, CLM = "mlm", "clm"
 RECORD = "study.json"
-_RECORDED = ("models", "pairs", "tasks", "variants", "data", "tokenizer", "max_seq_length")
-_RECORDED += ("batch_size", "points", "max_items", "seed", "mlm_probability", "char_split")
 
 
 class HeldOutSettings(Document):
@@ -128,6 +125,39 @@ def read_study(path: Path) -> BarrierStudy:
     return read_document(path, BarrierStudy)
 
 
+class RecordedStudy(Document):
+    """Content of study.json: the settings of a study as JSON values."""
+
+    models: dict[str, Any]
+    pairs: list[Any]
+    tasks: list[Any]
+    variants: dict[str, Any]
+    data: Any
+    tokenizer: Any
+    max_seq_length: Any
+    batch_size: Any
+    points: Any
+    max_items: Any
+    seed: Any
+    mlm_probability: Any
+    char_split: Any
+
+
+class Curve(Document):
+    """Content of a file of `curves/`: losses on the line between two models, by split.
+
+    Attributes:
+        weights: of the second model at each point.
+        costs: of the alignment, by permutation group.
+    """
+
+    weights: list[Number]
+    losses: dict[str, list[Number]]
+    barrier: dict[str, Number]
+    barrier_over_mean: dict[str, Number]
+    costs: dict[str, Any]
+
+
 def check_record(study: BarrierStudy, output: Path) -> dict[str, object]:
     """Return the study as JSON values.
 
@@ -135,10 +165,10 @@ def check_record(study: BarrierStudy, output: Path) -> dict[str, object]:
         UserError: if the folder holds results of a different study.
     """
     values = study.model_dump(mode="json")
-    record = {key: values[key] for key in _RECORDED}
+    record = {key: values[key] for key in RecordedStudy.model_fields}
     path = output / RECORD
     if path.exists():
-        previous = json.loads(path.read_text(encoding="utf-8"))
+        previous = read_document(path, RecordedStudy).model_dump()
         # Pairs, tasks, models and variants may be added; recorded ones must not change.
         fixed = [key for key in record if key not in ("models", "pairs", "tasks", "variants")]
         differs = [key for key in fixed if record[key] != previous[key]]

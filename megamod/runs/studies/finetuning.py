@@ -5,11 +5,11 @@ Settings are flags of the launcher that `launcher` names (glue, ner or mtl). A m
 """
 
 import importlib.util
-import json
 import shutil
 from pathlib import Path
 
 from megamod.args import SafetyArgs
+from megamod.documents import read_document
 from megamod.errors import UserError
 from megamod.files import hash_file
 from megamod.flags import format_flags, parse_args
@@ -22,6 +22,7 @@ from megamod.runs.finetune.args import (
     TaskListArgs,
     WordArgs,
 )
+from megamod.runs.finetune.records import RESULTS, Results
 from megamod.runs.studies.records import Figures, Scores
 from megamod.runs.studies.study_file import Cell, Settings, Study
 
@@ -54,8 +55,7 @@ def run_finetuning_cell(
         folder = work / f"{cell.name}{'.' + named[0] if several else ''}"
         flags = settings | ({"tasks": named} if launcher == "mtl" else {})
         digests |= _finetune(flags, launcher, cell.seed, inputs, folder)
-        record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        _add_task_scores(record, launcher, figures)
+        _add_task_scores(read_document(folder / RESULTS, Results), launcher, figures)
         shutil.rmtree(folder)
     speed = [values["instances_per_second"] for values in figures.scores.values()]
     scores = [values["score"] for values in figures.scores.values()]
@@ -119,17 +119,16 @@ def find_package_folder(text: str) -> Path:
     return folder
 
 
-def _add_task_scores(record: dict[str, object], launcher: str, figures: Figures) -> None:
-    """Add the last evaluation of a run's results.json to the figures, as scores by task."""
-    (run_record,) = record["seeds"].values()
-    last = run_record["last"]
-    speed = last["instances_per_second"]
+def _add_task_scores(results: Results, launcher: str, figures: Figures) -> None:
+    """Add the last evaluation of a run to the figures, as scores by task."""
+    (seed,) = results.seeds.values()
+    last = seed.last
+    speed = last.instances_per_second
     if launcher == "mtl":
-        splits = dict(last["tasks"])
-        means = record["mean"]
+        splits, means = last.tasks, results.mean
     else:
-        name = record["task"]["name"]
-        splits, means = {name: last["scores"]}, {name: record["task_score"]}
+        name = results.task["name"]
+        splits, means = {name: last.scores}, {name: results.task_score}
     for task, scores_by_split in splits.items():
         values = {
             f"{split}_{metric}": value

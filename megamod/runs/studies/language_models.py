@@ -43,6 +43,7 @@ from megamod.runs.studies.records import Figures
 from megamod.runs.studies.study_file import Cell, Settings, Study
 from megamod.runs.studies.texts import StudyText
 from megamod.states.checkpoint_folder import StateRecord, parse_checkpoint_step
+from megamod.states.config_file import read_config_file
 from megamod.states.forest import edit_forest, open_forest
 from megamod.states.manifest import list_checkpoints
 from megamod.states.weights import read_weights
@@ -202,8 +203,7 @@ def _compute_losses(
     """Return the losses by row, and further details of a forest."""
     models = {domain: folder / "model" for domain, folder in runs.items()}
     if list(runs) == [""]:
-        config = json.loads((models[""] / "config.json").read_text(encoding="utf-8"))
-        if config["untie"] == "none":
+        if read_config_file(models[""])["untie"] == "none":
             return {"own": score_expert(models[""], DENSE, scored)}, {}
         losses = score_forest(open_forest(models[""]), scored)
     else:

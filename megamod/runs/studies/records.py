@@ -13,16 +13,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
+from megamod.documents import Document, Number, read_document
 from megamod.errors import UserError
 from megamod.files import format_json, write_json
 from megamod.runs.studies.study_file import Cell, Study
 from megamod.runs.training import compute_code_digest
 from megamod.version import __version__
 
-FORMAT = 1
 TOLERANCE = 1e-4
 Scores = dict[str, dict[str, float]]
 Record = dict[str, object]
@@ -34,6 +35,31 @@ class Figures:
 
     scores: Scores
     details: dict[str, object] = field(default_factory=dict)
+
+
+class CellRecord(Document):
+    """Content of a cell's file.
+
+    Attributes:
+        config: settings, and digests of the inputs.
+        seconds: by the clock; `processor_seconds`: of this process.
+    """
+
+    format: Literal[1]
+    study: str
+    cell: str
+    arm: str
+    rung: str
+    seed: int
+    config: dict[str, Any]
+    config_digest: str
+    code: dict[str, str]
+    machine: dict[str, Any]
+    finished: str
+    seconds: Number
+    processor_seconds: Number
+    scores: dict[str, dict[str, Any]]
+    details: dict[str, Any]
 
 
 def make_record(
@@ -51,7 +77,7 @@ def make_record(
     """
     config = make_configuration(study, cell, inputs)
     return {
-        "format": FORMAT,
+        "format": 1,
         "study": study.name,
         "cell": cell.name,
         "arm": cell.arm,
@@ -93,17 +119,12 @@ def read_record(folder: Path, cell: Cell) -> Record | None:
     """Read a cell's file; return None if there is none.
 
     Raises:
-        UserError: if it is not JSON of this format, or of other settings than the study has now.
+        UserError: if it is malformed, or of other settings than the study has now.
     """
     path = folder / f"{cell.name}.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserError(f"{path}: is no file of figures of format {FORMAT}")
+    record = read_document(path, CellRecord).model_dump()
     recorded_settings = {
         k: v for k, v in record["config"].items() if k not in ("kind", "seed", "inputs")
     }

@@ -5,7 +5,6 @@ by N (the number of instances that share a forward pass), and the score by insta
 """
 
 import itertools
-import json
 import logging
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from megamod.evaluation.glue import (
 from megamod.evaluation.plots import plot_scores_by_instances, plot_trade_off
 from megamod.files import write_json
 from megamod.flags import format_flags
+from megamod.runs.finetune.records import RESULTS, Results
 
 logger = logging.getLogger(__name__)
 
@@ -225,13 +225,13 @@ def _is_finished(job: Job, output: Path) -> bool:
     record = folder / RECORD
     if not record.exists():
         return False
-    previous = json.loads(record.read_text(encoding="utf-8"))
+    previous = read_document(record, list[str])
     if previous != job.list_arguments(output):
         raise UserError(
             f"{folder} holds a run with other flags ({' '.join(previous)}); remove it or choose "
             "another --output_dir"
         )
-    return (folder / "results.json").exists()
+    return (folder / RESULTS).exists()
 
 
 def _run_job(job: Job, output: Path, launchers: Path, command: Sequence[str]) -> bool:
@@ -247,7 +247,7 @@ def _run_job(job: Job, output: Path, launchers: Path, command: Sequence[str]) ->
     with open(folder / "log.txt", "ab") as log:
         program = str(launchers / f"finetune_{job.launcher}.py")
         process = subprocess.run([*command, program, *words], stdout=log, stderr=log, check=False)
-    success = process.returncode == 0 and (folder / "results.json").exists()
+    success = process.returncode == 0 and (folder / RESULTS).exists()
     logger.info("%s %s", folder, "is finished" if success else f"failed ({process.returncode})")
     return success
 
@@ -260,10 +260,10 @@ def _write_summary(jobs: Sequence[Job], output: Path) -> str:
     """
     runs: dict[tuple[str, int], dict[str, list[dict[str, float]]]] = {}
     for job in jobs:
-        record = json.loads((job.folder(output) / "results.json").read_text(encoding="utf-8"))
-        if "task_score" in record:
-            score = {"task_score": record["task_score"], **record["mean"]}
-            score["instances_per_second"] = record["instances_per_second"]
+        results = read_document(job.folder(output) / RESULTS, Results)
+        if results.task_score is not None:
+            score = {"task_score": results.task_score, **results.mean}
+            score["instances_per_second"] = results.instances_per_second
             runs.setdefault((job.model, job.instances), {}).setdefault(job.task, []).append(score)
     rows: dict[str, dict[str, str]] = {}
     summary, lines, speeds = [], {}, {}
