@@ -166,18 +166,6 @@ class ModelArgs(Arguments):
     vocab_multiple: int | None = option(
         None, "pad the vocabulary of a stock model that is drawn to a multiple of this", least=1
     )
-    lora_rank: int | None = option(
-        None,
-        "train a LoRA adapter of this rank, everything else frozen; none: all weights",
-        least=1,
-    )
-    lora_alpha: int | None = option(
-        None, "updates are scaled by this over the rank; none: twice the rank", least=1
-    )
-    lora_dropout: float = option(0.0, "dropout of the input of an adapter", least=0, most=0.9)
-    lora_targets: list[str] | None = option(  # noqa: RUF009
-        None, "names of the layers to adapt, such as q_proj; none: every linear layer of the blocks"
-    )
     gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass")
     torch_compile: bool = option(False, "compile blocks with torch at the first step")
     attn_implementation: Literal["sdpa", "eager"] | None = option(
@@ -198,27 +186,55 @@ class ModelArgs(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.lora_rank is None:
-            names = ("lora_alpha", "lora_dropout", "lora_targets")
-            refuse_changes(self, names, "there is no --lora_rank")
-        elif self.untie not in ("none", "all"):
-            raise UserError(
-                f"--lora_rank {self.lora_rank}: an adapter is an expert of its own, which has no "
-                f"parts per domain (--untie {self.untie}); give --untie none or all"
-            )
-        else:
-            refuse_changes(self, ("train",), f"--lora_rank is {self.lora_rank}")
         width, heads = self.hidden_size, self.num_attention_heads
         if width is not None and heads is not None and width % heads:
             raise UserError(
                 f"--hidden_size {width} is not a multiple of --num_attention_heads {heads}"
             )
 
+
+@dataclass
+class LoraArgs(Arguments):
+    """LoRA adapter that is trained in place of the weights of a model."""
+
+    lora_rank: int | None = option(
+        None,
+        "train a LoRA adapter of this rank, everything else frozen; none: all weights",
+        least=1,
+    )
+    lora_alpha: int | None = option(
+        None, "updates are scaled by this over the rank; none: twice the rank", least=1
+    )
+    lora_dropout: float = option(0.0, "dropout of the input of an adapter", least=0, most=0.9)
+    lora_targets: list[str] | None = option(  # noqa: RUF009
+        None, "names of the layers to adapt, such as q_proj; none: every linear layer of the blocks"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_rank is None:
+            names = [f.name for f in fields(self) if f.name != "lora_rank"]
+            refuse_changes(self, names, "there is no --lora_rank")
+
     @property
-    def lora(self) -> dict[str, object]:
-        """Settings of the adapter of --lora_rank."""
-        names = ("rank", "alpha", "dropout", "targets")
-        return {name: getattr(self, f"lora_{name}") for name in names}
+    def settings(self) -> dict[str, object]:
+        """Settings of the adapter by their names in `make_lora_fields`."""
+        return {f.name.removeprefix("lora_"): getattr(self, f.name) for f in fields(self)}
+
+    def check_model(self, model: ModelArgs) -> None:
+        """Refuse a model whose parts an adapter cannot have.
+
+        Raises:
+            UserError: naming the flag of the model.
+        """
+        if self.lora_rank is None:
+            return
+        if model.untie not in ("none", "all"):
+            raise UserError(
+                f"--lora_rank {self.lora_rank}: an adapter is an expert of its own, which has no "
+                f"parts per domain (--untie {model.untie}); give --untie none or all"
+            )
+        refuse_changes(model, ("train",), f"--lora_rank is {self.lora_rank}")
 
 
 @dataclass
@@ -309,7 +325,9 @@ MIXTURE_FLAGS = ("train", "router_aux_loss_coef")
 """Flags of `ModelArgs` that belong to mixtures of experts."""
 
 
-def refuse_unused_flags(model: ModelArgs, mux: MuxArgs, data: DataArgs, optim: OptimArgs) -> None:
+def refuse_unused_flags(
+    model: ModelArgs, lora: LoraArgs, mux: MuxArgs, data: DataArgs, optim: OptimArgs
+) -> None:
     """Check that no flag of a pretraining run is read and ignored.
 
     Raises:
@@ -326,8 +344,9 @@ def refuse_unused_flags(model: ModelArgs, mux: MuxArgs, data: DataArgs, optim: O
         refuse_changes(mux, names, "it belongs to encoders, and --objective is causal_lm")
     else:
         reason = f"--objective {mux.objective} trains an encoder"
-        names = ("untie", "attn_implementation", "vocab_multiple", "lora_rank", *MIXTURE_FLAGS)
+        names = ("untie", "attn_implementation", "vocab_multiple", *MIXTURE_FLAGS)
         refuse_changes(model, names, reason)
+        refuse_changes(lora, ("lora_rank",), reason)
         refuse_changes(data, ("domain_token", "mask_documents"), reason)
         refuse_changes(optim, ("optim",), reason)
     if plain:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.corpus.header import HEADER, read_header
 from megamod.documents import check_domain
 from megamod.errors import UserError
@@ -124,7 +124,7 @@ class Campaign:
         return "\n".join(lines)
 
 
-Parsed = tuple[BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs]
+Parsed = tuple[BtmArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, DataArgs]
 
 
 def build_campaign(parsed: Parsed) -> Campaign:
@@ -133,7 +133,7 @@ def build_campaign(parsed: Parsed) -> Campaign:
     Raises:
         UserError: naming the flag and what is allowed.
     """
-    btm, run, _, model, _, data = parsed
+    btm, run, _, model, lora, _, data = parsed
     require_values(run, "output_dir")
     require_values(data, "data")
     _refuse_unsupported_flags(parsed)
@@ -142,9 +142,10 @@ def build_campaign(parsed: Parsed) -> Campaign:
     domains = [domain for round_ in rounds for domain in round_]
     seed_domains = tuple(btm.seed_domains or rounds[0])
     _check_known_domains(seed_domains, available, "--seed_domains", data.data)
-    if model.lora_rank is not None and len(rounds) > 1:
+    lora.check_model(model)
+    if lora.lora_rank is not None and len(rounds) > 1:
         raise UserError(
-            f"--lora_rank {model.lora_rank}: adapters of one seed are trained in one round, not "
+            f"--lora_rank {lora.lora_rank}: adapters of one seed are trained in one round, not "
             f"{len(rounds)}; later rounds start from averages, which would be other seeds"
         )
     if btm.in_one_world and len(rounds) > 1:
@@ -183,7 +184,7 @@ def build_campaign(parsed: Parsed) -> Campaign:
         expert_batch=share,
         length=data.max_seq_length,
         output=Path(run.output_dir),
-        adapters=model.lora_rank is not None,
+        adapters=lora.lora_rank is not None,
     )
 
 
@@ -211,7 +212,7 @@ def check_campaign_data(campaign: Campaign, parsed: Parsed) -> None:
 
 def _refuse_unsupported_flags(parsed: Parsed) -> None:
     """Refuse flags that the driver sets itself or that independent jobs cannot use."""
-    _, run, safety, model, _, data = parsed
+    _, run, safety, model, _, _, data = parsed
     for args, name in ((run, "stop_step"), (safety, "resume"), (safety, "print_groups")):
         if find_origin(args, name) != "default":
             raise UserError(f"--{name}: is set by the driver for each of its jobs")

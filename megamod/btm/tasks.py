@@ -14,17 +14,13 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+from megamod.args import LoraArgs
 from megamod.btm.campaign import Campaign, Parsed
 from megamod.documents import read_object
 from megamod.errors import UserError
 from megamod.flags import find_origin, format_flags
 from megamod.states.manifest import list_checkpoints
 
-WITHOUT_ADAPTER: dict[str, object] = {
-    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_targets")),
-    "lora_dropout": 0.0,
-}
-"""Flags of the seed of adapters, which is a whole model."""
 SHAPE_OF_FOLDER: dict[str, object] = {
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads")),
     "intermediate_size": None,
@@ -87,7 +83,7 @@ def make_seed_task(campaign: Campaign, parsed: Parsed, slot_count: int) -> Task:
         stop_step=steps,
         domains=list(campaign.seed_domains),
         untie="none",
-        **(WITHOUT_ADAPTER if campaign.adapters else {}),
+        **(vars(LoraArgs()) if campaign.adapters else {}),
     )
     return Task(SEED, slot_count, (train,), folder, steps)
 

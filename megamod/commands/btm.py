@@ -15,7 +15,7 @@ output of each job. docs/btm.md explains rounds, slots and restarts.
 
 from pathlib import Path
 
-from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.campaign import BtmArgs
 from megamod.btm.driver import run_campaign
 from megamod.errors import run_main
@@ -24,7 +24,8 @@ from megamod.flags import parse_args
 
 def main() -> None:
     """Parse the flags, run all jobs, and print the path of the forest."""
-    parsed = parse_args(BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs, doc=__doc__)
+    kinds = (BtmArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, DataArgs)
+    parsed = parse_args(*kinds, doc=__doc__)
     run_campaign(parsed, Path(__file__).resolve().parent)
 
 

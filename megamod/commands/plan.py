@@ -16,7 +16,7 @@ weights are allocated; neither data nor GPUs are needed. docs/planning.md has th
 import sys
 from pathlib import Path
 
-from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import DataArgs, LoraArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.campaign import BtmArgs
 from megamod.errors import run_main
 from megamod.files import write_json
@@ -27,7 +27,9 @@ from megamod.planning.plan_args import PlanArgs
 def main() -> None:
     """Parse the flags, plan every job, and print the plans."""
     parsed = parse_args(
-        PlanArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs, BtmArgs, doc=__doc__
+        *(PlanArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs),
+        *(OptimArgs, MuxArgs, DataArgs, BtmArgs),
+        doc=__doc__,
     )
     *others, btm = parsed
     args = others[0]

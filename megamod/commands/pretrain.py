@@ -15,6 +15,7 @@ The same command resumes an interrupted run. DATABIN comes from megamod preproce
 
 from megamod.args import (
     DataArgs,
+    LoraArgs,
     ModelArgs,
     MuxArgs,
     OptimArgs,
@@ -28,11 +29,12 @@ from megamod.flags import parse_args, require_values
 
 def main() -> None:
     """Parse the flags, train, and print the output paths."""
-    parsed = parse_args(RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs, doc=__doc__)
-    *common, mux, data = parsed
-    require_values(parsed[0], "output_dir")
+    run, safety, model, lora, optim, mux, data = parse_args(
+        RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, MuxArgs, DataArgs, doc=__doc__
+    )
+    require_values(run, "output_dir")
     require_values(data, "data")
-    refuse_unused_flags(common[2], mux, data, common[3])
+    refuse_unused_flags(model, lora, mux, data, optim)
     # Imported late, so that --help and errors in flags answer at once.
     from megamod.runs.node_log import start_logging
 
@@ -40,11 +42,11 @@ def main() -> None:
     if mux.objective == "causal_lm":
         from megamod.runs.pretrain.causal_lm import pretrain
 
-        pretrain(*common, data)
+        pretrain(run, safety, model, lora, optim, data)
     else:
         from megamod.runs.pretrain.encoder_lm import pretrain
 
-        pretrain(*common, mux, data)
+        pretrain(run, safety, model, optim, mux, data)
 
 
 if __name__ == "__main__":

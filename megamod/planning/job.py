@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import DataArgs, LoraArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.campaign import BtmArgs
 from megamod.btm.placement import allocate_slots, check_job_fits
-from megamod.btm.tasks import WITHOUT_ADAPTER
 from megamod.data.corpus.header import HEADER, read_header
 from megamod.dist.ds_config import get_offload_device
 from megamod.dist.hostfile import Host, HostSlots, read_hostfile
@@ -55,7 +54,7 @@ class Job:
         name: for the report.
         job_names: names of all jobs with the same requirements, including this one.
         topology: its ranks and domains.
-        run, model, mux, data: its arguments, with the values of the DeepSpeed file.
+        run, model, lora, mux, data: its arguments, with the values of the DeepSpeed file.
         setting: training settings that determine memory and communication.
         steps: optimizer steps of the schedule.
         placements: slots of each job in `job_names`, ranks in order; empty for a job that has to
@@ -67,6 +66,7 @@ class Job:
     topology: DomainTopology
     run: RunArgs
     model: ModelArgs
+    lora: LoraArgs
     mux: MuxArgs
     data: DataArgs
     vocabulary: Vocabulary
@@ -85,7 +85,9 @@ class Job:
         return self.sequences_per_step * self.data.max_seq_length
 
 
-Parsed = tuple[PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs]
+Parsed = tuple[
+    PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, MuxArgs, DataArgs
+]
 
 
 def list_jobs(parsed: Parsed) -> list[Job]:
@@ -94,7 +96,8 @@ def list_jobs(parsed: Parsed) -> list[Job]:
     Raises:
         UserError: for arguments that a run refuses, and if the number of ranks is missing.
     """
-    plan, btm, run, _, model, _, mux, data = parsed
+    plan, btm, run, _, model, lora, _, mux, data = parsed
+    lora.check_model(model)
     hosts = list_hosts(plan, btm)
     ranks = sum(len(host.slots) for host in hosts)
     vocabulary, data_domains = read_vocabulary(plan, mux, data)
@@ -187,9 +190,7 @@ def _list_campaign_jobs(
         )
         check_job_fits(hosts, ranks, "--seed_gpus")
         seed_placements = [allocate_slots(hosts, (), ranks)]
-        whole_model = copy.copy(model)
-        vars(whole_model).update(WITHOUT_ADAPTER)
-        of_seed = (*parsed[:4], whole_model, *parsed[5:])
+        of_seed = (*parsed[:5], LoraArgs(), *parsed[6:])
         jobs.append(
             _make_job(
                 of_seed, "seed", ("seed",), Sharing.DENSE, domains, ranks, vocabulary, seed_steps,
@@ -227,7 +228,7 @@ def _make_job(
     """Make a job with the batch, precision and stage that a run resolves; raise UserError as a run
     does.
     """
-    _, _, run, safety, model, optim, mux, data = (copy.copy(args) for args in parsed)
+    _, _, run, safety, model, lora, optim, mux, data = (copy.copy(args) for args in parsed)
     topology = DomainTopology(ranks, tuple(domains) or ("text",), sharing)
     settled = resolve_settings(run, optim, safety, topology, read_hidden_size(model, mux))
     run, config = settled.run, settled.ds_config
@@ -261,6 +262,7 @@ def _make_job(
         topology,
         run,
         model,
+        lora,
         mux,
         data,
         vocabulary,

@@ -39,7 +39,7 @@ class Network:
     @property
     def trains_adapter(self) -> bool:
         """True if an adapter alone is trained; its seed need not exist yet."""
-        return self.job.model.lora_rank is not None
+        return self.job.lora.lora_rank is not None
 
     @cached_property
     def rank_module(self) -> nn.Module:
@@ -138,7 +138,7 @@ class Network:
             if demix:
                 module.set_domain(held[0])
             if self.trains_adapter:
-                add_blank_adapter(module, make_lora_fields(module, **self.job.model.lora))
+                add_blank_adapter(module, make_lora_fields(module, **self.job.lora.settings))
             return module
         return build_encoder(config, self.job.mux.objective)
 

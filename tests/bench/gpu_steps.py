@@ -44,14 +44,23 @@ class Job:
     """Build what a launcher and the planner derive from flags, on one rank."""
 
     def __init__(self, *flags: str):
-        from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
+        from megamod.args import (
+            DataArgs,
+            LoraArgs,
+            ModelArgs,
+            MuxArgs,
+            OptimArgs,
+            RunArgs,
+            SafetyArgs,
+        )
         from megamod.btm.campaign import BtmArgs
         from megamod.flags import parse_args
         from megamod.planning.job import list_jobs
         from megamod.planning.plan import plan_job
         from megamod.planning.plan_args import PlanArgs
 
-        kinds = (PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
+        kinds = (PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs)
+        kinds += (OptimArgs, MuxArgs, DataArgs)
         inputs = ("--world_size", "1", "--precision", "bf16", "--deepspeed", str(DS_CONFIG))
         inputs += ("--max_grad_norm", str(CLIP), "--adam_beta2", "0.95", "--weight_decay", "0.1")
         self.parsed = parse_args(*kinds, argv=[*inputs, *flags])
@@ -64,7 +73,7 @@ class Job:
         from megamod.train.engine import build_engine
         from megamod.train.optim import make_optimizer_factory
 
-        _, _, run, safety, _, optim, _, _ = self.parsed
+        _, _, run, safety, _, _, optim, _, _ = self.parsed
         config, topology = self.plan.network.config, self.job.topology
         settled = resolve_settings(run, optim, safety, topology, config.hidden_size)
         torch.manual_seed(1)

@@ -91,7 +91,7 @@ def planned(case: Case, folder: Path) -> int:
     """Bytes at the fullest moment, by the planner."""
     import json
 
-    from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
+    from megamod.args import DataArgs, LoraArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
     from megamod.btm.campaign import BtmArgs
     from megamod.flags import parse_args
     from megamod.planning.job import list_jobs
@@ -108,7 +108,8 @@ def planned(case: Case, folder: Path) -> int:
         --num_attention_heads 12 --vocab_size {VOCAB} --max_seq_length {LENGTH}
         --per_device_train_batch_size {micro_batch} --global_batch_size {micro_batch * micro_steps}
         --gradient_checkpointing {checkpointing} --deepspeed {file}"""
-    kinds = (PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
+    kinds = (PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs)
+    kinds += (OptimArgs, MuxArgs, DataArgs)
     parsed = parse_args(*kinds, argv=flags.split())
     (job,) = list_jobs(parsed)
     return plan_job(job, parsed[0]).memory.peak

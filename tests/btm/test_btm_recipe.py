@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.campaign import BtmArgs, build_campaign, check_campaign_data
 from megamod.btm.tasks import make_expert_task, make_seed_task, make_world_task
 from megamod.data.corpus.header import FORMAT
@@ -32,7 +32,9 @@ def data(tmp_path) -> Path:
 def parsed_of(data: Path, *flags: object) -> tuple:
     fixed = ("--data", data, "--output_dir", "out", "--max_steps", 100, "--max_seq_length", 10)
     argv = [str(word) for word in (*fixed, "--per_device_train_batch_size", 2, *flags)]
-    return parse_args(BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs, argv=argv)
+    return parse_args(
+        BtmArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, DataArgs, argv=argv
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.99])
@@ -167,14 +169,14 @@ def test_a_folder_without_data(tmp_path):
 def test_the_recipe_of_the_paper(data):
     """Li et al. 2022: 16 GPUs x 2 x 32 for the seed, of which each of 8 experts has 2 GPUs."""
     argv = [str(RECIPES / "paper" / "btm_125m.yaml"), "--output_dir", "out"]
-    domains = parse_args(BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs, argv=argv)[
-        -1
-    ].domains
+    domains = parse_args(
+        BtmArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, DataArgs, argv=argv
+    )[-1].domains
     header = json.loads((data / "databin.json").read_text())
     header["domains"] = {key: {} for key in domains}
     (data / "databin.json").write_text(json.dumps(header))
     parsed = parse_args(
-        *(BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs),
+        *(BtmArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, DataArgs),
         argv=[*argv, "--data", str(data)],
     )
     campaign = build_campaign(parsed)

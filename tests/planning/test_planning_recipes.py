@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_planning_memory import settings
 
-from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import DataArgs, LoraArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.campaign import BtmArgs
 from megamod.dist.topology import DomainTopology
 from megamod.flags import parse_args
@@ -44,7 +44,8 @@ STATED = [path for path in sorted(RECIPES.rglob("*.yaml")) if "# GPUs:" in path.
 
 
 def planned(*argv: str):
-    kinds = (PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
+    kinds = (PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs)
+    kinds += (OptimArgs, MuxArgs, DataArgs)
     parsed = parse_args(*kinds, argv=argv)
     return [plan_job(job, parsed[0]) for job in list_jobs(parsed)]
 

@@ -11,6 +11,7 @@ from transformers import BertTokenizerFast
 
 from megamod.args import (
     DataArgs,
+    LoraArgs,
     ModelArgs,
     MuxArgs,
     OptimArgs,
@@ -27,7 +28,7 @@ from megamod.states.forest import Expert, Forest
 from megamod.train.deepspeed_settings import resolve_settings
 from megamod.train.optim import make_optimizer_factory
 
-CLASSES = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
+CLASSES = (RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, MuxArgs, DataArgs)
 SMALL = ("--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2")
 MASKED = (*SMALL, "--objective", "masked_lm", "--model", "small")
 REPLACED = (*SMALL, "--objective", "replaced_token", "--model", "small")
@@ -87,8 +88,8 @@ def described(folder: Path, monkeypatch, flags: tuple[str, ...]) -> str:
     fixed = ("--data", str(folder / "bin"), "--output_dir", "out", "--max_seq_length", "16")
     fixed += ("--per_device_train_batch_size", "4", "--max_steps", "9")
     parsed = parse_args(*CLASSES, argv=[*fixed, *flags])
-    *common, mux, data = parsed
-    refuse_unused_flags(common[2], mux, data, common[3])
+    run, safety, model, lora, optim, mux, data = parsed
+    refuse_unused_flags(model, lora, mux, data, optim)
     seen = []
 
     def execute_run(recipe, parsed, **options):
@@ -120,9 +121,9 @@ def described(folder: Path, monkeypatch, flags: tuple[str, ...]) -> str:
         encoder_lm.DataBin, "open_split", lambda *a: opened.append(a[1:]) or original(*a)
     )
     if mux.objective == "causal_lm":
-        causal_lm.pretrain(*common, data)
+        causal_lm.pretrain(run, safety, model, lora, optim, data)
     else:
-        encoder_lm.pretrain(*common, mux, data)
+        encoder_lm.pretrain(run, safety, model, optim, mux, data)
     return repr((seen, opened))
 
 
@@ -188,7 +189,7 @@ def test_run_yaml_of_any_mode_is_accepted(folder, monkeypatch):
         argv = ["--data", "bin", "--output_dir", "out", "--max_seq_length", "16", *flags]
         write_run_recipe(folder / "run.yaml", *parse_args(*CLASSES, argv=argv))
         again = parse_args(*CLASSES, argv=[str(folder / "run.yaml")])
-        refuse_unused_flags(again[2], *again[4:], again[3])
+        refuse_unused_flags(*again[2:4], *again[5:], again[4])
         assert before, mode
 
 

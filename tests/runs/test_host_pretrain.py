@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import megamod  # noqa: F401  (registers the models)
-from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import DataArgs, LoraArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.batches import StepShape
 from megamod.data.corpus.binarize import binarize
 from megamod.data.lm.pretraining import LmData
@@ -79,7 +79,7 @@ def start(root: Path, output: str, *flags: object) -> None:
     words |= dict(per_device_train_batch_size=1, global_batch_size=4, max_seq_length=LENGTH)
     words |= dict(report_to="none", save_steps=2, max_grad_norm=1.0)
     argv = [f"--{name}={value}" for name, value in words.items()] + [str(flag) for flag in flags]
-    kinds = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
+    kinds = (RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, MuxArgs, DataArgs)
     *common, _, data = parse_args(*kinds, argv=argv)
     pretrain(*common, data)
 

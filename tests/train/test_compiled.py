@@ -18,7 +18,7 @@ from train.test_resume import tensors_of
 from train.tiny_runs import DOMAINS, LENGTH, MICRO, make_batch, run_tiny, tiny_config
 from transformers import BertConfig, BertForMaskedLM
 
-from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.errors import UserError
 from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
 from megamod.models.mux.bert import MuxBertForMaskedLM
@@ -116,6 +116,7 @@ def run(root: Path, output: str, untie: str, compiled: bool, stop: int = 4) -> N
             num_attention_heads=2,
             intermediate_size=64,
         ),
+        LoraArgs(),
         OptimArgs(learning_rate=1e-3, adam_epsilon=1e-4, warmup_ratio=0.0),
         DataArgs(data=str(root / "bin"), domains=list(SAVED[:2]), max_seq_length=SAVED_LENGTH),
     )

@@ -17,7 +17,7 @@ from ranks import on_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.corpus.indexed import IndexedWriter, format_split_prefix
 from megamod.flags import parse_args
 
@@ -51,7 +51,7 @@ def write_data(folder: Path) -> None:
 def run(output: str) -> None:
     from megamod.runs.pretrain.causal_lm import pretrain
 
-    classes = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs)
+    classes = (RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, DataArgs)
     pretrain(*parse_args(*classes, argv=[*FLAGS.split(), "--output_dir", output]))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.pretraining import LmData
 from megamod.dist.process import read_launcher_rank, read_launcher_world_size, sum_over_ranks
@@ -42,7 +42,12 @@ logger = logging.getLogger(__name__)
 
 
 def pretrain(
-    run: RunArgs, safety: SafetyArgs, model: ModelArgs, optim: OptimArgs, data_args: DataArgs
+    run: RunArgs,
+    safety: SafetyArgs,
+    model: ModelArgs,
+    lora: LoraArgs,
+    optim: OptimArgs,
+    data_args: DataArgs,
 ) -> None:
     """Train, score every expert on every domain, and print the results.
 
@@ -76,10 +81,11 @@ def pretrain(
     stock = list_stock_files(model.model, config, data)
     if start is not None:
         check_tokenizer_matches(start[0], data.databin, start[1])
-    adapter = None if model.lora_rank is None else make_adapter_fields(model, config, start)
+    lora.check_model(model)
+    adapter = None if lora.lora_rank is None else make_adapter_fields(model, lora, config, start)
     if adapter is not None and optim.optim != "adamw":
         raise UserError(
-            f"--optim {optim.optim} trains whole matrices, and --lora_rank {model.lora_rank} only "
+            f"--optim {optim.optim} trains whole matrices, and --lora_rank {lora.lora_rank} only "
             "their low-rank updates; give one of the two"
         )
     log_start(model, start, config)
@@ -145,7 +151,7 @@ def pretrain(
     )
     done = execute_run(
         recipe,
-        (run, safety, model, optim, data_args),
+        (run, safety, model, lora, optim, data_args),
         workers=data_args.dataloader_num_workers,
         checkpointing=model.gradient_checkpointing,
         compiled=model.torch_compile,
@@ -159,7 +165,7 @@ def pretrain(
 
 
 def make_adapter_fields(
-    model: ModelArgs, config: LmConfig, start: tuple[Path, str] | None
+    model: ModelArgs, lora: LoraArgs, config: LmConfig, start: tuple[Path, str] | None
 ) -> dict[str, object]:
     """Make the fields of the `LoraConfig` of the adapter that a run trains; load no weights.
 
@@ -170,14 +176,14 @@ def make_adapter_fields(
     """
     if start is None:
         raise UserError(
-            f"--lora_rank {model.lora_rank} adapts the weights of a seed, and this run draws new "
+            f"--lora_rank {lora.lora_rank} adapts the weights of a seed, and this run draws new "
             f"ones (--model {model.model}): name the folder or hub name of a trained model"
         )
     named = model.init_from or model.model
     with torch.device("meta"):
         seed = select_lm_class(config)(config)
     name = str(Path(named).absolute()) if Path(named).exists() else named
-    return make_lora_fields(seed, seed_name=name, **model.lora)
+    return make_lora_fields(seed, seed_name=name, **lora.settings)
 
 
 def list_stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.branch import write_branch_checkpoint
 from megamod.btm.forest_entry import make_forest_entry, read_branch
 from megamod.btm.parents import find_parent
@@ -193,7 +193,7 @@ def _train_in_folder(flags: Settings, databin: Path, folder: Path, stop: int | N
         "save_steps": 0 if expert else flags["max_steps"] // QUARTERS,
         "save_total_limit": 1 if several else None,
     }
-    kinds = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs)
+    kinds = (RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, DataArgs)
     pretrain(*parse_args(*kinds, argv=format_flags({**flags, **extra})))
 
 
