@@ -12,7 +12,7 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from megamod.btm.forest_entry import RECORD
@@ -92,7 +92,7 @@ def write_branch_checkpoint(
     final = run_folder / "checkpoints" / format_checkpoint_name(step)
     total = math.fsum(weights)
     parent_records = [
-        asdict(Parent(_format_parent_name(parent), float(weight) / total))
+        Parent(path=_format_parent_name(parent), weight=float(weight) / total).model_dump()
         for parent, weight in zip(parents, weights, strict=True)
     ]
     with (

@@ -1,14 +1,12 @@
 """Adds finished experts to the forest."""
 
-from dataclasses import replace
-
 from megamod.btm.campaign import Campaign
 from megamod.btm.forest_entry import list_seed_parents, make_forest_entry, read_branch
 from megamod.btm.tasks import WORLD, get_expert_folder
 from megamod.files import hash_file
 from megamod.states.adapter import get_config_file
 from megamod.states.checkpoint_folder import StateRecord, format_checkpoint_name
-from megamod.states.forest import Expert, edit_forest, make_parents
+from megamod.states.forest import Expert, edit_forest
 
 
 def add_round_to_forest(campaign: Campaign, round_index: int, in_one_world: bool = False) -> None:
@@ -33,9 +31,11 @@ def _make_world_expert(campaign: Campaign, domain: str) -> Expert:
     run = get_expert_folder(campaign, WORLD)
     checkpoint = run / "checkpoints" / format_checkpoint_name(campaign.get_last_step(0))
     saved = StateRecord.read(checkpoint / domain)
-    entry = Expert(
-        domain,
-        run / "model" / domain,
+    branched, model = read_branch(run), run / "model" / domain
+    return Expert(
+        domain=domain,
+        path=model,
+        parents=branched.parents if branched else list_seed_parents(model),
         seed=saved.settings.get("seed"),
         start_update=campaign.get_first_step(0),
         updates=saved.state.step,
@@ -44,6 +44,3 @@ def _make_world_expert(campaign: Campaign, domain: str) -> Expert:
         data_digest=saved.settings.get("data digest"),
         config_digest=hash_file(get_config_file(run / "model" / domain)),
     )
-    branched = read_branch(run)
-    parents = make_parents(branched.parents) if branched else list_seed_parents(entry.path)
-    return replace(entry, parents=parents)

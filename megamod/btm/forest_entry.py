@@ -13,8 +13,6 @@ from megamod.states.forest import (
     Expert,
     Forest,
     Parent,
-    ParentEntry,
-    make_parents,
     read_model_config,
 )
 from megamod.states.manifest import list_checkpoints
@@ -29,7 +27,7 @@ class BranchRecord(Document):
     """Content of branch.json."""
 
     format: Literal[1] = 1
-    parents: Items[ParentEntry]
+    parents: Items[Parent]
     start_update: int
 
 
@@ -70,12 +68,12 @@ def make_forest_entry(path: Path, domain: str | None = None, member: str | None 
         named = ", ".join(domains) or "no named domain"
         raise UserError(f"--domain is missing: the model in {model} was trained on {named}")
     record = {"parents": list_seed_parents(model)} | _read_training_record(path)
-    return Expert(domain, model, member if has_experts else None, **record)
+    return Expert(domain=domain, path=model, member=member if has_experts else None, **record)
 
 
 def list_seed_parents(model: Path) -> tuple[Parent, ...]:
     """List the seed of an adapter as its only parent; empty for another model."""
-    return (Parent(str(find_seed_folder(model)), 1.0),) if is_adapter(model) else ()
+    return (Parent(path=str(find_seed_folder(model)), weight=1.0),) if is_adapter(model) else ()
 
 
 def _read_training_domains(folder: Path) -> list[str]:
@@ -121,7 +119,7 @@ def _read_training_record(run: Path) -> dict[str, object]:
     """
     record: dict[str, object] = {}
     if branched := read_branch(run):
-        record["parents"] = make_parents(branched.parents)
+        record["parents"] = branched.parents
         record["start_update"] = branched.start_update
     checkpoints = list_checkpoints(run / "checkpoints")
     if checkpoints and (checkpoints[-1] / STATE).is_file():

@@ -48,14 +48,12 @@ def run_edit(args: MoeArgs, edit: EditArgs) -> None:
     require_values(args, "output_dir")
     from megamod.merging.moe.edit import drop, upgrade
     from megamod.merging.moe.record import format_experts, read_moe_record
-    from megamod.states.stream import parse_size
 
     folder, output = Path(edit.base), Path(args.output_dir)
-    shard = parse_size(args.max_shard_size, "--max_shard_size")
-    note = ""
+    shard, note = args.make_options()["shard_bytes"], []
     if edit.drop is not None:
         influence = drop(folder, edit.drop, output, keep_influence=edit.keep_influence, shard=shard)
-        note = f"what is left of {edit.drop}: {influence or 'nothing'}"
+        note = [f"what is left of {edit.drop}: {influence or 'nothing'}"]
     elif edit.upgrade is not None:
         require_values(edit, "path")
         from megamod.btm.forest_entry import make_forest_entry
@@ -71,9 +69,7 @@ def run_edit(args: MoeArgs, edit: EditArgs) -> None:
     else:
         require_values(args, "calibration")
         _refresh(folder, edit.refresh, args, output, shard)
-    if not args.quiet:
-        print(format_experts(read_moe_record(output)))
-        print(*([note] if note else []), f"written to {output}", sep="\n")
+    args.report(format_experts(read_moe_record(output)), *note)
 
 
 def _refresh(folder: Path, domain: str, args: MoeArgs, output: Path, shard: int) -> None:

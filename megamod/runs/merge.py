@@ -1,20 +1,20 @@
 """The command `merge`: recipes from flags or files, soups, and LoRA adapters."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megamod.documents import check_known_word
 from megamod.errors import UserError
-from megamod.flags import Arguments, option, require_values
+from megamod.flags import option, require_values
+from megamod.runs.model_output import ModelOutputArgs
 
 if TYPE_CHECKING:
     from megamod.merging.recipe import MergeRecipe
 
 
 @dataclass
-class MergeArgs(Arguments):
+class MergeArgs(ModelOutputArgs):
     """Flags of `merge`: models, method and output."""
 
     merge_method: str = option("linear", "without a recipe only linear")
@@ -37,22 +37,9 @@ class MergeArgs(Arguments):
     rank: int = option(16, "with --extract_lora: largest rank of an update", least=1)
     no_normalize: bool = option(False, "do not divide the weights by their sum")
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = option(
-        None, "round weights to it before anything else; none: do not"
-    )
-    out_dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = option(
-        None, "dtype of the result; none: --dtype, else that of the first model"
-    )
-    max_shard_size: str = option(
-        "5GB", "size above which there are several weight files", alias="out_shard_size"
+        None, "round weights to it before anything else, and the result without --out_dtype"
     )
     random_seed: int = option(0, "seed of what methods draw at random", least=0)
-    num_threads: int | None = option(
-        None, "tensors merged at the same time; none: one per processor, 8 at most", least=1
-    )
-    copy_tokenizer: bool = option(True, "whether the result gets a tokenizer")
-    quiet: bool = option(False, "no progress bar, and not a word unless something is wrong")
-    dry_run: bool = option(False, "check everything, say what would be done, write nothing")
-    output_dir: str | None = option(None, "folder to make")
 
 
 def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
@@ -75,15 +62,7 @@ def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
     from megamod.merging.merge import merge
     from megamod.merging.recipe import GREEDY_SOUP
     from megamod.merging.recipe_file import read_recipe
-    from megamod.states.stream import parse_size
 
-    options = {
-        "shard_bytes": parse_size(args.max_shard_size, "--max_shard_size"),
-        "dry_run": args.dry_run,
-        "threads": args.num_threads or min(len(os.sched_getaffinity(0)), 8),
-        "copy_tokenizer": args.copy_tokenizer,
-        "quiet": args.quiet,
-    }
     if recipe_file is None:
         recipe = build_recipe_from_flags(args)
     else:
@@ -93,13 +72,12 @@ def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
     if recipe.method == GREEDY_SOUP:
         from megamod.runs.studies.soup import format_candidates, greedy_soup
 
-        plan, candidates = greedy_soup(recipe, output, **options)
+        plan, candidates = greedy_soup(recipe, output, **args.make_options())
         lines = [plan.describe(), *([format_candidates(candidates)] if candidates else [])]
     else:
-        lines = [merge(recipe, output, seed=args.random_seed, **options).describe()]
-    if not args.quiet:
-        print(*lines, sep="\n")
-        print("nothing was written" if args.dry_run else f"written to {args.output_dir}")
+        plan = merge(recipe, output, seed=args.random_seed, **args.make_options())
+        lines = [plan.describe()]
+    args.report(*lines)
 
 
 def _extract_lora(args: MergeArgs, recipe_file: Path | None) -> None:
@@ -122,8 +100,7 @@ def _extract_lora(args: MergeArgs, recipe_file: Path | None) -> None:
         args.rank,
         args.out_dtype,
     )
-    if not args.quiet:
-        print(extracted.describe(), f"written to {args.output_dir}", sep="\n")
+    args.report(extracted.describe())
 
 
 def build_recipe_from_flags(args: MergeArgs) -> "MergeRecipe":

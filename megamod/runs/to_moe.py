@@ -1,6 +1,5 @@
 """The command `to_moe`: a mixture of experts from a forest, or from model folders."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megamod.errors import UserError
-from megamod.flags import Arguments, option, refuse_changes, require_values
+from megamod.flags import option, refuse_changes, require_values
+from megamod.runs.model_output import ModelOutputArgs
 
 if TYPE_CHECKING:
     from megamod.merging.moe.plan import MoePlan
@@ -24,7 +24,7 @@ CALIBRATION_FLAGS = (
 
 
 @dataclass
-class MoeArgs(Arguments):
+class MoeArgs(ModelOutputArgs):
     """Experts, router and output of a mixture."""
 
     forest: str | None = option(
@@ -70,17 +70,6 @@ class MoeArgs(Arguments):
     )
     batch_size: int = option(8, "sequences per forward pass of calibration", least=1)
     seed: int = option(0, "seed of random rows", least=0)
-    out_dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = option(
-        None, "dtype of the result; none: that of the first model"
-    )
-    max_shard_size: str = option("5GB", "size above which there are several weight files")
-    num_threads: int | None = option(
-        None, "tensors written at the same time; none: one per processor, 8 at most", least=1
-    )
-    copy_tokenizer: bool = option(True, "whether the result gets a tokenizer")
-    dry_run: bool = option(False, "check everything, say what would be done, write nothing")
-    quiet: bool = option(False, "no progress bar, and not a word unless something is wrong")
-    output_dir: str | None = option(None, "folder to make")
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,7 +94,6 @@ def run_to_moe(args: MoeArgs) -> None:
     if not args.dry_run:
         require_values(args, "output_dir")
     from megamod.merging.moe.convert import convert_to_moe
-    from megamod.states.stream import parse_size
 
     experts = select_experts(args)
     chosen = _count_experts_per_token(args, len(experts))
@@ -117,17 +105,11 @@ def run_to_moe(args: MoeArgs) -> None:
         [expert.data_digest for expert in experts],
         chosen=chosen,
         anchor=args.anchor,
-        shard_bytes=parse_size(args.max_shard_size, "--max_shard_size"),
-        threads=args.num_threads or min(len(os.sched_getaffinity(0)), 8),
-        copy_tokenizer=args.copy_tokenizer,
-        dry_run=args.dry_run,
-        quiet=args.quiet,
+        **args.make_options(),
     )
-    if not args.quiet:
-        print(plan.describe())
-        if args.router == "calibrated" and not args.dry_run:
-            print(_format_calibration(Path(args.output_dir)))
-        print("nothing was written" if args.dry_run else f"written to {args.output_dir}")
+    calibrated = args.router == "calibrated" and not args.dry_run
+    rows = [_format_calibration(Path(args.output_dir))] if calibrated else []
+    args.report(plan.describe(), *rows)
 
 
 def _format_calibration(folder: Path) -> str:

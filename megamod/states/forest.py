@@ -14,13 +14,15 @@ Source: Li et al. 2022 (Branch-Train-Merge), section 2, for what a forest is.
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from megamod.documents import Document, Items, Name, check_name, read_document
+from pydantic import BeforeValidator
+
+from megamod.documents import Document, Items, check_name, read_document
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.adapter import (
@@ -38,14 +40,12 @@ from megamod.states.tokenizer_files import (
 )
 from megamod.states.weight_files import has_weights
 
-FORMAT = 1
 FILE = "forest.json"
 MODEL_TYPE = "demix_forest"
 HOST_TYPE = "demix_host"  # a stock model with experts per domain
 
 
-@dataclass(frozen=True)
-class Parent:
+class Parent(Document):
     """A model that an expert's first weights came from, with its share in their average.
 
     `path` is as in the file: it tells where the model was, and may be gone by now.
@@ -55,8 +55,7 @@ class Parent:
     weight: float
 
 
-@dataclass(frozen=True)
-class Expert:
+class Expert(Document):
     """One expert of a forest.
 
     Attributes:
@@ -72,9 +71,9 @@ class Expert:
     """
 
     domain: str
-    path: Path
+    path: Annotated[Path, BeforeValidator(lambda path: Path(path) if type(path) is str else path)]
     member: str | None = None
-    parents: tuple[Parent, ...] = ()
+    parents: Items[Parent] = ()
     seed: int | None = None
     start_update: int = 0
     updates: int = 0
@@ -82,6 +81,11 @@ class Expert:
     gpus: int = 1
     data_digest: str | None = None
     config_digest: str | None = None
+
+
+class _ForestFile(Document):
+    format: Literal[1]
+    experts: Items[Expert]
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def open_forest(path: str | Path) -> Forest:
     elif is_model(path):
         experts = _list_members(path)
     else:
-        experts = [Expert(folder.name, folder) for folder in list_model_folders(path)]
+        experts = [Expert(domain=folder.name, path=folder) for folder in list_model_folders(path)]
     if not experts:
         raise UserError(
             f"--forest {path}: holds no expert; name a forest.json, a folder that has one, a DEMix "
@@ -197,53 +201,20 @@ def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
             write_json(file.parent / "config.json", {"model_type": MODEL_TYPE})
         for expert in experts:  # they share one tokenizer: the first that has it is enough
             copy_tokenizer(find_tokenizer_folder(expert.path), file.parent)
-        record = {"format": FORMAT, "experts": [_entry(e, file.parent) for e in experts]}
+        record = {"format": 1, "experts": [_entry(e, file.parent) for e in experts]}
         write_json(file, record)
 
 
-class ParentEntry(Document):
-    """A `Parent` as files have it."""
-
-    path: str
-    weight: float
-
-
-def make_parents(entries: Iterable[ParentEntry]) -> tuple[Parent, ...]:
-    """Make the parents that a file lists."""
-    return tuple(Parent(entry.path, entry.weight) for entry in entries)
-
-
-class _ExpertEntry(Document):
-    domain: Name
-    path: str
-    member: str | None = None
-    parents: Items[ParentEntry] = ()
-    seed: int | None = None
-    start_update: int = 0
-    updates: int = 0
-    tokens: int = 0
-    gpus: int = 1
-    data_digest: str | None = None
-    config_digest: str | None = None
-
-
-class _ForestFile(Document):
-    format: Literal[FORMAT]
-    experts: Items[_ExpertEntry]
-
-
 def _read(file: Path) -> list[Expert]:
-    experts = []
-    for entry in read_document(file, _ForestFile).experts:
-        path = (file.parent / entry.path).absolute()
-        parents = make_parents(entry.parents)
-        experts.append(Expert(**{**dict(entry), "path": path, "parents": parents}))
-    return experts
+    return [
+        expert.model_copy(update={"path": (file.parent / expert.path).absolute()})
+        for expert in read_document(file, _ForestFile).experts
+    ]
 
 
 def _entry(expert: Expert, folder: Path) -> dict[str, object]:
     return {
-        **{field.name: getattr(expert, field.name) for field in fields(Expert)},
+        **expert.model_dump(),
         "path": _make_relative(str(expert.path), folder),
         "parents": [
             {"path": _make_relative(parent.path, folder), "weight": parent.weight}
@@ -267,7 +238,7 @@ def _list_members(folder: Path) -> list[Expert]:
             f"--forest {folder}: is one dense model; a forest is a DEMix model, a forest.json, or "
             "a folder with a model folder per domain"
         )
-    return [Expert(domain, folder, domain) for domain in config["domains"]]
+    return [Expert(domain=domain, path=folder, member=domain) for domain in config["domains"]]
 
 
 def _check_experts(experts: list[Expert], where: Path) -> None:

@@ -262,7 +262,11 @@ def test_experts_of_a_forest_are_parents(tmp_path):
     law = make_model(tmp_path / "law", domains=["law"])
     mixed = make_model(tmp_path / "mixed", "feedforward")
     with edit_forest(tmp_path) as experts:
-        experts += [Expert("law", law), Expert("code", mixed, "code"), Expert("art", mixed, "art")]
+        experts += [
+            Expert(domain="law", path=law),
+            Expert(domain="code", path=mixed, member="code"),
+            Expert(domain="art", path=mixed, member="art"),
+        ]
     sources, weights = select_forest_parents(tmp_path, weights=[0.2, 0.5, 0.3], topk=2)
     assert sources == [ParentModel(mixed, "code"), ParentModel(mixed, "art")] and weights == [
         0.5,
@@ -273,7 +277,9 @@ def test_experts_of_a_forest_are_parents(tmp_path):
     sources, weights = select_forest_parents(tmp_path, prior=tmp_path / "prior.json")
     assert sources == [ParentModel(law), ParentModel(mixed, "art")] and weights == [0.25, 0.75]
     with edit_forest(tmp_path) as experts:
-        experts.append(Expert("new", mixed, "law"))  # of whom the prior does not know
+        experts.append(
+            Expert(domain="new", path=mixed, member="law")
+        )  # of whom the prior does not know
     known = select_forest_parents(
         tmp_path, only_domains=["art", "code", "law"], prior=tmp_path / "prior.json", topk=1
     )

@@ -294,18 +294,18 @@ def test_scores_are_found_again(root, tmp_path, monkeypatch):
 
 
 def test_what_decides_an_expert(root):
-    names = [file.name for file in list_expert_files(Expert("law", root / "whole/law"))]
+    names = [file.name for file in list_expert_files(Expert(domain="law", path=root / "whole/law"))]
     assert names == ["config.json", "model.safetensors"]
     folder = root / "split"
     folder.mkdir()
     state = read_weights(root / "demix")
     write_weights(folder, state, has_experts=True)
     write_index(folder, state, sum(tensor.nbytes for tensor in state.values()))
-    names = [file.name for file in list_expert_files(Expert("x", folder, "law"))]
+    names = [file.name for file in list_expert_files(Expert(domain="x", path=folder, member="law"))]
     assert names == ["config.json", "expert_law.safetensors", "shared.safetensors"]
     (folder / "expert_law.safetensors").unlink()
     with pytest.raises(UserError, match=r"expert_law\.safetensors is missing"):
-        list_expert_files(Expert("x", folder, "law"))
+        list_expert_files(Expert(domain="x", path=folder, member="law"))
 
 
 def test_an_expert_whose_logits_are_no_numbers_is_named(root, tmp_path):

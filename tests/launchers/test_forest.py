@@ -169,7 +169,7 @@ def test_pretraining_goes_on_from_a_branch(tmp_path):
     assert built == Expert(
         domain="law",
         path=law / "model",
-        parents=(Parent("seed/checkpoints/step-2", 1.0),),
+        parents=(Parent(path="seed/checkpoints/step-2", weight=1.0),),
         seed=8,
         start_update=2,
         updates=6,

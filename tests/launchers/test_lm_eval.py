@@ -113,7 +113,9 @@ def check(folder: Path, samples: dict[str, list[dict]], **chosen: str) -> None:
 def test_the_command_on_the_folder_of_a_forest(tmp_path):
     with edit_forest(tmp_path) as experts:
         for name in ("law", "sql"):
-            experts.append(Expert(name, make_model(tmp_path / name, max_position_embeddings=32)))
+            experts.append(
+                Expert(domain=name, path=make_model(tmp_path / name, max_position_embeddings=32))
+            )
     write_tokenizer(tmp_path)
     command = [sys.executable, "-W", "ignore", "-m", "megamod.lm_eval", "run", "--model", "hf"]
     command += ["--model_args", f"pretrained={tmp_path}", "--device", "cpu", "--batch_size", "2"]
@@ -142,8 +144,8 @@ def test_dense_models_experts_and_forests_through_the_library(tmp_path):
     ids = dict(vocab_size=VOCAB, bos_token_id=0, pad_token_id=1, eos_token_id=2)
     tiny_stock("llama", **ids).save_pretrained(folders["stock"])
     with edit_forest(folders["forest"]) as experts:
-        experts.append(Expert("law", folders["demix"], "law"))
-        experts.append(Expert("sql", folders["dense"]))
+        experts.append(Expert(domain="law", path=folders["demix"], member="law"))
+        experts.append(Expert(domain="sql", path=folders["dense"]))
     tasks = TaskManager(include_path=str(write_tasks(tmp_path / "tasks")), include_defaults=False)
     for kind, chosen in (
         ("dense", {}),

@@ -266,7 +266,7 @@ def test_a_forest_with_the_models_and_runs_of_its_experts(tmp_path, monkeypatch,
     write_checkpoint(tmp_path / "law" / "checkpoints" / "step-4")
     write_checkpoint(tmp_path / "seed" / "checkpoints" / "step-2")
     with edit_forest(tmp_path) as experts:
-        experts += [Expert(name, tmp_path / name / "model") for name in ("law", "med")]
+        experts += [Expert(domain=name, path=tmp_path / name / "model") for name in ("law", "med")]
     assert check(monkeypatch, tmp_path) == []
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert [kind for kind, _ in lines] == ["ok"] * 5

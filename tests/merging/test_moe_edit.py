@@ -92,7 +92,9 @@ def test_forest_without_an_expert_gives_the_model_that_never_had_it(tmp_path):
 
     def grow(name: str, domains: tuple[str, ...]) -> Path:
         with edit_forest(tmp_path / name) as experts:
-            experts += [Expert(d, tmp_path / d, data_digest=f"data of {d}") for d in domains]
+            experts += [
+                Expert(domain=d, path=tmp_path / d, data_digest=f"data of {d}") for d in domains
+            ]
         return tmp_path / name
 
     def moe(name: str) -> Path:

@@ -19,7 +19,10 @@ def experts(tmp_path_factory) -> Forest:
     make_model(folder / "law", max_position_embeddings=32, eos_token_id=None)
     make_model(folder / "mix", "feedforward", max_position_embeddings=32, eos_token_id=None)
     trees = (("law", "law", None), ("sql", "mix", "code"), ("art", "mix", "art"))
-    return Forest(folder, tuple(Expert(d, folder / part, member) for d, part, member in trees))
+    return Forest(
+        folder,
+        tuple(Expert(domain=d, path=folder / part, member=member) for d, part, member in trees),
+    )
 
 
 @pytest.fixture(scope="module", params=FIELDS, ids=["history", "last_token", "forgetting"])

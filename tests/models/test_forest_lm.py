@@ -34,7 +34,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 def forest_of(folder: Path, *domains: str) -> Forest:
-    experts = (Expert(d, folder / part, m) for d, part, m in TREES if d in domains or not domains)
+    experts = (
+        Expert(domain=d, path=folder / part, member=m)
+        for d, part, m in TREES
+        if d in domains or not domains
+    )
     return Forest(folder / "forest.json", tuple(experts))
 
 
@@ -271,7 +275,9 @@ def test_experts_one_by_one(folder):
     ],
 )
 def test_experts_that_are_not_there(folder, part, member, message):
-    forest = Forest(folder / "forest.json", (Expert("x", folder / part, member),))
+    forest = Forest(
+        folder / "forest.json", (Expert(domain="x", path=folder / part, member=member),)
+    )
     with pytest.raises(UserError, match=message):
         list(load_experts(forest, "cpu"))
     with pytest.raises(UserError, match=message):
@@ -279,13 +285,13 @@ def test_experts_that_are_not_there(folder, part, member, message):
 
 
 def test_a_folder_of_another_kind_or_half_a_model_is_refused(folder, tmp_path):
-    forest = Forest(tmp_path, (Expert("x", tmp_path),))
+    forest = Forest(tmp_path, (Expert(domain="x", path=tmp_path),))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="model_type 'bert'; a causal language model is needed"):
         ForestForCausalLM.from_experts(forest)
     (tmp_path / "config.json").write_bytes((folder / "mix" / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes((folder / "law/model.safetensors").read_bytes())
-    forest = Forest(tmp_path, (Expert("x", tmp_path, "law"),))
+    forest = Forest(tmp_path, (Expert(domain="x", path=tmp_path, member="law"),))
     with pytest.raises(UserError, match=r"the weights lack .*feed_forward"):
         ForestForCausalLM.from_experts(forest)
 
@@ -317,6 +323,8 @@ def test_configurations_that_cannot_be(folder, tmp_path):
     with pytest.raises(ValueError, match="names no experts"):
         ForestForCausalLM(ForestConfig())
     make_model(tmp_path / "big", vocab_size=VOCAB + 1)
-    forest = Forest(tmp_path, (*forest_of(folder, "law").experts, Expert("x", tmp_path / "big")))
+    forest = Forest(
+        tmp_path, (*forest_of(folder, "law").experts, Expert(domain="x", path=tmp_path / "big"))
+    )
     with pytest.raises(ValueError, match=r"vocab_size is one of \[23, 24\]"):
         ForestForCausalLM.from_experts(forest)

@@ -206,7 +206,7 @@ def test_text_generation_by_path(kind, tmp_path):
     chosen = {"domain": "law"} if kind == "expert" else {}
     if kind == "forest":
         with edit_forest(tmp_path / "forest") as experts:
-            experts.append(Expert("law", folder))
+            experts.append(Expert(domain="law", path=folder))
         folder = tmp_path / "forest"
     write = pipeline("text-generation", str(folder), model_kwargs=chosen, device="cpu")
     model = AutoModelForCausalLM.from_pretrained(folder, **chosen)

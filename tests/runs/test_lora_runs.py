@@ -161,12 +161,12 @@ def test_another_seed_is_refused(root, tmp_path):
     fields = json.loads((adapter / "adapter_config.json").read_text())
     fields["base_model_name_or_path"] = str(seed)
     (adapter / "adapter_config.json").write_text(json.dumps(fields))
-    check_new_expert(tmp_path / "forest", Expert("law", adapter))
+    check_new_expert(tmp_path / "forest", Expert(domain="law", path=adapter))
     assert check_model_files(adapter)[1] == []
     AutoModelForCausalLM.from_pretrained(root / "gpt2").config.save_pretrained(seed)
     shutil.copy(root / "gpt2" / "model.safetensors", seed)
     with pytest.raises(UserError, match="was trained on other weights than those that are in"):
-        check_new_expert(tmp_path / "forest", Expert("law", adapter))
+        check_new_expert(tmp_path / "forest", Expert(domain="law", path=adapter))
     assert "other weights" in check_model_files(adapter)[1][0]
     with pytest.raises(UserError, match="the adapter does not fit its seed"):
         load_lm(adapter)

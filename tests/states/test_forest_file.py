@@ -29,18 +29,33 @@ def folder(models, tmp_path):
 
 
 def law(folder) -> Expert:
-    parents = (Parent("seed/checkpoints/step-3", 1.0),)
-    return Expert("law", folder / "law", None, parents, 5, 3, 7, 640, 2, "abc", "def")
+    parents = (Parent(path="seed/checkpoints/step-3", weight=1.0),)
+    return Expert(
+        domain="law",
+        path=folder / "law",
+        member=None,
+        parents=parents,
+        seed=5,
+        start_update=3,
+        updates=7,
+        tokens=640,
+        gpus=2,
+        data_digest="abc",
+        config_digest="def",
+    )
 
 
 def test_what_is_written_is_read(folder, tmp_path):
     with edit_forest(folder) as experts:
         assert experts == []
-        experts += [law(folder), Expert("code", folder / "mixed", "code")]
+        experts += [law(folder), Expert(domain="code", path=folder / "mixed", member="code")]
     forest = open_forest(folder)
     assert forest == open_forest(folder / "forest.json")
     assert forest.domains == ("law", "code")
-    assert forest.experts == (law(folder), Expert("code", folder / "mixed", "code"))
+    assert forest.experts == (
+        law(folder),
+        Expert(domain="code", path=folder / "mixed", member="code"),
+    )
     record = json.loads((folder / "forest.json").read_text())["experts"][0]
     assert record["path"] == "law" and record["member"] is None
     moved = shutil.move(folder, tmp_path / "moved")
@@ -49,8 +64,8 @@ def test_what_is_written_is_read(folder, tmp_path):
 
 def test_experts_elsewhere_keep_their_whole_path(folder, tmp_path):
     with edit_forest(tmp_path / "other" / "forest.json") as experts:
-        experts.append(Expert("law", folder / "law"))
-    assert open_forest(tmp_path / "other").experts == (Expert("law", folder / "law"),)
+        experts.append(Expert(domain="law", path=folder / "law"))
+    assert open_forest(tmp_path / "other").experts == (Expert(domain="law", path=folder / "law"),)
 
 
 def test_model_folders_are_forests(folder):
@@ -61,8 +76,8 @@ def test_model_folders_are_forests(folder):
     shutil.rmtree(folder / "mixed")
     shutil.rmtree(folder / "wide")
     assert open_forest(folder).experts == (
-        Expert("law", folder / "law"),
-        Expert("med", folder / "med"),
+        Expert(domain="law", path=folder / "law"),
+        Expert(domain="med", path=folder / "med"),
     )
 
 
@@ -123,10 +138,10 @@ def test_a_failed_edit_changes_nothing(folder):
         experts.append(law(folder))
     before = (folder / "forest.json").read_bytes()
     with pytest.raises(ZeroDivisionError), edit_forest(folder) as experts:
-        experts.append(Expert("med", folder / "med"))
+        experts.append(Expert(domain="med", path=folder / "med"))
         raise ZeroDivisionError
     with pytest.raises(UserError, match="vocabularies"), edit_forest(folder) as experts:
-        experts.append(Expert("wide", folder / "wide"))
+        experts.append(Expert(domain="wide", path=folder / "wide"))
     assert (folder / "forest.json").read_bytes() == before
 
 
@@ -148,7 +163,7 @@ def test_an_error_while_writing_changes_nothing(folder, monkeypatch, call):
 
     monkeypatch.setattr(files.os, call, fails)
     with pytest.raises(OSError, match="No space"), edit_forest(folder) as experts:
-        experts.append(Expert("med", folder / "med"))
+        experts.append(Expert(domain="med", path=folder / "med"))
     assert (folder / "forest.json").read_bytes() == before
     assert not list(folder.glob(".forest.json.*.tmp"))
 
@@ -187,7 +202,7 @@ def test_a_kill_at_any_call_leaves_the_old_forest_or_the_new(folder, monkeypatch
             patch.setattr("pathlib.Path.unlink", crashing(Path.unlink, left))
             try:
                 with edit_forest(folder) as experts:
-                    experts.append(Expert("med", folder / "med"))
+                    experts.append(Expert(domain="med", path=folder / "med"))
                 done = True
             except Crash:
                 pass
@@ -200,9 +215,11 @@ def test_a_kill_at_any_call_leaves_the_old_forest_or_the_new(folder, monkeypatch
 
 
 def test_parents_inside_move_with_the_forest(folder, tmp_path):
-    parents = tuple(Parent(str(at / "seed"), 0.5) for at in (folder, tmp_path / "elsewhere"))
+    parents = tuple(
+        Parent(path=str(at / "seed"), weight=0.5) for at in (folder, tmp_path / "elsewhere")
+    )
     with edit_forest(folder) as experts:
-        experts.append(Expert("law", folder / "law", parents=parents))
+        experts.append(Expert(domain="law", path=folder / "law", parents=parents))
     paths = [parent.path for parent in open_forest(folder).experts[0].parents]
     assert paths == ["seed", str(tmp_path / "elsewhere" / "seed")]
 
@@ -215,7 +232,7 @@ def test_a_run_stands_for_its_model(folder, tmp_path):
 
 def add(folder, number: int) -> None:
     with edit_forest(folder) as experts:
-        experts.append(Expert(f"law{number}", folder / "law"))
+        experts.append(Expert(domain=f"law{number}", path=folder / "law"))
 
 
 def test_editors_wait_for_each_other(folder):
@@ -236,7 +253,7 @@ def test_a_forest_has_the_tokenizer_of_its_experts(folder):
     (folder / "med" / "notes.json").write_text("{}")
     forest = folder / "forest"
     with edit_forest(forest) as experts:
-        experts += [Expert(name, folder / name) for name in ("law", "med")]
+        experts += [Expert(domain=name, path=folder / name) for name in ("law", "med")]
     files = {file.name for file in forest.iterdir() if not file.name.startswith(".")}
     assert files == {"forest.json", "config.json", "tokenizer.json", "tokenizer_config.json"}
     assert (forest / "tokenizer.json").read_text() == '{"model": {"vocab": {"a": 0}}}'

@@ -6,7 +6,6 @@ unchanged.
 """
 
 import shutil
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -229,7 +228,7 @@ def _make_expert(
         domain=args.domain,
         path=output / "model",
         member=args.domain if _adds_expert(args, start) else None,
-        parents=(Parent(str(start.expert.path), 1.0),),
+        parents=(Parent(path=str(start.expert.path), weight=1.0),),
         seed=run.seed,
         updates=state.step,
         tokens=sum(state.tokens.values()),
@@ -244,7 +243,9 @@ def _is_same_expert(first: Expert, second: Expert) -> bool:
 
 
 def _move_expert(expert: Expert, source: Path, target: Path) -> Expert:
-    return replace(expert, path=target) if expert.path.resolve() == source.resolve() else expert
+    if expert.path.resolve() != source.resolve():
+        return expert
+    return expert.model_copy(update={"path": target})
 
 
 def _read_start_perplexity(output: Path, domain: str) -> float | None:

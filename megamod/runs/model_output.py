@@ -1,0 +1,48 @@
+"""Flags of the commands that write a model folder tensor by tensor: `merge` and `to_moe`."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from megamod.flags import Arguments, option
+
+
+@dataclass
+class ModelOutputArgs(Arguments):
+    """Model folder to write."""
+
+    out_dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = option(
+        None, "dtype of the result; none: that of the first model"
+    )
+    max_shard_size: str = option(
+        "5GB", "size above which there are several weight files", alias="out_shard_size"
+    )
+    num_threads: int | None = option(
+        None, "tensors written at the same time; none: one per processor, 8 at most", least=1
+    )
+    copy_tokenizer: bool = option(True, "whether the result gets a tokenizer")
+    quiet: bool = option(False, "no progress bar, and not a word unless something is wrong")
+    dry_run: bool = option(False, "check everything, say what would be done, write nothing")
+    output_dir: str | None = option(None, "folder to make")
+
+    def make_options(self) -> dict[str, object]:
+        """Return the keyword arguments of `merge` and `convert_to_moe` that these flags set.
+
+        Raises:
+            UserError: if --max_shard_size is no size.
+        """
+        from megamod.states.stream import parse_size  # with torch, not for --help
+
+        return {
+            "shard_bytes": parse_size(self.max_shard_size, "--max_shard_size"),
+            "threads": self.num_threads or min(len(os.sched_getaffinity(0)), 8),
+            "copy_tokenizer": self.copy_tokenizer,
+            "dry_run": self.dry_run,
+            "quiet": self.quiet,
+        }
+
+    def report(self, *lines: str) -> None:
+        """Print lines about the result and its folder, unless --quiet."""
+        if not self.quiet:
+            end = "nothing was written" if self.dry_run else f"written to {self.output_dir}"
+            print(*lines, end, sep="\n")
