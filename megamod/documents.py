@@ -230,7 +230,12 @@ def _parse_number(value: object) -> int | float:
     return value
 
 
-def _parse_setting(value: object) -> object:
+def parse_setting(value: object) -> object:
+    """Return the value of a flag, as YAML reads it.
+
+    Raises:
+        ValueError: if it is not text, a number, true, false, null, or a list of these.
+    """
     for item in value if type(value) is list else [value]:
         if item is not None and type(item) not in (str, bool, int, float):
             raise ValueError(f"{shorten(value)} is not text, a number, true, false, or a list")
@@ -245,7 +250,7 @@ Key = Annotated[str, BeforeValidator(str)]
 """A key that is text, whatever YAML reads it as."""
 Items = Annotated[tuple[Item, ...], BeforeValidator(lambda v: tuple(v) if type(v) is list else v)]
 """A list."""
-Setting = Annotated[Any, AfterValidator(_parse_setting)]
+Setting = Annotated[Any, AfterValidator(parse_setting)]
 """The value of a flag, with the type that YAML reads."""
 Number = Annotated[Any, AfterValidator(_parse_number)]
 """A number that keeps its type: a whole one stays whole in records."""

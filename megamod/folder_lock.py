@@ -122,6 +122,11 @@ class FolderLock:
             )
 
     def _is_alive(self, holder: Holder | None) -> bool:
+        """Return True if the holder runs: by its process on this machine, else by signs of life.
+
+        A holder on another machine touches its file every few seconds, so this may take `WATCH`
+        seconds.
+        """
         if holder is not None and holder.machine == self.holder.machine:
             return _start_of(holder.pid) == holder.started
         first = _touched(self.file)
@@ -206,6 +211,7 @@ def hold_name(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(file: Path, title: str) -> Iterator[FolderLock]:
+    """Yield a lock, held for a `with` block and released too if the process ends at once."""
     lock = FolderLock(file, title)
     lock.acquire()
     EXIT_CALLS.append(lock.release)

@@ -79,14 +79,16 @@ def list_mux_builds() -> Iterator[Build]:
 
 
 def _make_mux_embed_flags(size: int, dropout: bool) -> dict[str, object]:
-    """Return the compile-time arguments of kernels with all optional ids, by name."""
+    """Return the compile-time arguments of embedding kernels with every optional input passed."""
     flags = {"TYPES": 1, "FIRSTS": True, "SECONDS": True, "POSITIONS": True, "KEEP": True}
     flags |= {"MIXED": False, "SECOND": False, "DROPOUT": dropout}
     return flags | {"CHUNK": mux_embed.CHUNK, **mux_embed.make_width_arguments(size)}
 
 
 def _list_mux_embed_types(names: Iterable[str], dtype: str) -> dict[str, str]:
-    """Return argument types by name; tensors have the given dtype unless listed here."""
+    """Return the type of each named argument, as in a `Build`; tensors that are not listed are
+    `dtype`.
+    """
     kinds = dict.fromkeys(names, f"*{dtype}")
     kinds |= dict.fromkeys(
         ("stats", "second_stats", "partial", "head", "tail", "sums", "second_sums"), "*fp32"

@@ -31,7 +31,10 @@ PROGRAMS = 264  # two per multiprocessor; rows of the buffer of partial gradient
 
 
 def select_whole_row_launch(size: int, itemsize: int) -> dict[str, int | bool]:
-    """Launch settings of kernels that keep whole rows in registers (backward keeps six tensors)."""
+    """Return the launch settings of kernels that hold whole rows [ROWS, size] in registers.
+
+    Backward holds six such tensors, so the number of rows is limited by columns per thread.
+    """
     warps = 4 if size <= 2048 else 8
     share = size / (32 * warps)  # columns per thread; more would spill
     limits = ((4, 24), (2, 16)) if itemsize == 2 else ((4, 12), (2, 12))
@@ -45,17 +48,17 @@ def select_whole_row_launch(size: int, itemsize: int) -> dict[str, int | bool]:
 
 
 def make_width_arguments(size: int) -> dict[str, int | bool]:
-    """Return the compile-time arguments for rows of `size` columns."""
+    """Return WIDTH, the columns of a tile, and WHOLE: it divides `size`, so none is masked."""
     return {"WIDTH": WIDTH, "WHOLE": size % WIDTH == 0}
 
 
 def select_tile_launch(size: int, itemsize: int) -> dict[str, int | bool]:
-    """Launch settings of kernels that work on one tile of a row."""
+    """Return the launch settings of kernels whose programs compute one tile of WIDTH columns."""
     return {"ROWS": 32 // itemsize, **make_width_arguments(size), "num_warps": 4}
 
 
 def select_matmul_launch(rows: int, size: int, itemsize: int) -> dict[str, int | bool]:
-    """Launch settings of the fused product, which computes the states it reads.
+    """Return the launch settings of the fused product, which computes the states it reads.
 
     Each column tile recomputes the states of its rows, so tiles are wide.
     """
@@ -171,7 +174,12 @@ def _rsa_demux_backward(
     dropout: float,
     eps: float,
 ) -> list[Tensor]:
-    """Return the gradients of hidden_part, key_part and all weights."""
+    """Return the gradients of hidden_part, key_part and all weights, in their shapes.
+
+    `upstream` [R, D] is the gradient of the output. Weight gradients are the vendor's products;
+    sums
+    over rows are accumulated in float32.
+    """
     from megamod_kernels import demux_kernels as kernels
 
     if not upstream.numel():
@@ -296,6 +304,7 @@ def _setup_context(
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor, _: Tensor
 ) -> tuple[object, ...]:
+    """Return the gradients of `_rsa_demux`' arguments; None for indices, seed and numbers."""
     hidden_part, key_part, pre_gelu, pair_position, pair_instance, seed, *weights = (
         ctx.saved_tensors
     )
@@ -326,6 +335,7 @@ def _count_flops(
     *args: object,
     **kwargs: object,
 ) -> int:
+    """Count the FLOPs of the D x D products of all layers after the first, for all output rows."""
     rows = (
         hidden_part[0] * key_part[0] * hidden_part[1] if pair_position is None else pair_position[0]
     )
@@ -341,6 +351,7 @@ def _count_backward_flops(
     *args: object,
     **kwargs: object,
 ) -> int:
+    """Count the FLOPs of two products per layer, for the gradients of its input and its weight."""
     return 4 * upstream[0] * hidden_part[2] ** 2 * (len(weights) // 2 - 1)
 
 
@@ -418,5 +429,8 @@ def rsa_demux_triton(
 
 
 def _flatten_chain(chain: Chain) -> list[Tensor]:
-    """List the weights of a chain in the order of its layers, each followed by its bias."""
+    """List the weights of a chain in the order of its layers, each followed by its bias, norm last.
+
+    Custom operations take flat lists of tensors only; `_rsa_demux` documents the order.
+    """
     return [tensor for pair in (*chain.dense, chain.last, chain.norm) for tensor in pair]

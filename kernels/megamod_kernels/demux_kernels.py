@@ -23,7 +23,11 @@ from megamod_kernels.rows import (
 
 @triton.jit
 def _find_row_indices(row, pair_position, pair_instance, valid, N, length, PAIRS: tl.constexpr):
-    """Return mixed position and instance of rows."""
+    """Return the mixed position (int64) and the instance of each output row [ROWS].
+
+    With PAIRS both are loaded from the pairs; without, they follow from the order [B, N, L] of
+    rows.
+    """
     if PAIRS:
         position = tl.load(pair_position + row, mask=valid, other=0)
         instance = tl.load(pair_instance + row, mask=valid, other=0)
@@ -34,7 +38,10 @@ def _find_row_indices(row, pair_position, pair_instance, valid, N, length, PAIRS
 
 @triton.jit
 def _load_tile(source, row, first_column, D, valid, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
-    """Load a tile of rows in float32, with 0 outside."""
+    """Load a tile [ROWS, WIDTH] of `source` [rows, D] in float32, with 0 outside of it.
+
+    WHOLE: D is a multiple of WIDTH, so that only rows are masked.
+    """
     column = first_column + tl.arange(0, WIDTH)
     pointers = source + row[:, None] * D + column[None, :]
     return tl.load(pointers, mask=make_valid_mask(valid, column, D, WHOLE), other=0.0).to(
@@ -46,7 +53,10 @@ def _load_tile(source, row, first_column, D, valid, WIDTH: tl.constexpr, WHOLE: 
 def _store_tile(
     target, row, first_column, D, valid, value, WIDTH: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Store a tile of rows in the dtype of `target`; elements outside are not written."""
+    """Store a tile [ROWS, WIDTH] into `target` [rows, D], rounded to its dtype.
+
+    Elements outside of the target are not written.
+    """
     column = first_column + tl.arange(0, WIDTH)
     pointers = target + row[:, None] * D + column[None, :]
     tl.store(
@@ -109,7 +119,10 @@ def rsa_demux_state_kernel(
     TILES: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Write the state that the next matrix product reads."""
+    """Write the states [rows, D] after LAYERS residual layers, ROWS rows per program.
+
+    They are the input of the next layer's matrix product, which the vendor's kernel computes.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     position, instance = _find_row_indices(
@@ -358,7 +371,10 @@ def _compute_first_gelu_grad(
     hidden_part, key_part, upstream, seed, row, position, instance, first_column, valid, D, dropout,
     DROPOUT: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of the gradient of the first GELU's input."""
+    """Compute a tile [ROWS, WIDTH] of the gradient of the first GELU's input, in float32.
+
+    `upstream` is the gradient of the state before any residual layer, after the first dropout.
+    """
     hidden_tile = _load_tile(hidden_part, position, first_column, D, valid, WIDTH, WHOLE)
     _, slope = gelu_and_slope(
         hidden_tile + _load_tile(key_part, instance, first_column, D, valid, WIDTH, WHOLE)
@@ -388,7 +404,10 @@ def rsa_demux_first_bwd_kernel(
     WIDTH: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Backward of the first GELU for pairs, row by row."""
+    """Write `grad` [rows, D], the gradient of the first GELU's input, for pairs.
+
+    The caller adds its rows up by position and by instance, since pairs come in any order.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     position, instance = _find_row_indices(row, pair_position, pair_instance, valid, 1, 1, True)

@@ -170,7 +170,7 @@ class RsaDemuxFunction(torch.autograd.Function):
 
 
 def weight_bias_pairs(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Group a flat list into (weight, bias) pairs."""
+    """Group a flat list weight, bias, weight, bias, ... into pairs; the norm is the last one."""
     return list(zip(weights[::2], weights[1::2], strict=True))
 
 
@@ -184,14 +184,17 @@ def _split_by_counts(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[l
 
 
 def _apply_dropout(x: Tensor, mask: Tensor | None, dropout: float, keep: bool = False) -> Tensor:
-    """Apply a dropout mask, in place unless `keep`."""
+    """Apply a dropout mask, scaled by 1 / (1 - dropout), in place unless `keep`; None: return x."""
     if mask is None:
         return x
     return (x * mask if keep else x.mul_(mask)).mul_(1 / (1 - dropout))
 
 
 def _compute_linear_grads(grad: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of weight and bias of a linear layer from those of its output."""
+    """Return the gradients of weight [E, D] and bias [E] from that of the output [..., E].
+
+    `inputs` [..., D] are those of the layer; leading axes are summed over.
+    """
     grad, inputs = grad.flatten(0, -2), inputs.flatten(0, -2)
     return grad.T @ inputs, grad.sum(0)
 
@@ -199,7 +202,7 @@ def _compute_linear_grads(grad: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]
 def _compute_norm_grads(
     upstream: Tensor, inputs: Tensor, norm: tuple[Tensor, Tensor], eps: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Compute the gradients of a LayerNorm's inputs, and of its weight and bias."""
+    """Return the gradients of a LayerNorm's inputs [..., D], and of its weight and bias [D]."""
     shape = list(inputs.shape[-1:])
     _, mean, rstd = torch.ops.aten.native_layer_norm(inputs, shape, *norm, eps)
     grad, *weights = torch.ops.aten.native_layer_norm_backward(
@@ -211,7 +214,7 @@ def _compute_norm_grads(
 def _split_grad_of_pairs(
     grad: Tensor, hidden_part: Tensor, key_part: Tensor, pairs: Pairs | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the two summands of `add_pairs`."""
+    """Return the gradients of hidden_part and key_part from that of `add_pairs`' result."""
     if pairs is None:
         return grad.sum(1), grad.sum((0, 2))
     index = pairs.group * hidden_part.shape[1] + pairs.position

@@ -116,6 +116,7 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
 ) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, key, weight and bias; None for those that are not needed."""
     x, key, weight = ctx.saved_tensors
     needs_x, needs_key, needs_weight, needs_bias = ctx.needs_input_grad
     grad_x = grad_key = grad_weight = grad_bias = None

@@ -98,7 +98,11 @@ def keyed_weight_kernel(
     ROWS: tl.constexpr,
     GRAD_KEY: tl.constexpr,
 ):
-    """Compute partial gradients of the weight and of the keys, from one part of the positions."""
+    """Compute partial gradients of the weight and of the keys, from one part of the positions.
+
+    weight_partial [parts, OUT, IN] and, if GRAD_KEY, key_partial [parts, N, IN], both float32; the
+    caller sums over the parts.
+    """
     inner_tiles = tl.cdiv(IN, INNER)
     output_tile = tl.program_id(0) // inner_tiles
     column = output_tile * COLUMNS + tl.arange(0, COLUMNS)

@@ -62,6 +62,7 @@ class _MultiplexFunction(torch.autograd.Function):
 
 @torch.library.custom_op("megamod::multiplex", mutates_args=())
 def _multiplex(x: Tensor, key: Tensor) -> Tensor:
+    """Compute the mean over instances of key * x, [B, L, D], with the kernel; see `multiplex`."""
     from megamod_kernels.mux_kernels import multiplex_fwd_kernel
 
     groups, instances, length, size = x.shape

@@ -42,7 +42,9 @@ def mux_attention_reference(
 def _compute_attention(
     projected: Sequence[Tensor], heads: int, mask: Tensor | None, dropout: float
 ) -> Tensor:
-    """Compute attention [B, T, D] from queries, keys and values [B, T, D]."""
+    """Compute softmax(Q K^T / sqrt(D / heads) + mask) V from queries, keys and values, all [B, T,
+    D].
+    """
     query, key, value = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in projected)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
@@ -62,7 +64,9 @@ def select_product_tile(rows: int, itemsize: int) -> tuple[int, int, int, int, i
 
 
 def count_embedded_rows(size: int) -> int:
-    """Return the number of rows that a program embeds at once."""
+    """Return the number of rows that a program embeds at once; it embeds its tile in several
+    rounds.
+    """
     return 8 if size <= 1024 else 4
 
 
@@ -73,7 +77,10 @@ def _mux_qkv(
     seed: Tensor | None, projections: Sequence[Tensor], eps: float, start: int, dropout: float,
     word_padding: int, position_padding: int, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the encoder's input, qkv [3, B, T, D], and with `keep` the mixed rows."""
+    """Compute the encoder's input [B, T, D], qkv [3, B, T, D], and the mixed rows for backward.
+
+    The mixed rows are empty unless `keep`.
+    """
     from megamod_kernels import mux_attention_kernels as kernels
 
     output, qkv, mixed = _allocate_outputs(ids, word, key, keep)
@@ -129,6 +136,11 @@ def _backward(
     qkv_grad: Tensor | None,
     _: Tensor | None,
 ) -> tuple[object, ...]:
+    """Return the gradients of `_mux_qkv`'s arguments; None for ids, seed and numbers.
+
+    Those of the projections are the vendor's products. Their input gradient is added to that of the
+    residual and goes on through `mux_embed_backward`.
+    """
     residual, mixed, *rest = ctx.saved_tensors
     projections, tensors = rest[:6], rest[6:]
     flat = residual.flatten(0, -2)

@@ -28,7 +28,7 @@ def count_rows_per_program(size: int) -> int:
 
 
 def make_width_arguments(size: int) -> dict[str, int | bool]:
-    """Return the compile-time arguments for rows of `size` columns."""
+    """Return the tiling of rows of `size` columns: WIDTH, TILES, and WHOLE: no partial tile."""
     return {"WIDTH": WIDTH, "TILES": _ceil_divide(size, WIDTH), "WHOLE": size % WIDTH == 0}
 
 
@@ -53,7 +53,10 @@ def _mux_embed(
     seed: Tensor | None, eps: float, start: int, dropout: float, word_padding: int,
     position_padding: int, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute the encoder's input, and with `keep` the mixed rows before the second embedding."""
+    """Compute the encoder's input [B, T, D], and the mixed rows before the second embedding.
+
+    The mixed rows, which backward needs, are empty unless `keep`.
+    """
     from megamod_kernels import mux_embed_kernels as kernels
 
     (rows, length), (instances, size) = ids.shape, key.shape
@@ -128,7 +131,12 @@ def mux_embed_backward(
     firsts: Tensor | None, seconds: Tensor | None, seed: Tensor | None, eps: float, start: int,
     dropout: float, word_padding: int, position_padding: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of word, position, token_type, weight, bias and key."""
+    """Return the gradients of word, position, token_type, weight, bias and key, of their shapes.
+
+    `upstream` [B, T, D] is that of the output; `mixed` [B, T, D] was kept by the forward pass.
+    Gradients of tables are sums over rows in the order of the rows that own them, so that every run
+    adds in the same order.
+    """
     from megamod_kernels import mux_embed_kernels as kernels
 
     (rows, length), (instances, size) = ids.shape, key.shape
@@ -274,7 +282,9 @@ def _(
 def _find_position_rows(
     positions: Tensor | None, rows: int, length: int, start: int, like: Tensor
 ) -> Tensor:
-    """Return indices into the position table, [rows, length]."""
+    """Return indices into the position table, [rows, length]; consecutive from `start` if not
+    passed.
+    """
     if positions is None:
         positions = torch.arange(start, start + length, device=like.device)[None]
     return positions.expand(rows, length)

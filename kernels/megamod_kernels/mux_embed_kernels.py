@@ -16,7 +16,10 @@ from megamod_kernels.rows import compute_tile_moments, draw_dropout_factors, mak
 def _load_embedding_sum(
     source, position, token_type, source_row, position_row, type_row, column, D, inside
 ):
-    """Return the sum of source, position and segment rows: one tile in float32."""
+    """Return a tile [ROWS, WIDTH] of source + position + segment rows, in float32.
+
+    The three indices [ROWS] select rows of tables with D columns.
+    """
     loaded = tl.load(source + source_row[:, None] * D + column[None, :], mask=inside, other=0.0)
     added = tl.load(position + position_row[:, None] * D + column[None, :], mask=inside, other=0.0)
     segment = tl.load(token_type + type_row[:, None] * D + column[None, :], mask=inside, other=0.0)
@@ -25,7 +28,9 @@ def _load_embedding_sum(
 
 @triton.jit
 def _find_table_rows(ids, group, t, length, start, stride, inside, PASSED: tl.constexpr):
-    """Return indices into a table: loaded if PASSED, else consecutive from `start`."""
+    """Return an index into a table for each row: loaded from `ids` if PASSED, else start + t *
+    stride.
+    """
     if PASSED:
         return tl.load(ids + group * stride + t, mask=inside, other=0).to(tl.int64)
     else:
@@ -107,7 +112,7 @@ def mux_embed_fwd_kernel(
     FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Run `embed_rows` for all rows, ROWS per program."""
+    """Run `embed_rows` for all B * T rows of the output, ROWS per program."""
     mixed_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     embed_rows(
         mixed_row, mixed_row < rows, ids, word, position, token_type, weight, bias, key, types,
@@ -337,7 +342,12 @@ def mux_embed_table_kernel(
 def mux_embed_join_kernel(
     owner, grad, head, tail, count, D, padding, CHUNK: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Complete the sums over several chunks; the program of the first chunk adds the parts."""
+    """Complete the table rows whose gradients were summed in several chunks.
+
+    `head` and `tail` hold their parts, see `mux_embed_table_kernel`; the program of the first chunk
+    of
+    a sum adds the others, so each row is written once.
+    """
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     begin, end = chunk * CHUNK, (chunk + 1) * CHUNK
@@ -366,7 +376,10 @@ def mux_embed_finish_kernel(
     sums, second_sums, key, weight, bias, grad_weight, grad_bias, grad_key, D, N,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of norm and keys from the sums of the columns kernel."""
+    """Compute the gradients of norm weight and bias [D] and of the keys [N, D].
+
+    `sums` [N, 2, D] and `second_sums` [1, 2, D] are those of `mux_embed_columns_kernel`.
+    """
     column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     valid = column < D
     gain = tl.load(weight + column, mask=valid, other=0.0).to(tl.float32)

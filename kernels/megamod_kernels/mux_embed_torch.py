@@ -73,10 +73,10 @@ def check_shapes(
     firsts: Tensor | None,
     seconds: Tensor | None,
 ) -> None:
-    """Check all shapes.
+    """Check ids [B * N, T] against keys, tables and the optional ids; see `mux_embed`.
 
     Raises:
-        ValueError: if a shape does not fit.
+        ValueError: naming the tensor, its shape and the one that is needed.
     """
     instances, size = key.shape if key.dim() == 2 else (0, 0)
     if ids.dim() != 2 or not instances or ids.shape[0] % instances:

@@ -8,7 +8,10 @@ import triton.language as tl
 def multiplex_fwd_kernel(
     x, key, mixed, rows, length, D, N, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Compute one tile of the result: ROWS positions, WIDTH columns, all instances."""
+    """Compute a tile [ROWS, WIDTH] of `mixed` [B * L, D], the mean of key * x over all instances.
+
+    x [B, N, L, D] and key [N, D]; sums are accumulated in float32.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     mask = (row < rows)[:, None] & (column < D)[None, :]
@@ -47,10 +50,12 @@ def multiplex_bwd_kernel(
     GRAD_X: tl.constexpr,
     GRAD_KEY: tl.constexpr,
 ):
-    """Compute gradients for some blocks of rows and WIDTH columns, one instance at a time.
+    """Compute the gradients of x and key for some blocks of rows and WIDTH columns.
 
-    The upstream gradient stays in the cache from instance to instance, so a program holds the sum
-    of one instance only.
+    grad_x [B, N, L, D] is written if GRAD_X; `partial` [programs, N, D] float32, the key's gradient
+    from this program's blocks, if GRAD_KEY. Instances are the outer loop: the upstream gradient
+    stays
+    in the cache from one to the next, and a program holds the sum of a single instance.
     """
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     weight_of_instance = 1.0 / N

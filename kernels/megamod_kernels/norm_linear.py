@@ -35,7 +35,7 @@ def norm_linear_reference(
 def _norm_linear(
     x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """Run the kernels for moments and product, [..., E]."""
+    """Compute LN(x) weight^T + bias, [..., E], by one kernel for moments and one for products."""
     from megamod_kernels import norm_linear_kernels as kernels
     from megamod_kernels.keyed_linear_kernels import select_matmul_tile
 
@@ -76,6 +76,7 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
 ) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, gain, shift, weight and bias; the normed rows are recomputed."""
     x, gain, shift, weight = ctx.saved_tensors
     needed = ctx.needs_input_grad
     flat, upstream = x.flatten(0, -2), upstream.flatten(0, -2)
@@ -104,6 +105,7 @@ def _count_flops(
     *_: object,
     **__: object,
 ) -> int:
+    """Count the FLOPs of the matrix product; those of the norm are not counted."""
     rows = 1
     for count in x[:-1]:
         rows *= count

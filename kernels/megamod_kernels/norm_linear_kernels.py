@@ -9,7 +9,9 @@ from megamod_kernels.rows import compute_moments
 
 @triton.jit
 def norm_moments_kernel(x, stats, rows, D, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Write stats [2, rows] float32: mean and reciprocal standard deviation."""
+    """Write `stats` [2, rows] float32 of the rows of x [rows, D]: mean, reciprocal standard
+    deviation.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     mean, rstd = compute_moments(x, row, valid, D, eps, ROWS, WIDTH)
@@ -35,7 +37,11 @@ def norm_matmul_kernel(
     INNER: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """Compute output = (gain (x - mean) / std + shift) weight^T + bias."""
+    """Compute a tile of output [rows, OUT] = (gain (x - mean) / std + shift) weight^T + bias.
+
+    The norm is applied to each tile of x as it is loaded; `stats` are those of
+    `norm_moments_kernel`.
+    """
     row_tile, column_tile = find_program_tile(rows, OUT, ROWS, COLUMNS)
     row = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)

@@ -51,7 +51,7 @@ def gelu(x):
 
 @triton.jit
 def gelu_and_slope(x):
-    """Compute GELU and its derivative."""
+    """Return gelu(x) and its derivative at x; one exponential serves both."""
     distance = tl.abs(x)
     tail, bell = _compute_upper_tail(distance)
     slope = tl.where(x > 0.0, 1.0 - tail, tail) + _DENSITY * x * bell
@@ -60,7 +60,10 @@ def gelu_and_slope(x):
 
 @triton.jit
 def make_valid_mask(valid, column, D, WHOLE: tl.constexpr):
-    """Return the mask of valid elements; WHOLE: D is a multiple of WIDTH."""
+    """Return the mask [ROWS, WIDTH] of elements inside of a matrix with D columns.
+
+    WHOLE: D is a multiple of WIDTH, so that the mask has one column, of the valid rows.
+    """
     if WHOLE:
         return valid[:, None]
     else:
@@ -69,7 +72,11 @@ def make_valid_mask(valid, column, D, WHOLE: tl.constexpr):
 
 @triton.jit
 def compute_moments(source, row, valid, D, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return mean and reciprocal standard deviation of rows, tile by tile (Chan et al. 1979)."""
+    """Return mean and reciprocal standard deviation [ROWS] of rows of `source` [rows, D].
+
+    Rows are read tile by tile and the moments of tiles combined (Chan et al. 1979), which loses no
+    digits where the mean is far from zero.
+    """
     mean = tl.zeros([ROWS], tl.float32)
     square_sum = tl.zeros([ROWS], tl.float32)
     for start in range(0, D, WIDTH):
@@ -88,8 +95,9 @@ def compute_moments(source, row, valid, D, eps, ROWS: tl.constexpr, WIDTH: tl.co
 
 @triton.jit
 def compute_tile_moments(x, D, eps, TILES: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
-    """Return mean and reciprocal standard deviation of rows as tuples of tiles, with zeros beyond
-    D.
+    """Return mean and reciprocal standard deviation [ROWS] of rows that are held in registers.
+
+    x is a tuple of TILES tiles [ROWS, WIDTH] in float32, with zeros beyond column D.
     """
     # Add the tiles first, because the sum over threads is the expensive part.
     total = x[0]

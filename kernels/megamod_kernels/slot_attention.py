@@ -82,7 +82,7 @@ def _slot_attention_backward(
     dropout: float,
     seed: Tensor | None,
 ) -> list[Tensor]:
-    """Return the gradients of `projected`, contiguous."""
+    """Return a contiguous gradient for each tensor of `projected`, of its shape."""
     from megamod_kernels import slot_attention_kernels as kernels
 
     up, q, k, v = (_ensure_unit_stride(x) for x in (upstream, *_split_qkv(projected)))
@@ -242,8 +242,10 @@ def _check_arguments(shape: torch.Size, heads: int, mask: Tensor | None, dropout
 
 
 def _draw_seed(q: Tensor, dropout: float) -> Tensor | None:
-    """Draw a seed [1] on q's device, whose generator activation checkpointing restores; None: no
-    dropout.
+    """Draw the dropout seed [1] int64 on q's device; None without dropout.
+
+    It comes from torch's generator, which activation checkpointing restores, so that a recomputed
+    forward pass drops the same weights.
     """
     if not dropout:
         return None
@@ -251,12 +253,12 @@ def _draw_seed(q: Tensor, dropout: float) -> Tensor | None:
 
 
 def _split_qkv(projected: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return q, k and v as three tensors."""
+    """Return q, k and v, each [B, N, L, D]: as they are, or views of one packed tensor."""
     return tuple(projected) if len(projected) == 3 else projected[0].chunk(3, -1)
 
 
 def _ensure_unit_stride(x: Tensor) -> Tensor:
-    """Ensure unit column stride, and instance strides that fit 32-bit offsets."""
+    """Return x, copied unless its columns are adjacent and offsets of instances fit 32 bits."""
     adjacent = x.stride(-1) == 1 or x.shape[-1] == 1
     return x if adjacent and x.stride(1) * x.shape[1] < 2**31 else x.contiguous()
 
@@ -274,7 +276,9 @@ def _replace_missing_tensors(
 def _make_launch_arguments(
     q: Tensor, heads: int, mask: Tensor | None, dropout: float
 ) -> tuple[tuple[int | float, ...], dict[str, float]]:
-    """Return the number arguments and the compile-time arguments of both kernels."""
+    """Return the numbers (positions, length, scale, dropout) and compile-time arguments of a
+    launch.
+    """
     from megamod_kernels import slot_attention_kernels as kernels
 
     groups, instances, length, size = q.shape

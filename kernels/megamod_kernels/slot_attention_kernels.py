@@ -29,7 +29,8 @@ def _dot_unrounded(wide, narrow):
 
 @triton.jit
 def _compute_probabilities(q, k, mask, mask_rows, valid, tile_position, scale, SHIFT: tl.constexpr):
-    """Compute softmax(q k^T * scale) of a tile's rows among those of the same position.
+    """Compute softmax(q k^T * scale) of a tile's rows [ROWS, ROWS] among those of the same
+    position.
 
     SHIFT is added to the scores of masked instances; 0 if there is no mask.
     """
@@ -157,7 +158,12 @@ def slot_attention_bwd_kernel(
     SHIFT: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Recompute the probabilities, then the gradients of q, k and v."""
+    """Write the gradients of q, k and v for one head and tile; probabilities are recomputed.
+
+    `upstream` is the gradient of the output. All are [groups, N, length, HEADS * K], addressed by
+    strides, and the three gradients have one stride between tokens; other arguments as of
+    `slot_attention_fwd_kernel`.
+    """
     head = tl.program_id(0) % HEADS
     rows = tl.arange(0, ROWS)
     tile_position, instance = rows // N, rows % N

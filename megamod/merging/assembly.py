@@ -266,7 +266,11 @@ def _is_before_layers(name: str) -> bool:
 def _plan_tensor(
     recipe: MergeRecipe, folders: Sequence[TensorSource], target: _TargetTensor
 ) -> TensorPlan:
-    """Plan one tensor, after a check against every source."""
+    """Plan one tensor of the result, after a check that its sources can be merged.
+
+    Raises:
+        UserError: naming the tensor and two models, or a parameter that is missing.
+    """
     part, lead = target.part, recipe.find_lead_source(target.part)
     models = [source.model for source in part.sources]
     if target.copy_of is not None:
@@ -301,7 +305,10 @@ def _plan_tensor(
 def _check_copied_integers(
     folders: Sequence[TensorSource], models: Sequence[int], names: Sequence[str], lead: int
 ) -> None:
-    """Refuse integers of a layer that differ between the sources that have them."""
+    """Refuse integers of a layer that differ between the sources that have them.
+
+    Only those of the leading source are stored, as integers have no mean.
+    """
     first, name = folders[models[lead]], names[lead]
     if first.tensors[name].dtype.is_floating_point:
         return

@@ -107,7 +107,7 @@ def warn_of_config_differences(first: Path, second: Path) -> None:
 
 
 def describe_config_differences(first: Mapping[str, object], second: Mapping[str, object]) -> str:
-    """Fields that change the function of equal weights, with both values; "" if there are none."""
+    """Describe fields that change the function of equal weights, both values each; "" if none."""
     differing = _list_config_differences(first, second)
     if differing:
         differing = _list_config_differences(_fill_in_defaults(first), _fill_in_defaults(second))

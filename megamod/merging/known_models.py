@@ -164,7 +164,7 @@ def iterate_per_layer_fields(
 
 
 def _list_properties(kind: type) -> list[str]:
-    """List the names of the properties that the classes of a configuration define."""
+    """List the properties of a configuration class, whose values follow from its fields."""
     classes = [
         c for c in kind.__mro__ if c is not PretrainedConfig and issubclass(c, PretrainedConfig)
     ]
@@ -185,7 +185,7 @@ def _find_layers(model: PreTrainedModel, layer_count: int) -> torch.nn.ModuleLis
 
 @contextmanager
 def _suppress_transformers_log() -> Iterator[None]:
-    """Suppress log lines of transformers."""
+    """Silence transformers in a `with` block, while it builds models that are only inspected."""
     logger = logging.getLogger("transformers")
     level, logger.level = logger.level, logging.CRITICAL
     try:

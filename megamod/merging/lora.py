@@ -160,7 +160,7 @@ class AdaptedFolder(TensorView):
         self._replaced[key] = tensor
 
     def _find_base_tensor(self, name: str, required: bool = True) -> str | None:
-        """Name of a tensor in the base, whose backbone prefix may differ from the adapter's.
+        """Find a tensor's name in the base, whose backbone prefix may not be the adapter's.
 
         Raises:
             UserError: if it is required and missing.

@@ -71,7 +71,7 @@ def build_merged_config(
 
 
 def _stack_layer_settings(config: Mapping[str, object], recipe: MergeRecipe) -> dict[str, object]:
-    """Return the configuration with the per-layer settings of the stacked layers."""
+    """Return the configuration with a value per stacked layer in every per-layer setting."""
     configs = {
         number: config if number == recipe.template_model else read_model_config(model.path)
         for number, model in enumerate(recipe.inputs)
@@ -112,8 +112,10 @@ def write_config_and_copy_files(
 
 
 def _adapt_files_to_vocabulary(folder: Path, words: bool, vocabulary: Vocabulary) -> None:
-    """Adapt the copied files to the vocabulary of the result.
+    """Renumber the ids in the copied files, and write the tokenizer of the united vocabulary.
 
+    Args:
+        words: the folder has a tokenizer.
     Raises:
         UserError: if generation_config.json is not JSON.
     """
@@ -166,11 +168,12 @@ def write_merge_record(
     entries: Mapping[str, object],
     note: str,
 ) -> None:
-    """Write merge.json and the model card.
+    """Write merge.json and the model card README.md into the folder of the result.
 
     Args:
         shares: weight of each model; None: differs between tensors.
         digests: of the weights of each model.
+        config: of the result; `seed`: of the merge.
         entries: further entries of merge.json, or replacements.
         note: text for the card.
     """
@@ -227,7 +230,7 @@ def write_merge_record(
 
 
 def _record_part(part: RecipePart) -> dict[str, object]:
-    """Return a part of a recipe as merge.json stores it."""
+    """Return a part of a recipe as merge.json stores it; a module has models, others sources."""
     if part.module is not None:
         models = [[source.model, dict(source.parameters)] for source in part.sources]
         return {"name": part.module, "models": models, "parameters": dict(part.parameters)}

@@ -188,7 +188,7 @@ def _list_layer_tensors(source: TensorSource | Mapping[str, str]) -> set[str]:
 def _match_names(
     first: TensorSource, other: TensorSource, all_tensors: bool
 ) -> tuple[TensorSource, set[str]]:
-    """View of the other folder with the names of the first, and names that only the first has.
+    """Return a view of the other folder under the names of the first, and names only the first has.
 
     Raises:
         UserError: if a tensor is missing that is no copy, no buffer and no part of a head.
@@ -258,7 +258,7 @@ def _may_have_same_class(first: TensorSource, other: TensorSource) -> bool:
 
 
 def _find_copy(folder: TensorSource, name: str, candidates: Iterable[str]) -> str | None:
-    """Name of another tensor of the folder with the same bits, out of these names.
+    """Find another tensor of the folder with the same bits among some names; None: there is none.
 
     Only outside of layers: within them equal bits may be norms or biases that were never trained.
     """
@@ -271,7 +271,7 @@ def _find_copy(folder: TensorSource, name: str, candidates: Iterable[str]) -> st
 
 
 def _find_tied_counterpart(tied_model: TensorSource, name: str, other: TensorSource) -> str | None:
-    """Name of the tensor of a tied model that replaces one that only another model stores."""
+    """Find the tensor of a tied model that stands in for one only the other stores; None: none."""
     shape = other.tensors[name].shape
     kinds = [(_INPUT, _OUTPUT), (_OUTPUT, _INPUT)]
     for kind, counterpart in kinds:

@@ -153,9 +153,10 @@ class MergeRecipe:
         )
 
     def find_lead_source(self, part: RecipePart) -> int:
-        """Index of the source that gives a part its names, shapes, dtypes and layer settings.
+        """Find the source that gives a part its names, shapes, dtypes and layer settings.
 
-        The base if it is one of the sources, else the template of whole models, else the first.
+        Returns:
+            index of the base if it is a source, else of the template of whole models, else 0.
         """
         models = [source.model for source in part.sources]
         candidates = [self.base if part.base is None else part.base]

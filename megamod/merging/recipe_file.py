@@ -173,7 +173,10 @@ def _read_parts(
 def _read_slices_or_models(
     content: _Module, folder: Path, inputs: list[InputModel]
 ) -> tuple[RecipePart, ...]:
-    """Read `slices` as parts, or `models` as inputs."""
+    """Read `slices:` as parts, or append `models:` to the inputs and return no parts.
+
+    Models that slices are the first to name become inputs too.
+    """
     inputs += [_read_input(entry, folder) for entry in content.models or ()]
     parts = []
     for entry in content.slices or ():
@@ -193,7 +196,7 @@ def _read_source(entry: _ModelEntry, folder: Path, inputs: list[InputModel]) -> 
 
 
 def _read_input(entry: _ModelEntry, folder: Path) -> InputModel:
-    """Look up the files of one model of a recipe."""
+    """Look up the files of one model, in the working directory and then in `folder`."""
     path, adapter = split_adapter(entry.model, folder)
     return InputModel(
         path,

@@ -218,7 +218,10 @@ def find_or_compute_statistics(recipe: MergeRecipe, folder: Path) -> list[Path |
 
 
 def _find_calibration_block(model: InputModel, recipe: MergeRecipe) -> Mapping[str, object] | None:
-    """Return the `calibration:` block for a model: its own, else the recipe's; None: not needed."""
+    """Return the `calibration:` of a model, else the recipe's; None: it needs none.
+
+    A model with a file of statistics needs none, and so does a method without statistics.
+    """
     if model.statistics is not None or recipe.method not in _STATISTICS:
         return None
     return model.calibration if model.calibration is not None else recipe.calibration

@@ -86,7 +86,7 @@ class RenamedFolder(TensorView):
 
 
 def describe_source(source: TensorSource) -> str:
-    """Return the folder, and the expert if one of several is meant, for messages."""
+    """Return the folder of a source, with its expert if it is one of several, for messages."""
     adapter = getattr(source, "adapter", None)
     text = str(source.folder) if adapter is None else f"{source.folder}+{adapter}"
     return text if source.member is None else f"{text} ({source.member})"

@@ -239,7 +239,11 @@ def _find_requested_row(
 
 
 def _read_tokenizer_words(file: Path) -> _TokenizerWords:
-    """Read the words of a tokenizer, in the order of their ids."""
+    """Read the words of a tokenizer.json, added ones included, in the order of their ids.
+
+    Raises:
+        UserError: if there is no such file, or it is not one of a tokenizer.
+    """
     try:
         content = json.loads(file.read_bytes())
         listed = content["model"]["vocab"]
@@ -260,7 +264,10 @@ def _read_tokenizer_words(file: Path) -> _TokenizerWords:
 def _build_tokenizer_json(
     holder: _TokenizerWords, ids: Mapping[str, int], known: Sequence[_TokenizerWords]
 ) -> dict[str, object]:
-    """Build the content of tokenizer.json with the new words as added tokens."""
+    """Build the content of tokenizer.json: that of `holder`, with the new words as added tokens.
+
+    A new word has the settings that another tokenizer gives it, else those of a plain word.
+    """
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
     plain |= {"special": False}
     entries = list(holder.content.get("added_tokens") or ())

@@ -83,7 +83,10 @@ def _measure_shallow_pass(
     checkpointing: bool,
     selected_share: float,
 ) -> PassCost:
-    """Measure one pass of a model of few layers in full, on fake tensors."""
+    """Measure one pass of a model of few layers, all of whose operations run on fake tensors.
+
+    Deeper models are extrapolated from two of these, as every layer adds the same.
+    """
     default_dtype = torch.get_default_dtype()
     with FakeTensorMode(allow_non_fake_inputs=True):
         torch.set_default_dtype(dtype)
@@ -160,12 +163,15 @@ class _LiveMemoryCounter(TorchDispatchMode):
         return None
 
     def _count_selected(self, mask: Tensor) -> int:
-        """Return the number of elements that a mask selects, by `selected_share`."""
+        """Return the assumed number of True elements of a mask, by `selected_share`; at least 1."""
         return max(1, round(mask.numel() * self.selected_share))
 
 
 def _count_flops(operation: object, args: tuple, kwargs: dict, result: object) -> int:
-    """Count the FLOPs of one call; attention without masking, as in the usual formula."""
+    """Count the FLOPs of one call of an operation: matrix products and attention, 0 for others.
+
+    Attention counts as if nothing were masked, as in the usual formula.
+    """
     packet = getattr(operation, "overloadpacket", None)
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

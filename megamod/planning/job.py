@@ -164,7 +164,10 @@ def _is_campaign(btm: BtmArgs) -> bool:
 def _list_campaign_jobs(
     parsed: Parsed, hosts: HostSlots, domains: Sequence[str], vocabulary: Vocabulary
 ) -> list[Job]:
-    """List the jobs of a seed and its experts. Source: Li et al. 2022, section 4.1."""
+    """List the jobs of a Branch-Train-Merge campaign: its seed, if it has one, and its experts.
+
+    Source: Li et al. 2022, section 4.1.
+    """
     _, btm, run, _, model, *_ = parsed
     domains = [d for text in btm.rounds for d in text.split()] if btm.rounds else list(domains)
     if model.untie not in ("none", "all"):

@@ -227,7 +227,7 @@ def _count_shard_elements(group_sizes: list[int], ranks: int) -> int:
 
 
 def _compute_buffers(sizes: Mapping[str, int], setting: Setting) -> int:
-    """Compute the bytes of reduction and gather buffers."""
+    """Compute the bytes of a rank's buffers: to reduce gradients, and to gather with ZeRO 3."""
     if setting.stage == 0:
         return 0
     gathered = 0

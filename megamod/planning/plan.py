@@ -213,7 +213,11 @@ class JobPlan:
 
 
 def plan_job(job: Job, args: PlanArgs) -> JobPlan:
-    """Plan a job on the GPUs and links of the flags."""
+    """Build the model of a job on the meta device, and plan it on the GPUs and links of the flags.
+
+    Raises:
+        UserError: for a model that does not exist, or does not fit the data.
+    """
     return JobPlan(
         job,
         build_network(job),
@@ -243,7 +247,7 @@ def list_micro_batches(job: Job) -> list[int]:
 
 
 def change_micro_batch(setting: Setting, micro_batch: int) -> Setting:
-    """Change the micro-batch size at equal sequences per step."""
+    """Return the setting with another micro-batch size, at equal sequences per step."""
     steps = setting.micro_steps * setting.micro_batch // micro_batch
     return replace(setting, micro_batch=micro_batch, micro_steps=steps)
 

@@ -12,7 +12,7 @@ from megamod.tables import format_table
 
 
 def format_job(plan: JobPlan) -> str:
-    """Format the requirements of a job."""
+    """Format a plan as a title and a table: parameters, memory, traffic, time and hosts."""
     job, network, setting = plan.job, plan.network, plan.job.setting
     ranks = job.topology.world_size
     count = f"{len(job.job_names)} jobs of {ranks}" if len(job.job_names) > 1 else f"{ranks}"
@@ -41,7 +41,7 @@ def format_job(plan: JobPlan) -> str:
 
 
 def format_proposals(proposals: Sequence[Proposal]) -> str:
-    """Format proposed settings, the best first."""
+    """Format proposed settings in order, two lines each: setting with its cost, and reasons."""
     if not proposals:
         return "no setting fits; use more ranks or larger GPUs"
     lines = ["settings that fit, best first (step time: computation + communication)"]
@@ -63,7 +63,10 @@ def format_proposals(proposals: Sequence[Proposal]) -> str:
 
 
 def format_curves(curves: Mapping[Sharing, Sequence[Point]]) -> str:
-    """Format tokens per second by number of GPUs, without and with full overlap."""
+    """Format tokens per second by number of GPUs as a table, a column per kind of sharing.
+
+    Each value is a range: without overlap of computation and communication, and with full overlap.
+    """
     kinds = list(curves)
     gpus = sorted({point.gpus for points in curves.values() for point in points})
     by_kind = {(kind, p.gpus): p for kind, points in curves.items() for p in points}
@@ -86,7 +89,7 @@ def format_curves(curves: Mapping[Sharing, Sequence[Point]]) -> str:
 
 
 def _list_parameter_rows(plan: JobPlan) -> list[tuple[str, str]]:
-    """List the report's rows on parameters."""
+    """List (title, value) of the numbers of parameters: on a rank, active, per expert, in all."""
     network = plan.network
     rows = [
         (
@@ -110,7 +113,7 @@ def _list_parameter_rows(plan: JobPlan) -> list[tuple[str, str]]:
 
 
 def _list_memory_rows(plan: JobPlan) -> list[tuple[str, str]]:
-    """List the report's rows on memory, and changes that fit if the job does not."""
+    """List (title, value) of a rank's memory by kind; of changes that fit if it does not."""
     needed = plan.memory
     usable = USABLE * plan.gpu_bytes
     states = (
@@ -144,7 +147,7 @@ def _list_memory_rows(plan: JobPlan) -> list[tuple[str, str]]:
 
 
 def _list_traffic_rows(plan: JobPlan) -> list[tuple[str, str]]:
-    """List the report's rows on bytes sent per step."""
+    """List (title, value) of the bytes a rank sends per step, to all and within its domain."""
     traffic, topology = plan.traffic, plan.job.topology
     rows = [
         ("sent per step", f"{_format_bytes(traffic.world)} over all {topology.world_size} ranks")
@@ -157,7 +160,7 @@ def _list_traffic_rows(plan: JobPlan) -> list[tuple[str, str]]:
 
 
 def _list_time_rows(plan: JobPlan) -> list[tuple[str, str]]:
-    """List the report's rows on speed and days."""
+    """List (title, value) of tokens per second and of days for all steps, by utilisation."""
     peak = plan.flops_per_second / 1e12
     rates = plan.tokens_per_second
     speeds = ", ".join(f"{rate:,.0f} at {u:.0%}" for u, rate in rates.items())
@@ -169,7 +172,7 @@ def _list_time_rows(plan: JobPlan) -> list[tuple[str, str]]:
 
 
 def _list_placement_rows(plan: JobPlan) -> list[tuple[str, str]]:
-    """List the report's rows on the hosts of the ranks, or of each of several jobs."""
+    """List (host, ranks and their domains); of several jobs (job, hosts), or that it waits."""
     job = plan.job
     rows = []
     if len(job.job_names) > 1:

@@ -86,7 +86,7 @@ def compute_scaling_curves(
 
 
 def record_curves(curves: Curves) -> dict[str, list[dict[str, float]]]:
-    """Return the curves as a JSON value."""
+    """Return the curves as a JSON value: by sharing, step times and speeds by number of GPUs."""
     return {
         kind.value: [
             {

@@ -96,7 +96,7 @@ def _supports_offloading(base: Setting, stage: int) -> bool:
 
 
 def _make_sort_key(proposal: Proposal) -> tuple[float, int, int]:
-    """Return the key that sorts proposals, the best first."""
+    """Return the key that sorts proposals, the best first: see `propose_settings`."""
     # Differences below a few percent are within the error of the estimate.
     rounded = float(f"{proposal.step_seconds:.2g}")
     return rounded, -proposal.setting.micro_batch, proposal.setting.stage

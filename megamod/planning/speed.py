@@ -38,7 +38,7 @@ class Links:
 
 
 def compute_traffic(network: Network, topology: DomainTopology, setting: Setting) -> Traffic:
-    """Compute the bytes that a rank sends per step."""
+    """Compute the bytes that a rank sends per step, to all ranks and to those of its domain."""
     tied = [name for name in network.trained_sizes if name.endswith("embeddings.tokens.weight")]
     return compute_step_traffic(
         network.trained_sizes,
@@ -56,7 +56,7 @@ def compute_traffic(network: Network, topology: DomainTopology, setting: Setting
 def estimate_communication_seconds(
     traffic: Traffic, topology: DomainTopology, links: Links
 ) -> float:
-    """Estimate the seconds of communication per step."""
+    """Estimate the seconds per step of the two rings, of all ranks and of a domain's, in turn."""
     return traffic.world / links.find_world_speed(
         topology
     ) + traffic.domain / links.find_domain_speed(topology)

@@ -108,6 +108,10 @@ def format_tokens(record: MoeRecord, documents: Sequence[Document]) -> str:
 def _write_files(
     folder: Path, args: AttributionArgs, record: MoeRecord, documents: Sequence[Document]
 ) -> None:
+    """Write attribution.json, tokens.txt and attribution.png into the folder.
+
+    The plot has the shares of all documents, and of the tokens of the first one.
+    """
     content = {
         "model": args.model,
         "text": args.text,

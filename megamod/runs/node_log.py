@@ -65,7 +65,7 @@ class NodeLog(logging.Handler):
         self.emit(logging.LogRecord(__name__, logging.INFO, __file__, 0, text, None, None))
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the log file; the handler takes no further records."""
         os.close(self.file)
         super().close()
 
@@ -74,12 +74,12 @@ class NodeLog(logging.Handler):
 def node_log(output: Path, table: str, step: int) -> Iterator[None]:
     """Append the console lines of a run to OUT/logs/HOST.log while it lasts.
 
-    Only the first rank of each host writes: its lines of `logging`, begin and end of the run, and
+    Only the first rank of each host writes: its lines of `logging`, start and end of the run, and
     the error that ended it. A folder that cannot be written is ignored here; other writers report
     it.
 
     Args:
-        table: ranks and groups, written at the begin.
+        table: ranks and groups, written first.
         step: finished steps.
     """
     local, rank = os.environ.get("LOCAL_RANK", "0"), os.environ.get("RANK", "0")

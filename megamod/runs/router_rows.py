@@ -188,7 +188,11 @@ def read_texts(calibration: Calibration, domains: Sequence[str], folder: Path) -
 def _read_databin(
     data: DataBin, domains: Sequence[str], tokens: int, config: LmConfig
 ) -> dict[str, Text]:
-    """Read the first tokens of each domain's valid split."""
+    """Read the first tokens of each domain's valid split.
+
+    Raises:
+        UserError: if the data-bin lacks a domain or has ids that the model lacks.
+    """
     where = f"--calibration {data.path}"
     _require_domains(domains, data.domains, where)
     check_vocabulary_fits(where, config, data.vocab_size, data.special_ids)
@@ -311,6 +315,11 @@ def compute_condition(rows: Tensor, centred: bool) -> float:
 
 
 def _refuse_zero(rows: Tensor, domains: Sequence[str]) -> None:
+    """Refuse rows [L, E, D] that are zero or not finite, and a single expert, whose row would be.
+
+    Raises:
+        UserError: naming --calibration.
+    """
     if len(domains) == 1:
         raise UserError(
             "--calibration: the row of a single expert is zero after centring; give --no_centre or "

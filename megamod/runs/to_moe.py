@@ -86,7 +86,9 @@ class MoeArgs(ModelOutputArgs):
 
 
 def run_to_moe(args: MoeArgs) -> None:
-    """Convert, and print the experts and the router's table.
+    """Convert dense experts to a mixture in --output_dir, and print its plan.
+
+    If the router was calibrated, also the share of tokens on which each expert is first.
 
     Raises:
         UserError: for flags or models that do not fit each other.
@@ -113,6 +115,7 @@ def run_to_moe(args: MoeArgs) -> None:
 
 
 def _format_calibration(folder: Path) -> str:
+    """Format the share of tokens on which the own expert is first, from moe.json of the folder."""
     from megamod.merging.moe.record import read_moe_record
     from megamod.runs.router_rows import format_own_first
 
@@ -156,7 +159,11 @@ def select_experts(args: MoeArgs) -> "list[Expert]":
 
 
 def _make_expert(path: Path, name: str | None) -> "Expert":
-    """Make the expert of a run or model folder, called after its domain or else its folder."""
+    """Return the forest entry of a run or model folder, named after its domain, else its folder.
+
+    Args:
+        name: takes the place of that name; None: no other name.
+    """
     from megamod.btm.forest_entry import make_forest_entry
 
     whole = path.absolute()
@@ -177,7 +184,7 @@ def _count_experts_per_token(args: MoeArgs, experts: int) -> int:
 
 
 def _make_recipe(args: MoeArgs, experts: "Sequence[Expert]") -> "MergeRecipe":
-    """Make the average whose weights outside of feed-forwards the mixture has."""
+    """Build the recipe of the average that the mixture has outside of its feed-forwards."""
     from megamod.merging.recipe import build_weighted_recipe
 
     if args.anchor and (args.align or args.weights is not None):
@@ -194,6 +201,7 @@ def _make_recipe(args: MoeArgs, experts: "Sequence[Expert]") -> "MergeRecipe":
 
 
 def _select_router_rows(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoePlan], RouterRows]":
+    """Return the function that computes the router rows, as --router says."""
     from megamod.merging.moe.rows import draw_rows, read_rows_file
 
     if args.router == "random":
@@ -206,10 +214,10 @@ def _select_router_rows(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoeP
 
 
 def make_calibration(args: MoeArgs) -> "Calibration":
-    """Collect text and settings of calibrated rows.
+    """Collect the flags of calibrated router rows.
 
     Raises:
-        UserError: if there is no text.
+        UserError: if --calibration is missing, or a value does not fit.
     """
     from megamod.runs.router_rows import Calibration
 

@@ -206,6 +206,7 @@ def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
 
 
 def _read(file: Path) -> list[Expert]:
+    """Read the experts of a forest.json, with absolute paths."""
     return [
         expert.model_copy(update={"path": (file.parent / expert.path).absolute()})
         for expert in read_document(file, _ForestFile).experts
@@ -213,6 +214,7 @@ def _read(file: Path) -> list[Expert]:
 
 
 def _entry(expert: Expert, folder: Path) -> dict[str, object]:
+    """Return an expert as forest.json in `folder` has it; paths inside of it are relative."""
     return {
         **expert.model_dump(),
         "path": _make_relative(str(expert.path), folder),
@@ -230,6 +232,11 @@ def _make_relative(path: str, folder: Path) -> str:
 
 
 def _list_members(folder: Path) -> list[Expert]:
+    """List the experts of a DEMix model folder; none for the folder of a forest.
+
+    Raises:
+        UserError: if it is one dense model.
+    """
     config = read_model_config(folder)
     if config.get("model_type") == MODEL_TYPE:
         return []

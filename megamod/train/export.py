@@ -116,6 +116,14 @@ class ModelExport:
         self.is_adapter = bool(list_adapters(engine.module))
 
     def __call__(self, folder: Path) -> list[Path]:
+        """Write this rank's part of the model folder; collective.
+
+        The first rank of a group writes its experts (with `BTM` its whole model, in a folder of its
+        domain), rank 0 the shared weights and all other files.
+
+        Returns:
+            the files that this rank wrote.
+        """
         rank, sharing = dist.get_rank(), self.topology.sharing
         is_lead = self.topology.is_group_lead(rank)
         state = self._gather_weights(keep_copies=rank == 0 or is_lead)

@@ -49,7 +49,7 @@ def test_settings_of_cells(tmp_path):
         ({"arms": {}}, "mine.yaml, arms: {} has fewer than 1 items"),
         ({"arms": {"x": {}, "a b": {}}}, "letters, digits"),
         ({"arms": {"x": {"learning_rate": {"a": 1.0}}}}, "by rung has the keys a; the rungs: a, b"),
-        ({"common": {"x": [{}]}}, "mine.yaml, common.x: {} is not a number, text, true, false"),
+        ({"common": {"x": [{}]}}, "mine.yaml, common.x: {} is not text, a number, true, false"),
         ({"common": {"x": {1: 2}}}, "common.x: {1: 2} has keys that are not names of rungs"),
         ({"seeds": [1, 1]}, "different whole numbers"),
         ({"seeds": ["1"]}, "mine.yaml, seeds[0]: '1' is not a whole number"),

@@ -252,7 +252,7 @@ def check_same_architecture(first: Mapping[str, object], second: Mapping[str, ob
 
 
 def _list_matched_groups(symmetry: Symmetry, options: Options) -> list[Group]:
-    """List the groups to match: those that are permuted, and output heads for the cost record."""
+    """List the groups to match: those that are permuted, and heads, whose cost is recorded."""
     matched = {group.name: group for group in list_aligned_groups(symmetry, options)}
     matched |= {group.name: group for group in symmetry.select_groups("head")}
     return list(matched.values())
@@ -271,7 +271,7 @@ def _list_observed_groups(groups: Sequence[Group], options: Options) -> list[Gro
 def _match_groups(
     groups: Sequence[Group], measured: FeatureStatistics, options: Options
 ) -> dict[str, FeatureMatch]:
-    """Find the best match of each group, by name."""
+    """Return the best match of each group by name, from the similarity of measured features."""
 
     def compute_similarity(*names: str) -> Tensor:
         """Return the correlations (or covariances) [C, C], averaged over the named groups."""
@@ -329,9 +329,7 @@ def _name_partner_group(name: str) -> str:
 def _build_alignment(
     symmetry: Symmetry, matches: Mapping[str, FeatureMatch], options: Options, costs: bool = True
 ) -> Alignment:
-    """Build the alignment from all matches, with the costs of the groups unless `costs` is
-    False.
-    """
+    """Build the alignment from all matches, with the cost of each group if `costs`."""
     names = [name for name in symmetry.groups if name in matches]
     all_costs = {
         name: matches[name].value / (2 * symmetry.groups[name].size) for name in names if costs

@@ -114,7 +114,7 @@ class CrossCovariance:
 
 
 def average_moments(moments: Sequence[Moments]) -> Moments:
-    """Average the moments of several groups."""
+    """Average the moments of groups of equal size that get one permutation."""
     first, second, cross = (
         torch.stack([getattr(entry, name) for entry in moments]).mean(0)
         for name in ("first", "second", "cross")

@@ -211,15 +211,23 @@ def _make_group(
     into: Iterable[TensorAxis],
     hooks: Iterable[Hook],
 ) -> Group:
-    """Make a group from iterables of axes and hooks."""
+    """Make a group of `size` features from the axes that produce (`out`) and read (`into`) them.
+
+    Args:
+        heads: attention heads that the features are divided into; None: they are not.
+        hooks: modules whose inputs or outputs are the features.
+    """
     return Group(name, family, size, heads, tuple(out), tuple(into), tuple(hooks))
 
 
 def _find_output_readers(
     names: _ModuleNames,
 ) -> tuple[list[tuple[Head, str | None]], list[TensorAxis]]:
-    """Return the heads with the module that reads each, and the axes that read the last hidden
-    states.
+    """Return (head, its reader) of each output head, and the axes that read the last states.
+
+    A head that no known module reads has the reader None. The axes are those of all modules after
+    the
+    last layer: dense layers of heads, output matrices, classifiers.
     """
     family, heads, into = names.family, [], []
     for head in family.output_heads:
@@ -400,8 +408,11 @@ def _expand_groups_over_experts(
 
 
 def _group_for_expert(group: Group, named: Mapping[str, list[str]], domain: str | None) -> Group:
-    """Return the group under the names of one expert; None: of all experts and the shared
-    weights.
+    """Return the group under the tensor and module names of one expert.
+
+    Args:
+        named: names in the model with experts, by the name in a dense model.
+        domain: of the expert; None: of all experts and the shared weights.
     """
 
     def expert_tensor_names(tensor: str) -> list[str]:

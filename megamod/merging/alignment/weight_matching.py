@@ -79,7 +79,7 @@ def match_weights(
 def _solve_unit(
     similarities: Sequence[Tensor], unit: Sequence[Sequence[Group]], options: Options
 ) -> list[FeatureMatch]:
-    """Find the best match of each class of a unit, given their similarities."""
+    """Return the best match of each class of a unit from its similarities [C, C]."""
     heads = unit[0][0].heads
     if heads is None:
         return [assign_features(similarity) for similarity in similarities]

@@ -44,7 +44,7 @@ class TaskVector:
 
 
 def keep_all(_: Tensor) -> None:
-    """Keep every entry."""
+    """Leave a piece as it is: the sparsifier of methods that use whole task vectors."""
 
 
 def drop_all(piece: Tensor) -> None:

@@ -117,8 +117,9 @@ def model_stock(target: MergeTensor) -> Iterator[Tensor]:
 
 
 def _compute_agreement(products: Tensor) -> Tensor:
-    """Compute the interpolation factor from the task vectors' inner products [..., models,
-    models].
+    """Compute the interpolation factor [...] from inner products [..., models, models].
+
+    With the mean cosine c of two of the k task vectors it is k c / (1 + (k - 1) c).
     """
     count = products.shape[-1]
     norms = products.diagonal(dim1=-2, dim2=-1).sqrt()

@@ -103,7 +103,7 @@ def build_moe_config(
 
 
 def _list_declared_fields(kind: type[PreTrainedConfig]) -> list[str]:
-    """List the fields that a configuration class declares besides those of every class."""
+    """List the fields of a configuration class besides those that all of transformers' have."""
     classes = kind.__mro__[: kind.__mro__.index(PreTrainedConfig)]
     return sorted({name for base in classes for name in getattr(base, "__annotations__", ())})
 

@@ -91,8 +91,10 @@ def convert_to_moe(
 
 
 def check_space(output: Path, size: int) -> None:
-    """Refuse an output folder on a disk with less than `size` free bytes.
+    """Refuse to write `size` bytes on a disk that has fewer left.
 
+    Args:
+        output: folder to write; it need not exist.
     Raises:
         UserError: with both numbers.
     """

@@ -132,6 +132,9 @@ def _remove_from_router_record(
 def upgrade(folder: Path, domain: str, expert: Expert, output: Path, *, shard: int) -> None:
     """Write a mixture with the feed-forwards of another model as the expert of a domain.
 
+    Args:
+        folder: of the mixture; `output`: new folder, complete or absent.
+        shard: size above which weights are split into several files.
     Raises:
         UserError: if the model is of another family, shape or vocabulary, or, where experts share
             the other weights, has others.
@@ -185,6 +188,9 @@ def refresh(
 
     Args:
         rows: [L, D] of the expert; `router`: their origin, for moe.json.
+        shard: size above which weights are split into several files.
+    Raises:
+        UserError: if the folder holds no mixture, or none of its experts has that domain.
     """
     with ExitStack() as stack:
         mixture = open_mixture(folder, stack)
@@ -205,11 +211,13 @@ def _write_mixture(
     record: MoeRecord,
     shard: int,
 ) -> None:
-    """Write a changed mixture.
+    """Write a changed mixture into a new folder, streamed, with its configuration and moe.json.
 
     Args:
         order: for each expert of the result its number in the mixture, or another dense model.
         rows: new router rows [L, D] by number of the expert in the result.
+        config, record: content of config.json and of moe.json.
+        shard: size above which weights are split into several files.
     """
     tensors = dict(_plan_tensors(mixture, order, rows))
     specs = {name: tensor.spec for name, tensor in tensors.items()}
@@ -274,6 +282,7 @@ class _Role:
 
 
 def _find_role(family: MoeFamily, name: str) -> _Role:
+    """Find the part that a tensor has in a mixture of the family, by its name in the files."""
     in_layer = re.fullmatch(rf"({re.escape(LAYERS)}\.(\d+))\.(.+)", name)
     if in_layer is None:
         return _Role("shared", name)

@@ -94,7 +94,7 @@ class MoePlan:
 
 
 def make_moe_plan(dense: MergePlan, chosen: int, *, anchor: bool, shard_bytes: int) -> MoePlan:
-    """MergePlan every tensor of a mixture.
+    """Plan every tensor of a mixture.
 
     Args:
         dense: plan of the experts' average; its folders are open.

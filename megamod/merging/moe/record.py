@@ -80,12 +80,12 @@ class MoeRecord(Document):
 
 
 def write_moe_record(folder: Path, record: MoeRecord) -> None:
-    """Write moe.json."""
+    """Write moe.json into a model folder, atomically, with the version of megamod that runs now."""
     write_json(folder / FILE, {**record.model_dump(), "megamod": __version__})
 
 
 def write_moe_card(folder: Path, record: MoeRecord) -> None:
-    """Write the model card."""
+    """Write README.md, the model card: experts with their digests, origin of all other weights."""
     card = _CARD.format(
         kind=record.model_type,
         count=len(record.experts),

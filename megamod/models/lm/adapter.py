@@ -229,6 +229,11 @@ def select_expert(model: PreTrainedModel, domain: str) -> None:
 def _inject(
     model: PreTrainedModel, fields: Mapping[str, object], name: str, **options: bool
 ) -> None:
+    """Add the layers of an adapter to a model, in place, under a name; their weights are new.
+
+    Args:
+        fields: of the `LoraConfig`; `options`: of `inject_adapter_in_model`.
+    """
     from peft import PeftConfig, inject_adapter_in_model
 
     config = PeftConfig.from_peft_type(**{"peft_type": "LORA", **fields})

@@ -30,7 +30,11 @@ class BestModel:
         return max(self.evaluations, key=self.value, default=None)
 
     def load(self, step: int) -> None:
-        """Read the evaluations of a run that resumes after `step`."""
+        """Read the evaluations of a run that resumes after `step`; later ones are dropped.
+
+        Raises:
+            UserError: if evaluations.json is malformed.
+        """
         file = self.folder / EVALUATIONS
         if step and file.exists() and (self.folder / "model").is_dir():
             recorded = read_document(file, list[Evaluation])
@@ -45,7 +49,7 @@ class BestModel:
         return self.best is self.evaluations[-1]
 
     def save(self) -> None:
-        """Write OUT/evaluations.json."""
+        """Write all evaluations so far to OUT/evaluations.json, which `load` reads on resume."""
         write_json(self.folder / EVALUATIONS, self.evaluations)
 
     def write_model(self, export: ModelExport, folder: Path) -> None:

@@ -97,7 +97,7 @@ def find_score(model: FinetuneModel, evaluation: Record) -> float:
 
 
 def make_predictions_record(model: FinetuneModel, scores: TaskScores) -> Record:
-    """Return the record of the scores of predicted splits."""
+    """Return the entry `predicted` of results.json: scores of the predicted splits."""
     return _nest_scores(model, "predicted", "predicted", scores)
 
 
@@ -165,7 +165,7 @@ def list_facts(model: FinetuneModel) -> Record:
 
 
 def make_card(model: FinetuneModel) -> Card:
-    """Return the model card."""
+    """Return the model card: tasks, labels in order, and the class that loads the model."""
     names = [task.spec.name for task in model.tasks]
     tasks = ", ".join(names)
     if model.has_many_tasks:

@@ -79,7 +79,7 @@ def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
 def _score_and_predict(
     model: FinetuneModel, parsed: Sequence[Arguments], device: torch.device
 ) -> Record:
-    """Score and predict with a model that is not trained."""
+    """Score and predict with a model that is not trained; return the record of results.json."""
     run, _, _, stage, args = parsed[:5]
     predictors = make_predictors(model, model.make_module(run.seed).to(device), device)
     record: Record = {}
@@ -207,6 +207,7 @@ class _DevEvaluation:
         self.predictors = make_predictors(model, running.engine.module, running.device)
 
     def __call__(self, step: int) -> None:
+        """Score after `step` steps, log, publish the model if it is the best so far; collective."""
         scores = score_splits(self.model, self.predictors, self.run)
         evaluation = _make_evaluation(self.model, scores, self.predictors, step)
         values_by_split: dict[tuple[str, str], dict[str, float]] = {}
@@ -267,7 +268,7 @@ def _write_results(
 
 
 def _list_output_files(model: FinetuneModel, output: Path, stage: StageArgs) -> str:
-    """List the output files of a run, one per line."""
+    """Format the names and paths of the output files of a run, one per line, for the console."""
     files = [("numbers", output / RESULTS)]
     if stage.do_train and not stage.seeds:
         files.append(("model", output / "model"))

@@ -36,7 +36,7 @@ from megamod.runs.finetune.tasks import FinetuneTask
 def make_predictors(
     model: FinetuneModel, module: nn.Module, device: torch.device
 ) -> list[Predictor]:
-    """Return a predictor for each task; it divides the task's rows among all ranks."""
+    """Make a predictor for each task, which divides the task's rows among all ranks."""
     ranks = dist.get_rank(), dist.get_world_size(), sum_over_ranks
     return [
         Predictor(classifier, model.inputs, device, *ranks)
@@ -45,7 +45,7 @@ def make_predictors(
 
 
 def score_splits(model: FinetuneModel, predictors: Sequence[Predictor], run: RunArgs) -> TaskScores:
-    """Return the scores of the dev splits of all tasks."""
+    """Score the dev splits of all tasks, whose rows all ranks share; each rank gets all scores."""
     return {
         task.spec.name: {
             split: score_split(model, task, split, predictor, run)[0]

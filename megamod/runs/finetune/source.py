@@ -1,4 +1,4 @@
-"""The model that a finetuning run starts from: configuration, place of the weights, tokenizer."""
+"""The model that a finetuning run starts from: configuration, source of the weights, tokenizer."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -115,6 +115,7 @@ def _build_run_spec(
     start: AdaptationStart,
     topology: DomainTopology,
 ) -> RunSpec:
+    """Return the parts of a run that trains one expert, a dense model, on the new domain."""
     output, rank = Path(run.output_dir), dist.get_rank()
     config = build_dense_config(start.expert, args)
     digest = gather_texts(digest_weights(start.expert) if rank == 0 else "")[0]
@@ -224,6 +225,7 @@ def _make_expert(
     state: TrainState,
     output: Path,
 ) -> Expert:
+    """Return the forest entry of the finished expert, whose only parent is the start."""
     return Expert(
         domain=args.domain,
         path=output / "model",
@@ -258,6 +260,7 @@ def _read_start_perplexity(output: Path, domain: str) -> float | None:
 
 
 def _make_card(args: AdaptArgs, start: AdaptationStart, data_digest: str) -> Card:
+    """Return the model card: the domain, the expert it started from, and the digest of its data."""
     facts = {
         "adapted to the domain": args.domain,
         "trained": "feed-forward networks" if args.method == "feedforward" else "everything",

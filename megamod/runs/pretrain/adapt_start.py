@@ -258,7 +258,7 @@ def make_start_record(forest: Forest, start: AdaptationStart, digest: str) -> di
 
 
 def digest_weights(expert: Expert) -> str:
-    """Return a digest of the weight files that an expert is read from."""
+    """Return the digest of the weight files that an expert is read from, for start.json."""
     with open_weights(expert.path, expert.member) as folder:
         return folder.compute_digest()
 

@@ -216,7 +216,7 @@ def list_stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
 
 
 def log_start(model: ModelArgs, start: tuple[Path, str] | None, config: LmConfig) -> None:
-    """Log where the weights come from."""
+    """Log the folder and flag that the first weights come from, or that they are new."""
     if start is None:
         logger.info("new weights in the shape of %s", model.model)
         return
@@ -267,7 +267,11 @@ def make_card(
     data_digest: str,
     adapter: Mapping[str, object] | None = None,
 ) -> Card:
-    """Return the model card of a language model, or of its adapter (fields of a `LoraConfig`)."""
+    """Return the model card of a language model, or of its adapter.
+
+    Args:
+        adapter: fields of its `LoraConfig`; None: the model is whole.
+    """
     facts = {
         "domains, in order": ", ".join(get_domains(config)) or "none named",
         "parts held per domain": get_untie(config),

@@ -228,7 +228,11 @@ def build_encoder_config(
 
 
 def _check_held_out(batches: MaskedBatches, split: str) -> None:
-    """Check before the first step that the split fills one forward pass."""
+    """Check before the first step that the held-out split fills one forward pass.
+
+    Raises:
+        UserError: naming the split and the sequences that it has and needs.
+    """
     blocks = sum(count_full_blocks(dataset, batches.block_size) for dataset in batches.datasets)
     if blocks < batches.instances:
         raise UserError(
@@ -269,6 +273,11 @@ def _read_folder_config(folder: str, mux: MuxArgs, data: DataBin) -> PreTrainedC
 
 
 def _check_structure(folder: str, config: PreTrainedConfig, mux: MuxArgs, data: DataBin) -> None:
+    """Refuse flags that contradict the multiplexing of a model folder, or the data's [MASK].
+
+    Raises:
+        UserError: naming the flag, its value and that of the model.
+    """
     for name in STRUCTURE:
         held = getattr(config, name, "none")
         if find_origin(mux, name) != "default" and getattr(mux, name) != held:
@@ -393,7 +402,7 @@ def build_encoder(
 
 
 def make_card(config: PreTrainedConfig, mux: MuxArgs, data_digest: str) -> Card:
-    """Return the model card of an encoder."""
+    """Return the model card of an encoder: objective, instances per pass, digest of its data."""
     kind = "multiplexed " if mux.num_instances > 1 else ""
     masked = mux.objective == "masked_lm"
     what = "masked language model" if masked else "discriminator of replaced tokens"

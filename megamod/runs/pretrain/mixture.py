@@ -39,7 +39,12 @@ def name_experts(model: str, config: LmConfig) -> list[str]:
 
 
 def write_mixture(model: ModelArgs, export: ModelExport, folder: Path) -> None:
-    """Write a trained mixture with a tensor per expert, and moe.json; collective."""
+    """Write a trained mixture with a tensor per expert, and moe.json with its training; collective.
+
+    Args:
+        model: flags, whose --model is the mixture that training started from.
+        export: writes the model as it is in memory, where the experts of a layer are one tensor.
+    """
     export(folder)
     check_peers()
     if dist.get_rank() > 0:

@@ -254,6 +254,11 @@ def _check_length(model: PreTrainedModel, settings: HeldOutSettings) -> PreTrain
 def _open_text_task(
     settings: HeldOutSettings, task: str, first: str, char_split: bool
 ) -> HeldOutTask:
+    """Open held-out text for the task mlm or clm, as blocks of `max_seq_length` tokens.
+
+    Raises:
+        UserError: without text, or if the tokenizer has no [MASK], which mlm needs.
+    """
     if settings.data is None:
         raise UserError(f"data is missing: give a text file to measure the {task} loss on")
     tokenizer = load_tokenizer(settings.tokenizer or first)

@@ -88,6 +88,10 @@ def mix_forest(args: EnsembleArgs, device: torch.device) -> dict[str, DomainResu
 def _write_results(
     args: EnsembleArgs, protocol: MixingProtocol, results: Mapping[str, DomainResult]
 ) -> None:
+    """Print the tables of priors and scores; write the files that the flags name.
+
+    Priors that were estimated go to --prior_output, else beside --output.
+    """
     parts = [format_priors(results)]
     if not args.estimate_only:
         parts.append(format_scores(results, protocol))

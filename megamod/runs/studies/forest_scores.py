@@ -39,7 +39,7 @@ class ScoredText:
     split: str
 
     def make_held_out(self) -> HeldOut:
-        """Return the text with the settings of scoring."""
+        """Return the text as `HeldOut`, with the settings that all scores of a study share."""
         return HeldOut(
             str(self.databin), self.domains, self.split, None, BATCH, "auto", own_only=False
         )

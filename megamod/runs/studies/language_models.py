@@ -173,6 +173,10 @@ def count_parameters(models: Sequence[Path]) -> dict[str, int]:
 
 
 def _train_in_folder(flags: Settings, databin: Path, folder: Path, stop: int | None = None) -> None:
+    """Train to step `stop` (None: to the end) from the last checkpoint, unless that is done.
+
+    Flags that only affect evaluation, logging and saving are added here.
+    """
     steps = [parse_checkpoint_step(path) for path in list_checkpoints(folder / "checkpoints")]
     last = flags["max_steps"] if stop is None else stop
     if last in steps and (stop is not None or (folder / "model" / "config.json").is_file()):
@@ -239,7 +243,7 @@ def _average_scores(losses: Mapping[str, float], scored: ScoredText) -> dict[str
 
 
 def _count_tokens(flags: Settings, runs: Mapping[str, Path], extras: Mapping[str, object]) -> int:
-    """Return the number of target tokens that all runs were trained on, the seed counted once."""
+    """Count the target tokens that all runs were trained on, the seed once."""
     total = 0
     for folder in runs.values():
         newest = list_checkpoints(folder / "checkpoints")[-1]
@@ -275,7 +279,7 @@ def _digest_value(value: object) -> str:
 
 @contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    """Lock the folder; other processes wait."""
+    """Hold a lock file beside the folder for a `with` block; other processes wait for it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

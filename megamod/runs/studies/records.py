@@ -105,12 +105,12 @@ def make_configuration(study: Study, cell: Cell, inputs: Mapping[str, object]) -
 
 
 def digest_configuration(config: Mapping[str, object]) -> str:
-    """Return the digest of a configuration, 16 hexadecimal digits."""
+    """Compute the digest of a configuration, 16 hexadecimal digits, whatever the order of keys."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Write a cell's file."""
+    """Write EVIDENCE/STUDY/CELL.json, whose folder is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{record['cell']}.json", json.loads(format_json(record)))
 
@@ -161,7 +161,7 @@ def find_largest_difference(before: Record, now: Record) -> tuple[float, str]:
 
 
 def _read_cpu_name() -> str:
-    """Return the name of the CPU."""
+    """Read the model name of the first CPU; outside of Linux what Python knows of it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -139,6 +139,10 @@ def format_cell(study: Study, records: Mapping[str, Record], line: str, column: 
 
 
 def _list_rung_rows(study: Study, records: Mapping[str, Record]) -> list[list[str]]:
+    """List the cells of a table with a column per rung, the head first.
+
+    Each line is one row of one arm's scores; all but the baseline's are compared with it.
+    """
     table = study.file.table
     rows = [["", *study.file.rungs]]
     for name, (arm, row) in table.lines.items():
@@ -154,6 +158,11 @@ def _list_rung_rows(study: Study, records: Mapping[str, Record]) -> list[list[st
 
 
 def _list_score_rows(study: Study, records: Mapping[str, Record]) -> list[list[str]]:
+    """List the cells of a table with a column per row of scores, and one for their mean.
+
+    The first row is the head. Only means are compared with the baseline's; all are of the first
+    rung.
+    """
     table, (rung, *_) = study.file.table, study.file.rungs
     rows = [["", *table.rows, "mean"]]
     for name, (arm,) in table.lines.items():
@@ -181,6 +190,11 @@ def _average_rows(by_row: Sequence[Values]) -> Values:
 def _compare_line(
     table: Table, records: Mapping[str, Record], arm: str, row: str, rung: str
 ) -> tuple[Estimate, int] | None:
+    """Compare a row of an arm's scores at a rung with the table's baseline, by seed.
+
+    Returns:
+        see `compare_to_baseline`; None if no seed has both.
+    """
     values = _select_values(records, arm, rung, row, table.value)
     baseline_values = _select_values(
         records, table.baseline[0], rung, table.baseline[1], table.value
@@ -191,6 +205,7 @@ def _compare_line(
 def _select_values(
     records: Mapping[str, Record], arm: str, rung: str, row: str, value: str
 ) -> Values:
+    """Select one value of a row of an arm's scores at a rung, by seed."""
     return {
         record["seed"]: record["scores"][row][value]
         for record in records.values()
@@ -199,6 +214,7 @@ def _select_values(
 
 
 def _format_values(values: Values, compared: tuple[Estimate, int] | None, table: Table) -> str:
+    """Format the mean over seeds, in brackets its comparison with the baseline; or `EMPTY`."""
     if not values:
         return EMPTY
     text = f"{estimate_mean(list(values.values())).mean:.{table.digits}f}"

@@ -26,19 +26,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megamod.documents import Document, Name, read_document, shorten
+from megamod.documents import Document, Name, parse_setting, read_document, shorten
 from megamod.errors import UserError
 
 Settings = dict[str, object]
 
 
 def _check_setting(value: object) -> object:
-    """Refuse values that are no flag's."""
+    """Refuse values that no flag has; a dictionary has one for each rung."""
     by_rung = isinstance(value, dict)
     for entry in value.values() if by_rung else [value]:
-        for scalar in entry if isinstance(entry, list) else [entry]:
-            if not isinstance(scalar, bool | int | float | str | None):
-                raise ValueError(f"{shorten(scalar)} is not a number, text, true, false or none")
+        parse_setting(entry)
     if by_rung and not all(isinstance(rung, str) for rung in value):
         raise ValueError(f"{shorten(value)} has keys that are not names of rungs")
     return value
@@ -120,7 +118,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its file of figures."""
+        """Name of the cell, as in --cells and in the name of its file: ARM.RUNG.sSEED."""
         return f"{self.arm}.{self.rung}.s{self.seed}"
 
 
@@ -162,7 +160,13 @@ def read_study(path: Path) -> Study:
 
 
 def _merge_settings(file: StudyFile, arm: str, rung: str) -> Settings:
-    """Return the settings of an arm at a rung."""
+    """Return the settings of an arm at a rung; the arm's go before the rung's and common ones.
+
+    None removes a setting.
+
+    Raises:
+        UserError: for a setting by rung that lacks one.
+    """
     merged: Settings = {}
     for level in (file.common, file.rungs[rung], file.arms[arm]):
         merged |= {key: _value_for_rung(value, rung, file.rungs) for key, value in level.items()}

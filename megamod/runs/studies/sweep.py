@@ -118,7 +118,7 @@ class Job:
         return output / self.task / self.model / f"N-{self.instances}" / f"seed-{self.seed}"
 
     def list_arguments(self, output: Path) -> list[str]:
-        """Return the command-line arguments of the run."""
+        """Return the command-line arguments of the run; job.json records them."""
         values = {**self.flags, "seed": self.seed, "output_dir": str(self.folder(output))}
         return format_flags(values)
 

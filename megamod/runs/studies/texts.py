@@ -74,7 +74,7 @@ class StudyText:
 
     @property
     def digest(self) -> str:
-        """Return the digest of the training domains' data-bin."""
+        """Digest of the data-bin of the training domains, which is written if it is missing."""
         return DataBin(self.training_bin).digest
 
     def _make_bin(self, kind: str, inputs: dict[str, Path]) -> Path:
