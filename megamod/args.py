@@ -248,10 +248,7 @@ class MuxArgs(Arguments):
     num_instances: int = option(
         1, "instances that share a forward pass; 1: the plain encoder of transformers", least=1
     )
-    muxing_variant: Literal[
-        "gaussian_hadamard", "binary_hadamard", "random_ortho", "random_ortho_low_rank",
-        "gaussian_attention_v2", "gaussian_attention",
-    ] = option("gaussian_hadamard", "multiplexer")  # fmt: skip
+    muxing_variant: str = option("gaussian_hadamard", "multiplexer; docs/multiplexing.md has all")
     demuxing_variant: Literal["index_pos", "index"] = option(
         "index_pos", "demultiplexer: RSA, or prefix tokens"
     )

@@ -4,6 +4,9 @@ The keys (`instance_embedding`) and the blocks of the contextual multiplexers ar
 model that uses them, because published checkpoints name them so.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from megamod_kernels.keyed_linear import keyed_linear
 from megamod_kernels.mux import multiplex
@@ -14,61 +17,95 @@ from torch.nn import functional as F
 from megamod.nn.encoder import EncoderLayer, make_key_mask
 from megamod.nn.linear import is_plain
 
-KEYED_MEANS = ("gaussian_hadamard", "binary_hadamard")
-HADAMARD = (*KEYED_MEANS, "gaussian_attention", "gaussian_attention_v2")
-ORTHOGONAL = ("random_ortho", "random_ortho_low_rank")
+
+@dataclass(frozen=True)
+class KeySettings:
+    """Settings of the keys to draw.
+
+    Attributes:
+        instances, size: N and D.
+        norm: length of each vector (gaussian variants).
+        epsilon: overlap of neighbouring chunks, from 0 to 1 (binary_hadamard).
+    """
+
+    instances: int
+    size: int
+    norm: float = 1.0
+    epsilon: float = 0.0
+    generator: torch.Generator | None = None
+
+
+@dataclass(frozen=True)
+class Multiplexer:
+    """A multiplexer.
+
+    Attributes:
+        draw: draws the keys in float32 on the CPU: [N, D], or [N, D, D] with `matrices`.
+        mix: from x [B, N, L, D], keys and the implementation of kernels to [B, L, D]; None: it has
+            parameters besides its keys, and a model with these mixes.
+        divides_features: each instance has its part of the features, so that N is at most D.
+    """
+
+    draw: Callable[[KeySettings], Tensor]
+    mix: Callable[[Tensor, Tensor, str], Tensor] | None
+    matrices: bool
+    divides_features: bool
+
+
+MULTIPLEXERS: dict[str, Multiplexer] = {}
+
+
+def multiplexer(
+    name: str,
+    mix: Callable[[Tensor, Tensor, str], Tensor] | None = multiplex,
+    *,
+    matrices: bool = False,
+    divides_features: bool = False,
+) -> Callable[[Callable[[KeySettings], Tensor]], Callable[[KeySettings], Tensor]]:
+    """Return a decorator that enters a function that draws keys into `MULTIPLEXERS`.
+
+    Args:
+        name: value of --muxing_variant; the others are attributes of `Multiplexer`.
+    """
+
+    def enter(draw: Callable[[KeySettings], Tensor]) -> Callable[[KeySettings], Tensor]:
+        MULTIPLEXERS[name] = Multiplexer(draw, mix, matrices, divides_features)
+        return draw
+
+    return enter
 
 
 def compute_key_shape(variant: str, instances: int, size: int) -> tuple[int, ...]:
     """Return the shape of the keys: a vector per instance, or a matrix."""
-    return (instances, size) if variant in HADAMARD else (instances, size, size)
+    return (instances, size, size) if MULTIPLEXERS[variant].matrices else (instances, size)
 
 
-def draw_keys(
-    variant: str,
-    instances: int,
-    size: int,
-    *,
-    norm: float = 1.0,
-    epsilon: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def draw_keys(variant: str, instances: int, size: int, **settings: object) -> Tensor:
     """Draw the keys of a multiplexer, in float32 on the CPU.
 
     Args:
-        norm: length of each vector (gaussian variants).
-        epsilon: overlap of neighbouring chunks, from 0 to 1 (binary_hadamard).
+        settings: further ones of `KeySettings`.
     Returns:
         [N, D] or [N, D, D], see `compute_key_shape`.
     Source: Murahari et al. 2022 (DataMUX), section 3.1; 2023 (MUX-PLM), section 3.1 and release.
     """
-    if variant == "binary_hadamard":
-        return _make_chunk_keys(instances, size, epsilon)
-    if variant == "random_ortho":
-        return torch.stack(
-            [_draw_orthogonal_matrix(size, generator) for _ in range(instances)]
-        ).float()
-    if variant == "random_ortho_low_rank":
-        first, second = (_make_rotation(_draw_orthogonal_matrix(size, generator)) for _ in range(2))
-        width = size // instances
-        slices = [slice(i * width, (i + 1) * width) for i in range(instances)]
-        return torch.stack([second[:, part] @ first[:, part].T for part in slices]).float()
-    gaussian = torch.randn(instances, size, generator=generator)
-    return gaussian / gaussian.norm(dim=1, keepdim=True) * norm
+    return MULTIPLEXERS[variant].draw(KeySettings(instances, size, **settings))
 
 
-def multiplex_orthogonal(x: Tensor, key: Tensor) -> Tensor:
+def multiplex_orthogonal(x: Tensor, key: Tensor, implementation: str = "auto") -> Tensor:
     """Sum V_i x_i over instances and divide by sqrt(N), as one product over N * D columns.
 
     Args:
         x: [B, N, L, D].
         key: [N, D, D], matrices V_i, multiplied from the left.
+        implementation: of no effect; the product has no kernel of its own.
     Returns:
-        [B, L, D].
+        [B, L, D], in x's dtype.
     """
     instances = key.shape[0]
     concatenated = x.transpose(1, 2).flatten(2)  # [B, L, N * D]
-    return F.linear(concatenated, key.transpose(0, 1).flatten(1)) / instances**0.5
+    matrix = key.to(x.dtype).transpose(0, 1).flatten(1)  # [D, N * D]
+    return F.linear(concatenated, matrix) / instances**0.5
 
 
 def multiplex_contextual(
@@ -161,16 +198,45 @@ def multiplex_contextual_v1(
     return token_block(keyed.flatten(0, 1)).view_as(x).mean(1) + mean_term
 
 
-def _make_chunk_keys(instances: int, size: int, epsilon: float) -> Tensor:
-    """Make binary keys [N, D], each 1 in its own chunk of features."""
+@multiplexer("gaussian_hadamard")
+@multiplexer("gaussian_attention", mix=None)
+@multiplexer("gaussian_attention_v2", mix=None)
+def draw_gaussian_keys(keys: KeySettings) -> Tensor:
+    """Draw vectors [N, D] of random direction and length `norm`."""
+    gaussian = torch.randn(keys.instances, keys.size, generator=keys.generator)
+    return gaussian / gaussian.norm(dim=1, keepdim=True) * keys.norm
+
+
+@multiplexer("binary_hadamard", divides_features=True)
+def make_chunk_keys(keys: KeySettings) -> Tensor:
+    """Make binary vectors [N, D], each 1 in its own chunk of features."""
+    instances, size = keys.instances, keys.size
     width = size // instances
-    overlap = epsilon / 2 * width
-    keys = torch.zeros(instances, size)
+    overlap = keys.epsilon / 2 * width
+    vectors = torch.zeros(instances, size)
     for i in range(instances):
         start = i * width - (overlap if i > 0 else 0)
         stop = (i + 1) * width + overlap if i < instances - 1 else size
-        keys[i, int(start) : int(stop)] = 1.0
-    return keys
+        vectors[i, int(start) : int(stop)] = 1.0
+    return vectors
+
+
+@multiplexer("random_ortho", multiplex_orthogonal, matrices=True)
+def draw_orthogonal_keys(keys: KeySettings) -> Tensor:
+    """Draw orthogonal matrices [N, D, D]."""
+    matrices = (_draw_orthogonal_matrix(keys.size, keys.generator) for _ in range(keys.instances))
+    return torch.stack([*matrices]).float()
+
+
+@multiplexer("random_ortho_low_rank", multiplex_orthogonal, matrices=True, divides_features=True)
+def draw_low_rank_keys(keys: KeySettings) -> Tensor:
+    """Draw matrices [N, D, D] of rank D / N whose ranges are orthogonal to each other."""
+    first, second = (
+        _make_rotation(_draw_orthogonal_matrix(keys.size, keys.generator)) for _ in range(2)
+    )
+    width = keys.size // keys.instances
+    parts = [slice(i * width, (i + 1) * width) for i in range(keys.instances)]
+    return torch.stack([second[:, part] @ first[:, part].T for part in parts]).float()
 
 
 def _draw_orthogonal_matrix(size: int, generator: torch.Generator | None) -> Tensor:
@@ -187,3 +253,7 @@ def _make_rotation(matrix: Tensor) -> Tensor:
     """
     sign = torch.linalg.det(matrix).sign()
     return torch.cat([matrix[:, :1] * sign, matrix[:, 1:]], 1)
+
+
+KEYED = tuple(name for name, entry in MULTIPLEXERS.items() if entry.mix is not None)
+"""Multiplexers that every family has, as they have no parameters besides their keys."""

@@ -1,11 +1,14 @@
 """Keys of the multiplexers, and the multiplexed sequences."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
 from megamod.nn.multiplexer import (
-    HADAMARD,
-    ORTHOGONAL,
+    MULTIPLEXERS,
+    KeySettings,
     compute_key_shape,
     draw_keys,
     multiplex_orthogonal,
@@ -18,7 +21,7 @@ def drawn(variant: str, instances: int, size: int, seed: int = 0, **options) -> 
     )
 
 
-@pytest.mark.parametrize("variant", [*HADAMARD, *ORTHOGONAL])
+@pytest.mark.parametrize("variant", [*MULTIPLEXERS])
 def test_shapes(variant):
     keys = drawn(variant, 3, 12)
     assert tuple(keys.shape) == compute_key_shape(variant, 3, 12)
@@ -97,7 +100,7 @@ def test_low_rank_keys_come_from_rotations():
         assert abs(torch.linalg.det(key) - 1) < 1e-5
 
 
-@pytest.mark.parametrize("variant", ["gaussian_hadamard", *ORTHOGONAL])
+@pytest.mark.parametrize("variant", ["gaussian_hadamard", "random_ortho", "random_ortho_low_rank"])
 def test_a_seed_gives_the_same_keys(variant):
     assert torch.equal(drawn(variant, 2, 8, 3), drawn(variant, 2, 8, 3))
     assert not torch.equal(drawn(variant, 2, 8, 3), drawn(variant, 2, 8, 4))
@@ -111,3 +114,19 @@ def test_orthogonal_product_is_the_plain_sum():
         for t in range(4):
             expected = sum(key[i] @ x[b, i, t] for i in range(3)) / 3**0.5
             torch.testing.assert_close(mixed[b, t], expected)
+
+
+def test_the_multiplexer_of_the_documentation(tmp_path):
+    """The function that docs/multiplexing.md shows, entered into the table as it stands."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "multiplexing.md").read_text()
+    code = page.split("## Add a multiplexer")[1].split("```python\n")[1].split("```")[0]
+    head = "import torch\nfrom torch import Tensor\n"
+    head += "from megamod.nn.multiplexer import KeySettings, multiplexer\n"
+    (tmp_path / "signs.py").write_text(head + code)
+    spec = importlib.util.spec_from_file_location("signs", tmp_path / "signs.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    entry = MULTIPLEXERS.pop("sign_hadamard")
+    keys = entry.draw(KeySettings(3, 8))
+    x = torch.randn(2, 3, 4, 8)
+    assert set(keys.flatten().tolist()) == {-1.0, 1.0}
+    torch.testing.assert_close(entry.mix(x, keys, "auto"), (x * keys[:, None]).mean(1))

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from megamod_kernels.dispatch import IMPLEMENTATIONS
 from transformers import PreTrainedConfig
 
-from megamod.nn.multiplexer import HADAMARD, ORTHOGONAL
+from megamod.nn.multiplexer import KEYED, MULTIPLEXERS
 
 
 @strict
@@ -43,7 +43,7 @@ class MuxConfig(PreTrainedConfig):
             outside the vocabulary.
     """
 
-    multiplexers = (*HADAMARD[:2], *ORTHOGONAL)
+    multiplexers = KEYED
     demultiplexers = ("index_pos", "index")
     first_position = 0
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
@@ -109,10 +109,8 @@ class MuxConfig(PreTrainedConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} must lie between 0 and 1")
         name = "embedding_size" if hasattr(self, "embedding_size") else "hidden_size"
-        if self.num_instances > getattr(self, name) and self.muxing_variant in (
-            "binary_hadamard",
-            "random_ortho_low_rank",
-        ):
+        divides = MULTIPLEXERS[self.muxing_variant].divides_features
+        if divides and self.num_instances > getattr(self, name):
             raise ValueError(
                 f"{self.muxing_variant} divides {name} {getattr(self, name)} among the "
                 f"instances; num_instances {self.num_instances} is larger"
@@ -183,7 +181,9 @@ class MuxElectraConfig(MuxConfig):
 
     def __post_init__(self, **kwargs):
         self._check_choice("generator", ("none", "plain", "multiplexed"))
-        if self.muxing_variant in ORTHOGONAL and self.embedding_size != self.hidden_size:
+        self._check_choice("muxing_variant", self.multiplexers)
+        matrices = MULTIPLEXERS[self.muxing_variant].matrices
+        if matrices and self.embedding_size != self.hidden_size:
             raise ValueError(
                 f"{self.muxing_variant} needs embedding_size {self.embedding_size} to be "
                 f"hidden_size {self.hidden_size}"
@@ -212,7 +212,7 @@ class MuxRobertaConfig(MuxConfig):
     """DataMUX on RoBERTa: see `MuxConfig`. Source: Murahari et al. 2022."""
 
     model_type = "mux_roberta"
-    multiplexers = (*HADAMARD[:2], "random_ortho")
+    multiplexers = ("gaussian_hadamard", "binary_hadamard", "random_ortho")
     demultiplexers = (*MuxConfig.demultiplexers[1:], "mlp")
     first_position = 2
 

@@ -30,13 +30,11 @@ from megamod.nn.encoder import (
 )
 from megamod.nn.linear import is_plain
 from megamod.nn.multiplexer import (
-    HADAMARD,
-    KEYED_MEANS,
+    MULTIPLEXERS,
     compute_key_shape,
     draw_keys,
     multiplex_contextual,
     multiplex_contextual_v1,
-    multiplex_orthogonal,
 )
 from megamod.nn.retrieval import (
     IGNORED,
@@ -247,7 +245,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         mask, attended = self._make_encoder_mask(batch), None
         instance_positions, mixed_positions = self._select_positions(batch)
         table, kernels = embeddings.word_embeddings.weight, self.config.kernels
-        keyed_mean = self.config.muxing_variant in KEYED_MEANS
+        keyed_mean = MULTIPLEXERS[self.config.muxing_variant].mix is multiplex
         if keyed_mean and uses_triton(kernels, table) and embeddings.has_plain_modules():
             inputs = (
                 batch.ids,
@@ -393,9 +391,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         if variant == "gaussian_attention":
             modules = (self.muxing_attention, self.cross_instances_linear)
             return multiplex_contextual_v1(x, key, *modules, self.cross_instances_layernorm)
-        if variant in HADAMARD:
-            return multiplex(x, key, self.config.kernels)
-        return multiplex_orthogonal(x, key.to(x.dtype))
+        return MULTIPLEXERS[variant].mix(x, key, self.config.kernels)
 
     def _make_encoder_mask(self, batch: PreparedBatch) -> Tensor | None:
         """Make a mask, bool [B, 1, 1, T], False where all instances are padding; None if unused."""
