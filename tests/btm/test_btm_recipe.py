@@ -85,12 +85,13 @@ def test_adapters_start_from_the_seed_that_is_trained_whole(data):
     campaign = build_campaign(parsed)
     seed, task = make_seed_task(campaign, parsed, 1), make_expert_task(campaign, parsed, 0, "law")
     (arguments,) = (stage.arguments for stage in seed.stages)
-    _, model, _ = parse_args(RunArgs, ModelArgs, DataArgs, argv=list(arguments))
-    assert model.lora_rank is None and model.hidden_size == 32
+    kinds = (RunArgs, ModelArgs, LoraArgs, DataArgs)
+    _, model, adapter, _ = parse_args(*kinds, argv=list(arguments))
+    assert adapter.lora_rank is None and model.hidden_size == 32
     for stage in (*task.stages, *make_world_task(campaign, parsed).stages):
-        run, model, _ = parse_args(RunArgs, ModelArgs, DataArgs, argv=list(stage.arguments))
+        run, model, adapter, _ = parse_args(*kinds, argv=list(stage.arguments))
         assert (model.model, model.hidden_size) == ("out/seed/model", None)
-        assert (model.lora_rank, model.lora_dropout, run.max_steps) == (4, 0.1, 70)
+        assert (adapter.lora_rank, adapter.lora_dropout, run.max_steps) == (4, 0.1, 70)
     assert [stage.title for stage in task.stages] == ["train"]
     assert "16,000 tokens; a dense run" in campaign.format_token_counts()
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from ranks import on_ranks
 
-from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.dist.process import check_ranks_agree, read_launcher_rank, read_launcher_world_size
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
@@ -22,7 +22,7 @@ from megamod.runs.training import (
 from megamod.train.optim import make_optimizer_factory
 
 DOMAINS = ("law", "med", "code", "news")
-ALL = (RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, DataArgs)
+ALL = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs)
 
 
 def topology(world: int, sharing: str) -> DomainTopology:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.batches import StepShape
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
@@ -14,7 +14,7 @@ from megamod.train.batch_size import count_micro_steps
 from megamod.train.deepspeed_settings import make_loop_plan, resolve_settings
 
 DOMAINS = ("law", "med", "code", "news")
-ALL = (RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, DataArgs)
+ALL = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs)
 
 
 def topology(world: int, sharing: str) -> DomainTopology:
