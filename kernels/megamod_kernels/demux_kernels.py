@@ -389,21 +389,9 @@ def _compute_first_gelu_grad(
 
 @triton.jit
 def rsa_demux_first_bwd_kernel(
-    hidden_part,
-    key_part,
-    upstream,
-    grad,
-    pair_position,
-    pair_instance,
-    seed,
-    rows,
-    D,
-    dropout,
-    DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    hidden_part, key_part, upstream, grad, pair_position, pair_instance, seed, rows, D, dropout,
+    DROPOUT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """Write `grad` [rows, D], the gradient of the first GELU's input, for pairs.
 
     The caller adds its rows up by position and by instance, since pairs come in any order.

@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from megamod.documents import Document, Items, check_name, read_document
+from megamod.documents import Document, Items, check_name, read_document, shorten
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.adapter import (
@@ -55,6 +55,12 @@ class Parent(Document):
     weight: float
 
 
+def _parse_path(value: object) -> Path:
+    if not isinstance(value, str | Path):
+        raise ValueError(f"{shorten(value)} is not text")
+    return Path(value)
+
+
 class Expert(Document):
     """One expert of a forest.
 
@@ -71,7 +77,7 @@ class Expert(Document):
     """
 
     domain: str
-    path: Annotated[Path, BeforeValidator(lambda path: Path(path) if type(path) is str else path)]
+    path: Annotated[Path, BeforeValidator(_parse_path)]
     member: str | None = None
     parents: Items[Parent] = ()
     seed: int | None = None

@@ -93,7 +93,7 @@ def test_model_folders_are_forests(folder):
         ({"updates": "7"}, r"experts\[0\].updates: '7' is not a whole number"),
         ({"parents": [{"path": "seed"}]}, r"parents\[0\].weight is missing"),
         ({"domain": "med"}, "domain 'med' is listed twice"),
-        ({"domain": "../law"}, r"experts\[0\].domain: '../law' is not made of letters"),
+        ({"domain": "../law"}, "place, domain: '../law' is not made of letters"),
         ({"path": "wide"}, "different vocabularies: 31 of law, 23 of med"),
     ],
 )
