@@ -211,24 +211,14 @@ def _make_group(
     into: Iterable[TensorAxis],
     hooks: Iterable[Hook],
 ) -> Group:
-    """Make a group of `size` features from the axes that produce (`out`) and read (`into`) them.
-
-    Args:
-        heads: attention heads that the features are divided into; None: they are not.
-        hooks: modules whose inputs or outputs are the features.
-    """
+    """Make a group of `size` features from axes that produce (`out`) and read (`into`) them."""
     return Group(name, family, size, heads, tuple(out), tuple(into), tuple(hooks))
 
 
 def _find_output_readers(
     names: _ModuleNames,
 ) -> tuple[list[tuple[Head, str | None]], list[TensorAxis]]:
-    """Return (head, its reader) of each output head, and the axes that read the last states.
-
-    A head that no known module reads has the reader None. The axes are those of all modules after
-    the
-    last layer: dense layers of heads, output matrices, classifiers.
-    """
+    """Return (head, its reader) of each output head, and all axes that read the last states."""
     family, heads, into = names.family, [], []
     for head in family.output_heads:
         dense = names.find_head_module(head)
