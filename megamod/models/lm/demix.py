@@ -58,7 +58,15 @@ class OutputHead(nn.Linear):
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits [B, L, V]; with labels [B, L]: summed loss and log-probabilities [B, L]."""
+        """Return logits [B, L, V] of states [B, L, D]; with labels, what scores them.
+
+        Args:
+            labels: [B, L], one for each state (already shifted); -100 is not scored.
+
+        Returns:
+            with labels: the summed loss in nats, and the labels' log-probabilities [B, L], without
+            gradient and 0 where the label is -100.
+        """
         if labels is None:
             return super().forward(hidden)
         return linear_cross_entropy(hidden, self.weight, labels)
@@ -101,10 +109,11 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         return get_selected_expert(self.lm_head)
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
-        """Resize as every model does, unless each domain has a vocabulary matrix of its own.
+        """Resize the embeddings as `PreTrainedModel` does.
 
         Raises:
-            ValueError: if it has.
+            ValueError: if each domain has an embedding or output matrix of its own, which cannot be
+                resized.
         """
         changes = bool(args) or kwargs.get("new_num_tokens") is not None
         if changes and isinstance(self.lm_head, DomainExperts):
@@ -115,7 +124,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         return super().resize_token_embeddings(*args, **kwargs)
 
     def set_domain(self, domain: str) -> None:
-        """Choose the expert, or the adapter, that following calls use.
+        """Select the expert, or the adapter, that this and all following calls use.
 
         Raises:
             UserError: if this process does not hold the domain's expert.
@@ -123,7 +132,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         select_expert(self, domain)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
-        """Save as every model does; the folder names the domains whose experts are in it."""
+        """Save as `PreTrainedModel` does; config.json lists only the domains this process holds."""
         with restrict_config_to_local_domains(self):
             super().save_pretrained(*args, **kwargs)
 
@@ -145,7 +154,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         return self.lm_head(hidden)
 
     def score_states(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return summed loss and log-probabilities [...] of labels that are not -100."""
+        """Score labels of states; arguments and result as in `OutputHead.forward`."""
         return self.lm_head(hidden, labels)
 
     def forward(
@@ -221,7 +230,10 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
 
 @contextmanager
 def restrict_config_to_local_domains(model: PreTrainedModel) -> Iterator[None]:
-    """Let the configuration name only the domains that this process holds, inside the block."""
+    """Within the block, let `model.config.domains` list only the domains this process holds.
+
+    A model without experts is left as it is.
+    """
     config, group = model.config, next(iterate_domain_experts(model), None)
     domains = getattr(config, "domains", None)
     if group is not None:
@@ -249,7 +261,11 @@ def score_labels(
     shift_labels: Tensor,
     num_items_in_batch: Tensor | float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return loss and log-probabilities [B, L] of hidden states; arguments as in `forward`."""
+    """Score labels of hidden states [B, L, D]; the other arguments as in `forward`.
+
+    Returns:
+        the loss in nats per item, and the log-probabilities [B, L], 0 where the label is -100.
+    """
     total, log_probs = model.score_states(hidden, shift_labels)
     return total / get_loss_divisor(shift_labels, num_items_in_batch), log_probs
 

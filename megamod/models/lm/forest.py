@@ -94,11 +94,11 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return those of the first part; the parts have tables of their own for one vocabulary."""
+        """Return the embedding table of the first part; the others have tables of their own."""
         return self.parts[0].get_input_embeddings()
 
     def get_output_embeddings(self) -> None:
-        """Return None: every part has a matrix of its own."""
+        """Return None: every part has an output matrix of its own."""
 
     @classmethod
     def from_experts(
@@ -139,7 +139,11 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
     def from_pretrained(
         cls, folder: str | Path, *args: object, config: ForestConfig | None = None, **kwargs: object
     ) -> "ForestForCausalLM":
-        """Load as every model does; a folder with forest.json is read from its experts' folders."""
+        """Load a saved mixture, as `PreTrainedModel` does, or a forest.
+
+        A folder with a forest.json is a forest: its experts are loaded from the folders listed
+        there, as by `from_experts`, whose errors apply.
+        """
         if not (Path(folder) / FILE).is_file():
             return super().from_pretrained(folder, *args, config=config, **kwargs)
         if config is None:
@@ -152,14 +156,15 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Of the experts, in order."""
+        """Domains of the experts, in the order of the prior and of `log_weights`."""
         return tuple(expert["domain"] for expert in self.config.experts)
 
     def set_prior(self, prior: Sequence[float] | Mapping[str, float] | None) -> None:
-        """Choose the probabilities of the experts before any token is seen.
+        """Set the probabilities of the experts before any token is seen.
 
         Args:
-            prior: in the order of `domains`, or by domain (0 where one is not named); None: alike.
+            prior: in the order of `domains`, or by domain (0 for a domain without an entry); None:
+                equal probabilities.
         Raises:
             UserError: if there is no expert of a domain.
             ValueError: if it does not fit the experts, is negative or does not sum to 1.
@@ -200,7 +205,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         return selected, weights / weights.sum()
 
     def _select_part(self, expert_index: int) -> LanguageModel:
-        """Select the part of an expert, with its member selected."""
+        """Return the model that holds an expert, set to that expert or adapter if it holds several."""
         entry = self.config.experts[expert_index]
         part = self.parts[entry["part"]]
         if entry["member"] is not None:
@@ -355,7 +360,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
 
 
 def _select_part_fields(part: LanguageModel) -> dict:
-    """Select the fields of a part's configuration, without those of the forest as a whole."""
+    """Return a part's configuration as it is kept in `config.parts`, its adapters included."""
     left_out = ("transformers_version", "architectures")
     changed = part.config.to_diff_dict().items()
     fields = {name: value for name, value in changed if name not in left_out}

@@ -74,7 +74,7 @@ class HostMixin:
 
     @property
     def host(self) -> Host | None:
-        """Row of the model's family in the table of hosts; None if it has none."""
+        """Row of the model's family in `HOSTS`; None if the family is not in it."""
         return HOSTS.get(self._family)
 
     @classmethod
@@ -83,7 +83,10 @@ class HostMixin:
         return False
 
     def copy_feed_forwards(self, domains: Sequence[str]) -> None:
-        """Replace feed-forwards, as the configuration's `untie` says, by a copy per domain."""
+        """Replace each feed-forward that `config.untie` selects by `DomainExperts`.
+
+        All experts start with the weights of the replaced module, each in storage of its own.
+        """
         layers = self.get_submodule(self.host.layers)
         for number, layer in enumerate(layers):
             if not has_own_feed_forward(self.config.untie, number, len(layers)):
@@ -94,7 +97,7 @@ class HostMixin:
                 setattr(layer, name, DomainExperts(experts.pop, domains))
 
     def set_domain(self, domain: str) -> None:
-        """Choose the expert, or the adapter, that following calls use.
+        """Select the expert, or the adapter, that this and all following calls use.
 
         Raises:
             UserError: if this process does not hold the domain's expert.
@@ -102,7 +105,7 @@ class HostMixin:
         select_expert(self, domain)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
-        """Save as every model does; the folder names the domains whose experts are in it."""
+        """Save as `PreTrainedModel` does; config.json lists only the domains this process holds."""
         with restrict_config_to_local_domains(self):
             super().save_pretrained(*args, **kwargs)
 
@@ -113,9 +116,17 @@ class HostMixin:
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """Compute states before the output matrix [B, L, D].
+        """Compute the states [B, L, D] that the output matrix reads.
 
-        A family without a row returns logits.
+        A family that is not in `HOSTS` returns logits [B, L, V] instead, as the place of its output
+        matrix is not known; `compute_logits` and `score_states` then take these.
+
+        Args:
+            input_ids: token ids [B, L].
+            attention_mask: [B, L] over all positions, those in the cache included; or an additive
+                mask [B, 1, L, L].
+            position_ids: [B, L]; ignored by families that take none.
+            past_key_values: cache of earlier positions, extended in place; None: no cache.
         """
         if self.host is None:
             return (
@@ -129,7 +140,7 @@ class HostMixin:
         return self.base_model(**inputs)[0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Compute logits [..., V] of states [..., D] of `compute_hidden_states`."""
+        """Compute logits [..., V], scaled and soft-capped, of `compute_hidden_states`' result."""
         if self.host is None:
             return hidden
         head = self.get_output_embeddings()
@@ -139,7 +150,16 @@ class HostMixin:
         return scores
 
     def score_states(self, hidden: Tensor, labels: Tensor) -> Scores:
-        """Return summed loss and log-probabilities [...] of labels that are not -100."""
+        """Score labels without keeping logits of all positions.
+
+        Args:
+            hidden: result of `compute_hidden_states`.
+            labels: [...], one for each state (already shifted); -100 is not scored.
+
+        Returns:
+            the summed loss in nats, and the log-probabilities [...] of the labels, without gradient
+            and 0 where the label is -100.
+        """
         if self.host is not None:
             return self.get_output_embeddings()(hidden, labels)
         counted = labels != -100
@@ -159,12 +179,17 @@ class HostMixin:
         return_dict: bool | None = None,
         **others: object,
     ) -> ModelOutput | tuple:
-        """Run the stock pass; with `shift_labels` compute the loss without logits.
+        """Run the stock forward pass; with `shift_labels`, compute the loss without logits.
 
         Args:
-            num_items_in_batch, domain: as in `DemixForCausalLM.forward`.
-            labels: [B, L] as in the stock class.
-            others: `shift_labels`, see there, and further arguments of the stock class.
+            labels: [B, L], shifted by the stock class.
+            num_items_in_batch: divisor of the summed loss; None: the number of labels.
+            domain: expert to select first, for this and all following calls.
+            others: `shift_labels` [B, L], labels shifted by the caller, as in
+                `DemixForCausalLM.forward`; the rest goes to the stock class.
+
+        Raises:
+            UserError: if this process does not hold the domain's expert.
         """
         if domain is not None:
             self.set_domain(domain)
@@ -199,7 +224,7 @@ class HostMixin:
         position_ids: Tensor | None,
         past_key_values: Cache | None,
     ) -> dict[str, object]:
-        """Make the keyword arguments of the stock base model."""
+        """Make the stock base model's keyword arguments from `compute_hidden_states`' own."""
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask.long()  # some families do arithmetic on it
         inputs = {
@@ -246,16 +271,21 @@ def find_stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 @functools.cache
 def make_dense_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Make the stock class with `HostMixin`; it has the stock name, which config.json states."""
+    """Make a subclass of a stock class with `HostMixin`.
+
+    It keeps the stock class's name, which `save_pretrained` writes into config.json.
+    """
     return type(stock.__name__, (HostMixin, stock), {"__doc__": HostMixin.__doc__})
 
 
 @functools.cache
 def make_host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
-    """Make configuration and model with an expert per domain, known to the Auto classes.
+    """Make the configuration class and the model class of a family with an expert per domain.
+
+    The model class is registered with `AutoModelForCausalLM`.
 
     Raises:
-        ValueError: if the table of hosts has no row for the family.
+        ValueError: if the family is not in `HOSTS`.
     """
     if model_type not in HOSTS:
         raise ValueError(
@@ -320,7 +350,7 @@ def _copy_module(module: nn.Module) -> nn.Module:
 def _register_checkpoint_renaming(
     stock: type[PreTrainedModel], model_type: str, class_name: str
 ) -> None:
-    """Let a class read files in which transformers renames tensors of the stock class."""
+    """Register the stock class's renaming of tensors in files for the class `class_name` too."""
     renaming = get_checkpoint_conversion_mapping(stock.__name__)
     renaming = renaming or get_checkpoint_conversion_mapping(model_type)
     if renaming:
@@ -329,9 +359,9 @@ def _register_checkpoint_renaming(
 
 @functools.cache
 def _make_scoring_head(head: type[nn.Module]) -> type[nn.Module]:
-    """Make the class of an output matrix that with labels goes straight to the loss.
+    """Make a subclass of an output layer that, called with labels, returns the loss.
 
-    It is called as a module, so that ZeRO 3 gathers its weight.
+    The loss is computed inside the module's call, so that ZeRO 3 gathers the weight for it.
     """
 
     def forward(self: nn.Module, hidden: Tensor, labels: Tensor | None = None) -> Tensor | Scores:
@@ -345,7 +375,7 @@ def _make_scoring_head(head: type[nn.Module]) -> type[nn.Module]:
 
 
 def _get_logit_scale(config: PreTrainedConfig, host: Host) -> float:
-    """Return the factor of logits in the family's configuration; 1 without one."""
+    """Return the factor that the family's configuration applies to logits; 1 if it has none."""
     if host.divide is not None:
         return 1 / getattr(config, host.divide)
     return 1.0 if host.multiply is None else getattr(config, host.multiply)
