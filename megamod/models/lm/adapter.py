@@ -27,9 +27,9 @@ from megamod.states.weights import write_tensors
 NEW = "default"
 """Name in the model of an adapter that is trained, as in peft."""
 SEED = "seed"
-"""Member of a model with adapters that stands for none of them."""
+"""Name that selects no adapter: the model as it was before adapters were added."""
 PREFIX = "base_model.model."
-"""Before the names of tensors in the files of peft."""
+"""Prefix of tensor names in files of peft."""
 
 
 def make_lora_fields(
@@ -47,7 +47,7 @@ def make_lora_fields(
         model: may be on the meta device.
         alpha: updates are scaled by alpha / rank; None: 2 * rank.
         targets: names of linear layers, or their last parts; None: all of the decoder layers.
-        seed_name: folder or hub name of the seed, for whoever loads the adapter.
+        seed_name: folder or hub name of the model that is adapted, written into the fields.
     Raises:
         UserError: if a target is no linear layer of the decoder layers, or these are not known.
     """
@@ -140,8 +140,8 @@ def write_adapter(
     """Write the trained adapter as peft does; return its two files.
 
     Args:
-        state: see `adapter_state`.
-        seed_digest: fingerprint of the seed's weights, kept in the metadata of the file.
+        state: parameters by name, those of the adapter at least.
+        seed_digest: fingerprint of the adapted model's weights, kept in the file's metadata.
     """
     fields = list_adapter_fields(model)[NEW] | {"inference_mode": True}
     write_json(folder / ADAPTER_CONFIG, fields)
@@ -151,10 +151,14 @@ def write_adapter(
 
 
 def add_adapter(model: PreTrainedModel, folder: Path) -> str:
-    """Put the adapter of a folder into its seed; returns the name to select it by.
+    """Add the LoRA adapter in a folder to the model it was trained on, and select it.
+
+    Returns:
+        the name that `select_adapter` takes: "adapter_0", "adapter_1", ...
 
     Raises:
-        UserError: if it does not fit the model, or changes more than its decoder layers.
+        UserError: if files are missing or damaged, the adapter is no LoRA, does not fit the model,
+            or changes more than its decoder layers.
     """
     from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -185,13 +189,13 @@ def add_adapter(model: PreTrainedModel, folder: Path) -> str:
 
 
 def add_empty_adapter(model: PreTrainedModel, name: str, fields: Mapping[str, object]) -> None:
-    """Put an adapter into a model whose weights are loaded afterwards."""
+    """Add an adapter to a model and select it; its weights are to be loaded afterwards."""
     _inject(model, fields, name)
     select_adapter(model, name)
 
 
 def list_adapter_fields(model: PreTrainedModel) -> dict[str, dict[str, object]]:
-    """List the fields of the `LoraConfig` of each adapter in a model, as JSON, by its name."""
+    """Return, for each adapter by name, the JSON fields of its `LoraConfig`."""
     return {name: _plain(config.to_dict()) for name, config in model.peft_config.items()}
 
 
@@ -238,7 +242,7 @@ def _inject(
 
     config = PeftConfig.from_peft_type(**{"peft_type": "LORA", **fields})
     with warnings.catch_warnings():
-        # Several adapters in one model are what is wanted.
+        # Several adapters in one model are intended.
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model, name, **options)
     model.train(model.training)  # the layers of an adapter begin with their dropout in effect

@@ -205,7 +205,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         return selected, weights / weights.sum()
 
     def _select_part(self, expert_index: int) -> LanguageModel:
-        """Return the model that holds an expert, set to that expert or adapter if it holds several."""
+        """Return the model that holds an expert, with that expert or adapter of it selected."""
         entry = self.config.experts[expert_index]
         part = self.parts[entry["part"]]
         if entry["member"] is not None:

@@ -58,16 +58,18 @@ def build_lm(
     local_domains: Sequence[str] | None = None,
     flag: str = "--init_from",
 ) -> LanguageModel:
-    """Build a language model with float32 weights, new or those of a folder.
+    """Build a language model with float32 weights, new ones or those of a folder.
 
     Args:
-        seed: of new weights; equal seeds give equal shared weights whatever experts are held.
-        init_from: a model folder. A dense one gives every expert the same start; one with experts
-            must have all that are asked for.
-        local_domains: the domains whose experts to hold; None for all.
-        flag: the option that named the folder, for messages.
+        config: of the model to build; with experts if it has domains.
+        seed: random seed of new weights; a shared weight depends on it and its name alone, not on
+            the experts held.
+        init_from: model folder to take the weights from; None: new weights. Each expert starts as a
+            copy of a dense folder's feed-forward; a folder with experts must have all domains held.
+        local_domains: domains whose experts this process holds; None: all.
+        flag: option that named the folder, for messages.
     Raises:
-        UserError: if the folder's weights do not fit.
+        UserError: if the folder's family, names or shapes do not fit, or a weight is not finite.
     """
     if config.model_type != DemixConfig.model_type:
         if init_from is None:
@@ -95,7 +97,7 @@ def build_lm(
 
 
 def select_lm_class(config: LmConfig) -> type:
-    """Select the class of a language model, which is called with `(config, local_domains)`.
+    """Return the model class of a configuration; it is called with `(config, local_domains)`.
 
     Raises:
         ValueError: if transformers has no causal language model for it.
@@ -108,7 +110,10 @@ def select_lm_class(config: LmConfig) -> type:
 
 
 def _build_host(config: LmConfig, seed: int, local_domains: Sequence[str] | None) -> LanguageModel:
-    """Build a host model with new weights in the order of the dense model, copied per domain."""
+    """Build a stock model with new weights; with domains, its experts are copies of one draw.
+
+    The weights are drawn before the experts are copied, so shared ones are those of a dense model.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = select_lm_class(config)(config, ())
@@ -124,17 +129,20 @@ def load_lm(
     flag: str | None = None,
     **kwargs: object,
 ) -> LanguageModel:
-    """Load the model in a folder, with the experts of these domains; None for all.
+    """Load a language model from a folder.
 
-    Of an adapter's folder, its seed with the adapter in it.
+    If the folder holds a LoRA adapter, the model it was trained on (named in the adapter's config)
+    is loaded and the adapter is put into it.
 
     Args:
-        config: what to load the weights into; None for the folder's own. One with experts takes the
-            weights of a dense folder as the start of each.
-        flag: the option that named the folder, for messages.
+        config: configuration to load the weights into; None: the folder's own. If it has experts
+            and the folder is dense, each expert starts as a copy of the dense feed-forward.
+        local_domains: domains whose experts to load; None: all.
+        flag: option that named the folder, for messages.
         kwargs: passed to `from_pretrained`, such as dtype.
     Raises:
-        UserError: if the folder is no language model, lacks weights, or has some not finite.
+        UserError: if the folder is no language model or of another family than `config`, if a
+            weight is missing or not finite, or if the adapter does not fit.
     """
     if is_adapter(folder):
         model = load_lm(find_seed_folder(folder), config, local_domains, flag, **kwargs)
