@@ -77,7 +77,10 @@ class Bottleneck(nn.Module):
 
 
 class Adapter(nn.Module):
-    """LayerNorm, conditioned on the task, of a bottleneck plus a residual."""
+    """Bottleneck, residual and LayerNorm, all but the residual conditioned on the task.
+
+    Source: Pilault et al. 2021, section 2.4. Not a LoRA adapter (`megamod.models.lm.adapter`).
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -87,7 +90,14 @@ class Adapter(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor, task_vectors: Tensor, row_task_ids: Tensor
     ) -> Tensor:
-        """Apply the adapter: state and residual [B, L, D] -> [B, L, D]."""
+        """Compute norm(bottleneck(x) + residual).
+
+        Args:
+            x, residual: [B, L, D].
+            task_vectors, row_task_ids: as of `ConditionalLayerNorm.forward`.
+        Returns:
+            [B, L, D].
+        """
         x = self.bottleneck(x, task_vectors, row_task_ids) + residual
         return self.condlayernorm(x, task_vectors, row_task_ids)
 

@@ -26,10 +26,12 @@ class DomainExperts(nn.Module):
         self.domain = domains[0] if len(domains) == 1 else None
 
     def forward(self, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, ...]:
-        """Apply the chosen domain's expert.
+        """Apply the selected domain's expert; arguments and result are those of the module.
+
+        With gradients, the experts that are not selected receive gradients of zero.
 
         Raises:
-            UserError: if several experts are held and none was chosen.
+            UserError: if several experts are held and none is selected.
         """
         if self.domain is None:
             raise UserError(
@@ -44,6 +46,7 @@ class DomainExperts(nn.Module):
         return _ZeroGradient.apply(output, *self._iterate_idle_parameters())
 
     def _iterate_idle_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the trainable parameters of the experts that are not selected."""
         for domain, expert in self.experts.items():
             if domain != self.domain:
                 yield from (p for p in expert.parameters() if p.requires_grad)
@@ -72,7 +75,10 @@ class _ZeroGradient(torch.autograd.Function):
 
 
 def get_selected_expert(module: nn.Module) -> nn.Module:
-    """Return the expert of the selected domain, or the first; another module is returned itself."""
+    """Return the selected expert of a `DomainExperts`, the first if none is selected.
+
+    Any other module is returned as it is.
+    """
     if not isinstance(module, DomainExperts):
         return module
     return module.experts[module.domain or next(iter(module.experts))]
@@ -84,7 +90,7 @@ def iterate_domain_experts(module: nn.Module) -> Iterator[DomainExperts]:
 
 
 def select_domain(module: nn.Module, domain: str) -> None:
-    """Choose the expert that following calls of every group of experts use.
+    """Set the domain whose expert all `DomainExperts` inside a module use from now on.
 
     Raises:
         UserError: if a group does not hold the domain's expert.

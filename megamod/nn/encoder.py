@@ -148,7 +148,7 @@ class EncoderEmbeddings(nn.Module):
         return is_plain(*tables, self.LayerNorm)
 
     def _collect_tables(self) -> Tables:
-        """Collect what the kernels read."""
+        """Collect the embedding tables, the norm and the padding ids for the kernels."""
         return Tables(
             self.word_embeddings.weight,
             self.position_embeddings.weight,

@@ -43,26 +43,34 @@ class TaskHeads(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def initialise(self, std: float) -> None:
-        """Draw the weights from a normal distribution and set the biases to 0."""
+        """Draw the weights from a normal distribution of deviation `std` and zero the biases."""
         nn.init.normal_(self.weight, std=std)
         nn.init.zeros_(self.bias)
 
     def mask_rows_of_kind(self, kind: str, row_task_ids: Tensor) -> Tensor:
-        """Return a mask of the rows of tasks of a kind, bool [B]."""
+        """Return bool [B], True at rows whose task is of a kind; `row_task_ids` is [B]."""
         return torch.tensor([k == kind for k in self.kinds], device=row_task_ids.device)[
             row_task_ids
         ]
 
     def compute_row_logits(self, pooled: Tensor, row_task_ids: Tensor) -> Tensor:
-        """Compute logits of rows: [B, D] -> [B, C].
+        """Compute logits of whole rows.
 
-        C is that of the largest task; logits that a smaller task does not use are very small.
+        Args:
+            pooled: [B, D], one state per row.
+            row_task_ids: [B], task of each row.
+        Returns:
+            [B, C], C outputs being those of the largest task; outputs that the row's task lacks
+            have the dtype's smallest value.
         """
         logits = torch.einsum("bd,bcd->bc", self.dropout(pooled), self.weight[row_task_ids])
         return self._mask_unused(logits + self.bias[row_task_ids], row_task_ids)
 
     def compute_token_logits(self, states: Tensor, row_task_ids: Tensor) -> Tensor | None:
-        """Compute logits [B, L, C] of tokens [B, L, D]; None without a token task."""
+        """Compute logits [B, L, C] of token states [B, L, D], padded as by `compute_row_logits`.
+
+        Returns None if there is no token task.
+        """
         if "token" not in self.kinds:
             return None
         logits = torch.einsum("bld,bcd->blc", self.dropout(states), self.weight[row_task_ids])
@@ -79,7 +87,8 @@ class TaskHeads(nn.Module):
         """Compute the losses by task.
 
         Args:
-            row_logits, token_logits: results of `row_logits` and `token_logits`.
+            row_logits, token_logits: results of `compute_row_logits`, `compute_token_logits`.
+            row_task_ids: [B], task of each row.
             labels: [B] float32, classes or values, of rows of tasks without token labels.
             token_labels: [B, L] int64, -100 where there is none.
         """
