@@ -1,14 +1,19 @@
 """Time of aligning two models of BERT-base size, against the least it can be.
 
     python tests/bench/align.py [--rows 200] [--rounds 1]
+    python tests/bench/align.py --method orthogonal [--rows 200] [--model gpt2]
 
 The least is the two models' forward passes over the rows, the products of their features, and the
 assignments, each by itself. Processor time of one thread; everything is permuted (feed-forward,
-attention by heads, residual stream).
+attention by heads, residual stream). With --method orthogonal the time and the peak memory of
+orthogonal maps in closed form, with the descent on weights after it, against those of permutations on
+the same rows.
 """
 
 import argparse
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -17,6 +22,7 @@ import torch
 
 LENGTH, BATCH, LAYERS, WIDTH, INNER = 128, 8, 12, 768, 3072
 LIMIT = 1.3
+LIMIT_ORTHOGONAL = 1.5  # against permutations
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -40,11 +46,60 @@ def products(batches: int) -> float:
     return timed(all_of_them)
 
 
+def align_once(options: argparse.Namespace) -> None:
+    """Print processor seconds and peak memory in GB of one alignment in this process."""
+    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+    from megamod.merging.alignment.align import align_models
+    from megamod.merging.alignment.calibration import iterate_whole_batches
+    from megamod.merging.alignment.options import Options
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    kind, config = {
+        "bert": (BertForMaskedLM, BertConfig()),
+        "gpt2": (GPT2LMHeadModel, GPT2Config()),
+    }[options.model]
+    models = [kind(config).eval() for _ in range(2)]
+    rows = torch.randint(1000, 30000, (options.rows, LENGTH)).tolist()
+    batches = list(iterate_whole_batches(rows, BATCH))
+    seconds = timed(lambda: align_models(*models, batches, Options(method=options.method)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"{seconds:.1f} {peak:.3f}")
+
+
+def compare_methods(options: argparse.Namespace) -> None:
+    """Print time and peak memory of both methods, each in a process of its own."""
+    for _ in range(options.rounds):
+        measured = {}
+        for method in ("activation", "orthogonal"):
+            command = [sys.executable, __file__, "--alone", "--method", method]
+            command += ["--model", options.model, "--rows", str(options.rows)]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            measured[method] = [float(word) for word in output.split()[-2:]]
+        (before, peak_before), (now, peak_now) = measured.values()
+        print(
+            f"{options.model}, {options.rows} rows: permutations {before:.1f} s, {peak_before:.2f} GB; "
+            f"orthogonal maps {now:.1f} s, {peak_now:.2f} GB: {now / before:.2f} of the time (limit "
+            f"{LIMIT_ORTHOGONAL}), {peak_now / peak_before:.2f} of the memory",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=200, help="of 128 tokens each")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--method", choices=("activation", "orthogonal"), default="activation")
+    parser.add_argument("--model", choices=("bert", "gpt2"), default="bert")
+    parser.add_argument("--alone", action="store_true", help="align once and print what it took")
     options = parser.parse_args()
+    if options.alone:
+        align_once(options)
+        return
+    if options.method == "orthogonal":
+        compare_methods(options)
+        return
 
     from transformers import BertConfig, BertForMaskedLM
 
