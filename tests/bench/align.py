@@ -6,8 +6,8 @@
 The least is the two models' forward passes over the rows, the products of their features, and the
 assignments, each by itself. Processor time of one thread; everything is permuted (feed-forward,
 attention by heads, residual stream). With --method orthogonal the time and the peak memory of
-orthogonal maps in closed form, with the descent on weights after it, against those of permutations on
-the same rows.
+orthogonal maps in closed form, with the descent on weights after it, against those of permutations
+on the same rows.
 """
 
 import argparse
@@ -79,9 +79,10 @@ def compare_methods(options: argparse.Namespace) -> None:
             measured[method] = [float(word) for word in output.split()[-2:]]
         (before, peak_before), (now, peak_now) = measured.values()
         print(
-            f"{options.model}, {options.rows} rows: permutations {before:.1f} s, {peak_before:.2f} GB; "
-            f"orthogonal maps {now:.1f} s, {peak_now:.2f} GB: {now / before:.2f} of the time (limit "
-            f"{LIMIT_ORTHOGONAL}), {peak_now / peak_before:.2f} of the memory",
+            f"{options.model}, {options.rows} rows: permutations {before:.1f} s, "
+            f"{peak_before:.2f} GB; orthogonal maps {now:.1f} s, {peak_now:.2f} GB: "
+            f"{now / before:.2f} of the time (limit {LIMIT_ORTHOGONAL}), "
+            f"{peak_now / peak_before:.2f} of the memory",
             flush=True,
         )
 
