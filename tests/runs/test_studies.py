@@ -40,6 +40,7 @@ STUDY = {
         "demix": {"untie": "feedforward", "per_device_train_batch_size": 2, "global_batch_size": 4},
         "btm50": {"seed_share": 0.5, "expert_learning_rate": 0.005},
         "random": {"seed_share": 0, "random_split": True},
+        "strangers": {"seed_share": 0.5, "strangers": "orthogonal", "strangers_refine_steps": 1},
         "more": {
             "untie": "feedforward",
             "per_device_train_batch_size": 2,
@@ -61,6 +62,25 @@ STUDY = {
 }
 
 
+BARRIERS = {
+    "title": "line",
+    "kind": "barriers",
+    "text": STUDY["text"],
+    "common": COMMON | {"circle": 2, "points": 3, "held_out_rows": 4},
+    "arms": {
+        "vanilla": {"align_method": "identity"},
+        "maps": {"align_method": "orthogonal", "calibration_rows": 12, "align_refine_steps": 1},
+        "weights": {"align_method": "orthogonal", "align_groups": ["ff", "attn"]},
+    },
+    "table": {
+        "value": "nats",
+        "baseline": ["vanilla", "barrier"],
+        "lines": {"vanilla": ["vanilla", "barrier"], "maps": ["maps", "average"]},
+        "plot": ["vanilla", "maps"],
+    },
+}
+
+
 def make_inputs(root: Path) -> Path:
     """Folders of text and one task."""
     draw = random.Random(5)
@@ -72,6 +92,7 @@ def make_inputs(root: Path) -> Path:
             documents = [" ".join(draw.choices(words, k=9)) for _ in range(count)]
             (folder / f"{split}.txt").write_text("\n\n".join(documents) + "\n")
     (root / "tiny.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
+    (root / "line.yaml").write_text(yaml.safe_dump(BARRIERS, sort_keys=False))
     make_tasks(root)
     return root
 
@@ -91,6 +112,9 @@ def run_twice(rank: int, root: Path) -> None:
     assert line.startswith("btm50.short.s1: largest relative difference 0 ")
     assert torch.get_num_threads() == 1
     finetune_all(root)
+    barriers = read_study(root / "line.yaml")
+    places = StudyFolders(root / "inputs", root / "work", root / "evidence-line")
+    run_cells(barriers, barriers.cells, places)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +131,7 @@ def records(workspace: Path) -> dict[str, dict]:
 def test_records(workspace):
     kept_records = records(workspace)
     assert sorted(kept_records) == [
-        f"{arm}.short.s1" for arm in ("btm50", "demix", "dense", "more", "random")
+        f"{arm}.short.s1" for arm in ("btm50", "demix", "dense", "more", "random", "strangers")
     ]
     tokens = 4 * 4 * 16
     assert {record["details"]["tokens"] for record in kept_records.values()} == {tokens}
@@ -123,6 +147,7 @@ def test_records(workspace):
     assert set(demix["scores"]) == rows | {"best_expert"}
     assert set(btm50["scores"]) == rows | {"best_expert", "average", "seed"}
     assert "own" not in kept_records["random.short.s1"]["scores"]
+    assert set(kept_records["strangers.short.s1"]["scores"]) == set(btm50["scores"])
     more = kept_records["more.short.s1"]
     assert set(more["scores"]) == {"start", "adapted", "novel_start", "novel_adapted"}
     start = more["details"]["start"]
@@ -176,7 +201,7 @@ def test_table_and_document(workspace):
     mixed = kept_records["btm50.short.s1"]["scores"]["mixed"]["perplexity"]
     assert f"| dense | {dense:.2f} |" in text
     assert f"| mixed | {mixed:.2f} ({mixed / dense:.3f}; {int(mixed < dense)}/1) |" in text
-    assert "5 of 5 cells, seeds 1" in text
+    assert "6 of 6 cells, seeds 1" in text
     cell = "<!-- cell tiny, short, mixed -->{}<!-- end of cell -->"
     document = "a\n<!-- study tiny -->\n{}\n<!-- end of study tiny -->\n| b | " + cell + " |\n"
     shown = f"{mixed:.2f} ({mixed / dense:.3f}; {int(mixed < dense)}/1)"
@@ -274,6 +299,31 @@ def finetune_all(root: Path) -> None:
     run_cells(study, study.cells, places)
 
 
+def test_barriers(workspace, tmp_path):
+    from megamod.runs.studies.report import format_markdown, plot_study, read_records
+    from megamod.runs.studies.study_file import read_study
+
+    study = read_study(workspace / "line.yaml")
+    kept_records = read_records(study, workspace / "evidence-line")
+    assert sorted(kept_records) == [f"{arm}.all.s1" for arm in ("maps", "vanilla", "weights")]
+    ends = []
+    for record in kept_records.values():
+        curve = record["details"]["curve"]
+        assert curve["weights"] == [0.0, 0.5, 1.0] and record["details"]["seeds"] == [1, 2, 1]
+        ends.append((curve["losses"][0], curve["losses"][-1]))
+        worst = max(ends[-1])
+        assert record["scores"]["worst"]["nats"] == pytest.approx(worst, abs=1e-5)
+        middle = curve["losses"][1] - worst
+        assert record["scores"]["average"]["nats"] == pytest.approx(middle, abs=1e-5)
+        rise = curve["losses"][1] - sum(ends[-1]) / 2
+        assert record["scores"]["barrier"]["nats"] == pytest.approx(max(0.0, rise), abs=1e-5)
+    # An aligned model computes what it did.
+    for end in ends[1:]:
+        assert end == pytest.approx(ends[0], abs=1e-4)
+    assert "3 of 3 cells" in format_markdown(study, kept_records)
+    assert plot_study(study, kept_records, tmp_path / "line.png")
+
+
 def test_finetuning(workspace):
     from megamod.runs.studies.report import format_markdown, read_records
     from megamod.runs.studies.study_file import read_study
@@ -329,7 +379,7 @@ def test_processes(workspace, tmp_path, monkeypatch):
     words = ["-c", COPY, str(workspace / "evidence"), str(places.evidence)]
     running.run_in_processes(study, study.cells, places, words, 2)
     assert running.format_progress(study, study.cells, places) == (
-        "5 of 5 cells of tiny; 0:00 h of work left"
+        "6 of 6 cells of tiny; 0:00 h of work left"
     )
     (places.evidence / "dense.short.s1.json").unlink()
     assert running.format_progress(study, study.cells, places).startswith(

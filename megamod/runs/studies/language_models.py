@@ -8,6 +8,9 @@ Settings are flags of megamod pretrain, and
     seed_share             train a forest, with a seed of so large a part of the steps
     expert_learning_rate   peak of the experts' schedule, whose place is that of the seed
     random_split           train the experts on a random split of the text (a control)
+    strangers              in place of a seed the average of models trained on the domains from
+                           seeds of their own, aligned by this method of `align:`
+    strangers_refine_steps with the method orthogonal
     score_split            "test", or "valid" where settings are searched
     score_novel            score domains that nothing was trained on as well
     adapt_to, ...          adapt an expert of the run, see `adaptation`
@@ -20,6 +23,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
@@ -31,7 +35,8 @@ from megamod.errors import UserError
 from megamod.evaluation.perplexity import DENSE
 from megamod.evaluation.plots import read_metrics
 from megamod.flags import format_flags, parse_args
-from megamod.merging.merge import average_folders
+from megamod.merging.merge import average_folders, merge
+from megamod.merging.recipe import build_weighted_recipe
 from megamod.runs.studies import adaptation
 from megamod.runs.studies.forest_scores import (
     Losses,
@@ -50,8 +55,11 @@ from megamod.states.weights import read_weights
 
 OWN_SETTINGS = (
     *("seed_share", "expert_learning_rate", "random_split", "score_split", "score_novel"),
+    *("strangers", "strangers_refine_steps"),
     *adaptation.SETTINGS,
 )
+_SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_CALIBRATION_BYTES = 100_000  # of each domain's training text, to align strangers on
 QUARTERS = 4  # a dense run keeps a checkpoint after each, which a forest can branch off
 
 
@@ -92,9 +100,7 @@ def run_language_model_cell(
         return Figures(scores, details), {"text": text.digest}
     rows, more = _compute_losses(runs, scored, work)
     if extras["seed_share"]:
-        steps = _count_seed_steps(flags, extras)
-        seed = find_parent(train_or_resume(flags, text.training_bin, work, stop=steps), step=steps)
-        rows["seed"] = score_expert(seed.model, DENSE, scored)
+        rows["seed"] = score_expert(_train_seed(flags, extras, text, work), DENSE, scored)
     scores = {row: _average_scores(losses, scored) for row, losses in rows.items()}
     details |= {"losses": rows, **more}
     if extras["score_novel"]:
@@ -130,7 +136,11 @@ def train_forest(
             f"per_device_train_batch_size {batch} is not a multiple of the {len(domains)} experts"
         )
     seed_steps = _count_seed_steps(flags, extras)
-    seed = train_or_resume(flags, text.training_bin, work, stop=seed_steps) if seed_steps else None
+    seed, strangers = None, None
+    if extras["strangers"]:
+        strangers = average_strangers(flags, extras, text, work)
+    elif seed_steps:
+        seed = train_or_resume(flags, text.training_bin, work, stop=seed_steps)
     rate = extras["expert_learning_rate"] or flags["learning_rate"]
     runs = {}
     for domain in domains:
@@ -139,6 +149,10 @@ def train_forest(
             "per_device_train_batch_size": batch // len(domains),
             "learning_rate": rate,
         }
+        if strangers is not None:
+            expert_flags["max_steps"] = flags["max_steps"] - seed_steps
+            expert_flags["model"] = str(strangers)
+            expert_flags = {k: v for k, v in expert_flags.items() if k not in _SHAPE}
         seed_identity = {"text": DataBin(databin).digest, "seed_steps": seed_steps}
         seed_identity["seed_rate"] = flags["learning_rate"] if seed_steps else None
         folder = work / f"expert-{_digest_value({**expert_flags, **seed_identity})}"
@@ -149,6 +163,43 @@ def train_forest(
             _train_in_folder(expert_flags, databin, folder)
         runs[domain] = folder
     return runs
+
+
+def average_strangers(
+    flags: Settings, extras: Mapping[str, object], text: StudyText, work: Path
+) -> Path:
+    """Train a model on each domain from a seed of its own, for the steps of a seed, and average
+    them once aligned; return the folder of the average.
+    """
+    domains, steps = text.domains, _count_seed_steps(flags, extras)
+    batch = flags["per_device_train_batch_size"] // len(domains)
+    runs = []
+    for number, domain in enumerate(domains):
+        stranger = {"domains": [domain], "per_device_train_batch_size": batch, "max_steps": steps}
+        stranger["seed"] = flags["seed"] * len(domains) + number
+        runs.append(train_or_resume({**flags, **stranger}, text.training_bin, work))
+    align: dict[str, object] = {"method": extras["strangers"]}
+    if extras["strangers"] != "identity":
+        align["calibration"] = {"path": str(text.write_excerpts(_CALIBRATION_BYTES))}
+    if extras["strangers_refine_steps"]:
+        align["refine_steps"] = extras["strangers_refine_steps"]
+    folder = work / f"strangers-{_digest_value([[run.name for run in runs], align])}"
+    with _lock_folder(folder):
+        if not folder.exists():
+            sources = [(run / "model", None) for run in runs]
+            recipe = build_weighted_recipe(sources, [1.0] * len(runs))
+            merge(replace(recipe, align=align, origin="strangers"), folder, quiet=True)
+    return folder
+
+
+def _train_seed(flags: Settings, extras: Mapping[str, object], text: StudyText, work: Path) -> Path:
+    """Return the model that the experts of a forest start from, trained if it is not yet."""
+    if extras["strangers"]:
+        return average_strangers(flags, extras, text, work)
+    steps = _count_seed_steps(flags, extras)
+    return find_parent(
+        train_or_resume(flags, text.training_bin, work, stop=steps), step=steps
+    ).model
 
 
 def count_parameters(models: Sequence[Path]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.evaluation.paired import Estimate, compare_to_baseline, estimate_mean
-from megamod.evaluation.plots import plot_ratios
+from megamod.evaluation.plots import plot_losses_along_line, plot_ratios
 from megamod.runs.studies.records import Record, read_record
 from megamod.runs.studies.study_file import Study, Table
 
@@ -66,10 +66,12 @@ def format_markdown(study: Study, records: Mapping[str, Record]) -> str:
 
 
 def plot_study(study: Study, records: Mapping[str, Record], output: Path) -> bool:
-    """Write a PNG of ratios to the baseline by the tokens trained on; return False if there is
-    nothing to draw.
+    """Write a PNG of ratios to the baseline by the tokens trained on, or of a study of barriers the
+    curves between the models; return False if there is nothing to draw.
     """
     table, lines = study.file.table, {}
+    if study.file.kind == "barriers":
+        return _plot_curves(study, records, output)
     for name in table.plot:
         points = []
         for rung in study.file.rungs:
@@ -89,6 +91,23 @@ def plot_study(study: Study, records: Mapping[str, Record], output: Path) -> boo
     label = f"{table.value.replace('_', ' ')}, ratio to {_format_baseline(table.baseline)}"
     plot_ratios(lines, output, "training tokens per parameter outside the embeddings", label)
     return True
+
+
+def _plot_curves(study: Study, records: Mapping[str, Record], output: Path) -> bool:
+    """Write a PNG of the losses between models at the first rung, by the lines to plot."""
+    table, (rung, *_) = study.file.table, study.file.rungs
+    curves = {
+        name: [
+            record["details"]["curve"]
+            for record in records.values()
+            if (record["arm"], record["rung"]) == (table.lines[name][0], rung)
+        ]
+        for name in table.plot
+    }
+    drawn = {name: pairs for name, pairs in curves.items() if pairs}
+    if drawn:
+        plot_losses_along_line(drawn, output, study.file.title)
+    return bool(drawn)
 
 
 def fill_document(text: str, studies: Mapping[str, Shown]) -> str:

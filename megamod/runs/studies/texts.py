@@ -72,6 +72,16 @@ class StudyText:
         """Write the data-bin of the novel domains; return its folder."""
         return self._make_bin("novel", {name: self._cut_held_out(name) for name in self.novel})
 
+    def write_excerpts(self, limit: int) -> Path:
+        """Write whole documents of each training domain up to `limit` bytes; return the file."""
+        documents = [
+            document
+            for name in self.domains
+            for document in _take_documents(self._iterate_documents(name, "train"), limit)
+        ]
+        _write_documents(self.work / "text" / "excerpts", "train", documents)
+        return self.work / "text" / "excerpts" / "train.jsonl"
+
     @property
     def digest(self) -> str:
         """Digest of the data-bin of the training domains, which is written if it is missing."""
