@@ -43,7 +43,10 @@ class MoeArgs(ModelOutputArgs):
         None, "weight of each model in the average of the weights outside of experts; none: equal"
     )
     align: bool = option(
-        False, "reorder the features of all models as in the first, matched by weights"
+        False, "bring the features of all models to those of the first, matched by weights"
+    )
+    align_method: Literal["weight", "orthogonal"] = option(
+        "weight", "with --align: reorder features, or rotate them too, with norms folded"
     )
     anchor: bool = option(
         False, "require equal bits outside of feed-forwards in all models, instead of averaging"
@@ -77,6 +80,13 @@ class MoeArgs(ModelOutputArgs):
             self.router = "random" if self.calibration is None else "calibrated"
         if self.router != "calibrated":
             refuse_changes(self, CALIBRATION_FLAGS, f"--router is {self.router}")
+        if not self.align:
+            refuse_changes(self, ("align_method",), "there is no --align")
+        if self.align_method == "orthogonal" and self.no_centre:
+            raise UserError(
+                "--no_centre takes rows of the first model as it is, and --align_method orthogonal "
+                "folds its norms; give one of the two"
+            )
         if self.router != "random":
             refuse_changes(self, ("seed",), f"--router is {self.router}")
         if (self.router_file is not None) is not (self.router == "file"):
@@ -197,7 +207,7 @@ def _make_recipe(args: MoeArgs, experts: "Sequence[Expert]") -> "MergeRecipe":
     )
     if not args.align:
         return recipe
-    return replace(recipe, align={"method": "weight"}, origin="--align")
+    return replace(recipe, align={"method": args.align_method}, origin="--align")
 
 
 def _select_router_rows(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoePlan], RouterRows]":

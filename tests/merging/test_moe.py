@@ -290,6 +290,7 @@ def test_rows_are_read_from_a_file(tmp_path):
         ({"router": "random", "sharpness": 2.0}, "--sharpness 2.0 has no effect"),
         ({"router": "file"}, "--router file and --router_file PATH go together"),
         ({"anchor": True, "align": True}, "--anchor takes weights as they are"),
+        ({"align_method": "orthogonal"}, "--align_method orthogonal has no effect"),
         ({"forest": "x"}, "give one of --forest and --models"),
     ],
 )
@@ -324,7 +325,11 @@ def test_aligned_experts_compute_the_same_alone(tmp_path):
     permuted = copy.deepcopy(dense)
     permuted.load_state_dict(state)
     permuted.save_pretrained(tmp_path / "permuted")
-    sparse = load_file(to_moe(tmp_path, "a", "permuted", align=True) / "model.safetensors")
-    for name in sparse:
-        if ".experts.0." in name:
-            assert torch.equal(sparse[name], sparse[name.replace(".experts.0.", ".experts.1.")])
+    for method in ("weight", "orthogonal"):
+        folder = to_moe(tmp_path, "a", "permuted", align=True, align_method=method, output=method)
+        sparse = load_file(folder / "model.safetensors")
+        for name in sparse:
+            if ".experts.0." in name:
+                other = sparse[name.replace(".experts.0.", ".experts.1.")]
+                torch.testing.assert_close(sparse[name], other, rtol=0, atol=1e-6)
+        assert farthest(logits(load(folder)), logits(dense)) <= 1e-5

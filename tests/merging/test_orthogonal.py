@@ -375,5 +375,9 @@ def test_models_that_are_not_described_are_refused():
     llama.config.partial_rotary_factor = 0.5
     with pytest.raises(UserError, match=r"partial_rotary_factor is 0\.5"):
         align_models(llama, llama, None, options_of("llama"))
+    spoilt = random_model("dense", 1)
+    spoilt.model.final_norm.weight.data[0] = torch.nan
+    with pytest.raises(UserError, match=r"final_norm\.weight: holds values that are not finite"):
+        align_models(random_model("dense", 2), spoilt, None, options_of("dense"))
     with pytest.raises(ValueError, match="ignore_heads mixes heads"):
         Options(method="orthogonal", attention="ignore_heads", calibration=Calibration())

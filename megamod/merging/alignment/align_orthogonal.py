@@ -28,6 +28,7 @@ from megamod.merging.alignment.orthogonal import (
 from megamod.merging.alignment.record import Alignment, find_following_head, list_aligned_groups
 from megamod.merging.alignment.symmetry import Symmetry
 from megamod.merging.alignment.weight_descent import WeightDescent, make_identity_match
+from megamod.states.weights import is_finite
 
 DESCENT_ROUNDS = 2
 """Rounds of descent on the weights after the text."""
@@ -80,18 +81,32 @@ def align_by_maps(
     Raises:
         UserError: if the text is too short or does not fit the models.
     """
-    matches = _match_by_text(first, second, symmetry, batches, options)
     states = (first.state_dict(), second.state_dict())
+    _refuse_non_finite(*states)
+    matches = _match_by_text(first, second, symmetry, batches, options)
     return _descend(*states, symmetry, options, matches, descent_rounds)
 
 
 def align_weights_by_maps(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor], symmetry: Symmetry, options: Options
 ) -> Alignment:
-    """Find the maps from weights alone."""
+    """Find the maps from weights alone.
+
+    Raises:
+        UserError: if a weight is not finite.
+    """
+    _refuse_non_finite(first, second)
     groups = list_aligned_groups(symmetry, options)
     start = {group.name: make_identity_match(group) for group in groups}
     return _descend(first, second, symmetry, options, start, _MOST_ROUNDS)
+
+
+def _refuse_non_finite(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    """Refuse weights without a singular value decomposition; raise UserError naming the tensor."""
+    for state, which in ((first, "first"), (second, "second")):
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not is_finite(tensor):
+                raise UserError(f"{name}: holds values that are not finite in the {which} model")
 
 
 def _match_by_text(
