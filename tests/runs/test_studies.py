@@ -407,7 +407,7 @@ def test_launcher(workspace, tmp_path, monkeypatch, capsys):
     ("words", "message"),
     [
         ((), "--study is missing"),
-        (("ladder",), "--study ladder: is no file and none of ladder_1k, "),
+        (("ladder",), "--study ladder: is no file and none of barrier_held_out, "),
         (("ladder_1k",), "--inputs is missing"),
         (("ladder_1k", "--inputs", "absent"), "--inputs absent: there is no such folder"),
         (("ladder_1k", "--inputs", ".", "--repeat", "true"), "name the runs with --cells"),
