@@ -57,8 +57,8 @@ def align_once(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     kind, config = {
-        "bert": (BertForMaskedLM, BertConfig()),
-        "gpt2": (GPT2LMHeadModel, GPT2Config()),
+        "bert": (BertForMaskedLM, BertConfig(num_hidden_layers=options.layers)),
+        "gpt2": (GPT2LMHeadModel, GPT2Config(n_layer=options.layers)),
     }[options.model]
     models = [kind(config).eval() for _ in range(2)]
     rows = torch.randint(1000, 30000, (options.rows, LENGTH)).tolist()
@@ -75,11 +75,13 @@ def compare_methods(options: argparse.Namespace) -> None:
         for method in ("activation", "orthogonal"):
             command = [sys.executable, __file__, "--alone", "--method", method]
             command += ["--model", options.model, "--rows", str(options.rows)]
+            command += ["--layers", str(options.layers)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             measured[method] = [float(word) for word in output.split()[-2:]]
         (before, peak_before), (now, peak_now) = measured.values()
         print(
-            f"{options.model}, {options.rows} rows: permutations {before:.1f} s, "
+            f"{options.model}, {options.layers} layers, {options.rows} rows: permutations "
+            f"{before:.1f} s, "
             f"{peak_before:.2f} GB; orthogonal maps {now:.1f} s, {peak_now:.2f} GB: "
             f"{now / before:.2f} of the time (limit {LIMIT_ORTHOGONAL}), "
             f"{peak_now / peak_before:.2f} of the memory",
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--method", choices=("activation", "orthogonal"), default="activation")
     parser.add_argument("--model", choices=("bert", "gpt2"), default="bert")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="with --method orthogonal")
     parser.add_argument("--alone", action="store_true", help="align once and print what it took")
     options = parser.parse_args()
     if options.alone:
