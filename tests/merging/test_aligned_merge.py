@@ -73,13 +73,13 @@ def answers(folder: Path, kind: type) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp"])
-@pytest.mark.parametrize("how", ["weight", "activation"])
+@pytest.mark.parametrize("how", ["weight", "activation", "orthogonal"])
 @pytest.mark.parametrize("name", KINDS)
 def test_models_that_compute_the_same_still_do_when_merged(
     models_root, tmp_path, name, how, method
 ):
     kind = KINDS[name][0]
-    text = f", calibration: {{path: {models_root / 'text.txt'}}}" if how == "activation" else ""
+    text = f", calibration: {{path: {models_root / 'text.txt'}}}" if how != "weight" else ""
     align = f"align: {{method: {how}{text}}}"
     file = recipe(models_root, name, align, method, 2 if method == "slerp" else 3)
     merge(read_recipe(file), tmp_path / "out")

@@ -374,7 +374,7 @@ def test_processes(workspace, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "POLL_SECONDS", 0.02)
     study = read_study(workspace / "tiny.yaml")
     places = running.StudyFolders(workspace / "inputs", tmp_path / "work", tmp_path / "evidence")
-    with pytest.raises(UserError, match=r"5 cells are not done, dense\.short\.s1 among them"):
+    with pytest.raises(UserError, match=r"6 cells are not done, dense\.short\.s1 among them"):
         running.run_in_processes(study, study.cells, places, ["-c", ""], 2)
     words = ["-c", COPY, str(workspace / "evidence"), str(places.evidence)]
     running.run_in_processes(study, study.cells, places, words, 2)
@@ -383,7 +383,7 @@ def test_processes(workspace, tmp_path, monkeypatch):
     )
     (places.evidence / "dense.short.s1.json").unlink()
     assert running.format_progress(study, study.cells, places).startswith(
-        "4 of 5 cells of tiny; 0:00 h"
+        "5 of 6 cells of tiny; 0:00 h"
     )
 
 
