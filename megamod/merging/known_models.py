@@ -43,7 +43,10 @@ def _restore_floats(value: object) -> object:
 
 
 def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
-    """Build the model on the meta device, of the class that `architectures` names; None: cannot."""
+    """Build the model of a configuration on the meta device, without weights.
+
+    It is of the class that `architectures` names, else that of `AutoModel`; None: neither builds.
+    """
     import transformers
 
     name = (config.architectures or [None])[0]

@@ -304,7 +304,10 @@ def iterate_stored_pieces(folder: TensorSource, name: str) -> Iterator[Tensor]:
 
 
 def _explain_non_finite(plan: MergePlan, name: str, models: Sequence[ModelTensor]) -> str:
-    """Name the source of values that are not finite."""
+    """Return a message with the model whose tensor is not finite, else that the result's dtype is.
+
+    Reads the tensor of every model whole, as it is called at the end of a failed merge.
+    """
     for model in models:
         if not is_finite(model.read()):
             parent = plan.recipe.inputs[model.number]

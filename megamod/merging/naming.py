@@ -111,7 +111,10 @@ def _refuse_packed_weights(folder: TensorSource) -> None:
 
 
 def list_tied_pairs(tensors: Mapping[str, object]) -> list[tuple[str, str]]:
-    """List (input, output) names of matrices of equal shape, which a configuration may tie."""
+    """List (embedding, output matrix) names of equal shape, which a configuration may tie.
+
+    Both are recognised by their names, outside of layers.
+    """
     inputs = [
         name for name in tensors if _INPUT.search(name) and split_at_layer_number(name) is None
     ]

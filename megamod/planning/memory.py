@@ -108,7 +108,7 @@ def compute_memory(
     topology: DomainTopology,
     setting: Setting,
     activations: int = 0,
-    hidden: Collection[str] = (),
+    muon_names: Collection[str] = (),
 ) -> Memory:
     """Compute the memory of a rank.
 
@@ -116,9 +116,9 @@ def compute_memory(
         sizes: elements of each trained parameter that a rank holds, by name.
         frozen: elements of each frozen parameter, which has neither gradient nor optimizer state.
         activations: peak activation bytes of a micro-batch.
-        hidden: names of the parameters that Muon trains, if `setting` has it.
+        muon_names: names of the parameters that Muon trains, if `setting` has it.
     """
-    by_muon = {name: size for name, size in sizes.items() if setting.muon and name in hidden}
+    by_muon = {name: size for name, size in sizes.items() if setting.muon and name in muon_names}
     by_adam = {name: size for name, size in sizes.items() if name not in by_muon}
     parts = [
         _compute_group_memory(*group, setting, muon)

@@ -53,7 +53,7 @@ class Network:
         return {n: p.numel() for n, p in self.rank_module.named_parameters() if p.requires_grad}
 
     @cached_property
-    def hidden(self) -> frozenset[str]:
+    def muon_names(self) -> frozenset[str]:
         """Names of the parameters that Muon trains."""
         if not self.job.setting.muon:
             return frozenset()

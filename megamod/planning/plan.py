@@ -69,7 +69,7 @@ class JobPlan:
             topology or self.job.topology,
             setting,
             passed,
-            self.network.hidden,
+            self.network.muon_names,
         )
 
     @cached_property
@@ -111,7 +111,7 @@ class JobPlan:
             domains, held = self.job.topology.domains, self.job.topology.get_rank_domains(0)
             where = find_scopes(sizes, self.job.topology.sharing)
             copies = {Scope.WORLD: 1, Scope.DOMAIN: len(domains) // len(held)}
-            hidden = sum(sizes[name] * copies[where[name]] for name in self.network.hidden)
+            hidden = sum(sizes[name] * copies[where[name]] for name in self.network.muon_names)
             states -= hidden * (MOMENTS - setting.element_bytes)
         return total * setting.element_bytes + states
 

@@ -91,7 +91,7 @@ def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
         finish_micro_step(engine, 0.5)
         hidden = {n for n, p in model.named_parameters() if muon and p.use_muon}
         setting = settings(stage, precision, *where)
-        needed = compute_memory(sizes, frozen, topology, setting, hidden=hidden)
+        needed = compute_memory(sizes, frozen, topology, setting, muon_names=hidden)
         away = 0
         if setting.offload_param != "none":
             away = storage_bytes(engine.optimizer.param_groups_fp16_flat_cpu_memory)

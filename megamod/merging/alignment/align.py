@@ -135,7 +135,7 @@ def align_weights(
         config, other_config: configurations of the two.
         first, second: their weights by name.
     Raises:
-        UserError: as `align`.
+        UserError: as `align_models`.
     """
     symmetry = _find_common_symmetry(
         config, collect_float_shapes(first), other_config, collect_float_shapes(second), options
@@ -352,7 +352,7 @@ def align_folders(
         first, second: folders, or hub ids.
         batches: calibration text instead of that of the options.
     Raises:
-        UserError: as `align`, or if the models or the text cannot be read.
+        UserError: as `align_models`, or if the models or the text cannot be read.
     """
     models = [load_model(name) for name in (first, second)]
     calibration = options.calibration

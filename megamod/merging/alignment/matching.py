@@ -190,7 +190,10 @@ def assign_queries(similarity: Tensor, queries_per_key: int, mode: str) -> Featu
 
 
 def select_solver(queries_per_key: int, mode: str) -> Solver:
-    """Return the solver for the permutation within a pair of key heads."""
+    """Return the solver for features within a pair of key heads.
+
+    It is `assign_queries` where several query heads share a key head, else `assign_features`.
+    """
     return (
         assign_features
         if queries_per_key == 1

@@ -95,8 +95,9 @@ Span = tuple[int, int, int]
 
 
 def find_scaled_spans(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[Span]]:
-    """Return the spans of tensors that `Compat.scale` multiplies, in both models; empty without
-    it.
+    """Find the spans (axis, first entry, count) that `Compat.scale` multiplies, by tensor.
+
+    They are the same in both models; without that option there are none.
     """
     spans: dict[str, list[Span]] = {}
     for name in (

@@ -94,12 +94,13 @@ class MoePlan:
 
 
 def make_moe_plan(dense: MergePlan, chosen: int, *, anchor: bool, shard_bytes: int) -> MoePlan:
-    """Plan every tensor of a mixture.
+    """Plan every tensor of a mixture; nothing but headers is read, and with `anchor` the weights.
 
     Args:
         dense: plan of the experts' average; its folders are open.
         chosen: experts per token.
         anchor: require that tensors outside of feed-forwards are the same bits in all models.
+        shard_bytes: size above which weights are split into several files.
     Raises:
         UserError: if the family has no class, a field no counterpart, or tensors differ.
     """

@@ -207,7 +207,7 @@ def open_held_out(
 
     Args:
         first: folder or hub id of the first model.
-        char_split: see `text_blocks`.
+        char_split: see `space_characters` of `read_text_blocks`.
     Raises:
         UserError: for missing data, or data that do not fit the model.
     """

@@ -84,7 +84,7 @@ class BarrierStudy(HeldOutSettings):
         pairs: names of two models each; the second is aligned to the first.
         tasks: "mlm", "clm", and names of tasks with labels.
         points: models evaluated on each line, ends included.
-        char_split: see `text_blocks`.
+        char_split: see `space_characters` of `read_text_blocks`.
         variants: alignment options by name; the method "identity" does not align.
     """
 
