@@ -177,8 +177,7 @@ def _rsa_demux_backward(
     """Return the gradients of hidden_part, key_part and all weights, in their shapes.
 
     `upstream` [R, D] is the gradient of the output. Weight gradients are the vendor's products;
-    sums
-    over rows are accumulated in float32.
+    sums over rows are accumulated in float32.
     """
     from megamod_kernels import demux_kernels as kernels
 

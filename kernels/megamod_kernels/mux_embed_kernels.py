@@ -345,8 +345,7 @@ def mux_embed_join_kernel(
     """Complete the table rows whose gradients were summed in several chunks.
 
     `head` and `tail` hold their parts, see `mux_embed_table_kernel`; the program of the first chunk
-    of
-    a sum adds the others, so each row is written once.
+    of a sum adds the others, so each row is written once.
     """
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)

@@ -54,8 +54,7 @@ def multiplex_bwd_kernel(
 
     grad_x [B, N, L, D] is written if GRAD_X; `partial` [programs, N, D] float32, the key's gradient
     from this program's blocks, if GRAD_KEY. Instances are the outer loop: the upstream gradient
-    stays
-    in the cache from one to the next, and a program holds the sum of a single instance.
+    stays in the cache from one to the next, and a program holds the sum of a single instance.
     """
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     weight_of_instance = 1.0 / N

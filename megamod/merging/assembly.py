@@ -242,9 +242,7 @@ def _find_layer_prefix(recipe: MergeRecipe, folder: TensorSource) -> str:
 
 
 def _parse_layer_number(name: str, prefix: str) -> int | None:
-    """Return the number of a tensor's layer among the layers with a prefix; None outside of
-    them.
-    """
+    """Return the layer number in a tensor's name after `prefix`; None: it has another prefix."""
     parts = split_at_layer_number(name)
     return parts[1] if parts is not None and parts[0] == prefix else None
 

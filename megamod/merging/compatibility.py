@@ -154,9 +154,7 @@ def _iterate_config_fields(
 
 
 def _fill_in_defaults(config: Mapping[str, object]) -> Mapping[str, object]:
-    """Return the configuration with the defaults of its class, or unchanged if the class is
-    unknown.
-    """
+    """Return the configuration with the defaults of its class; of an unknown class as it is."""
     from megamod.merging.known_models import build_config
 
     built = build_config(config)

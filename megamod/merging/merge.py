@@ -195,7 +195,10 @@ def write_weights_and_hash_sources(
 
 
 def write_config_and_tokenizer(plan: MergePlan, folder: Path, copy_tokenizer: bool) -> None:
-    """Write config.json, the tokenizer and the generation settings of a merged model."""
+    """Write config.json, generation settings and, if `copy_tokenizer`, the tokenizer of a result.
+
+    The chat template is that of most models where the recipe copies it.
+    """
     recipe = plan.recipe
     words = plan.folders[recipe.tokenizer].folder if copy_tokenizer else None
     chat = (

@@ -151,7 +151,10 @@ class _LiveMemoryCounter(TorchDispatchMode):
         self.peak = max(self.peak, self.live_bytes)
 
     def _fake_masked_selection(self, operation: object, args: tuple) -> Tensor | None:
-        """Return the result of a mask selection; its size follows from `selected_share`."""
+        """Return a tensor of the shape that selecting by a mask gives; None for other operations.
+
+        Fake tensors have no values, so that shape is unknown to them.
+        """
         aten = torch.ops.aten
         if operation is aten.nonzero.default:
             mask = args[0]

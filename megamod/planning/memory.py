@@ -157,7 +157,10 @@ def compute_memory(
 def _group_parameters(
     sizes: Mapping[str, int], topology: DomainTopology
 ) -> list[tuple[list[int], int, float]]:
-    """List per group of ranks: elements of its parameters, number of ranks, update size limit."""
+    """List, for the world and for a domain: sizes of its parameters, its ranks, largest update.
+
+    The largest update is in elements: DeepSpeed updates experts in groups.
+    """
     where = find_scopes(sizes, topology.sharing)
     world = [size for name, size in sizes.items() if where[name] is Scope.WORLD]
     domain = [size for name, size in sizes.items() if where[name] is Scope.DOMAIN]
@@ -171,7 +174,13 @@ def _group_parameters(
 def _compute_group_memory(
     group_sizes: list[int], ranks: int, limit: float, setting: Setting, muon: bool
 ) -> Memory:
-    """Compute the memory that the parameters of one group of ranks take on a rank."""
+    """Compute the memory that the parameters of one group of ranks take on one of them.
+
+    Args:
+        group_sizes: elements of each parameter; `ranks` share them.
+        limit: largest number of elements that one update of the optimizer handles.
+        muon: Muon trains them.
+    """
     element, total, offloaded = setting.element_bytes, sum(group_sizes), 0
     summed = 4 if setting.sum_in_fp32 else element
     accumulates = setting.micro_steps > 1 or setting.stage == 3  # stage 3 never frees this buffer

@@ -77,8 +77,9 @@ class JobPlan:
         return {}
 
     def _find_peak_activations(self, micro_batch: int, checkpointing: bool) -> int:
-        """Return peak activations: measured, or extrapolated linearly for other large micro-
-        batches.
+        """Return the peak bytes of activations: measured, or linear in large micro-batches.
+
+        The micro-batch of the job's own setting is always measured.
         """
         group, length = self.job.mux.num_instances, self.job.data.max_seq_length
         # The head works in chunks; below one full chunk its memory grows at another rate.

@@ -166,7 +166,11 @@ def upgrade(folder: Path, domain: str, expert: Expert, output: Path, *, shard: i
 
 
 def _check_shared(mixture: Mixture, model: ModelFolder) -> None:
-    """Refuse a model whose other weights are not those of the mixture."""
+    """Refuse a model whose weights outside of feed-forwards are not those of the mixture.
+
+    Raises:
+        UserError: naming the model and the first tensor that differs.
+    """
     for name in mixture.source.tensors:
         if name in model.tensors and not have_same_bits(mixture.source, name, model, name):
             raise UserError(
