@@ -238,7 +238,9 @@ def parse_setting(value: object) -> object:
     """
     for item in value if type(value) is list else [value]:
         if item is not None and type(item) not in (str, bool, int, float):
-            raise ValueError(f"{shorten(value)} is not text, a number, true, false, or a list")
+            raise ValueError(
+                f"{shorten(item)} is not text, a number, true, false or a list of these"
+            )
     return value
 
 

@@ -50,7 +50,7 @@ def read_moe_config(folder: Path) -> tuple[dict[str, object], MoeFamily]:
     kind = config.get("model_type")
     if kind not in MOE_FAMILIES:
         raise UserError(
-            f"{folder} is a {kind}, not one of the mixtures of experts that to_moe.py writes: "
+            f"{folder} is a {kind}, not one of the mixtures that `megamod to-moe` writes: "
             f"{', '.join(MOE_FAMILIES)}"
         )
     return config, MOE_FAMILIES[kind]

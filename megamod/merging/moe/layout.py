@@ -24,7 +24,9 @@ Placed = tuple[str, str, int, Spec]
 
 
 def split_fused_experts(folder: Path) -> None:
-    """Rewrite the weights of a mixture that were saved under their names in memory.
+    """Rewrite the weights of a mixture in place: a tensor per expert, as its files need them.
+
+    In memory, and so in what `save_pretrained` writes, all experts of a layer are one tensor.
 
     Raises:
         UserError: if the folder holds no mixture of the table.
