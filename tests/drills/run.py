@@ -96,7 +96,7 @@ def main() -> None:
         tests, failed, seconds = run_drill(DRILLS[name], options.size)
         rows.append((name, DRILLS[name].title, str(tests), str(failed), f"{seconds:.0f}"))
         lost += failed
-    print(format_table(rows, right=(2, 3, 4)))
+    print(format_table(rows, (2, 3, 4)))
     sys.exit(1 if lost else 0)
 
 

@@ -128,3 +128,31 @@ def test_a_campaign_from_a_stock_model(tmp_path):
     for folder in (out / "seed" / "model", out / "experts" / "law" / "model", out / "average"):
         config = json.loads((folder / "config.json").read_text())
         assert (config["model_type"], "domains" in config) == ("llama", False)
+
+
+@pytest.mark.slow  # four jobs, each a process of its own
+def test_a_campaign_of_adapters(tmp_path):
+    """A seed, two adapters of it, and their average as a whole model."""
+    make_place(tmp_path)
+    recipe = STOCK.format(folder=tmp_path / "llama", data=tmp_path / "bin")
+    (tmp_path / "recipe.yaml").write_text(recipe + "lora_rank: 2\nlearning_rate: 0.02\n")
+    out = tmp_path / "out"
+    done = start(tmp_path / "recipe.yaml", "--output_dir", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = [out / "experts" / domain / "model" for domain in ("law", "med")]
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    for folder in folders:
+        fields = json.loads((folder / "adapter_config.json").read_text())
+        assert fields["base_model_name_or_path"] == str(out / "seed" / "model")
+        assert fields["lora_alpha"] == 4 and not (folder / "model.safetensors").exists()
+    built = json.loads((out / "forest.json").read_text())["experts"]
+    assert [expert["updates"] for expert in built] == [2, 2]
+    seed, changed = weights(out / "seed" / "model"), 0
+    for name, tensor in weights(out / "average").items():
+        mean, prefix = seed[name].double(), f"base_model.model.{name.removesuffix('.weight')}"
+        for adapter in adapters:
+            if f"{prefix}.lora_A.weight" in adapter:  # updates are scaled by alpha / rank, so by 2
+                down, up = (adapter[f"{prefix}.lora_{part}.weight"].double() for part in "AB")
+                mean, changed = mean + 2 * up @ down / 2, changed + 1
+        torch.testing.assert_close(tensor.double(), mean, rtol=0, atol=1e-6)
+    assert changed == len(adapters[0])

@@ -21,9 +21,6 @@ from megamod.states.weights import extract_expert_weights
 
 DOMAINS = ["law", "med"]
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
-# One of each shape: plain, transposed, two attributes, softcap and tied, two arguments, in place,
-# buffers, learned positions, renamed tensors.
-SHAPES = ("llama", "gpt2", "opt", "gemma2", "bloom", "falcon", "apertus", "gpt_neox", "granite")
 logging.set_verbosity_error()
 
 
@@ -73,13 +70,18 @@ def test_experts_in_place_of_the_feed_forward_change_no_bit(family):
             assert torch.equal(gradient, theirs[to_dense_name(name)])
 
     # The chunked loss with scale, softcap and bias; every cap is 2 here, so it cannot hide.
-    output = model(input_ids=IDS, shift_labels=functional.pad(IDS[:, 1:], (0, 1), value=-100))
+    shifted = functional.pad(IDS[:, 1:], (0, 1), value=-100)
+    output = model(input_ids=IDS, shift_labels=shifted)
     stock_loss = stock(input_ids=IDS, labels=IDS).loss
     assert output.logits is None
     both = model(input_ids=IDS, labels=IDS)
     assert torch.equal(both.logits, expected) and torch.equal(both.loss, stock_loss)
     torch.testing.assert_close(output.loss, stock_loss, rtol=1e-6, atol=1e-6)
     theirs, ours = gradients(stock, stock_loss), gradients(model, output.loss)
+    model.gradient_checkpointing_enable()
+    again = gradients(model, model(input_ids=IDS, shift_labels=shifted).loss)
+    model.gradient_checkpointing_disable()
+    assert all(torch.equal(again[n], g) for n, g in ours.items() if g is not None)
     embeddings = [name for name in ours if "embed" in name or "head" in name or "wte" in name]
     for name in embeddings:
         if ours[name] is not None:
@@ -123,7 +125,7 @@ def test_attention_stops_at_the_ends_of_documents(family):
     packed_and_apart(model)
 
 
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("family", HOSTS)
 @torch.no_grad()
 def test_saved_with_experts_and_taken_out_again(family, tmp_path):
     stock = tiny_stock(family)
@@ -168,6 +170,15 @@ def test_saved_with_experts_and_taken_out_again(family, tmp_path):
     assert set(taken) == set(stock.state_dict())
     stock.load_state_dict(taken)
     assert torch.equal(stock(input_ids=IDS).logits, expected["med"])
+    whole = make_dense_class(type(stock))(read_lm_config(tmp_path / "stock"))
+    whole.load_state_dict(taken)
+    whole.save_pretrained(tmp_path / "med")
+    back, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "med", attn_implementation="eager", output_loading_info=True
+    )
+    assert type(back) is type(stock) and not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert all(torch.equal(tensor, taken[name]) for name, tensor in back.state_dict().items())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])

@@ -4,10 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from ranks import on_ranks
 from runs.test_host_pretrain import DOMAINS, make_place, start
 from safetensors import safe_open
@@ -17,8 +19,10 @@ from transformers import AutoModelForCausalLM
 import megamod  # noqa: F401  (registers the models)
 from megamod.errors import UserError
 from megamod.models.lm.load import load_lm
+from megamod.runs import training
 from megamod.states.forest import Expert, check_new_expert
 from megamod.states.verify import check_model_files
+from megamod.train.compiled import compile_blocks
 
 IDS = torch.tensor([[5, 9, 33, 70, 12, 8, 101, 44], [7, 7, 90, 3, 60, 61, 200, 2]])
 LORA = ("--lora_rank", 2, "--learning_rate", 0.02)
@@ -40,6 +44,25 @@ def ds_file(root: Path, stage: int) -> Path:
     return file
 
 
+def make_hub_cache(root: Path) -> str:
+    """Put the llama into a cache of the hub, which this process then uses; return its hub name."""
+    repository, revision = root / "hub-cache" / "models--maker--llama", "0" * 40
+    shutil.copytree(root / "llama", repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    constants.HF_HUB_CACHE = str(root / "hub-cache")
+    return "maker/llama"
+
+
+def start_compiled(root: Path, *flags: object) -> None:
+    """A run with --torch_compile; blocks are traced and cut as by inductor, without its C++."""
+    plain = training.compile_blocks, training.check_compiler
+    training.compile_blocks = partial(compile_blocks, backend="aot_eager")
+    training.check_compiler = lambda device: None
+    start(root, "compiled", *flags, "--torch_compile")
+    training.compile_blocks, training.check_compiler = plain
+
+
 def alone(rank: int, root: Path) -> None:
     """All runs of one rank."""
     llama = ("--model", root / "llama", *LORA)
@@ -53,6 +76,8 @@ def alone(rank: int, root: Path) -> None:
     start(root, "cut", *llama)
     for domain in DOMAINS:
         start(root, f"only-{domain}", *llama, "--domains", domain, "--global_batch_size", 2)
+    start(root, "hub", "--model", make_hub_cache(root), *LORA)
+    start_compiled(root, *llama)
     gpt2 = ("--model", root / "gpt2", *LORA, "--lora_dropout", 0.5, "--lora_targets", "c_fc")
     start(root, "gpt2", *gpt2, "--gradient_checkpointing", True, "--max_steps", 1)
 
@@ -151,6 +176,28 @@ def test_stages_agree_and_resumed_runs_are_bitwise_equal(root):
         staged = adapter_of(root / f"zero{stage}" / "model")
         for name, tensor in whole.items():
             torch.testing.assert_close(staged[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_a_seed_of_the_hub(root, monkeypatch):
+    """Its name, not the path of the cache, is in the adapter's folder."""
+    folder = root / "hub" / "model"
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == "maker/llama"
+    dense = adapter_of(root / "dense" / "model")
+    assert all(torch.equal(dense[n], tensor) for n, tensor in adapter_of(folder).items())
+    with pytest.raises(UserError, match="there is no model at its base_model_name_or_path 'maker"):
+        load_lm(folder)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root / "hub-cache"))
+    assert torch.equal(ours(folder), ours(root / "dense" / "model"))
+    assert check_model_files(folder)[1] == []
+
+
+def test_compiled_blocks_train_the_same_adapter(root):
+    compiled = adapter_of(root / "compiled" / "model")
+    plain = adapter_of(root / "dense" / "model")
+    assert compiled.keys() == plain.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_another_seed_is_refused(root, tmp_path):
