@@ -1,4 +1,4 @@
-"""Division of an optimizer step into micro-batches, for every kind of data."""
+"""Division of a global batch over ranks and micro-batches, for every kind of data."""
 
 import math
 from collections.abc import Mapping
@@ -11,19 +11,20 @@ from megamod.errors import UserError
 
 
 @dataclass(frozen=True)
-class StepShape:
-    """Division of the samples of an optimizer step over ranks and micro-batches.
+class BatchDivision:
+    """Division of a global batch over ranks and their micro-batches, as seen from one rank.
 
-    Each rank takes a consecutive part of the step, so the samples of a step are the same on any
-    number of ranks.
+    Each rank takes a consecutive part of the global batch, so the samples of a step are the same
+    on any number of ranks.
 
     Attributes:
         micro_batch: samples of a micro-batch.
-        global_batch: samples of a step over all `ranks`.
-        rank, ranks: this rank among those that share the samples.
+        global_batch: samples of an optimizer step over all `ranks`.
+        rank: index of this rank among the ranks that share the global batch, from 0.
+        ranks: number of the ranks that share it.
 
     Raises:
-        UserError: if the step is not a whole number of micro-batches on every rank.
+        UserError: if `global_batch` is not a positive multiple of `ranks * micro_batch`.
     """
 
     micro_batch: int
@@ -37,43 +38,50 @@ class StepShape:
 
     @property
     def first_sample(self) -> int:
-        """Number of this rank's first sample within a step."""
+        """Index of this rank's first sample within the global batch, from 0."""
         return self.rank * (self.global_batch // self.ranks)
 
     @property
     def micro_steps(self) -> int:
-        """Micro-batches of a rank in a step."""
+        """Number of micro-batches of a rank in a step."""
         return self.global_batch // (self.ranks * self.micro_batch)
 
     def get_sample_indices(self, micro_batch_index: int) -> np.ndarray:
-        """Return the global sample indices of this rank's micro-batch: [micro_batch] int64."""
+        """Return the sample indices of one of this rank's micro-batches: [micro_batch] int64.
+
+        Args:
+            micro_batch_index: number of the micro-batch on this rank, counted from the first step
+                on. Sample indices count the samples of all ranks and steps.
+        """
         step, index_in_step = divmod(micro_batch_index, self.micro_steps)
         start = step * self.global_batch + self.first_sample + index_in_step * self.micro_batch
         return np.arange(start, start + self.micro_batch)
 
 
 class StepBatches(Dataset):
-    """Micro-batches of one rank: item k is its k-th since step 0, without end.
+    """Micro-batches of one rank as an endless dataset: item k is its k-th, from step 0 on.
 
-    An item is a pure function of k and the arguments, for any number of ranks and workers.
+    An item is a pure function of k and the arguments of the constructor, so it does not depend on
+    the number of loader workers or on the items read before. Subclasses define `__getitem__`.
     """
 
-    def __init__(self, shape: StepShape):
-        self.shape = shape
+    def __init__(self, division: BatchDivision):
+        self.division = division
 
     @property
     def micro_steps(self) -> int:
-        """Micro-batches of this rank in a step."""
-        return self.shape.micro_steps
+        """Number of micro-batches of this rank in a step."""
+        return self.division.micro_steps
 
 
 def check_global_batch_size(global_batch: int, factors_by_name: Mapping[str, int]) -> None:
-    """Check that the samples of a step are a multiple of the product of `factors_by_name`.
+    """Refuse a global batch that is not a positive multiple of the product of all factors.
 
     Args:
-        factors_by_name: counts by their names, for the message.
+        global_batch: samples of a step over all ranks.
+        factors_by_name: each factor by the name that the message gives it, such as "ranks".
     Raises:
-        UserError: naming the factors and the nearest allowed values.
+        UserError: with the factors and the nearest allowed values.
     """
     product = math.prod(factors_by_name.values())
     if global_batch < 1 or global_batch % product:
@@ -87,10 +95,12 @@ def check_global_batch_size(global_batch: int, factors_by_name: Mapping[str, int
 
 
 def check_fills_instance_groups(flag: str, rows: int, instances: int) -> None:
-    """Check that a batch of `rows` fills whole groups of `instances`.
+    """Refuse a batch of `rows` that does not fill whole groups of `instances`.
 
+    Args:
+        flag: flag that sets `rows`, for the message.
     Raises:
-        UserError: naming the flag and the nearest allowed values.
+        UserError: with the flag and the nearest allowed values.
     """
     if rows % instances:
         below = rows // instances * instances

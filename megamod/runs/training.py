@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from megamod.args import OptimArgs, RunArgs, SafetyArgs
-from megamod.data.batches import StepBatches, StepShape
+from megamod.data.batches import BatchDivision, StepBatches
 from megamod.data.lm.batches import iterate_train_batches
 from megamod.dist.communication import compute_step_traffic
 from megamod.dist.process import (
@@ -103,8 +103,9 @@ class RunSpec:
         card: content of the model card.
         groups: names of the losses that the log shows separately, such as domains.
         unit: items that a loss is the mean over: "tokens" or "examples".
-        make_batches: from the shape of a step over all ranks to this rank's micro-batches. Called
-            before any process waits for another, because mistakes in the data show here.
+        make_batches: from this rank's view of the global batch, divided over all ranks, to its
+            micro-batches. Called before any process waits for another, because mistakes in the
+            data show here.
         make_model: builds the module, with new or loaded weights.
         make_objective: from the device to the objective.
         make_evaluate: from the run to the function that every rank calls every --eval_steps with
@@ -127,7 +128,7 @@ class RunSpec:
     card: Card
     groups: Sequence[str]
     unit: str
-    make_batches: Callable[[StepShape], StepBatches]
+    make_batches: Callable[[BatchDivision], StepBatches]
     make_model: Callable[[], nn.Module]
     make_objective: Callable[[torch.device], Objective]
     make_evaluate: Callable[[ActiveRun], Callable[[int], None]]
@@ -170,7 +171,7 @@ def execute_run(
     if compiled:
         check_compile_stage(ds_config)
         check_compiler(get_accelerator().device_name())
-    batches = recipe.make_batches(settled.make_step_shape(read_launcher_rank()))
+    batches = recipe.make_batches(settled.make_batch_division(read_launcher_rank()))
 
     device = join_process_group(safety.dist_timeout)
     facts = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamod.args import OptimArgs, RunArgs, SafetyArgs, apply_ds_values
-from megamod.data.batches import StepShape
+from megamod.data.batches import BatchDivision
 from megamod.dist.ds_config import apply_sharing_rules, get_offload_device, resolve_ds_config
 from megamod.dist.process import is_true_on_all_ranks
 from megamod.dist.scope import Sharing
@@ -56,10 +56,10 @@ class ResolvedSettings:
         steps = self.plan.micro_steps * self.topology.world_size
         return self.run.per_device_train_batch_size * steps
 
-    def make_step_shape(self, rank: int) -> StepShape:
-        """Return the shape of a step over all ranks."""
+    def make_batch_division(self, rank: int) -> BatchDivision:
+        """Return the division of the global batch over all ranks, as seen from `rank`."""
         micro_batch = self.run.per_device_train_batch_size
-        return StepShape(micro_batch, self.global_batch, rank, self.topology.world_size)
+        return BatchDivision(micro_batch, self.global_batch, rank, self.topology.world_size)
 
     def replace_arguments(self, parsed: Sequence[Arguments]) -> tuple[Arguments, ...]:
         """Return all arguments of a run, with `run` and `optim` of this object."""

@@ -123,8 +123,8 @@ class UncertaintySelector:
             torch.stack([batch[name] for batch in micro_batches]).to(self.device)
             for name in ("task_ids", "rows")
         )
-        shape = self.mixture.shape
-        size = shape.micro_batch
+        division = self.mixture.division
+        size = division.micro_batch
         if self.scope == "local":
             selected = [
                 (row_task_ids[micro_batch_index][best_rows], rows[micro_batch_index][best_rows])
@@ -138,10 +138,10 @@ class UncertaintySelector:
                 self._gather_from_ranks, (entropy, row_task_ids, rows)
             )
             best_rows = select_most_uncertain(
-                self._score_rows(entropy, row_task_ids), shape.global_batch
+                self._score_rows(entropy, row_task_ids), division.global_batch
             )
             local_indices = best_rows[
-                shape.first_sample : shape.first_sample + size * len(micro_batches)
+                division.first_sample : division.first_sample + size * len(micro_batches)
             ].split(size)
             selected = [(row_task_ids[indices], rows[indices]) for indices in local_indices]
         return [
@@ -174,6 +174,6 @@ class UncertaintySelector:
         """Gather [micro-batches, T * rows] of all ranks: flat, by task, rank and micro-batch."""
         parts = [torch.empty_like(local_values) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, local_values.contiguous())
-        sizes = (len(self.tasks), self.mixture.shape.micro_batch)
+        sizes = (len(self.tasks), self.mixture.division.micro_batch)
         by_task = torch.stack(parts).unflatten(-1, sizes)
         return by_task.movedim(2, 0).flatten()

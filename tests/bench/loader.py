@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megamod.data.batches import StepShape
+from megamod.data.batches import BatchDivision
 from megamod.data.corpus.indexed import IndexedDataset, IndexedWriter
 from megamod.data.lm.batches import AHEAD, TrainBatches, iterate_train_batches
 from megamod.data.lm.blocks import TokenBlocks
@@ -55,7 +55,7 @@ def our_reader(prefixes: list[Path], size: int, length: int) -> Callable[[], obj
     """A function that returns the next batch of dense training on the domains."""
     blocks = [TokenBlocks(IndexedDataset(prefix), length, 2, 1) for prefix in prefixes]
     sampler = BalancedSampler([len(item) for item in blocks], seed=0)
-    batches = TrainBatches.build_shared_stream(blocks, sampler, StepShape(size, size, 0, 1))
+    batches = TrainBatches.build_shared_stream(blocks, sampler, BatchDivision(size, size, 0, 1))
     loader = iterate_train_batches(batches, 0, 0, False)
     return lambda: next(loader)
 
@@ -107,7 +107,7 @@ def seconds_to_resume(step: int = 1_000_000) -> list[float]:
             order = BalancedSampler([len(item) for item in blocks], seed=0)
             next(
                 iterate_train_batches(
-                    TrainBatches.build_shared_stream(blocks, order, StepShape(8, 64, 0, 1)),
+                    TrainBatches.build_shared_stream(blocks, order, BatchDivision(8, 64, 0, 1)),
                     step,
                     0,
                     False,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertTokenizerFast
 
-from megamod.data.batches import StepShape
+from megamod.data.batches import BatchDivision
 from megamod.data.tasks.classification import (
     RowLengthLimits,
     TrainRows,
@@ -95,7 +95,7 @@ def rows_of_step(encoded, ranks: int, micro: int, step: int, **more) -> np.ndarr
     result = []
     for rank in range(ranks):
         batches = TrainRows(
-            encoded, StepShape(micro, 8, rank, ranks), seed=3, instances=2, pad_to=None, **more
+            encoded, BatchDivision(micro, 8, rank, ranks), seed=3, instances=2, pad_to=None, **more
         )
         steps = batches.micro_steps
         result += [

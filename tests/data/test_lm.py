@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megamod.data.batches import StepShape
+from megamod.data.batches import BatchDivision
 from megamod.data.corpus.indexed import Dictionary, IndexedDataset, IndexedWriter
 from megamod.data.lm.batches import TrainBatches, iterate_eval_batches, iterate_train_batches
 from megamod.data.lm.blocks import IGNORE, TokenBlocks
@@ -63,7 +63,7 @@ def of_step(batches: TrainBatches, step: int) -> list[tuple[int, int]]:
 
 def dense(blocks, sampler, rank, world, micro_batch=2, global_batch=32):
     return TrainBatches.build_shared_stream(
-        blocks, sampler, StepShape(micro_batch, global_batch, rank, world)
+        blocks, sampler, BatchDivision(micro_batch, global_batch, rank, world)
     )
 
 
@@ -75,7 +75,7 @@ def by_domain(blocks, sampler, rank, world, micro_batch=2, global_batch=32):
     return TrainBatches.build_domain_streams(
         blocks,
         sampler,
-        StepShape(micro_batch, global_batch, rank % group, group),
+        BatchDivision(micro_batch, global_batch, rank % group, group),
         range(first, first + held),
     )
 

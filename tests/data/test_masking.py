@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from megamod.data.batches import StepShape
+from megamod.data.batches import BatchDivision
 from megamod.data.lm.blocks import IGNORE
 from megamod.data.lm.masking import (
     MaskedBatches,
@@ -37,7 +37,7 @@ def batches_of(
         datasets,
         order,
         masking,
-        StepShape(micro, 24, rank, ranks),
+        BatchDivision(micro, 24, rank, ranks),
         block_size=8,
         instances=3,
         seed=seed,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamod.data.batches import StepShape
+from megamod.data.batches import BatchDivision
 from megamod.data.tasks.classification import EncodedRows
 from megamod.data.tasks.task_mixture import SAMPLINGS, TaskMixture
 from megamod.errors import UserError
@@ -41,7 +41,7 @@ def mixture(sampling: str, *, rank: int = 0, ranks: int = 1, size: int = 4, batc
     return TaskMixture(
         [rows_of(task, count) for task, count in enumerate(SIZES)],
         sampling,
-        StepShape(size, batch, rank, ranks),
+        BatchDivision(size, batch, rank, ranks),
         seed=3,
         alpha=0.5,
     )
@@ -146,7 +146,7 @@ def test_epochs_as_recorded(case):
     mixed = TaskMixture(
         [rows_of(0, size) for size in config["dataset_sizes"]],
         "uncertainty",
-        StepShape(config["train_batch_size"], config["train_batch_size"], 0, 1),
+        BatchDivision(config["train_batch_size"], config["train_batch_size"], 0, 1),
         seed=1,
         alpha=0.5,
     )

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from megamod.data.batches import StepShape
+from megamod.data.batches import BatchDivision
 from megamod.data.corpus import indexed
 from megamod.data.corpus.binarize import binarize
 from megamod.data.corpus.indexed import IndexedDataset, IndexedWriter
@@ -110,7 +110,9 @@ def test_ids_are_checked_as_batches_are_read(copy):
     tokens[70] = vocabulary
     tokens.tofile(file)
     data = LmData(str(copy), domains=None, block_size=16, domain_token=False, verify="size")
-    batches = data.build_train_batches(StepShape(4, 4, 0, 1), sampler="balanced", alpha=1.0, seed=1)
+    batches = data.build_train_batches(
+        BatchDivision(4, 4, 0, 1), sampler="balanced", alpha=1.0, seed=1
+    )
 
     def epoch():
         for number in range(len(data.train_blocks[0]) // 4 + 1):

@@ -98,7 +98,7 @@ def described(folder: Path, monkeypatch, flags: tuple[str, ...]) -> str:
         settled = resolve_settings(run, optim, safety, topology, recipe.config.hidden_size)
         config, plan = settled.ds_config, settled.plan
         schedule = [plan.schedule(step) for step in range(run.max_steps)]
-        batch = recipe.make_batches(settled.make_step_shape(0))
+        batch = recipe.make_batches(settled.make_batch_division(0))
         torch.set_printoptions(threshold=10**6)
         shared = {key: value for key, value in vars(plan).items() if key != "schedule"}
         schedule.append(make_optimizer_factory(settled.optim).keywords)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import megamod  # noqa: F401  (registers the models)
 from megamod.args import DataArgs, LoraArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
-from megamod.data.batches import StepShape
+from megamod.data.batches import BatchDivision
 from megamod.data.corpus.binarize import binarize
 from megamod.data.lm.pretraining import LmData
 from megamod.errors import UserError
@@ -180,7 +180,9 @@ def first_loss(root: Path, run: str) -> float:
 @torch.no_grad()
 def test_the_first_loss_is_that_of_the_stock_model(root):
     data = LmData(str(root / "bin"), domains=None, block_size=LENGTH, domain_token=False)
-    batches = data.build_train_batches(StepShape(4, 4, 0, 1), sampler="balanced", alpha=1.0, seed=1)
+    batches = data.build_train_batches(
+        BatchDivision(4, 4, 0, 1), sampler="balanced", alpha=1.0, seed=1
+    )
     stock = AutoModelForCausalLM.from_pretrained(root / "llama")
     batch = batches[0]
     logits = stock(batch["input_ids"]).logits.log_softmax(-1)

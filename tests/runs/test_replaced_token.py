@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
-from megamod.data.batches import StepShape
+from megamod.data.batches import BatchDivision
 from megamod.data.corpus.binarize import binarize
 from megamod.data.lm.databin import DataBin
 from megamod.data.lm.masking import (
@@ -63,7 +63,7 @@ def batches_of(prefix: int = 0, micro: int = 4, pads: int = 0, blocks: int = 7) 
         datasets,
         BalancedSampler([count_full_blocks(item, LENGTH) for item in datasets], 1),
         masking,
-        StepShape(micro, 8, 0, 1),
+        BatchDivision(micro, 8, 0, 1),
         block_size=LENGTH,
         instances=INSTANCES,
         seed=1,

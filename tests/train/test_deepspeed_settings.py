@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
-from megamod.data.batches import StepShape
+from megamod.data.batches import BatchDivision
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
@@ -90,7 +90,9 @@ def test_the_file_has_its_way_with_defaults_but_not_with_flags(tmp_path):
     settled = resolve_settings(run, optim, safety, topology(4, "demix"), hidden_size=64)
     assert (settled.run.per_device_train_batch_size, settled.optim.max_grad_norm) == (4, 2.0)
     assert settled.global_batch == 16
-    assert settled.make_step_shape(3) == StepShape(micro_batch=4, global_batch=16, rank=3, ranks=4)
+    assert settled.make_batch_division(3) == BatchDivision(
+        micro_batch=4, global_batch=16, rank=3, ranks=4
+    )
     origin = find_origin(settled.run, "per_device_train_batch_size")
     assert origin == f"DeepSpeed {path}"
     # The arguments themselves are left as they are.

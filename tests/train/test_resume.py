@@ -15,7 +15,7 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 from train.tiny_runs import DOMAINS, MICRO, VOCAB, masters, run_tiny
 
-from megamod.data.batches import StepShape
+from megamod.data.batches import BatchDivision
 from megamod.data.corpus.indexed import IndexedDataset, IndexedWriter
 from megamod.data.lm.batches import TrainBatches
 from megamod.data.lm.blocks import TokenBlocks
@@ -67,13 +67,13 @@ def data_of(folder: Path):
             blocks.append(TokenBlocks(dataset, 12, eos_id=2, pad_id=1))
         order, size = BalancedSampler([5] * 4, seed=3), 4 * len(DOMAINS)
         if topology.sharing is Sharing.DENSE:
-            shape = StepShape(MICRO, size, my_rank(), topology.world_size)
-            stream = TrainBatches.build_shared_stream(blocks, order, shape)
+            division = BatchDivision(MICRO, size, my_rank(), topology.world_size)
+            stream = TrainBatches.build_shared_stream(blocks, order, division)
         else:
             held = [DOMAINS.index(domain) for domain in topology.get_rank_domains(my_rank())]
             part = topology.get_rank_in_group(my_rank()), topology.ranks_per_domain
             stream = TrainBatches.build_domain_streams(
-                blocks, order, StepShape(MICRO, size, *part), held
+                blocks, order, BatchDivision(MICRO, size, *part), held
             )
 
         def batches_from(step: int):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from megamod.data.batches import StepBatches, StepShape, check_global_batch_size
+from megamod.data.batches import BatchDivision, StepBatches, check_global_batch_size
 from megamod.data.lm.blocks import IGNORE, TokenBlocks, build_inputs_and_labels
 from megamod.data.lm.order import BalancedSampler, Sampler
 
@@ -40,46 +40,46 @@ class TrainBatches(StepBatches):
         self,
         blocks: Sequence[TokenBlocks],
         sampler: Sampler,
-        shape: StepShape,
+        division: BatchDivision,
         streams: Sequence[int] | None,
     ):
         """Read one stream of samples, or a stream for each of some domains in turn.
 
         Args:
             blocks: sequences of each domain, in the sampler's order.
-            shape: step of one stream.
+            division: division of a step of one stream.
             streams: domains with streams of their own; None: one stream of all domains, in the
                 order of the sampler.
         """
-        super().__init__(shape)
+        super().__init__(division)
         self.blocks, self.sampler, self.streams = list(blocks), sampler, streams
         self._ahead = -1
 
     @property
     def micro_steps(self) -> int:
         """Micro-batches of this rank in a step, over all streams."""
-        return self.shape.micro_steps * (1 if self.streams is None else len(self.streams))
+        return self.division.micro_steps * (1 if self.streams is None else len(self.streams))
 
     @classmethod
     def build_shared_stream(
         cls,
         blocks: Sequence[TokenBlocks],
         sampler: Sampler,
-        shape: StepShape,
+        division: BatchDivision,
     ) -> "TrainBatches":
         """Build one stream for all ranks (dense training).
 
         Args:
             blocks: sequences of each domain, in the sampler's order.
         """
-        return cls(blocks, sampler, shape, None)
+        return cls(blocks, sampler, division, None)
 
     @classmethod
     def build_domain_streams(
         cls,
         blocks: Sequence[TokenBlocks],
         sampler: BalancedSampler,
-        shape: StepShape,
+        division: BatchDivision,
         domains: Sequence[int],
     ) -> "TrainBatches":
         """Build a stream for each domain, shared by the ranks that train it (DEMix, BTM).
@@ -89,19 +89,19 @@ class TrainBatches(StepBatches):
 
         Args:
             blocks: sequences of all E domains, also of other ranks.
-            shape: step over all domains; its ranks are those with the same domains as this one. A
-                micro-batch has sequences of one domain.
+            division: division of a step over all domains; its ranks are those with the same
+                domains as this one. A micro-batch has sequences of one domain.
             domains: numbers of this rank's domains, read in turn.
         Raises:
             UserError: if the step cannot be divided evenly over the domains.
         """
         parts = {
             "domains": len(blocks),
-            "ranks of each": shape.ranks,
-            "samples of a micro-batch": shape.micro_batch,
+            "ranks of each": division.ranks,
+            "samples of a micro-batch": division.micro_batch,
         }
-        check_global_batch_size(shape.global_batch, parts)
-        per_domain = replace(shape, global_batch=shape.global_batch // len(blocks))
+        check_global_batch_size(division.global_batch, parts)
+        per_domain = replace(division, global_batch=division.global_batch // len(blocks))
         return cls(blocks, sampler, per_domain, list(domains))
 
     def select_blocks(self, micro_batch_index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +151,7 @@ class TrainBatches(StepBatches):
         """
         if micro_batch_index < 0:
             raise IndexError(f"micro-batch {micro_batch_index} is before the first")
-        size = -(-AHEAD // self.shape.micro_batch)
+        size = -(-AHEAD // self.division.micro_batch)
         part, row = divmod(micro_batch_index, size)
         if part != self._ahead:
             self._prepare_micro_batches(np.arange(part * size, (part + 1) * size))
@@ -164,13 +164,15 @@ class TrainBatches(StepBatches):
         Streams alternate within a step: with streams a and b its micro-batches are a0 b0 a1 b1,
         which are number 0 of both streams, then number 1.
         """
-        shape = self.shape
+        division = self.division
         steps, index_in_step = np.divmod(micro_batch_indices, self.micro_steps)
-        micro_step, stream = np.divmod(index_in_step, self.micro_steps // shape.micro_steps)
+        micro_step, stream = np.divmod(index_in_step, self.micro_steps // division.micro_steps)
         first_samples = (
-            steps * shape.global_batch + shape.first_sample + micro_step * shape.micro_batch
+            steps * division.global_batch
+            + division.first_sample
+            + micro_step * division.micro_batch
         )
-        ordinals = first_samples[:, None] + np.arange(shape.micro_batch)
+        ordinals = first_samples[:, None] + np.arange(division.micro_batch)
         if self.streams is None:
             self._domains, self._indices = self.sampler.select_blocks(ordinals)
         else:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megamod.data.batches import StepBatches, StepShape, check_fills_instance_groups
+from megamod.data.batches import BatchDivision, StepBatches, check_fills_instance_groups
 from megamod.data.corpus.indexed import IndexedDataset
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.blocks import IGNORE
@@ -85,7 +85,7 @@ class MaskedBatches(StepBatches):
     Args:
         datasets: tokens of each domain; those after the last full block are not used.
         order: sampler of blocks.
-        shape: division of a step; a micro-batch has R rows.
+        division: division of a step; a micro-batch has R rows.
         block_size: T.
         instances: N; every rank's micro-batch must be a multiple of it.
         prefix: number of last columns that the model replaces by its own prefix; they have no
@@ -99,22 +99,24 @@ class MaskedBatches(StepBatches):
         datasets: Sequence[IndexedDataset],
         order: Sampler,
         masking: Masking,
-        shape: StepShape,
+        division: BatchDivision,
         *,
         block_size: int,
         instances: int,
         seed: int,
         prefix: int = 0,
     ):
-        super().__init__(shape)
-        check_fills_instance_groups("--per_device_train_batch_size", shape.micro_batch, instances)
+        super().__init__(division)
+        check_fills_instance_groups(
+            "--per_device_train_batch_size", division.micro_batch, instances
+        )
         self.datasets, self.order, self.masking = list(datasets), order, masking
         self.block_size, self.instances, self.seed = block_size, instances, seed
         self.prefix = prefix
 
     def __getitem__(self, micro_batch_index: int) -> Batch:
         """Return the micro-batch `micro_batch_index` of this rank."""
-        sample_indices = self.shape.get_sample_indices(micro_batch_index)
+        sample_indices = self.division.get_sample_indices(micro_batch_index)
         return self.build_batch(sample_indices, *self.order.select_blocks(sample_indices))
 
     def build_batch(
@@ -191,10 +193,10 @@ def iterate_held_out_batches(
     domains = np.repeat(np.arange(len(lengths)), lengths)
     block_indices = np.concatenate([np.arange(length) for length in lengths])
     full_group_rows = len(block_indices) // batches.instances * batches.instances
-    for number, start in enumerate(range(0, full_group_rows, batches.shape.micro_batch)):
+    for number, start in enumerate(range(0, full_group_rows, batches.division.micro_batch)):
         if number == max_batches:
             return
-        stop = min(start + batches.shape.micro_batch, full_group_rows)
+        stop = min(start + batches.division.micro_batch, full_group_rows)
         batch = batches.build_batch(
             np.arange(start, stop), domains[start:stop], block_indices[start:stop]
         )

@@ -5,7 +5,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from megamod.data.batches import StepShape
+from megamod.data.batches import BatchDivision
 from megamod.data.lm.batches import Batch, TrainBatches, iterate_eval_batches
 from megamod.data.lm.blocks import TokenBlocks
 from megamod.data.lm.databin import DataBin
@@ -77,7 +77,7 @@ class LmData:
 
     def build_train_batches(
         self,
-        shape: StepShape,
+        division: BatchDivision,
         *,
         sampler: str,
         alpha: float,
@@ -87,7 +87,7 @@ class LmData:
         """Build the training micro-batches of one rank.
 
         Args:
-            shape: step over all domains; its ranks are those that share a stream.
+            division: division of a step over all domains; its ranks are those that share a stream.
             sampler: "balanced", "unbalanced" or "temperature" (with `alpha`).
             local_domains: domains of this rank's experts, with a stream each; None: one stream of
                 all.
@@ -101,15 +101,15 @@ class LmData:
             )
         order = make_sampler(sampler, [len(blocks) for blocks in self.train_blocks], seed, alpha)
         if local_domains is None:
-            return TrainBatches.build_shared_stream(self.train_blocks, order, shape)
+            return TrainBatches.build_shared_stream(self.train_blocks, order, division)
         numbers = [self.domains.index(domain) for domain in local_domains]
-        return TrainBatches.build_domain_streams(self.train_blocks, order, shape, numbers)
+        return TrainBatches.build_domain_streams(self.train_blocks, order, division, numbers)
 
     def build_masked_batches(
         self,
         split: str,
         masking: Masking,
-        shape: StepShape,
+        division: BatchDivision,
         *,
         sampler: str,
         alpha: float,
@@ -129,7 +129,7 @@ class LmData:
             datasets,
             make_sampler(sampler, lengths, seed, alpha),
             masking,
-            shape,
+            division,
             block_size=self.block_size,
             instances=instances,
             seed=seed,

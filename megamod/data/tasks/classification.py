@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from megamod.data.batches import StepBatches, StepShape, check_fills_instance_groups
+from megamod.data.batches import BatchDivision, StepBatches, check_fills_instance_groups
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.blocks import IGNORE
 from megamod.data.lm.instance_groups import InstanceLayout, arrange_ensemble, arrange_in_order
@@ -245,7 +245,7 @@ class TrainRows(StepBatches):
         encoded: the split.
         seed: of the order.
         instances: N, rows of a group; a micro-batch is a multiple of it.
-        shape: of a step; a micro-batch has R rows.
+        division: division of a step; a micro-batch has R rows.
         pad_to: see `EncodedRows.gather_batch`.
     Raises:
         UserError: if a micro-batch is not a multiple of `instances`.
@@ -254,14 +254,16 @@ class TrainRows(StepBatches):
     def __init__(
         self,
         encoded: EncodedRows,
-        shape: StepShape,
+        division: BatchDivision,
         *,
         seed: int,
         instances: int,
         pad_to: int | None,
     ):
-        super().__init__(shape)
-        check_fills_instance_groups("--per_device_train_batch_size", shape.micro_batch, instances)
+        super().__init__(division)
+        check_fills_instance_groups(
+            "--per_device_train_batch_size", division.micro_batch, instances
+        )
         self.encoded, self.pad_to = encoded, pad_to
         self.order = BalancedSampler([len(encoded)], seed)
 
@@ -272,7 +274,7 @@ class TrainRows(StepBatches):
 
     def select_rows(self, micro_batch_index: int) -> np.ndarray:
         """Select the rows of micro-batch `micro_batch_index`: [R] numbers."""
-        return self.order.select_blocks(self.shape.get_sample_indices(micro_batch_index))[1]
+        return self.order.select_blocks(self.division.get_sample_indices(micro_batch_index))[1]
 
     def __getitem__(self, micro_batch_index: int) -> Batch:
         """Return the micro-batch `micro_batch_index` of this rank."""

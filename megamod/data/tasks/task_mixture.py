@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megamod.data.batches import StepBatches, StepShape
+from megamod.data.batches import BatchDivision, StepBatches
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.blocks import IGNORE
 from megamod.data.lm.order import BalancedSampler, KeyedPermutation, make_random_key, make_sampler
@@ -38,25 +38,26 @@ class TaskMixture(StepBatches):
         encoded: the train split of each task.
         seed: of the order.
         alpha: of "temperature"; 0: all tasks have equal shares, 1: proportional.
-        shape: of a step; a micro-batch has R rows.
+        division: division of a step; a micro-batch has R rows.
     """
 
     def __init__(
         self,
         encoded: Sequence[EncodedRows],
         sampling: str,
-        shape: StepShape,
+        division: BatchDivision,
         *,
         seed: int,
         alpha: float,
     ):
-        super().__init__(shape)
+        super().__init__(division)
         self.encoded, self.sampling, self.seed = tuple(encoded), sampling, seed
         sizes = [len(rows) for rows in encoded]
         self.by_task = BalancedSampler(sizes, seed)
         order = "temperature" if sampling == "temperature" else "unbalanced"
         self.mixed = make_sampler(order, sizes, seed, alpha)
-        self.steps_by_task = [math.ceil(size / shape.global_batch) for size in sizes]  # of an epoch
+        # of an epoch
+        self.steps_by_task = [math.ceil(size / division.global_batch) for size in sizes]
 
     @property
     def digest(self) -> str:
@@ -75,11 +76,11 @@ class TaskMixture(StepBatches):
             return sum(self.steps_by_task)
         if self.sampling in ("uniform", "uncertainty"):
             return max(1, int(max(self.steps_by_task) * len(self.steps_by_task) * epoch_share))
-        return math.ceil(sum(map(len, self.encoded)) / self.shape.global_batch)
+        return math.ceil(sum(map(len, self.encoded)) / self.division.global_batch)
 
     def select_rows(self, micro_batch_index: int) -> tuple[np.ndarray, np.ndarray]:
         """Select the tasks [R] and row numbers [R] of micro-batch `micro_batch_index`."""
-        sample_indices = self.shape.get_sample_indices(micro_batch_index)
+        sample_indices = self.division.get_sample_indices(micro_batch_index)
         if self.sampling == "uncertainty":
             tasks = np.arange(len(self.encoded)).repeat(len(sample_indices))
             return tasks, self.by_task.select_domain_blocks(
@@ -89,7 +90,7 @@ class TaskMixture(StepBatches):
             step = micro_batch_index // self.micro_steps
             task, earlier_steps = self._select_step_task(step)
             tasks = np.full(len(sample_indices), task)
-            ordinals = sample_indices - (step - earlier_steps) * self.shape.global_batch
+            ordinals = sample_indices - (step - earlier_steps) * self.division.global_batch
             return tasks, self.by_task.select_domain_blocks(tasks, ordinals)
         return self.mixed.select_blocks(sample_indices)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from megamod.data.batches import StepShape
+from megamod.data.batches import BatchDivision
 from megamod.data.tasks.classification import RowLengthLimits
 from megamod.data.tasks.specs import GLUE, TaskSpec, format_some_names
 from megamod.data.tasks.task_mixture import TaskMixture
@@ -118,11 +118,11 @@ class ManyTasksModel(FinetuneModel):
     def list_classifiers(self, module: CaMtlForMultiTask) -> list[SingleTaskModel]:
         return [SingleTaskModel(module, number) for number in range(len(self.tasks))]
 
-    def make_batches(self, shape: StepShape, seed: int) -> TaskMixture:
+    def make_batches(self, division: BatchDivision, seed: int) -> TaskMixture:
         return TaskMixture(
             [task.encoded["train"] for task in self.tasks],
             self.args.mt_sampling,
-            shape,
+            division,
             seed=seed,
             alpha=self.args.sampling_alpha,
         )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from megamod.data.batches import StepBatches, StepShape
+from megamod.data.batches import BatchDivision, StepBatches
 from megamod.runs.finetune.tasks import FinetuneTask
 from megamod.train.loop import SelectBatches
 from megamod.train.objectives import Objective
@@ -57,7 +57,7 @@ class FinetuneModel(Protocol):
         """Return for each task a module that returns the logits of a batch."""
         ...
 
-    def make_batches(self, shape: StepShape, seed: int) -> StepBatches:
+    def make_batches(self, division: BatchDivision, seed: int) -> StepBatches:
         """Return the training micro-batches of a rank, with a `digest` of all rows.
 
         Raises:

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from megamod.convert.sources import has_auto_class
-from megamod.data.batches import StepShape
+from megamod.data.batches import BatchDivision
 from megamod.data.tasks.classification import TrainRows
 from megamod.data.tasks.specs import TaskSpec, find_text_task, make_token_task
 from megamod.data.tasks.task_file import read_task_spec
@@ -80,17 +80,17 @@ class OneTaskModel(FinetuneModel):
     def list_classifiers(self, module: nn.Module) -> list[nn.Module]:
         return [module]
 
-    def make_batches(self, shape: StepShape, seed: int) -> TrainRows:
+    def make_batches(self, division: BatchDivision, seed: int) -> TrainRows:
         return TrainRows(
             self.task.encoded["train"],
-            shape,
+            division,
             seed=seed,
             instances=self.instances,
             pad_to=self.pad_to,
         )
 
     def compute_steps_per_epoch(self, batches: TrainRows) -> float:
-        return len(batches.encoded) / batches.shape.global_batch
+        return len(batches.encoded) / batches.division.global_batch
 
     def make_objective(self, device: torch.device) -> ClassificationObjective:
         return ClassificationObjective(

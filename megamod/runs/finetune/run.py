@@ -122,7 +122,7 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
     names = tuple(task.spec.name for task in model.tasks)
     topology = DomainTopology(read_launcher_world_size(), names, Sharing.DENSE)
     settled = resolve_settings(run, optim, safety, topology, model.config.hidden_size)
-    batches = model.make_batches(settled.make_step_shape(read_launcher_rank()), run.seed)
+    batches = model.make_batches(settled.make_batch_division(read_launcher_rank()), run.seed)
     _set_steps(run, stage, model.compute_steps_per_epoch(batches))
     best = BestModel(folder, partial(find_selection_value, model))
 
@@ -148,7 +148,7 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
         unit="tokens"
         if not model.has_many_tasks and model.tasks[0].spec.kind == "token"
         else "examples",
-        make_batches=lambda shape: batches,
+        make_batches=lambda division: batches,
         make_model=make_module,
         make_objective=model.make_objective,
         make_evaluate=make_evaluate,

@@ -142,8 +142,8 @@ def _build_run_spec(
         card=_make_card(args, start, data.digest),
         groups=data.domains,
         unit="tokens",
-        make_batches=lambda shape: data.build_train_batches(
-            shape, sampler="balanced", alpha=1.0, seed=run.seed
+        make_batches=lambda division: data.build_train_batches(
+            division, sampler="balanced", alpha=1.0, seed=run.seed
         ),
         make_model=make_model,
         make_objective=lambda device: CausalLMObjective(data.domains, device, selects_expert=False),

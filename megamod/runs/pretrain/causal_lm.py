@@ -130,9 +130,9 @@ def pretrain(
         settings={} if seed is None else {"seed weights": seed},
         groups=data.domains,
         unit="tokens",
-        make_batches=lambda shape: data.build_train_batches(
+        make_batches=lambda division: data.build_train_batches(
             replace(
-                shape,
+                division,
                 rank=topology.get_rank_in_group(rank),
                 ranks=len(topology.get_domain_ranks(held[0])),
             ),

@@ -15,7 +15,7 @@ from transformers import (
 
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.convert.sources import has_weights, is_model_source, resolve_model
-from megamod.data.batches import StepShape
+from megamod.data.batches import BatchDivision
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.databin import DataBin
 from megamod.data.lm.masking import (
@@ -101,7 +101,7 @@ def pretrain(
         prefix=getattr(config, "prefix_length", 0),
     )
     rows = max(1, run.per_device_eval_batch_size // mux.num_instances) * mux.num_instances
-    held_out_rows = batches(split, shape=StepShape(rows, rows, 0, 1))
+    held_out_rows = batches(split, division=BatchDivision(rows, rows, 0, 1))
     _check_held_out(held_out_rows, split)
 
     def held_out(part: int, parts: int) -> Iterator[Batch]:
@@ -133,7 +133,7 @@ def pretrain(
         card=make_card(config, mux, data.digest),
         groups=(GROUP,),
         unit="tokens",
-        make_batches=lambda shape: batches("train", shape=shape),
+        make_batches=lambda division: batches("train", division=division),
         make_model=lambda: build_encoder(config, run.seed, start, mux.objective),
         make_objective=lambda device: EncoderObjective(
             make_losses(mux, config, device), terms, shown
