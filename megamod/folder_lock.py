@@ -54,7 +54,7 @@ class Holder:
 
     @classmethod
     def here(cls) -> "Holder":
-        """Describe this process."""
+        """Describe this process as a holder, with a new token."""
         return cls(
             os.uname().nodename,
             _machine(),

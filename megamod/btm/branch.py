@@ -67,7 +67,7 @@ def write_branch_checkpoint(
     Args:
         parents: one parent, or several to be averaged.
         weights: weight of each parent in the average.
-        domains: the new expert's domain; several only with one_world.
+        domains: the new expert's domain; several only with `in_one_job`.
         run_folder: folder of the new run.
         in_one_job: write the layout of independent models in one job (`--untie all`).
         learning_rate: peak of the new run's schedule; None: the parent's. The place in the schedule

@@ -326,7 +326,7 @@ def describe_waves(
     launchers: Path,
     hostfile: str | None,
 ) -> str:
-    """Describe slots, commands and tokens of all jobs, without starting anything."""
+    """Describe slots, commands and tokens of all jobs as text, for --dry_run; start nothing."""
     lines = [campaign.format_token_counts()]
     for tasks, _ in waves:
         busy: list[Host] = []
@@ -354,7 +354,7 @@ def _count_usable_slots(sequence_count: int, hosts: HostSlots) -> int:
 
 
 def _raise_failures(failed_jobs: Sequence[RunningTask]) -> None:
-    """Raise the exception of the worst failure."""
+    """Raise the exception of the worst kind of failure, with the reasons of all failed jobs."""
     if not failed_jobs:
         return
     codes = {job.code for job in failed_jobs}

@@ -97,7 +97,7 @@ def start_process(
 
 
 def find_processes(process_mark: str) -> Iterator[psutil.Process]:
-    """Iterate over all processes of a job on this machine."""
+    """Iterate over all processes of a job on this machine, by the mark in their environment."""
     for process in psutil.process_iter():
         # The environment of other users' processes is hidden, and any process may end meanwhile.
         with contextlib.suppress(psutil.Error, OSError):
@@ -122,7 +122,7 @@ def request_stop(process_mark: str) -> None:
 
 
 def kill_processes(process_mark: str) -> None:
-    """Kill the remaining processes of a job."""
+    """Kill the remaining processes of a job on this machine by SIGKILL; none need be left."""
     for process in find_processes(process_mark):
         with contextlib.suppress(psutil.Error):
             process.kill()

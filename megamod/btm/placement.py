@@ -93,7 +93,7 @@ def format_include(placement: Sequence[Host]) -> str:
 
 
 def parse_include(text: str) -> HostSlots:
-    """Parse the output of `include`."""
+    """Parse the output of `format_include`: hosts with their slots; "" has none."""
     parts = [part.partition(":") for part in text.split("@") if part]
     return tuple(Host(name, tuple(map(int, slots.split(",")))) for name, _, slots in parts)
 

@@ -58,7 +58,7 @@ def read_progress(folder: Path | None, row: Row) -> None:
 
 
 def format_jobs(rows: Sequence[Row]) -> str:
-    """Format the table of all jobs."""
+    """Format a table with a line per job: `COLUMNS`, with numbers aligned at the right."""
     return format_table(
         [COLUMNS, *(row.format_cells() for row in rows)],
         right_aligned_columns=range(2, len(COLUMNS) - 1),
@@ -93,6 +93,6 @@ class Screen:
         self.height, self.drawn = text.count("\n") + 1, time.monotonic()
 
     def print_message(self, text: str) -> None:
-        """Print a message above the table."""
+        """Print a message that stays above the table, which is drawn again below it."""
         print(text, file=self.stream, flush=True)
         self.height = 0

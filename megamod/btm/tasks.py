@@ -170,7 +170,7 @@ def make_final_tasks(campaign: Campaign, parsed: Parsed) -> list[Task]:
 
 
 def get_expert_folder(campaign: Campaign, domain: str) -> Path:
-    """Run folder of an expert."""
+    """Return the run folder of an expert, OUT/experts/DOMAIN; it need not exist."""
     return campaign.output / "experts" / domain
 
 

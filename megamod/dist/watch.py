@@ -104,7 +104,7 @@ class Heartbeat:
         self.steps += 1
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the thread, and no longer name lost ranks in messages."""
         self._stop.set()
         self._thread.join(2 * BEAT)
         with suppress(ValueError):

@@ -79,7 +79,7 @@ class PerplexityCounter:
 
     @property
     def perplexity(self) -> float:
-        """Of all tokens so far, see `perplexity`."""
+        """Perplexity of all tokens so far, see `compute_perplexity`."""
         return compute_perplexity(self.nll, self.tokens)
 
 

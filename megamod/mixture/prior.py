@@ -40,7 +40,7 @@ class Prior:
 
 
 def make_uniform_prior(domains: Sequence[str]) -> Prior:
-    """Make a prior with equal weights."""
+    """Make a prior that gives each domain's expert the weight 1 / E."""
     return Prior(tuple(domains), (1 / len(domains),) * len(domains))
 
 
@@ -61,7 +61,7 @@ def restrict_to_top_k(prior: Prior, k: int) -> Prior:
 
 
 def write_prior(path: Path, prior: Prior) -> None:
-    """Write a prior as JSON, atomically."""
+    """Write a prior as JSON, atomically; `read_prior` reads it back in any order of domains."""
     write_json(
         Path(path),
         {

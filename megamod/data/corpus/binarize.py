@@ -72,7 +72,7 @@ class ItemCounter:
         self._hash = hashlib.sha256()
 
     def add_item(self, text: str) -> None:
-        """Add one item."""
+        """Count an item and its bytes, and add length and text to the digest."""
         data = text.encode()
         self.items += 1
         self.bytes += len(data)

@@ -107,7 +107,7 @@ def read_header(folder: Path) -> DataBinHeader:
 
 
 def format_header(header: Mapping[str, object]) -> str:
-    """Format the content of databin.json."""
+    """Format the content of databin.json, in the order of its keys."""
     return format_json(header, indent=2) + "\n"
 
 

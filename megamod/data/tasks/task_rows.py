@@ -100,7 +100,7 @@ def load_hub_tables(task: TaskSpec, splits: Sequence[str]) -> Iterator[tuple[str
 
 
 def _wrap_hub_table(table: object, where: str) -> RowTable:
-    """Wrap a `datasets.Dataset` as a table."""
+    """Wrap a `datasets.Dataset` as a table, with the names of its class labels."""
     names = {}
     for column, feature in table.features.items():
         of_labels = getattr(getattr(feature, "feature", feature), "names", None)
