@@ -76,8 +76,8 @@ def main() -> None:
     from megamod.evaluation.report import (
         format_comparison,
         format_score_lines,
-        list_heat_map_rows,
-        record_comparison,
+        make_comparison_record,
+        make_heat_map,
     )
     from megamod.evaluation.saved import HeldOut, find_models, score_models
     from megamod.files import write_atomic, write_json
@@ -109,12 +109,12 @@ def main() -> None:
                 f"--domain {held_out.domains[0]}"
             )
     if args.output is not None:
-        record = {"data": args.data, "split": args.split, "models": record_comparison(models)}
+        record = {"data": args.data, "split": args.split, "models": make_comparison_record(models)}
         write_json(Path(args.output), record)
     if args.jsonl is not None:
         write_atomic(Path(args.jsonl), format_score_lines(models, args.split))
     if args.plot is not None:
-        plot_matrix(list_heat_map_rows(models), Path(args.plot), f"{args.split} perplexity")
+        plot_matrix(make_heat_map(models), Path(args.plot), f"{args.split} perplexity")
 
 
 if __name__ == "__main__":

@@ -14,17 +14,24 @@ Losses = Callable[[nn.Module], Mapping[str, float]]
 
 
 def list_even_weights(points: int) -> list[float]:
-    """List evenly spaced weights of the first model from 0 to 1."""
+    """List `points` weights of the first model, evenly spaced from 0 to 1, both included.
+
+    Args:
+        points: at least 2.
+    """
     return [number / (points - 1) for number in range(points)]
 
 
 def compute_barrier(weights: Sequence[float], losses: Sequence[float]) -> float:
-    """Compute the largest rise of the loss above the line between its ends; 0: it never rises
-    above.
+    """Compute the loss barrier: the largest rise of the loss above the line between its ends.
+
+    It is never negative, as the rise at both ends is 0.
 
     Args:
-        weights: of the first model, from 0 to 1.
-        losses: loss at each weight.
+        weights: of the first model, the first 0 and the last 1.
+        losses: loss at each weight; the result has its unit.
+    Raises:
+        ValueError: if there are not as many losses as weights.
     """
     ends = losses[0], losses[-1]
     return max(
@@ -34,7 +41,10 @@ def compute_barrier(weights: Sequence[float], losses: Sequence[float]) -> float:
 
 
 def compute_barrier_over_mean(losses: Sequence[float]) -> float:
-    """Compute the largest loss minus the mean of both ends."""
+    """Compute the largest of the losses along a line minus the mean of its first and its last.
+
+    Unlike `compute_barrier`, it is above 0 wherever the two ends differ.
+    """
     return max(losses) - (losses[0] + losses[-1]) / 2
 
 
@@ -47,13 +57,17 @@ def compute_losses_along_line(
     losses: Losses,
     progress: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Compute the losses of weight * first + (1 - weight) * second by name, a list over the
-    weights.
+    """Compute the losses of the models weight * first + (1 - weight) * second.
 
     Args:
-        model: a model of the same architecture; its weights are overwritten.
-        first, second: tensors of the two models by name.
+        model: a model of the same architecture, set to evaluation mode. Its floating-point tensors
+            are overwritten and hold the model of the last weight afterwards; integers stay.
+        first, second: tensors of the two models by name, all those of `model`; not changed.
+        weights: of the first model.
+        losses: computes the losses of `model`.
         progress: called after every weight.
+    Returns:
+        for each name in the result of `losses` a list with one loss per weight.
     """
     model.eval()
     curves: dict[str, list[float]] = {}

@@ -22,15 +22,21 @@ def score_encoder(
     *,
     perplexity: bool,
 ) -> dict[str, float]:
-    """Compute mean losses (nats) and accuracies over all batches of all ranks.
+    """Compute mean losses (nats) and accuracies over all batches of all ranks; collective.
 
     Random draws of the model depend on a batch's "number" alone, so scores are the same in every
-    call and for any number of ranks.
+    call and for any number of ranks. The model runs in evaluation mode; its mode and the random
+    state of the process are restored.
 
     Args:
-        batches: batches of this rank; a batch of weight 0 only keeps the ranks in step.
+        batches: batches of this rank, at least one. "number" seeds the model's draws; "weight" (1
+            if missing) multiplies sums and counts, so a batch of weight 0 only keeps ranks in step.
+        losses: computes sums and counts of a batch; its entry "loss" is ignored.
+        device: of the model.
         reduce: sums a tensor over all ranks, in place.
-        perplexity: adds "perplexity", exp("task_loss").
+        perplexity: adds "perplexity", exp("task_loss"), if there is a "task_loss".
+    Returns:
+        sum / count by name; 0 where nothing was counted.
     """
     training, sums = model.training, {}
     model.eval()

@@ -23,9 +23,9 @@ from megamod.mixture.ensemble import (
 )
 from megamod.mixture.prior import Prior, restrict_to_top_k
 
-Line = dict[str, object]
-"""A record in the format of the DEMix release: ppl of all tokens so far, posterior of the batch by
-expert, and moving average of the posteriors."""
+BatchRecord = dict[str, object]
+"""Record of a batch in the format of the DEMix release: ppl of all tokens so far, posterior of the
+batch by expert, and moving average of the posteriors."""
 
 
 @dataclass(frozen=True)
@@ -72,39 +72,46 @@ class DomainResult:
     single: dict[str, Score] = field(default_factory=dict)
     modes: dict[str, Score] = field(default_factory=dict)
     without: dict[str, Score] = field(default_factory=dict)
-    lines: list[Line] = field(default_factory=list)
+    lines: list[BatchRecord] = field(default_factory=list)
     posterior: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def best(self) -> str:
-        """Domain of the expert with the lowest perplexity alone."""
+        """Domain of the expert with the lowest perplexity in `single`, which must not be empty."""
         return min(self.single, key=lambda domain: self.single[domain].perplexity)
 
 
 def estimate_priors(
     experts: Experts, source: ScoreSource, domains: Sequence[str], protocol: MixingProtocol
 ) -> dict[str, DomainResult]:
-    """Estimate the prior on each domain's text, before top-k, with the records of the estimate.
+    """Estimate the prior on the first sequences of each domain's `prior_split`.
 
+    Args:
+        experts: all of them get a weight.
+        source: scores of the texts; asked to prepare them first.
+        domains: domains of the texts.
+    Returns:
+        by domain a result with `estimate`, the equal `prior` (not restricted to the top k), which
+        records its text, and the `lines` of the estimate; all else is empty.
     Raises:
-        UserError: if a domain has no text.
+        UserError: if a domain has no text or no file, or an expert cannot be loaded or run.
     """
     texts = [_select_estimate_text(domain, protocol) for domain in domains]
     for text in texts:
         experts.load_target_masks(text)  # raises for a missing file before any scoring
-    source.score({text: experts.domains for text in texts})
+    source.prepare_scores({text: experts.domains for text in texts})
     results = {}
     for text in texts:
         result = DomainResult(text.domain)
 
         def append_record(mixture: Mixture, mixed: MixedBatch, result=result) -> None:
             result.lines.append(
-                _make_record(
+                _make_batch_record(
                     result.domain, protocol.prior_split, mixture, mixed, experts.domains, experts
                 )
             )
 
-        scored = source.batches(text, experts.domains, protocol.batch)
+        scored = source.iterate_batches(text, experts.domains, protocol.batch)
         prior = estimate_prior(experts.domains, scored, protocol.rule, append_record)
         source_text = {
             "data_digest": experts.data[experts.forest.experts[0].path].digest,
@@ -124,12 +131,18 @@ def score_mixtures(
     protocol: MixingProtocol,
     priors: Mapping[str, Prior] | None = None,
 ) -> dict[str, DomainResult]:
-    """Score all mixtures on each domain's text.
+    """Score all mixtures and single experts on each domain's text.
 
     Args:
+        experts: those to mix; one with prior 0 is not run, unless `rule.first_over_all` is set.
+        source: scores of the texts; asked to prepare them first.
+        domains: domains of the texts.
         priors: priors from files by domain; None: estimate them if the mode or top-k needs them.
+    Returns:
+        results by domain; without a prior, none for the mode "cached_prior".
     Raises:
-        UserError: if top-k exceeds the number of experts.
+        UserError: if top-k exceeds the number of experts, a domain has no text, or an expert cannot
+            be loaded or run.
     """
     test_texts = {domain: TextSelection(domain, protocol.split) for domain in domains}
     for text in test_texts.values():
@@ -143,7 +156,7 @@ def score_mixtures(
             texts = [_select_estimate_text(domain, protocol) for domain in domains] + list(
                 test_texts.values()
             )
-            source.score({text: experts.domains for text in texts})
+            source.prepare_scores({text: experts.domains for text in texts})
         results = estimate_priors(experts, source, domains, protocol)
     else:
         results = {domain: DomainResult(domain) for domain in domains}
@@ -153,7 +166,7 @@ def score_mixtures(
             result.prior = restrict_to_top_k(result.prior, protocol.topk)
         all_run = result.prior is None or protocol.rule.first_over_all
         experts_to_run[domain] = experts.domains if all_run else result.prior.domains_with_weight
-    source.score({test_texts[domain]: names for domain, names in experts_to_run.items()})
+    source.prepare_scores({test_texts[domain]: names for domain, names in experts_to_run.items()})
     for domain, result in results.items():
         _score_text(experts, source, test_texts[domain], experts_to_run[domain], protocol, result)
     return results
@@ -172,7 +185,13 @@ def _score_text(
     protocol: MixingProtocol,
     result: DomainResult,
 ) -> None:
-    """Score one text under all mixtures and experts in one pass, and fill in the result."""
+    """Score one text under all mixtures and experts in one pass.
+
+    Args:
+        names: domains of the experts to run, a subset of `experts.domains`.
+        result: gets `single`, `modes`, `without`, `posterior` and further `lines`; its `prior` is
+            read.
+    """
     prior = None
     if result.prior is not None:
         by_domain = dict(zip(result.prior.domains, result.prior.weights, strict=True))
@@ -183,16 +202,16 @@ def _score_text(
     mixtures["updating_prior"] = Mixture("updating_prior", len(names), protocol.rule)
     single_tallies = {name: PerplexityCounter() for name in names}
     without_expert = (
-        _mix_without_each_expert(names, prior, protocol) if protocol.removal_test else {}
+        _make_leave_one_out_mixtures(names, prior, protocol) if protocol.removal_test else {}
     )
-    for log_probs, mask in source.batches(text, names, protocol.batch):
+    for log_probs, mask in source.iterate_batches(text, names, protocol.batch):
         for mode, mixture in mixtures.items():
             mixed = mixture.mix_batch(log_probs, mask)
             if mode != protocol.mode:
                 continue
             if not result.posterior:
                 result.posterior = _list_weights_by_expert(mixed.log_weights[:, 0], mask[0], names)
-            line = _make_record(text.domain, text.split, mixture, mixed, names, experts)
+            line = _make_batch_record(text.domain, text.split, mixture, mixed, names, experts)
             result.lines.append(line)
         for index, tally in enumerate(single_tallies.values()):
             tally.add_tokens(log_probs[index], mask)
@@ -209,12 +228,17 @@ def _score_text(
     }
 
 
-def _mix_without_each_expert(
+def _make_leave_one_out_mixtures(
     names: Sequence[str], prior: Tensor | None, protocol: MixingProtocol
 ) -> dict[str, tuple[list[int], Mixture]]:
-    """Return the indices and the mixture of the other experts, by the expert left out.
+    """Make a mixture of all experts but one, for each of them.
 
-    The prior of the others is rescaled to sum to 1; an expert with all of the prior has no entry.
+    Args:
+        names: domains of the experts.
+        prior: [E] of them; with the mode "cached_prior" that of the others is rescaled to sum 1.
+    Returns:
+        by the domain of the omitted expert: indices of the others among `names`, and their mixture.
+        No entry for an only expert, and none for one that has all of the prior.
     """
     mixtures = {}
     for left_out, name in enumerate(names):
@@ -233,19 +257,31 @@ def _mix_without_each_expert(
 def _list_weights_by_expert(
     log_weights: Tensor, mask: Tensor, names: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Return the weights [T] along one sequence by expert, from log weights [E, T]."""
+    """Return the experts' weights along one sequence, as lists.
+
+    Args:
+        log_weights: [E, T].
+        mask: [T] True where a token is real; others are skipped.
+        names: domains of the E experts, keys of the result.
+    """
     return {name: row.tolist() for name, row in zip(names, log_weights[:, mask].exp(), strict=True)}
 
 
-def _make_record(
+def _make_batch_record(
     domain: str,
     split: str,
     mixture: Mixture,
     mixed: MixedBatch,
     names: Sequence[str],
     experts: Experts,
-) -> Line:
-    """Make a record of one batch; experts that did not run have posterior 0."""
+) -> BatchRecord:
+    """Make the record of a batch that was just mixed.
+
+    Args:
+        mixture: state after the batch; gives the perplexity so far.
+        mixed: results of the batch.
+        names: domains of the experts that ran; all others have posterior 0.
+    """
 
     def fill_in_all_experts(weights: Iterable[float]) -> list[float]:
         """Return a weight for every expert of the forest, 0 for those that did not run."""
@@ -263,5 +299,5 @@ def _make_record(
 
 
 def _make_score(tally: PerplexityCounter, size: int) -> Score:
-    """Make the score of a tally over a text of `size` bytes."""
+    """Make the score of a tally over a text of `size` bytes; 0: unknown."""
     return Score(tally.nll, tally.tokens, size)

@@ -12,7 +12,10 @@ SHOWN = 6  # experts of a prior in a table; the rest are summed
 
 
 def format_priors(results: Results) -> str:
-    """Format a line per domain with the experts of the largest prior."""
+    """Format a table with a row per text: its `SHOWN` experts of largest prior, the others summed.
+
+    Texts without a prior have no row; without any the result is "".
+    """
     rows = []
     for domain, result in results.items():
         if result.prior is None:
@@ -29,8 +32,8 @@ def format_priors(results: Results) -> str:
 def format_scores(results: Results, protocol: MixingProtocol) -> str:
     """Format text tables of perplexity, and of bits per byte if known.
 
-    They compare the best single expert with the mixtures, then list every expert alone and the
-    reported mixture without each expert.
+    They compare the best single expert with the mixtures, then list every expert alone and, with
+    `removal_test`, the reported mixture without each expert. Columns are the domains of the texts.
     """
     alone = {domain: result.single[result.best] for domain, result in results.items()}
     rows: dict[str, dict[str, Score]] = {"best single expert": alone}
@@ -59,8 +62,12 @@ def format_scores(results: Results, protocol: MixingProtocol) -> str:
     return "\n\n".join(parts)
 
 
-def record_results(results: Results, protocol: MixingProtocol) -> dict[str, object]:
-    """Return all numbers as a JSON value; unknown and non-finite numbers become null."""
+def make_results_record(results: Results, protocol: MixingProtocol) -> dict[str, object]:
+    """Make the JSON value of all results: the protocol, and priors and scores by domain.
+
+    Unknown numbers are None; `files.format_json` writes those and numbers that are not finite as
+    null.
+    """
     rule = protocol.rule
     return {
         "mode": protocol.mode,
@@ -69,17 +76,21 @@ def record_results(results: Results, protocol: MixingProtocol) -> dict[str, obje
         "forgetting": rule.forgetting,
         "topk": protocol.topk,
         "split": protocol.split,
-        "domains": {domain: _record_domain(result, protocol) for domain, result in results.items()},
+        "domains": {
+            domain: _make_domain_record(result, protocol) for domain, result in results.items()
+        },
     }
 
 
 def format_json_lines(results: Results) -> str:
-    """Format JSON lines: one per batch of the estimate, then of the reported mode."""
+    """Format JSON lines, domain by domain: one per batch of the estimate, then of the reported
+    mode.
+    """
     return "".join(f"{format_json(line)}\n" for result in results.values() for line in result.lines)
 
 
-def _record_domain(result: DomainResult, protocol: MixingProtocol) -> dict[str, object]:
-    """Return prior and scores of one domain as a JSON value."""
+def _make_domain_record(result: DomainResult, protocol: MixingProtocol) -> dict[str, object]:
+    """Make the JSON value of one domain: its prior, and scores if it was scored."""
     prior = result.prior
     record: dict[str, object] = {
         "prior": None if prior is None else dict(zip(prior.domains, prior.weights, strict=True)),
@@ -87,17 +98,17 @@ def _record_domain(result: DomainResult, protocol: MixingProtocol) -> dict[str, 
     }
     if result.modes:
         record |= {
-            **_record_score(result.modes[protocol.mode]),
+            **_make_score_record(result.modes[protocol.mode]),
             "best_single": result.best,
-            "single": {name: _record_score(score) for name, score in result.single.items()},
-            "modes": {mode: _record_score(score) for mode, score in result.modes.items()},
-            "without": {name: _record_score(score) for name, score in result.without.items()},
+            "single": {name: _make_score_record(score) for name, score in result.single.items()},
+            "modes": {mode: _make_score_record(score) for mode, score in result.modes.items()},
+            "without": {name: _make_score_record(score) for name, score in result.without.items()},
         }
     return record
 
 
-def _record_score(score: Score) -> dict[str, float | int | None]:
-    """Return the numbers of one score as a JSON value."""
+def _make_score_record(score: Score) -> dict[str, float | int | None]:
+    """Make the JSON value of one score."""
     return {
         "perplexity": score.perplexity,
         "bits_per_byte": score.bits_per_byte,
@@ -107,7 +118,11 @@ def _record_score(score: Score) -> dict[str, float | int | None]:
 
 
 def _format_table(title: str, rows: Mapping[str, Mapping[str, Score]], bits: bool) -> str:
-    """Format a titled table of perplexities, or of bits per byte."""
+    """Format a titled table of perplexities, or with `bits` of bits per byte.
+
+    Args:
+        rows: scores by name of the row, then domain of the text.
+    """
     numbers = {
         name: {d: s.bits_per_byte if bits else s.perplexity for d, s in row.items()}
         for name, row in rows.items()

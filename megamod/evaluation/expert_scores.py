@@ -74,9 +74,12 @@ class Experts:
 
         Args:
             held_out: the domains of the texts and the reading settings; its split is not used.
-            selected: experts to use; None: all.
+                Without `block_size`, the shortest default length of the experts applies to all.
+            device: that experts run on.
+            selected: domains of the experts to use; None: all.
         Raises:
-            UserError: if an expert or a text is missing, or experts would read different sequences.
+            UserError: if an expert or a text is missing, does not match the data, or experts would
+                read different sequences.
         """
         for name in selected or ():
             if name not in forest.domains:
@@ -118,8 +121,13 @@ class Experts:
             )
 
     def load_target_masks(self, text: TextSelection) -> Tensor:
-        """Return the mask [N, T] of a text, True at targets and False at padding; computed once per
-        text.
+        """Return the mask [N, T] of a text, True at targets and False at padding.
+
+        All experts have the same targets. Read from the data at the first call for a text, then
+        from memory.
+
+        Raises:
+            UserError: if the data has no such text, or its files cannot be read.
         """
         if text not in self._masks:
             any_data = self.data[self.forest.experts[0].path]
@@ -131,20 +139,33 @@ class Experts:
         return self._masks[text]
 
     def count_text_bytes(self, text: TextSelection) -> int:
-        """Return the UTF-8 bytes of a whole split; 0 if unknown or for a part of a split."""
+        """Count the UTF-8 bytes of a whole split; 0 if unknown or for a part of a split."""
         any_data = self.data[self.forest.experts[0].path]
         return any_data.count_text_bytes(text.domain, text.split) if text.sequences is None else 0
 
     def find_expert(self, domain: str) -> Expert:
-        """Return the expert of a domain."""
+        """Return the expert of a domain; raise ValueError if it is not among `domains`."""
         return self.forest.experts[self.domains.index(domain)]
 
     def load_each(self, domains: Sequence[str]) -> Iterator[LoadedExpert]:
-        """Load these experts one after the other, in the order of the forest."""
+        """Yield the experts of these domains as models, one after the other.
+
+        They come in the order of the forest, whatever that of `domains`; see `load_experts`.
+
+        Raises:
+            UserError: if a domain has no expert, or a folder cannot be read.
+        """
         return load_experts(self.forest, self.device, domains) if domains else iter(())
 
-    def compute_log_probs(self, expert: LoadedExpert, text: TextSelection) -> Iterator[Tensor]:
-        """Yield the log-probabilities [B, T] of the text's targets, batch by batch, on the CPU."""
+    def iterate_log_probs(self, expert: LoadedExpert, text: TextSelection) -> Iterator[Tensor]:
+        """Yield the log-probabilities of a text's targets, float32 on the CPU, batch by batch.
+
+        A batch [B, T] has up to `held_out.batch_size` sequences; its rows match those of
+        `load_target_masks`. Sets `document_end` of the model.
+
+        Raises:
+            UserError: if a log-probability is NaN.
+        """
         path = self.find_expert(expert.domain).path
         data = self.data[path]
         remaining, span = self.load_target_masks(text).shape
@@ -163,18 +184,35 @@ class Experts:
 class ScoreSource(Protocol):
     """Source of the scores of texts under experts."""
 
-    def score(self, requests: Mapping[TextSelection, Sequence[str]]) -> None:
-        """Prepare `batches` of these texts under these experts."""
+    def prepare_scores(self, requests: Mapping[TextSelection, Sequence[str]]) -> None:
+        """Announce texts and the domains of the experts to score them with.
 
-    def batches(self, text: TextSelection, domains: Sequence[str], size: int) -> Iterator[Scored]:
-        """Yield batches of `size` sequences, scored by the experts of `domains`."""
+        Optional: a source may compute these scores now, loading each expert once for all texts.
+        """
+
+    def iterate_batches(
+        self, text: TextSelection, domains: Sequence[str], size: int
+    ) -> Iterator[Scored]:
+        """Yield the log-probabilities [E, B, T] and masks [B, T] of a text, batch by batch.
+
+        Args:
+            domains: of the E experts, in the order of the result.
+            size: sequences B of a batch at most; the last, and with `ParallelScores` every one that
+                ends a batch of the forward pass, may be smaller.
+        """
 
 
 class SequentialScores:
     """Scores of one expert after the other; the scores of all texts are stored."""
 
     def __init__(self, experts: Experts, cache_dir: Path | None = None):
-        """`cache_dir`: folder of cache files that later runs read; None keeps scores in memory."""
+        """Create the cache folder if there is to be one.
+
+        Args:
+            cache_dir: folder of cache files that later runs read; None: scores stay in memory.
+        Raises:
+            UserError: if the folder cannot be created.
+        """
         self.experts, self.cache_dir = experts, cache_dir
         self._scores: dict[tuple[TextSelection, str], Tensor] = {}
         self._digests: dict[Path, str] = {}
@@ -184,8 +222,14 @@ class SequentialScores:
             except OSError as error:
                 raise UserError(f"--cache_dir {cache_dir}: {error.strerror}") from error
 
-    def score(self, requests: Mapping[TextSelection, Sequence[str]]) -> None:
-        """Compute the scores that are not cached, loading each expert once."""
+    def prepare_scores(self, requests: Mapping[TextSelection, Sequence[str]]) -> None:
+        """Compute the scores that are not stored yet, loading each expert once.
+
+        With a cache folder they are read from its files, or written to new ones.
+
+        Raises:
+            UserError: if an expert cannot be loaded, or gives NaN.
+        """
         missing: dict[str, list[TextSelection]] = {}
         for text, domains in requests.items():
             for domain in domains:
@@ -194,18 +238,21 @@ class SequentialScores:
         for expert in self.experts.load_each([d for d in self.experts.domains if d in missing]):
             for text in missing[expert.domain]:
                 title = f"{expert.domain} on {text.domain}, {text.split}"
-                log_probs = self.experts.compute_log_probs(expert, text)
+                log_probs = self.experts.iterate_log_probs(expert, text)
                 scores = torch.cat(list(progress(log_probs, title)))
                 if self.cache_dir is None:
                     self._scores[text, expert.domain] = scores
                 else:
-                    write_atomic(self._cache_file(text, expert.domain), save({"log_probs": scores}))
+                    cache_file = self._make_cache_path(text, expert.domain)
+                    write_atomic(cache_file, save({"log_probs": scores}))
                     self._read_cache_file(text, expert.domain)
             del expert
 
-    def batches(self, text: TextSelection, domains: Sequence[str], size: int) -> Iterator[Scored]:
-        """Yield batches as `ScoreSource`; compute scores that `score` did not prepare."""
-        self.score({text: domains})
+    def iterate_batches(
+        self, text: TextSelection, domains: Sequence[str], size: int
+    ) -> Iterator[Scored]:
+        """Yield batches as `ScoreSource`; compute scores that were not prepared first."""
+        self.prepare_scores({text: domains})
         masks = self.experts.load_target_masks(text)
         rows = [self._scores[text, domain] for domain in domains]
         for start in range(0, len(masks), size):
@@ -213,12 +260,17 @@ class SequentialScores:
             yield torch.stack([row[part] for row in rows]), masks[part]
 
     def _read_cache_file(self, text: TextSelection, domain: str) -> bool:
-        """Map a cache file into memory; False if it is missing or damaged."""
+        """Read the scores of a text under the expert of `domain` from their cache file.
+
+        Returns:
+            True if they are in `_scores` now; False without a cache folder, and if the file is
+            missing, damaged or of another shape.
+        """
         if self.cache_dir is None:
             return False
         shape = self.experts.load_target_masks(text).shape
         try:
-            with safe_open(self._cache_file(text, domain), framework="pt") as file:
+            with safe_open(self._make_cache_path(text, domain), framework="pt") as file:
                 scores = file.get_tensor("log_probs")
         except (OSError, SafetensorError):
             return False
@@ -227,8 +279,14 @@ class SequentialScores:
         self._scores[text, domain] = scores
         return True
 
-    def _cache_file(self, text: TextSelection, domain: str) -> Path:
-        """Return the path of a cache file, named by a digest of all that its numbers depend on."""
+    def _make_cache_path(self, text: TextSelection, domain: str) -> Path:
+        """Make the path of the cache file of a text's scores under the expert of `domain`.
+
+        Its name holds a digest of all that these numbers depend on, so data and weights are hashed.
+
+        Raises:
+            UserError: if a file of the expert is missing or damaged.
+        """
         expert = self.experts.find_expert(domain)
         held_out, data = self.experts.held_out, self.experts.data[expert.path]
         prefix = data.databin.find_split_prefix(text.domain, text.split)
@@ -250,7 +308,7 @@ class SequentialScores:
         return self.cache_dir / f"{domain}-on-{text.domain}-{text.split}-{key}.safetensors"
 
     def _digest_file(self, path: Path) -> str:
-        """Return the SHA-256 of a file, computed once."""
+        """Return the SHA-256 of a file in hexadecimal, computed once per path."""
         if path not in self._digests:
             self._digests[path] = hash_file(path)
         return self._digests[path]
@@ -260,23 +318,33 @@ class ParallelScores:
     """Scores of all experts at once, each rank a part of them; collective with several ranks."""
 
     def __init__(self, experts: Experts):
+        """Note the ranks of the default process group, if there is one; load nothing yet."""
         self.experts = experts
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._loaded: list[LoadedExpert] = []
 
-    def score(self, requests: Mapping[TextSelection, Sequence[str]]) -> None:
-        """Does nothing, because scores are not kept."""
+    def prepare_scores(self, requests: Mapping[TextSelection, Sequence[str]]) -> None:
+        """Do nothing, because scores are not stored."""
 
-    def batches(self, text: TextSelection, domains: Sequence[str], size: int) -> Iterator[Scored]:
-        """Yield batches as `ScoreSource`; rank r loads experts r, r + ranks, and so on."""
+    def iterate_batches(
+        self, text: TextSelection, domains: Sequence[str], size: int
+    ) -> Iterator[Scored]:
+        """Yield batches as `ScoreSource`, the same on every rank.
+
+        Rank r loads experts r, r + ranks, and so on, and keeps them for the next call; a call with
+        other `domains` replaces them.
+
+        Raises:
+            UserError: if an expert cannot be loaded, or gives NaN.
+        """
         mine = list(domains)[self.rank :: self.ranks]
         if [expert.domain for expert in self._loaded] != mine:
             self._loaded = []
             by_domain = {expert.domain: expert for expert in self.experts.load_each(mine)}
             self._loaded = [by_domain[domain] for domain in mine]
         masks = self.experts.load_target_masks(text)
-        streams = [self.experts.compute_log_probs(expert, text) for expert in self._loaded]
+        streams = [self.experts.iterate_log_probs(expert, text) for expert in self._loaded]
         bar = progress(None, f"{text.domain}, {text.split}", total=len(masks), unit="sequence")
         first = 0
         while first < len(masks):
@@ -291,7 +359,12 @@ class ParallelScores:
         bar.close()
 
     def _gather_scores(self, ours: list[Tensor], experts: int, count: int, span: int) -> Tensor:
-        """Gather the scores of all ranks, [E, B, T]."""
+        """Gather the scores of all ranks into [E, B, T], on the CPU.
+
+        Args:
+            ours: [B, T] of each expert of this rank.
+            experts, count, span: E, B and T.
+        """
         if self.ranks == 1:
             return torch.stack(ours)
         rounds = -(-experts // self.ranks)
@@ -307,6 +380,8 @@ class ParallelScores:
 def list_expert_files(expert: Expert) -> list[Path]:
     """List configuration and weight files of an expert, without those of others in its folder.
 
+    For an adapter these are the files of its seed, then its own two.
+
     Raises:
         UserError: if a file is missing or damaged.
     """
@@ -321,8 +396,16 @@ def list_expert_files(expert: Expert) -> list[Path]:
 def _compute_batch_log_probs(
     expert: LoadedExpert, batch: Batch, rows: int, span: int, device: torch.device
 ) -> Tensor:
-    """Compute the log-probabilities of the targets [rows, span] float32, shifted left, 0 at
-    padding.
+    """Run an expert on the first `rows` sequences of a batch; return its log-probabilities.
+
+    Args:
+        batch: `input_ids` and `labels` [B, L], `attention_mask` perhaps; L may exceed `span`, as a
+            sequence may start with context, which has no targets.
+        span: T, the most targets of a sequence.
+    Returns:
+        [rows, T] float32 on the CPU: the targets of each sequence packed to the left, then 0.
+    Raises:
+        UserError: if a log-probability is NaN; -inf is allowed.
     """
     inputs, labels = batch["input_ids"][:rows].to(device), batch["labels"][:rows].to(device)
     mask = batch.get("attention_mask")

@@ -16,11 +16,15 @@ Scores = dict[str, float]
 
 
 def score_sentences(task: TaskSpec, logits: np.ndarray, labels: np.ndarray) -> Scores:
-    """Compute the task's metrics and the mean loss.
+    """Compute the task's metrics by name, and "loss", the mean over rows.
+
+    The loss is cross entropy in nats, or squared error for regression.
 
     Args:
         logits: [n, C] float, C is 1 for regression.
         labels: [n] numbers of labels, or values of a regression.
+    Raises:
+        UserError: as `compute_metric`.
     """
     answers = select_answers(task, logits)
     scores = {name: compute_metric(name, answers, labels) for name in task.metrics}
@@ -34,15 +38,20 @@ def score_sentences(task: TaskSpec, logits: np.ndarray, labels: np.ndarray) -> S
 
 
 def select_answers(task: TaskSpec, logits: np.ndarray) -> np.ndarray:
-    """Return the numbers [n] of the best labels, or the values of a regression."""
+    """Select the answers [n] from logits [n, C]: numbers of the best labels, or of a regression
+    the first column.
+    """
     return logits[:, 0] if task.is_regression else logits.argmax(-1)
 
 
 def compute_metric(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
-    """Compute one metric of [n] answers; 0 where it is undefined (constant answers).
+    """Compute one metric of answers; 0 where it is undefined (constant answers).
 
     F1 is that of label 1 against label 0; macro_f1 weighs all labels alike.
 
+    Args:
+        name: accuracy, f1, macro_f1, matthews_correlation, pearson or spearmanr.
+        answers, labels: [n] numbers of labels; for correlations values.
     Raises:
         UserError: for a metric that does not fit the labels.
     """
@@ -77,7 +86,14 @@ def _compute_correlation(name: str, answers: np.ndarray, labels: np.ndarray) -> 
 def compute_accuracy_by_instance(
     answers: np.ndarray, labels: np.ndarray, instances: int
 ) -> list[float]:
-    """Compute the accuracy of each instance: row r of a split is instance r % N."""
+    """Compute the accuracy of each of the N instances of a multiplexed model.
+
+    Row r of a split is instance r % N; with fewer rows than N, only as many numbers as rows.
+
+    Args:
+        answers, labels: [n] numbers of labels.
+        instances: N.
+    """
     correct = answers == labels
     return [
         float(np.mean(correct[instance::instances]))
@@ -88,7 +104,12 @@ def compute_accuracy_by_instance(
 def compute_task_score(task: TaskSpec, splits: Mapping[str, Scores]) -> float:
     """Compute the one number of a task in GLUE: the mean over its metrics, and over dev and dev_mm.
 
-    CoLA counts with Matthews correlation alone, a task of labels of words with its first metric.
+    A task with Matthews correlation (CoLA), or of labels of words, counts with its first metric
+    alone.
+
+    Args:
+        splits: scores by name of the split; splits whose name does not start with "dev" are
+            skipped.
     """
     alone = task.kind == "token" or "matthews_correlation" in task.metrics
     names = task.metrics[:1] if alone else task.metrics
@@ -102,7 +123,14 @@ def average_task_scores(tasks: Mapping[str, float]) -> float:
 
 
 def format_submission(task: TaskSpec, logits: np.ndarray) -> str:
-    """Format a prediction file for the GLUE server: index and label, or value, per row."""
+    """Format a prediction file for the GLUE server.
+
+    It has a header and one line per row of the split: index, tab, name of the label; or value of a
+    regression, within the bounds of the task.
+
+    Args:
+        logits: [n, C], C is 1 for regression.
+    """
     answers = select_answers(task, logits)
     if task.is_regression:
         least, most = task.bounds or (-math.inf, math.inf)
@@ -114,8 +142,13 @@ def format_submission(task: TaskSpec, logits: np.ndarray) -> str:
 
 
 def compute_mean_and_deviation(rows: Sequence[Mapping[str, float]]) -> tuple[Scores, Scores]:
-    """Compute means and sample standard deviations (0 for one row) of columns that all rows
-    have.
+    """Compute means and sample standard deviations (0 for one row) of the columns of some rows.
+
+    Args:
+        rows: at least one, such as scores by name for each seed. Columns that a row lacks are
+            skipped.
+    Returns:
+        means by name, deviations by name.
     """
     names = [name for name in rows[0] if all(name in row for row in rows)]
     columns = {name: np.array([row[name] for row in rows]) for name in names}
@@ -126,7 +159,14 @@ def compute_mean_and_deviation(rows: Sequence[Mapping[str, float]]) -> tuple[Sco
 
 
 def format_score_table(rows: Mapping[str, Mapping[str, float | str]], corner: str) -> str:
-    """Format a table with a row per name and a column per score; missing cells are a dash."""
+    """Format a table with a row per name and a column per score.
+
+    Numbers have four decimals, texts stay as they are; a missing cell is a dash.
+
+    Args:
+        rows: cells by name of the row, then of the column.
+        corner: heading of the column of row names.
+    """
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     cells = [[corner, *columns]]
     for name, row in rows.items():

@@ -14,12 +14,16 @@ from megamod.data.tasks.classification import EncodedRows
 def compute_masked_loss(
     model: nn.Module, blocks: np.ndarray, masking: Masking, seed: int, batch_size: int
 ) -> float:
-    """Compute the mean cross entropy of masked tokens in nats; every call masks the same tokens.
+    """Compute the mean cross entropy of masked tokens in nats; 0 if none was masked.
+
+    Every call with the same arguments masks the same tokens.
 
     Args:
-        model: takes `input_ids` and returns `logits` [B, T, V].
+        model: takes `input_ids` and returns `logits` [B, T, V]; run in the mode that it is in.
         blocks: [n, T] token ids.
+        masking: draws the masked tokens of a block and their replacements.
         seed: seed of the masks.
+        batch_size: blocks per forward pass.
     """
     total, count = 0.0, 0
     for start in range(0, len(blocks), batch_size):
@@ -28,7 +32,7 @@ def compute_masked_loss(
             for index, block in enumerate(blocks[start : start + batch_size])
         ]
         inputs, labels = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
-        logits = model(input_ids=inputs.to(_find_device(model))).logits
+        logits = model(input_ids=inputs.to(_get_device(model))).logits
         masked = labels != IGNORE
         total += _sum_cross_entropy(logits.cpu()[masked], labels[masked])
         count += int(masked.sum())
@@ -40,13 +44,14 @@ def compute_causal_loss(model: nn.Module, blocks: np.ndarray, batch_size: int) -
     """Compute the mean cross entropy of all tokens but the first of each block, in nats.
 
     Args:
-        model: takes `input_ids` and returns `logits` [B, T, V].
-        blocks: [n, T] token ids.
+        model: takes `input_ids` and returns `logits` [B, T, V]; run in the mode that it is in.
+        blocks: [n, T] token ids, n at least 1 and T at least 2.
+        batch_size: blocks per forward pass.
     """
     total = 0.0
     for start in range(0, len(blocks), batch_size):
         inputs = torch.from_numpy(blocks[start : start + batch_size].astype(np.int64))
-        logits = model(input_ids=inputs.to(_find_device(model))).logits[:, :-1]
+        logits = model(input_ids=inputs.to(_get_device(model))).logits[:, :-1]
         total += _sum_cross_entropy(logits.cpu().flatten(0, 1), inputs[:, 1:].flatten())
     return total / (blocks.shape[0] * (blocks.shape[1] - 1))
 
@@ -59,16 +64,20 @@ def compute_classifier_loss(
     regression: bool,
     batch_size: int,
 ) -> float:
-    """Compute the mean loss of labelled rows or tokens: cross entropy, or squared error for
-    regression.
+    """Compute the mean loss of labelled rows or tokens; 0 if there is no label.
 
     Args:
-        model: takes the fields `inputs` of a batch and returns `logits`.
+        model: takes the fields `inputs` of a batch and returns `logits`, [B, C], or [B, L, C] for
+            labels of tokens; run in the mode that it is in.
+        encoded: rows with labels.
+        inputs: names of the fields, such as "input_ids".
+        regression: squared error of `logits[:, 0]`; False: cross entropy in nats.
+        batch_size: rows per forward pass.
     """
     total, count = 0.0, 0
     for start in range(0, len(encoded), batch_size):
         batch = encoded.gather_batch(np.arange(start, min(start + batch_size, len(encoded))), None)
-        fields = {name: batch[name].to(_find_device(model)) for name in inputs}
+        fields = {name: batch[name].to(_get_device(model)) for name in inputs}
         logits, labels = model(**fields).logits.float().cpu(), batch["labels"]
         if regression:
             total += float(functional.mse_loss(logits[:, 0], labels, reduction="sum"))
@@ -85,6 +94,6 @@ def _sum_cross_entropy(logits: Tensor, labels: Tensor) -> float:
     )
 
 
-def _find_device(model: nn.Module) -> torch.device:
+def _get_device(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter."""
     return next(model.parameters()).device

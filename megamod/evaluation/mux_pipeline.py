@@ -62,8 +62,9 @@ AUTO = {
 class MuxPipeline:
     """Pipeline that classifies requests in groups and returns answers in the order of the requests.
 
-    Rows of a multiplexed model are padded to `max_length`; copies of requests of the batch fill the
-    last group. So an answer depends on the other requests of the call, but on nothing else.
+    The model is set to evaluation mode. Rows of a multiplexed model are padded to `max_length`;
+    copies of requests of the batch fill the last group. So an answer depends on the other requests
+    of the call, but on nothing else.
 
     Args:
         model: a classifier of sequences or tokens, on its device.
@@ -158,7 +159,11 @@ class MuxPipeline:
         return answers if isinstance(requests, list) else answers[0]
 
     def _classify_rows(self, requests: Sequence[Request]) -> list[Answer]:
-        """Classify texts or pairs; raise ValueError if both are in one call."""
+        """Classify texts or pairs, one answer each.
+
+        Raises:
+            ValueError: if a request is neither, or both are in one call.
+        """
         rows = [_read_texts(request, number) for number, request in enumerate(requests)]
         for number, row in enumerate(rows):
             if len(row) != len(rows[0]):
@@ -171,7 +176,11 @@ class MuxPipeline:
         return [self._make_answer(logits) for _, logits in self._run_rows(encoded)]
 
     def _classify_words(self, sentences: list[list[str]]) -> list[list[Answer]]:
-        """Label the words of each sentence."""
+        """Label words: for each sentence a list of {"word", "label", "score"}.
+
+        Label and probability of a word are those of its first token. A word beyond `max_length` has
+        the label O, or the first label if there is no O, and score 0.
+        """
         lines = [[number] * len(words) for number, words in enumerate(sentences)]
         tokens = TokenSet(sentences, None, lines, "requests", "request")
         encoded = encode_words(tokens, self.tokenizer, self.lengths, self.labels)
@@ -193,7 +202,10 @@ class MuxPipeline:
         return answers
 
     def _run_rows(self, encoded: EncodedRows) -> Iterator[tuple[int, Tensor]]:
-        """Yield the number and the logits, [C] or [L, C], of each row."""
+        """Yield (number, logits) of each row in order, float32 on the CPU.
+
+        Logits are [C]; from a classifier of tokens [L, C], padding included.
+        """
         predictor = Predictor(self.model, list_input_fields(self.model.config), self.model.device)
         N = self.num_instances
         for held in iterate_held_out_rows(
@@ -202,7 +214,10 @@ class MuxPipeline:
             yield from enumerate(predictor.compute_logits(held), start=held.start)
 
     def _make_answer(self, logits: Tensor) -> Answer:
-        """Make the answer {"label", "score"} from the logits [C] of one row."""
+        """Make the answer {"label", "score"} from the logits [C] of one row.
+
+        The score is the probability of the best label; with one label, a regression, the value.
+        """
         if len(self.labels) == 1:
             return {"label": self.labels[0], "score": float(logits[0])}
         score, best = logits.softmax(-1).max(-1)
@@ -224,7 +239,11 @@ def _load_pipeline_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
 
 
 def _read_texts(request: Request, number: int) -> tuple[str, ...]:
-    """Return the text or the two texts of a request."""
+    """Return the text or the two texts of request `number`.
+
+    Raises:
+        ValueError: if it is neither a text nor a pair of texts.
+    """
     if isinstance(request, dict):
         texts = [request.get("text"), *(request[key] for key in request if key != "text")]
         fits = set(request) in ({"text"}, {"text", "text_pair"})
@@ -239,7 +258,12 @@ def _read_texts(request: Request, number: int) -> tuple[str, ...]:
 
 
 def _read_words(request: Request, number: int) -> list[str]:
-    """Return the words of a request."""
+    """Return the words of request `number`: those of its list, or of its text split at blanks, tabs
+    and line ends.
+
+    Raises:
+        ValueError: if it is neither, or has no word.
+    """
     words = re.findall(r"[^ \t\r\n]+", request) if isinstance(request, str) else request
     fits = isinstance(words, list | tuple) and all(isinstance(word, str) for word in words)
     if not fits or not words:

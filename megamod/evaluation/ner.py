@@ -33,13 +33,13 @@ class EntityCounts:
 def iterate_entities(
     labels: Sequence[str], plain_tags: bool = False
 ) -> Iterator[tuple[str, int, int]]:
-    """Yield type, first word and last word of each entity of a sentence in any scheme of
-    `data.iob`.
+    """Yield the entities of a sentence as (type, index of the first word, index of the last word).
 
     An entity begins at B-, and at an I- that continues none of its type, so that any sequence of
-    labels can be read.
+    labels can be read. Labels that are neither O nor of this form end an entity.
 
     Args:
+        labels: of the words, in any scheme of `data.tasks.iob`.
         plain_tags: the labels are plain tags: an entity is a run of one tag other than O.
     """
     kind, start = None, 0
@@ -63,7 +63,14 @@ def iterate_entities(
 def count_entities(
     gold: Labels, answers: Labels, plain_tags: bool = False
 ) -> dict[str, EntityCounts]:
-    """Count entities by type, sorted by name; `plain_tags` as in `iterate_entities`."""
+    """Count entities by type, sorted by name.
+
+    Args:
+        gold, answers: labels of the words of each sentence.
+        plain_tags: see `iterate_entities`.
+    Raises:
+        ValueError: if a sentence has another number of answers than labels.
+    """
     counts: dict[str, EntityCounts] = {}
     for gold_row, answered_row in zip(gold, answers, strict=True):
         if len(gold_row) != len(answered_row):
@@ -79,9 +86,14 @@ def count_entities(
 
 
 def score_words(task: TaskSpec, gold: Labels, answers: Labels) -> dict[str, float]:
-    """Compute the task's metrics over all entities ("f1", ...), and accuracy over all words.
+    """Compute the task's metrics over all entities ("f1", ...), and "accuracy" over all words.
 
-    Without labels of entities a run of one tag other than O is an entity.
+    If the task's labels are plain tags, a run of one tag other than O is an entity.
+
+    Args:
+        gold, answers: labels of the words of each sentence.
+    Raises:
+        ValueError: if a sentence has another number of answers than labels.
     """
     pairs = [
         pair
@@ -108,7 +120,10 @@ def has_plain_tags(task: TaskSpec) -> bool:
 
 
 def compute_word_accuracy_by_instance(gold: Labels, answers: Labels, instances: int) -> list[float]:
-    """Compute the word accuracy of each instance: sentence r is instance r % N."""
+    """Compute the word accuracy of each of the N instances of a multiplexed model.
+
+    Sentence r is instance r % N; with fewer sentences than N, only as many numbers as sentences.
+    """
     accuracies = []
     for instance in range(min(instances, len(gold))):
         pairs = [
@@ -123,8 +138,10 @@ def compute_word_accuracy_by_instance(gold: Labels, answers: Labels, instances: 
 
 
 def format_conll(words: Labels, answers: Labels, gold: Labels | None) -> str:
-    """Format words, labels if known, and answers in tab-separated columns, as for `conlleval
-    -d`.
+    """Format a line per word, in tab-separated columns, as `conlleval -d` reads them.
+
+    The columns are word, gold label if `gold` is there, and answer; an empty line separates
+    sentences.
     """
     columns = [words, answers] if gold is None else [words, gold, answers]
     sentences = zip(*columns, strict=True)

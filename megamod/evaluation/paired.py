@@ -9,7 +9,12 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and its 95 % interval by Student's t; None with fewer than two seeds."""
+    """A mean over seeds and its 95 % interval by Student's t.
+
+    Attributes:
+        low, high: limits of the interval; None with fewer than two seeds.
+        count: number of seeds.
+    """
 
     mean: float
     low: float | None
@@ -17,7 +22,12 @@ class Estimate:
     count: int
 
     def format(self, digits: int, signed: bool = False) -> str:
-        """Format the estimate as `1.23 [1.20, 1.26]`."""
+        """Format the estimate as `1.23 [1.20, 1.26]`, or as `1.23` without an interval.
+
+        Args:
+            digits: decimals.
+            signed: write `+` before numbers that are not negative.
+        """
         sign = "+" if signed else ""
         shown = f"{self.mean:{sign}.{digits}f}"
         if self.low is None:
@@ -26,7 +36,13 @@ class Estimate:
 
 
 def estimate_mean(values: Sequence[float]) -> Estimate:
-    """Estimate the mean of independent values, with interval mean ± t(0.975, n - 1) s / sqrt(n)."""
+    """Estimate the mean of n independent values.
+
+    The interval is mean ± t(0.975, n - 1) s / sqrt(n), s being the sample standard deviation.
+
+    Args:
+        values: at least one; of one value there is no interval.
+    """
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:
@@ -39,12 +55,14 @@ def estimate_mean(values: Sequence[float]) -> Estimate:
 def compare_to_baseline(
     values: dict[int, float], baseline: dict[int, float], ratio: bool
 ) -> tuple[Estimate, int] | None:
-    """Estimate the ratio or difference to the baseline of the same seed; None if no seed has both.
+    """Estimate the ratio or difference to the baseline of the same seed.
 
     Args:
-        values, baseline: by seed.
+        values, baseline: by seed; a seed that only one of them has is skipped.
+        ratio: value / baseline; False: value - baseline.
     Returns:
-        the estimate, and the number of seeds whose value is below the baseline's.
+        the estimate, and the number of seeds whose value is below the baseline's; None if no seed
+        has both.
     """
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:

@@ -70,8 +70,12 @@ class DomainEvaluation:
     reduce: Callable[[torch.Tensor], None]
 
     def __call__(self, own_only: bool = False) -> ScoreMatrix:
-        """Compute the matrix of scores; `own_only`: only the diagonal of own domains.
+        """Run the model on all batches of its share and sum the scores over the ranks; collective.
 
+        Args:
+            own_only: score each expert on its own domain only; a dense model on all domains.
+        Returns:
+            a row per expert, empty if nothing was scored; cells without a scored token are missing.
         Source: Gururangan et al. 2022 (DEMix), table 3, without mixing.
         """
         sums = torch.zeros(
@@ -106,10 +110,15 @@ class DomainEvaluation:
 def sum_batch_nll(
     model: nn.Module, batches: Iterable[Batch], domain: str | None, device: torch.device
 ) -> torch.Tensor:
-    """Return the summed nll and the number of targets, [2] float64.
+    """Sum the negative log-likelihoods of targets (nats), and count the targets: [2] float64.
 
     Tokens whose log-probability is not finite are excluded from both, as in the DEMix release.
-    Batches of weight 0 run the model, which keeps the ranks in step, and do not count.
+    Batches of weight 0 run the model, which keeps the ranks in step, and do not count. The model
+    runs in evaluation mode; its mode is restored.
+
+    Args:
+        domain: expert to use, for a model that takes one; else None.
+        device: of the model and of the result.
     """
     training, sums = model.training, torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
@@ -133,13 +142,15 @@ def sum_batch_nll(
 def prepend_context(
     batches: Iterable[Batch], window: int, pad_id: int, leading_columns: int = 0
 ) -> Iterator[Batch]:
-    """Prepend up to `window` tokens of the preceding text to each sequence, not scored again.
+    """Yield the batches with up to `window` tokens of the preceding text before each sequence.
+
+    Context tokens have no label, so they are not scored again.
 
     Source: fairseq's `LMContextWindowDataset`, as used to evaluate DEMix.
 
     Args:
         batches: consecutive sequences of a text, in order, padded on the right only.
-        window: tokens of context; 0 returns the batches unchanged.
+        window: tokens of context; 0 yields the batches unchanged.
         pad_id: id of padding for sequences with less context than others.
         leading_columns: leading columns that are not text, such as a domain token; they stay first.
     """
@@ -167,10 +178,10 @@ def prepend_context(
 
 
 def select_share(batches: Iterable[Batch], part: int, parts: int) -> Iterator[Batch]:
-    """Yield every `parts`-th batch starting with the `part`-th; all parts have the same length.
+    """Yield the batches of one rank's share: every `parts`-th, starting with number `part`.
 
-    A part that would be shorter repeats the first batch of its round with weight 0, because ranks
-    that shard one model (ZeRO 3) must run it equally often.
+    All shares have the same length. A share that would be shorter ends with the first batch of its
+    round, with weight 0, because ranks that shard one model (ZeRO 3) must run it equally often.
     """
     batches = iter(batches)
     while group := list(islice(batches, parts)):
@@ -178,12 +189,15 @@ def select_share(batches: Iterable[Batch], part: int, parts: int) -> Iterator[Ba
 
 
 def compute_perplexities(matrix: ScoreMatrix) -> dict[str, dict[str, float]]:
-    """Compute the perplexities of a matrix of scores."""
+    """Compute the perplexities of a matrix of scores, by expert and domain."""
     return {e: {d: s.perplexity for d, s in row.items()} for e, row in matrix.items()}
 
 
 def select_own_scores(matrix: ScoreMatrix) -> dict[str, Score]:
-    """Return each domain's score under its own expert or the dense model, where there is one."""
+    """Select each domain's score under the expert of the same name, else under the dense model.
+
+    Domains with neither are missing in the result.
+    """
     return {
         domain: matrix[row][domain]
         for domain in list_columns(matrix)
@@ -192,7 +206,7 @@ def select_own_scores(matrix: ScoreMatrix) -> dict[str, Score]:
 
 
 def list_columns(matrix: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """List the distinct domains of all rows, in order of appearance."""
+    """List the distinct column names (domains) of all rows, in order of appearance."""
     return list({domain: None for row in matrix.values() for domain in row})
 
 

@@ -13,7 +13,9 @@ Numbers = Mapping[str, Mapping[str, float]]
 
 
 def read_metrics(path: Path) -> list[dict[str, object]]:
-    """Read the records of a metrics.jsonl without its damaged lines, such as one cut by a kill.
+    """Read the records of a metrics.jsonl in order, without its damaged lines.
+
+    A run that was killed may have left one.
 
     Raises:
         UserError: if the file is missing.
@@ -28,8 +30,13 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
 def plot_curves(metrics: Path, output: Path) -> None:
     """Write a PNG of training loss and held-out perplexity by step, with a line per domain.
 
+    Without records of one or the other its panel is empty.
+
+    Args:
+        metrics: metrics.jsonl of a run.
+        output: file to write.
     Raises:
-        UserError: see `read_metrics`.
+        UserError: if `metrics` is missing.
     """
     records = read_metrics(metrics)
     from matplotlib import ticker
@@ -72,7 +79,14 @@ def plot_curves(metrics: Path, output: Path) -> None:
 
 
 def compute_ratios(matrix: Numbers, columns: list[str]) -> list[list[float]]:
-    """Divide each number by the smallest of its column, in rows; NaN for missing cells."""
+    """Divide each number by the smallest of its column.
+
+    Args:
+        matrix: numbers by row, then column; cells may be missing.
+        columns: the columns to compute, all of which some row has.
+    Returns:
+        a list per row of `matrix`, in the order of `columns`; NaN for missing cells.
+    """
     best = {c: min(row[c] for row in matrix.values() if c in row) for c in columns}
     return [[row[c] / best[c] if c in row else nan for c in columns] for row in matrix.values()]
 
@@ -85,6 +99,7 @@ def plot_matrix(matrix: Numbers, output: Path, title: str) -> None:
 
     Args:
         matrix: perplexities by expert, then domain; cells may be missing.
+        output: file to write.
     """
     columns = list({c: None for row in matrix.values() for c in row})
     shades = compute_ratios(matrix, columns)
@@ -130,7 +145,8 @@ def plot_scores_by_instances(
     """Write a PNG of scores against N, the instances that share a forward pass.
 
     Args:
-        lines: mean over seeds and standard deviation, by name, then N.
+        lines: mean over seeds and standard deviation, by name of the line, then N.
+        output: file to write.
     """
     pyplot = _import_pyplot()
     colours = _select_colours(pyplot, len(lines))
@@ -155,6 +171,7 @@ def plot_trade_off(
 
     Args:
         tasks: instances per second and score, by task, model, then N.
+        output: file to write.
     """
     from matplotlib import ticker
 
@@ -195,7 +212,8 @@ def plot_posterior(shares: Mapping[str, Sequence[float]], output: Path, title: s
     With more than ten experts, those with small weights share one grey area.
 
     Args:
-        shares: weight for predicting each token, by expert.
+        shares: weight for predicting each token, from 0 to 1, by expert; lists of equal length.
+        output: file to write.
     """
     heaviest = sorted(shares, key=lambda name: -sum(shares[name]))
     named, others = (heaviest, []) if len(heaviest) <= 10 else (heaviest[:9], heaviest[9:])
@@ -230,11 +248,14 @@ def plot_attribution(
     token_shares: Sequence[Sequence[float]],
     output: Path,
 ) -> None:
-    """Write a PNG of the experts' shares in documents, and in the tokens of the first.
+    """Write a PNG of the experts' shares: bars of N documents, heat map of the first one's tokens.
 
     Args:
-        documents: [N][E].
-        tokens: text of T tokens; `token_shares`: [T][E].
+        experts: names of the E experts.
+        documents: [N][E] shares of the documents, each with sum 1.
+        tokens: text of the T tokens of the first document, of which up to 64 are drawn.
+        token_shares: [T][E] shares of these tokens, from 0 to 1.
+        output: file to write.
     """
     pyplot = _import_pyplot()
     shown = min(len(tokens), 64)
@@ -266,8 +287,12 @@ def plot_attribution(
 def plot_task_shares(metrics: Path, output: Path) -> None:
     """Write a PNG of the share of each task in the training rows, by step, stacked.
 
+    Args:
+        metrics: metrics.jsonl of a run, whose records have shares as "share/TASK"; without any the
+            plot is empty.
+        output: file to write.
     Raises:
-        UserError: see `read_metrics`.
+        UserError: if `metrics` is missing.
     """
     records = [r for r in read_metrics(metrics) if any(key.startswith("share/") for key in r)]
     names = dict.fromkeys(
@@ -302,8 +327,10 @@ def plot_losses_along_line(
     """Write a PNG of losses on the line between two models, with a curve per alignment method.
 
     Args:
-        variants: by name, a mapping per pair with "weights" of the first model and "losses". For
-            several pairs the mean is drawn, with a band from the lowest to the highest.
+        variants: by name of the method, a mapping per pair of models with "weights" of the first
+            model and "losses" (nats). For several pairs, which have the same weights, the mean is
+            drawn, with a band from the lowest to the highest.
+        output: file to write.
     """
     pyplot = _import_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
@@ -326,7 +353,9 @@ def plot_barriers(tasks: Mapping[str, Mapping[str, tuple[float, float]]], output
     """Write a PNG of barriers with a group of bars per task and a bar per alignment method.
 
     Args:
-        tasks: mean over pairs and its standard error, by task, then name.
+        tasks: mean barrier over pairs of models and its standard error (nats), by task, then name
+            of the method; bars may be missing.
+        output: file to write.
     """
     names = list(dict.fromkeys(name for bars in tasks.values() for name in bars))
     pyplot = _import_pyplot()
@@ -357,7 +386,8 @@ def plot_ratios(
     """Write a PNG of ratios to a baseline with their intervals; the baseline is the line at 1.
 
     Args:
-        lines: by name, points (x, ratio).
+        lines: by name, points (x, ratio); x is above 0, as its axis is logarithmic.
+        output: file to write.
         x_label, y_label: titles of the axes.
     """
     pyplot = _import_pyplot()
@@ -393,7 +423,7 @@ def _format_number(x: float | None) -> str:
 
 
 def _select_colours(pyplot: ModuleType, count: int) -> list[tuple[float, ...]]:
-    """Return distinct colours: ten from a palette, more from a continuous scale."""
+    """Select `count` distinct colours: up to ten from a palette, more from a continuous scale."""
     if count <= 10:
         return list(pyplot.get_cmap("tab10").colors[:count])
     return [pyplot.get_cmap("turbo")(number / (count - 1)) for number in range(count)]

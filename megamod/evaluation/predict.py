@@ -38,18 +38,25 @@ class Predictor:
 
     @property
     def instances_per_second(self) -> float:
-        """Rows per second of this rank's forward passes.
+        """Rows per second of this rank's forward passes, of which there must be one.
 
-        The first of several passes is left out, because it includes warm-up.
+        The first of several passes is skipped, because it includes warm-up.
         """
         counted = self._passes[1:] or self._passes
         rows, seconds = (sum(column) for column in zip(*counted, strict=True))
         return rows / seconds
 
     def __call__(self, encoded: EncodedRows, batches: Sequence[HeldOutBatch]) -> np.ndarray:
-        """Compute logits [n, C] float64 of rows, or the best label of each token, [T] int64.
+        """Run the module on this rank's batches and gather the answers for all rows; collective.
 
-        Every row counts once: fillers are dropped, copies of a row averaged.
+        Every row counts once: fillers are dropped, copies of a row averaged. The module runs in
+        evaluation mode; its mode is restored.
+
+        Args:
+            batches: of all rows of `encoded`, at least one.
+        Returns:
+            logits [n, C] float64 of the rows; with labels of tokens the number of the best label of
+            each token, [T] int64.
         """
         training = self.module.training
         self.module.eval()
@@ -81,7 +88,8 @@ class Predictor:
         """Compute the logits of a batch's n rows, [n, C] or [n, L, C] of tokens, float32 on the
         CPU.
 
-        The module must be in evaluation mode.
+        Copies of a row are averaged. The time of the pass counts in `instances_per_second`. The
+        caller puts the module into evaluation mode.
         """
         fields = {name: batch.batch[name].to(self.device) for name in self.inputs}
         self._synchronise()
@@ -100,7 +108,12 @@ class Predictor:
 def _store_answers(
     stored: Tensor, encoded: EncodedRows, batch: HeldOutBatch, logits: Tensor
 ) -> None:
-    """Store the answers of a batch: logits of its rows, or best labels of their tokens."""
+    """Store the answers of a batch in `stored`: logits of its rows, or best labels of their tokens.
+
+    Args:
+        stored: [n, C] of all rows, or [T] of all tokens; see `Predictor.__call__`.
+        logits: [rows, C] or [rows, L, C].
+    """
     if not encoded.has_token_labels:
         stored[batch.start : batch.stop] = logits.double()
         return
@@ -113,10 +126,14 @@ def _store_answers(
 def select_word_labels(
     encoded: EncodedRows, answers: np.ndarray, labels: Sequence[str]
 ) -> list[list[str]]:
-    """Return the labels of each sentence's words from those of the tokens.
+    """Select the names of the labels of each sentence's words: those of their first tokens.
 
-    Words that were cut off get O if that is a label, else the first label, and are scored like
-    others.
+    Words that were cut off get O if that is a label, else the first label.
+
+    Args:
+        encoded: sentences with `word_starts`.
+        answers: [T] number of the best label of each token, as from `Predictor`.
+        labels: names by number.
     """
     missing = "O" if "O" in labels else labels[0]
     return [

@@ -17,13 +17,17 @@ from megamod.tables import format_table
 
 
 def write_report(output: Path, matrix: ScoreMatrix, split: str, step: int) -> str:
-    """Write perplexity.json, loss.png and, with experts, experts.png; return the text to print.
+    """Write perplexity.json, loss.png and, with experts, experts.png into the folder of a run.
 
     Args:
         output: folder of a finished run, with its metrics.jsonl.
         matrix: scores of experts (rows) on domains (columns).
         split: name of the scored split.
         step: finished steps.
+    Returns:
+        the text to print: table of perplexities, mean over domains, paths of all results.
+    Raises:
+        UserError: if there is no metrics.jsonl; perplexity.json is written already then.
     """
     output = Path(output)
     table = compute_perplexities(matrix)
@@ -62,16 +66,21 @@ def write_report(output: Path, matrix: ScoreMatrix, split: str, step: int) -> st
 
 
 def average_perplexity(scores: Mapping[str, Score]) -> float:
-    """Return the unweighted mean of the domains' perplexities."""
+    """Average the perplexities of at least one domain, each with the same weight."""
     return sum(score.perplexity for score in scores.values()) / len(scores)
 
 
 def format_comparison(models: Mapping[str, ScoreMatrix], domains: Sequence[str], split: str) -> str:
-    """Format tables of several models' scores by name; columns are the domains.
+    """Format tables of several models' scores; columns are domains.
 
-    Each model with several experts has a table with a row per expert. Two further tables compare
-    all models with each domain under its own expert: perplexity and, if the bytes are known, bits
-    per byte.
+    A model whose experts were scored on other domains too has a table with a row per expert. Two
+    further tables compare all models with each domain under its own expert: perplexity and, if the
+    bytes are known, bits per byte.
+
+    Args:
+        models: scores by name of the model.
+        domains: columns of the two comparing tables.
+        split: name of the scored split, for titles.
     """
     parts = [
         f"{split} perplexity of {name}, by expert\n{format_matrix(compute_perplexities(matrix))}"
@@ -101,10 +110,14 @@ def format_comparison(models: Mapping[str, ScoreMatrix], domains: Sequence[str],
     return "\n\n".join(parts)
 
 
-def record_comparison(models: Mapping[str, ScoreMatrix]) -> dict[str, object]:
-    """Return the scores of models as a JSON value: by expert and domain, with means.
+def make_comparison_record(models: Mapping[str, ScoreMatrix]) -> dict[str, object]:
+    """Make the JSON value of several models' scores: by model, expert and domain, with means.
 
-    A perplexity that overflows is written as null; nll / tokens is its logarithm.
+    A perplexity that overflows is inf, which `files.format_json` writes as null; nll / tokens is
+    its logarithm.
+
+    Args:
+        models: scores by name of the model.
     """
     record: dict[str, object] = {}
     for name, matrix in models.items():
@@ -125,10 +138,14 @@ def record_comparison(models: Mapping[str, ScoreMatrix]) -> dict[str, object]:
 
 
 def format_score_lines(models: Mapping[str, ScoreMatrix], split: str) -> str:
-    """Format JSON lines of one score each; model, dataset and ppl are fields of the DEMix release.
+    """Format JSON lines of one score each: a model's expert on a domain.
 
-    A perplexity that overflows is null; nll / tokens is its logarithm. The expert of a dense model
-    is null.
+    The fields model, dataset and ppl are those of the DEMix release. A perplexity that overflows is
+    null; nll / tokens is its logarithm. The expert of a dense model is null.
+
+    Args:
+        models: scores by name of the model.
+        split: name of the scored split.
     """
     lines = [
         {
@@ -148,10 +165,12 @@ def format_score_lines(models: Mapping[str, ScoreMatrix], split: str) -> str:
     return "".join(f"{format_json(line)}\n" for line in lines)
 
 
-def list_heat_map_rows(models: Mapping[str, ScoreMatrix]) -> dict[str, dict[str, float]]:
-    """Return the perplexities of all experts of all models as rows of one heat map.
+def make_heat_map(models: Mapping[str, ScoreMatrix]) -> dict[str, dict[str, float]]:
+    """Make the perplexities of one heat map, by row and domain, from the scores of several models.
 
-    A model whose experts were scored only on their own domains is one row.
+    A dense model, and one whose experts were scored only on their own domains, is one row with the
+    model's name; other models have a row per expert, whose name starts with the model's if there
+    are several models.
     """
     rows: dict[str, dict[str, float]] = {}
     for name, matrix in models.items():

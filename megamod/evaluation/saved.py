@@ -92,10 +92,14 @@ class SavedModel:
 
 
 def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
-    """Find the model in a folder, those listed in its forest.json, or those in its subfolders.
+    """Find the models of a folder, and check each against the data; weights are not read.
 
-    Subfolders with independent models are named after their domains.
+    The first that applies: the experts of `folder` if that is a forest.json or has one; the model
+    in it; the models in its subfolders, whose names are then their domains.
 
+    Args:
+        held_out: data to check against. Its `experts` select rows; a model without experts ignores
+            them.
     Raises:
         UserError: if there is no model, or one does not match the data or lacks a requested expert.
     """
@@ -137,7 +141,13 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
 def _select_experts(
     folder: Path, models: list[SavedModel], names: Sequence[str]
 ) -> list[SavedModel]:
-    """Return the models with these rows only; a model without experts is unchanged."""
+    """Select the models, and their rows, of the experts with these names.
+
+    A single model without experts is returned as it is, whatever the names.
+
+    Raises:
+        UserError: if no model has an expert of one of the names.
+    """
     known_rows = [row for saved in models for row in saved.rows]
     if known_rows == [DENSE]:
         return models
@@ -154,8 +164,12 @@ def _select_experts(
 def score_models(
     models: Sequence[SavedModel], held_out: HeldOut, device: torch.device
 ) -> ScoreMatrix:
-    """Score models from `find_models`.
+    """Score models from `find_models`, loaded one after the other.
 
+    Args:
+        held_out: the settings that `find_models` had.
+    Raises:
+        UserError: if weights cannot be read, or give no finite log-probability on a text.
     Returns:
         a matrix with a row `DENSE` for a dense model, or a row per expert for a model with experts
         (DEMix) and for independent models (Branch-Train-Merge).
@@ -192,7 +206,13 @@ def score_models(
 def _check_has_scores(
     saved: SavedModel, row: str, scores: Mapping[str, Score], held_out: HeldOut
 ) -> None:
-    """Raise UserError if a model has no score on a text, for lack of finite log-probabilities."""
+    """Refuse a model without a score on a text that has sequences.
+
+    Args:
+        row: of the matrix; `scores`: its scores by domain.
+    Raises:
+        UserError: naming the domain: none of its tokens had a finite log-probability.
+    """
     for domain in held_out.domains:
         requested = not held_out.own_only or row in (domain, DENSE)
         if (
@@ -207,10 +227,16 @@ def _check_has_scores(
 
 
 def open_held_out_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmData:
-    """Open the data-bin as the model in `folder` reads it, with domain tokens if it has them.
+    """Open the data-bin as the model in `folder` reads it.
 
+    Sequences start with domain tokens if the model's vocabulary includes them, unless
+    `held_out.domain_token` is "false". The default length of a sequence is that of the model.
+
+    Args:
+        folder: of the model, for its tokenizer and for messages.
+        config: of the model.
     Raises:
-        UserError: if vocabulary, domains or sequence length do not match.
+        UserError: if tokenizer, vocabulary, domains or sequence length do not match.
     """
     databin = DataBin(held_out.path, held_out.verify)
     check_tokenizer_matches(folder, databin, "--model")
@@ -285,10 +311,16 @@ def open_held_out_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmD
 def find_document_end(
     folder: Path, config: LmConfig, data: LmData, held_out: HeldOut
 ) -> int | None:
-    """Return the id at which attention of the model in `folder` stops; None: at none.
+    """Find the id at the end of documents, at which the model's attention stops; None: at none.
 
+    `held_out.mask_documents` decides; with "auto" the recipe of the training run in `folder`, and
+    without a recipe attention does not stop.
+
+    Args:
+        folder: of the model; `config`: its configuration.
+        data: that it reads, for the id.
     Raises:
-        UserError: if that is not possible with the model's family.
+        UserError: if the model's family cannot mask documents.
     """
     choice = held_out.mask_documents
     if choice == "auto":
@@ -300,9 +332,12 @@ def find_document_end(
 
 
 def check_tokenizer_matches(folder: Path, databin: DataBin, flag: str) -> None:
-    """Refuse a model whose tokenizer gives other ids than that of the data; either may have none.
+    """Refuse a model whose tokenizer gives other ids than that of the data.
+
+    If one of the two has no tokenizer, nothing is checked.
 
     Args:
+        folder: of the model.
         flag: flag that named the model, for the message.
     Raises:
         UserError: naming both folders and a word.
@@ -314,14 +349,26 @@ def check_tokenizer_matches(folder: Path, databin: DataBin, flag: str) -> None:
 
 
 def open_held_out_blocks(data: LmData, held_out: HeldOut, domain: str) -> TokenBlocks:
-    """Open the sequences of a domain's text, without the context that precedes each of them."""
+    """Open the sequences of a domain's text, without the context that precedes each of them.
+
+    Each is shorter than `data.block_size` by the tokens of context.
+
+    Raises:
+        UserError: if the data-bin has no such domain or split, or a file is missing.
+    """
     token = data.domain_tokens.get(held_out.force_domain_token or domain)
     length = data.block_size - held_out.context_window
     return data.databin.open_blocks(domain, held_out.split, length, token)
 
 
 def iterate_held_out_batches(data: LmData, held_out: HeldOut, domain: str) -> Iterator[Batch]:
-    """Yield batches of a domain's sequences in order, each sequence with its context."""
+    """Yield batches of a domain's sequences in order, each with the context that precedes it.
+
+    Batches are those of `iterate_eval_batches`, `held_out.batch_size` sequences each.
+
+    Raises:
+        UserError: as `open_held_out_blocks`.
+    """
     blocks = open_held_out_blocks(data, held_out, domain)
     batches = iterate_eval_batches(blocks, held_out.batch_size)
     leading = int(blocks.domain_token is not None)

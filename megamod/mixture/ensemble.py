@@ -72,14 +72,14 @@ class PerplexityCounter:
         self.nll, self.tokens = 0.0, 0
 
     def add_tokens(self, log_probs: Tensor, mask: Tensor) -> None:
-        """Count the tokens where mask is True; both [B, T]."""
+        """Add the tokens where `mask` is True; log-probabilities and mask are [B, T]."""
         counted = log_probs[mask & log_probs.isfinite()]
         self.nll -= float(counted.double().sum())
         self.tokens += counted.numel()
 
     @property
     def perplexity(self) -> float:
-        """Perplexity of all tokens so far, see `compute_perplexity`."""
+        """Perplexity of all tokens so far; inf on overflow and before the first token."""
         return compute_perplexity(self.nll, self.tokens)
 
 
@@ -99,6 +99,7 @@ class Mixture:
         Args:
             mode: see `MODES`.
             expert_count: E.
+            rule: of the posterior; not used by "simple_average".
             prior: [E], for "cached_prior"; the initial one for "updating_prior" (None: uniform).
         Raises:
             ValueError: for an unknown mode, or "cached_prior" without a prior.
@@ -112,7 +113,10 @@ class Mixture:
         self.average: Tensor | None = None
 
     def mix_batch(self, log_probs: Tensor, mask: Tensor) -> MixedBatch:
-        """Mix the next batch.
+        """Mix the next batch, and advance the state.
+
+        The tokens are added to `tally`, the batch's posterior to `average`, and with
+        "updating_prior" the new average becomes the prior of the next batch.
 
         Args:
             log_probs: [E, B, T] of the target tokens.
@@ -145,7 +149,7 @@ class Mixture:
     def _make_prior(self, average: Tensor) -> Tensor:
         """Make a prior [E] with sum 1 from average posteriors [E].
 
-        With "history" it is above 0 for every expert whose first prior is.
+        With the rule "history" no expert whose present prior is above 0 falls to 0, see `LEAST`.
         """
         if self.rule.name == "history":
             average = average.clamp(min=LEAST).where(self.prior > 0, 0.0)
@@ -158,12 +162,15 @@ def estimate_prior(
     rule: PosteriorRule,
     report_batch: Callable[[Mixture, MixedBatch], None] | None = None,
 ) -> Prior:
-    """Estimate a prior: the moving average of posteriors, which is the prior of the next batch.
+    """Estimate a prior on a text: the moving average of the batches' posteriors.
+
+    It starts uniform, and the average so far is the prior of each next batch.
 
     Args:
         domains: of the E experts.
         batches: log-probabilities [E, B, T] and masks [B, T].
-        report_batch: called after each batch.
+        rule: of the posterior.
+        report_batch: called after each batch with the mixture and the results of the batch.
     Raises:
         UserError: if there is no batch.
     """

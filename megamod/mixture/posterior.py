@@ -36,9 +36,9 @@ def compute_token_weights(
     mask: Tensor | None = None,
     first_over_all: bool = False,
 ) -> Tensor:
-    """Compute the logarithms of the experts' weights for predicting each token [E, B, T], float32.
+    """Compute the logarithms of the experts' weights for predicting each token.
 
-    Weights at position t depend only on positions before t.
+    Weights at position t depend only on positions before t. At each position they sum to 1.
 
     Args:
         log_probs: [E, B, T] log-probability of each token by each expert; -inf is allowed.
@@ -49,6 +49,8 @@ def compute_token_weights(
         mask: [B, T] True where a token is real; other tokens are skipped. None: all are real.
         first_over_all: at the first token count experts with prior 0 too, as the DEMix release
             does ("last_token" only).
+    Returns:
+        [E, B, T] float32.
     Raises:
         ValueError: for an unknown rule.
     """
@@ -68,7 +70,8 @@ def compute_token_weights(
 def mix_log_probs(log_weights: Tensor, log_probs: Tensor) -> Tensor:
     """Compute the log-probabilities of the mixture, [B, T] float32.
 
-    Weights and the experts' log-probabilities are [E, B, T].
+    Args:
+        log_weights, log_probs: [E, B, T] of the experts.
     """
     return torch.logsumexp(log_weights.float() + log_probs.float(), dim=0)
 
@@ -76,7 +79,7 @@ def mix_log_probs(log_weights: Tensor, log_probs: Tensor) -> Tensor:
 def average_final_posterior(log_weights: Tensor, mask: Tensor) -> Tensor:
     """Average the weights at the last real token of each sequence over the sequences: [E].
 
-    Sequences without a real token are skipped.
+    Sequences without a real token are skipped; if all are, the result is NaN.
 
     Args:
         log_weights: [E, B, T].
@@ -89,11 +92,16 @@ def average_final_posterior(log_weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def _compute_evidence(log_probs: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
-    """Subtract the best log-probability of experts with a prior above 0: [E, ...] float64.
-
-    Where `mask` [...] is False the result is 0.
+    """Subtract from log-probabilities the best of the experts with a prior above 0, per token.
 
     Only differences matter, and this keeps sums over long texts small and exact.
+
+    Args:
+        log_probs: [E, B, T]; below -`IMPOSSIBLE` they count as that.
+        prior: [E].
+        mask: [B, T]; the result is 0 where it is False.
+    Returns:
+        [E, B, T] float64.
     """
     bounded = log_probs.double().clamp(min=-IMPOSSIBLE)
     has_weight = (prior > 0).reshape(-1, *[1] * mask.ndim)
@@ -104,7 +112,8 @@ def _compute_evidence(log_probs: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
 def _sum_with_decay(values: Tensor, decay: Tensor) -> Tensor:
     """Compute s_t = decay_t s_{t-1} + values_t along the last dimension, in log2(T) passes.
 
-    Both tensors have the same shape [..., T].
+    Args:
+        values, decay: of the same shape [..., T], that of the result; not changed.
     """
     step = 1
     while step < values.shape[-1]:
@@ -127,9 +136,15 @@ def _normalise_weights(
     has_history: Tensor | None = None,
     first_over_all: bool = False,
 ) -> Tensor:
-    """Normalise log-weights [E, ...] over experts; uniform where `has_history` [...] is False.
+    """Compute log-weights [E, B, T] float32 from evidence and prior, normalised over the experts.
 
-    Raise ValueError for an unknown rule.
+    Args:
+        evidence: [E, B, T] float64, see `_compute_evidence`, of the tokens before each position.
+        prior: [E].
+        has_history: [B, T], False where no real token precedes: weights are equal there over all
+            experts with prior above 0, or with `first_over_all` over all. None: nowhere.
+    Raises:
+        ValueError: if `rule` is unknown.
     """
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is unknown; choose one of {', '.join(RULES)}")

@@ -45,10 +45,12 @@ def make_uniform_prior(domains: Sequence[str]) -> Prior:
 
 
 def restrict_to_top_k(prior: Prior, k: int) -> Prior:
-    """Keep the k largest weights, scaled to sum 1, and set the others to 0; ties: the earlier.
+    """Return a prior with the k largest weights, scaled to sum 1; the others are 0.
+
+    Of equal weights the earlier one is kept.
 
     Raises:
-        UserError: if there are fewer than k experts.
+        UserError: if k is below 1 or above the number of experts.
     """
     if not 1 <= k <= len(prior.domains):
         raise UserError(f"--topk {k}: there are {len(prior.domains)} experts, give 1 or more")
@@ -61,7 +63,7 @@ def restrict_to_top_k(prior: Prior, k: int) -> Prior:
 
 
 def write_prior(path: Path, prior: Prior) -> None:
-    """Write a prior as JSON, atomically; `read_prior` reads it back in any order of domains."""
+    """Write a prior as JSON, atomically; `read_prior` reads it."""
     write_json(
         Path(path),
         {
@@ -84,7 +86,8 @@ class _PriorFile(Document):
     text: dict[str, object] | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> "_PriorFile":
+    def _check_weights(self) -> "_PriorFile":
+        """Refuse a doubled domain, another number of weights, and a sum other than 1."""
         if doubled := [d for d in self.domains if self.domains.count(d) > 1]:
             raise ValueError(f"names domain {doubled[0]!r} twice")
         if len(self.prior) != len(self.domains):
@@ -96,8 +99,10 @@ class _PriorFile(Document):
 
 
 def read_prior(path: Path, domains: Sequence[str]) -> Prior:
-    """Read a prior of experts of these domains, in the order of `domains`.
+    """Read a prior file; its weights are put into the order of `domains` and scaled to sum 1.
 
+    Args:
+        domains: of the experts, exactly those that the file must name.
     Raises:
         UserError: if the file cannot be read, names other domains, or has invalid weights.
     """

@@ -7,7 +7,7 @@ from megamod.evaluation.ensemble_report import (
     format_json_lines,
     format_priors,
     format_scores,
-    record_results,
+    make_results_record,
 )
 from megamod.evaluation.perplexity import Score
 from megamod.evaluation.plots import plot_posterior
@@ -53,7 +53,7 @@ def test_a_long_prior_is_summed_up():
 
 
 def test_record_and_lines_are_json():
-    record = json.loads(json.dumps(record_results(results(), MixingProtocol())))
+    record = json.loads(json.dumps(make_results_record(results(), MixingProtocol())))
     novel = record["domains"]["novel"]
     assert novel["prior"] == {"law": 0.9, "med": 0.1} and novel["best_single"] == "law"
     assert novel["perplexity"] == pytest.approx(6.0496, abs=1e-4) and novel["tokens"] == 10

@@ -217,7 +217,7 @@ def test_each_expert_reads_documents_as_it_was_trained(root, tmp_path):
         fields = held_out(root, mask_documents=choice)
         experts = Experts(open_forest(tmp_path / "whole"), fields, CPU)
         for source in (SequentialScores(experts, tmp_path), ParallelScores(experts)):
-            batches = list(source.batches(text, experts.domains, 4))
+            batches = list(source.iterate_batches(text, experts.domains, 4))
             scores = torch.cat([log_probs for log_probs, _ in batches], 1).sum((1, 2))
             nll[choice] = dict(zip(experts.domains, scores.tolist(), strict=True))
     for domain, trained in (("law", "true"), ("code", "false")):
@@ -325,7 +325,9 @@ def test_domain_tokens_must_be_there_for_all_or_none(root, tmp_path):
     make_model(tmp_path / "code", vocab_size=VOCAB + 3)
     experts = Experts(open_forest(tmp_path), held_out(root), CPU)
     assert experts.load_target_masks(TextSelection("law", "test")).shape == (7, LENGTH - 1)
-    scored = list(SequentialScores(experts).batches(TextSelection("law", "test", 3), ("code",), 2))
+    scored = list(
+        SequentialScores(experts).iterate_batches(TextSelection("law", "test", 3), ("code",), 2)
+    )
     assert [item[0].shape for item in scored] == [(1, 2, 7), (1, 1, 7)]
     result = score_mixtures(
         experts, SequentialScores(experts), ("law",), MixingProtocol("uniform_prior")

@@ -8,8 +8,8 @@ from megamod.evaluation.report import (
     average_perplexity,
     format_comparison,
     format_score_lines,
-    list_heat_map_rows,
-    record_comparison,
+    make_comparison_record,
+    make_heat_map,
     write_report,
 )
 
@@ -89,12 +89,12 @@ def test_a_model_without_expert_for_the_text_is_only_in_the_matrix():
     other = {"news": {"law": score(9.0)}, "art": {"law": score(7.0)}}
     output = format_comparison({"other": other}, ["law"], "test")
     assert "9.00" in output and "own expert" not in output
-    assert record_comparison({"other": other})["other"]["mean_of_own"] is None
+    assert make_comparison_record({"other": other})["other"]["mean_of_own"] is None
     assert "9.00" in format_comparison({"one": {"news": {"law": score(9.0)}}}, ["law"], "test")
 
 
 def test_record_holds_the_same_numbers():
-    record = record_comparison({"demix": EXPERTS, "own": {**OWN, "news": {}}})
+    record = make_comparison_record({"demix": EXPERTS, "own": {**OWN, "news": {}}})
     assert record["demix"]["perplexity"]["code"] == pytest.approx({"law": 16.0, "code": 8.0})
     assert record["demix"]["bits_per_byte"]["law"] == pytest.approx({"law": 1.0, "code": 1.5})
     assert record["demix"]["tokens"] == {"law": 8, "code": 8}
@@ -146,7 +146,7 @@ def test_a_perplexity_beyond_all_numbers_is_null_in_files(run):
 
 
 def test_rows_of_the_heat_map():
-    assert list(list_heat_map_rows({"demix": EXPERTS})) == ["law", "code"]
-    rows = list_heat_map_rows({"demix": EXPERTS, "own": OWN, "dense": BASELINE})
+    assert list(make_heat_map({"demix": EXPERTS})) == ["law", "code"]
+    rows = make_heat_map({"demix": EXPERTS, "own": OWN, "dense": BASELINE})
     assert list(rows) == ["demix law", "demix code", "own", "dense"]
     assert rows["own"] == pytest.approx({"law": 4.0, "code": 8.0})

@@ -17,7 +17,7 @@ from megamod.evaluation.ensemble_report import (
     format_json_lines,
     format_priors,
     format_scores,
-    record_results,
+    make_results_record,
 )
 from megamod.evaluation.expert_scores import Experts, ParallelScores, SequentialScores
 from megamod.evaluation.plots import plot_posterior
@@ -104,7 +104,11 @@ def _write_results(
                 write_prior(path, result.estimate)
                 print(f"prior on {domain}: {path}")
     if args.output is not None:
-        record = {"forest": args.forest, "data": args.data, **record_results(results, protocol)}
+        record = {
+            "forest": args.forest,
+            "data": args.data,
+            **make_results_record(results, protocol),
+        }
         write_json(Path(args.output), record)
     if args.jsonl is not None:
         write_atomic(Path(args.jsonl), format_json_lines(results))

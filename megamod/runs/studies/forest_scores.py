@@ -85,7 +85,7 @@ def score_forest(forest: Forest, text: ScoredText) -> ForestLosses:
     before = [
         TextSelection(d, protocol.prior_split, protocol.prior_sequences) for d in text.domains
     ]
-    source.score(dict.fromkeys([*texts.values(), *before], names))
+    source.prepare_scores(dict.fromkeys([*texts.values(), *before], names))
     priors = {
         name: estimate_priors(
             experts, source, text.domains, MixingProtocol(rule=PosteriorRule(name))
@@ -111,7 +111,7 @@ def score_forest(forest: Forest, text: ScoredText) -> ForestLosses:
         }
         fewer = _mix_without_each_expert(prior)
         alone = {name: PerplexityCounter() for name in names}
-        for log_probs, mask in source.batches(scored, names, BATCH):
+        for log_probs, mask in source.iterate_batches(scored, names, BATCH):
             for mixture in mixtures.values():
                 mixture.mix_batch(log_probs, mask)
             for places, mixture in fewer.values():
