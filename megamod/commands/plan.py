@@ -48,11 +48,11 @@ def main() -> None:
     records = []
     for plan in [plan_job(job, args) for job in jobs]:
         print(report.format_job(plan), flush=True)
-        records.append(plan.record())
+        records.append(plan.make_record())
         if args.search:
             ranked = propose_settings(plan)
             print(report.format_proposals(ranked), flush=True)
-            records[-1]["proposals"] = [proposal.record() for proposal in ranked]
+            records[-1]["proposals"] = [proposal.make_record() for proposal in ranked]
         if args.simulate is not None and plan.job is jobs[0]:
             step_seconds = None if args.step_ms is None else args.step_ms / 1e3
             curves = scaling.compute_scaling_curves(plan, step_seconds, args.step_world_size)
@@ -62,7 +62,7 @@ def main() -> None:
                 f"{plan.job.model.model} on more GPUs",
             )
             scaling.plot_curves(curves, tokens, title, Path(args.simulate))
-            records[-1]["simulation"] = scaling.record_curves(curves)
+            records[-1]["simulation"] = scaling.make_curves_record(curves)
         print()
     if args.json is not None:
         write_json(Path(args.json), {"jobs": records})

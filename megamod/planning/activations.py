@@ -48,10 +48,14 @@ def measure_pass(
     checkpointing: bool,
     selected_share: float = 1.0,
 ) -> PassCost:
-    """Measure one pass of the model of a configuration.
+    """Measure one forward and backward pass of a model, without weights in memory.
+
+    Passes of two and three layers are run on fake tensors and extrapolated to the depth of
+    `config`.
 
     Args:
-        build: builds the module from a configuration.
+        config: of the model; not changed.
+        build: builds the module from a configuration, called under a default dtype.
         loss: computes a scalar from the module; called on fake tensors.
         precision: "fp32", "bf16" or "fp16".
         checkpointing: recompute blocks in the backward pass.
@@ -85,7 +89,8 @@ def _measure_shallow_pass(
 ) -> PassCost:
     """Measure one pass of a model of few layers, all of whose operations run on fake tensors.
 
-    Deeper models are extrapolated from two of these, as every layer adds the same.
+    The module is in training mode, and each gradient is dropped once it is finished. Arguments as
+    `measure_pass`; torch's default dtype is restored.
     """
     default_dtype = torch.get_default_dtype()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -107,12 +112,22 @@ def _measure_shallow_pass(
 
 
 def _free_gradient(parameter: nn.Parameter) -> None:
-    """Drop a finished gradient, as its memory is counted elsewhere."""
+    """Drop a finished gradient: `planning/memory.py` counts the bytes of gradients."""
     parameter.grad = None
 
 
 class _LiveMemoryCounter(TorchDispatchMode):
-    """Counter of the bytes of live storages, except those of a module's weights."""
+    """Counter of the bytes of live storages, except those of a module's weights, and of FLOPs.
+
+    While it is active (`with`), it sees every operation of torch.
+
+    Args:
+        module: its parameters and buffers are not counted.
+        selected_share: see `measure_pass`.
+    Attributes:
+        live_bytes, peak: bytes that are live now, and the most so far.
+        flops: FLOPs so far, see `_count_flops`.
+    """
 
     def __init__(self, module: nn.Module, selected_share: float):
         super().__init__()
@@ -124,7 +139,7 @@ class _LiveMemoryCounter(TorchDispatchMode):
         self.tracked: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = self._fake_masked_selection(operation, args)
+        result = self._make_masked_selection(operation, args)
         if result is None:
             result = operation(*args, **(kwargs or {}))
         self.flops += _count_flops(operation, args, kwargs or {}, result)
@@ -134,7 +149,7 @@ class _LiveMemoryCounter(TorchDispatchMode):
         return result
 
     def _track_storage(self, storage: torch.UntypedStorage) -> None:
-        """Count a new storage until it is freed."""
+        """Count the bytes of a storage that is seen for the first time, until it is freed."""
         key, size = id(storage), storage.nbytes()
         if key in self.seen:
             return
@@ -150,10 +165,10 @@ class _LiveMemoryCounter(TorchDispatchMode):
         self.live_bytes += size
         self.peak = max(self.peak, self.live_bytes)
 
-    def _fake_masked_selection(self, operation: object, args: tuple) -> Tensor | None:
-        """Return a tensor of the shape that selecting by a mask gives; None for other operations.
+    def _make_masked_selection(self, operation: object, args: tuple) -> Tensor | None:
+        """Make the result of a selection by a boolean mask, whose size fake tensors do not know.
 
-        Fake tensors have no values, so that shape is unknown to them.
+        `selected_share` gives the size. None for any other operation, which must be run.
         """
         aten = torch.ops.aten
         if operation is aten.nonzero.default:
@@ -188,5 +203,10 @@ def _count_flops(operation: object, args: tuple, kwargs: dict, result: object) -
 
 
 def _count_attention_flops(query: Tensor, key: Tensor, products: int) -> int:
-    """Count the FLOPs of `products` products of queries and keys."""
+    """Count the FLOPs of attention with `products` products of the size of queries times keys.
+
+    Args:
+        query, key: [..., length, width].
+        products: 2 in a forward pass, scores and weighted values.
+    """
     return 2 * products * query.numel() * key.shape[-2]

@@ -91,8 +91,15 @@ Parsed = tuple[
 
 
 def list_jobs(parsed: Parsed) -> list[Job]:
-    """List the jobs of a run; several for Branch-Train-Merge.
+    """List the jobs of a run, with all that the plan of each needs.
 
+    With a flag of Branch-Train-Merge set, and not `--in_one_world`, they are the campaign's: its
+    seed, if it trains one, and one job that stands for all experts. Otherwise there is one job,
+    called "run".
+
+    Args:
+        parsed: all arguments of the plan; the header of the data-bin and the model's configuration
+            are read from the files that they name.
     Raises:
         UserError: for arguments that a run refuses, and if the number of ranks is missing.
     """
@@ -114,10 +121,14 @@ def list_jobs(parsed: Parsed) -> list[Job]:
 
 
 def list_hosts(plan: PlanArgs, btm: BtmArgs) -> HostSlots:
-    """List hosts and slots of the run.
+    """List the hosts of the run with their slots: those of --hostfile.
+
+    Without one, --world_size ranks fill made-up hosts node-1, node-2, ... of --ranks_per_node
+    slots, the last with the rest.
 
     Raises:
-        UserError: if the number of ranks is missing, or --world_size contradicts --hostfile.
+        UserError: if both are missing, --world_size contradicts --hostfile, or the hostfile cannot
+            be read.
     """
     if btm.hostfile is not None:
         hosts = read_hostfile(btm.hostfile)
@@ -139,6 +150,11 @@ def read_vocabulary(
 ) -> tuple[Vocabulary, tuple[str, ...]]:
     """Read vocabulary and domains of the data-bin, or assume a vocabulary without one.
 
+    --vocab_size precedes the size in both cases. A data-bin's size includes a token per domain with
+    --domain_token; without a data-bin there are no domains.
+
+    Returns:
+        the vocabulary, and the domains of the data-bin.
     Raises:
         UserError: if the data-bin's header cannot be read.
     """
@@ -156,7 +172,7 @@ def read_vocabulary(
 
 
 def _is_campaign(btm: BtmArgs) -> bool:
-    """Return True if a flag of Branch-Train-Merge was set."""
+    """Return True if a flag of Branch-Train-Merge has another origin than its default."""
     names = [field.name for field in fields(btm) if field.name not in ONE_JOB]
     return any(find_origin(btm, name) != "default" for name in names)
 
@@ -166,6 +182,15 @@ def _list_campaign_jobs(
 ) -> list[Job]:
     """List the jobs of a Branch-Train-Merge campaign: its seed, if it has one, and its experts.
 
+    All experts are one job, with the names of their domains in `job_names`. The seed trains
+    `--seed_share` of the steps without an adapter, on `--seed_gpus` ranks, else on the most that
+    divide its micro-batches.
+
+    Args:
+        domains: of the experts, unless the campaign has rounds that name them.
+    Raises:
+        UserError: if domains are missing, the batch is not shared evenly, or a job does not fit the
+            hosts.
     Source: Li et al. 2022, section 4.1.
     """
     _, btm, run, _, model, *_ = parsed
@@ -228,8 +253,16 @@ def _make_job(
     steps: int,
     placements: Sequence[HostSlots],
 ) -> Job:
-    """Make a job with the batch, precision and stage that a run resolves; raise UserError as a run
-    does.
+    """Make a job with the batch, precision and stage that a run resolves.
+
+    The arguments in `parsed` are copied, not changed.
+
+    Args:
+        name, job_names, steps, placements: see `Job`.
+        domains: of the topology; empty: one called "text".
+        ranks: of the topology.
+    Raises:
+        UserError: where a run raises it.
     """
     _, _, run, safety, model, lora, optim, mux, data = (copy.copy(args) for args in parsed)
     topology = DomainTopology(ranks, tuple(domains) or ("text",), sharing)
@@ -276,7 +309,14 @@ def _make_job(
 
 
 def read_hidden_size(model: ModelArgs, mux: MuxArgs) -> int:
-    """Read the hidden size of the model, from its arguments alone."""
+    """Read the hidden size of the model before it is built.
+
+    The first that exists: --hidden_size, the configuration of the folder in --model, the preset
+    that --model names.
+
+    Raises:
+        UserError: if there is none of these, or the configuration has no such field.
+    """
     if model.hidden_size is not None:
         return model.hidden_size
     config_file = Path(model.model) / "config.json"

@@ -110,11 +110,13 @@ def compute_memory(
     activations: int = 0,
     muon_names: Collection[str] = (),
 ) -> Memory:
-    """Compute the memory of a rank.
+    """Compute the memory of a rank, every part in bytes.
 
     Args:
         sizes: elements of each trained parameter that a rank holds, by name.
         frozen: elements of each frozen parameter, which has neither gradient nor optimizer state.
+        topology: ranks that share parameters.
+        setting: of the training.
         activations: peak activation bytes of a micro-batch.
         muon_names: names of the parameters that Muon trains, if `setting` has it.
     """
@@ -157,9 +159,11 @@ def compute_memory(
 def _group_parameters(
     sizes: Mapping[str, int], topology: DomainTopology
 ) -> list[tuple[list[int], int, float]]:
-    """List, for the world and for a domain: sizes of its parameters, its ranks, largest update.
+    """Group parameters by the ranks that share them: all ranks, and those of a domain.
 
-    The largest update is in elements: DeepSpeed updates experts in groups.
+    Returns:
+        for each of the two (elements of each of its parameters, number of ranks, largest number of
+        elements that DeepSpeed updates together); the first may be empty.
     """
     where = find_scopes(sizes, topology.sharing)
     world = [size for name, size in sizes.items() if where[name] is Scope.WORLD]
@@ -174,12 +178,13 @@ def _group_parameters(
 def _compute_group_memory(
     group_sizes: list[int], ranks: int, limit: float, setting: Setting, muon: bool
 ) -> Memory:
-    """Compute the memory that the parameters of one group of ranks take on one of them.
+    """Compute the memory that the trained parameters of one group of ranks take on a rank.
+
+    Activations, buffers and offloading of the optimizer are not in it: `compute_memory` adds them.
 
     Args:
-        group_sizes: elements of each parameter; `ranks` share them.
-        limit: largest number of elements that one update of the optimizer handles.
-        muon: Muon trains them.
+        group_sizes, ranks, limit: see `_group_parameters`.
+        muon: these parameters are trained by Muon; False: by Adam.
     """
     element, total, offloaded = setting.element_bytes, sum(group_sizes), 0
     summed = 4 if setting.sum_in_fp32 else element
@@ -221,7 +226,11 @@ def _compute_group_memory(
 
 
 def _compute_weight_bytes(group_sizes: list[int], ranks: int, setting: Setting) -> tuple[int, int]:
-    """Compute the bytes of a rank's weights without padding: on the device, and on the host."""
+    """Compute the bytes of a rank's weights without padding: (on the GPU, on the host).
+
+    Below stage 3 a rank holds all of them; with stage 3 its shard, and small parameters whole. Only
+    shards may be on the host.
+    """
     if setting.stage < 3:
         return setting.element_bytes * sum(group_sizes), 0
     shard = _count_shard_elements(group_sizes, ranks)
@@ -236,7 +245,12 @@ def _count_shard_elements(group_sizes: list[int], ranks: int) -> int:
 
 
 def _compute_buffers(sizes: Mapping[str, int], setting: Setting) -> int:
-    """Compute the bytes of a rank's buffers: to reduce gradients, and to gather with ZeRO 3."""
+    """Compute the bytes of a rank's buffers: to reduce gradients, and to gather with ZeRO 3.
+
+    Args:
+        sizes: elements of every parameter of the rank, trained or frozen. Without ZeRO the result
+            is 0.
+    """
     if setting.stage == 0:
         return 0
     gathered = 0

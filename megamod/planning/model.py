@@ -72,14 +72,14 @@ class Network:
 
     @property
     def shared_parameters(self) -> int:
-        """Parameters shared by all domains."""
+        """Parameters that a rank holds and that all domains share, frozen ones included."""
         return self.frozen_parameters + sum(
             size for name, size in self.trained_sizes.items() if parse_expert_domain(name) is None
         )
 
     @property
     def parameters_per_expert(self) -> int:
-        """Parameters of one domain's expert; 0 in a model without experts."""
+        """Parameters of one domain's expert, of its own alone; 0 in a model without experts."""
         held = self.job.topology.get_rank_domains(0)
         return (self.parameters_per_rank - self.shared_parameters) // len(held)
 
@@ -95,7 +95,11 @@ class Network:
 
     @property
     def total_parameters(self) -> int:
-        """Parameters of all models that the job trains."""
+        """Parameters of all domains together, over all ranks: shared ones count once.
+
+        With independent models (BTM) each domain counts a whole one; adapters count their frozen
+        seed once.
+        """
         domains = len(self.job.topology.domains)
         if self.job.topology.sharing is Sharing.BTM:
             if self.trains_adapter:  # of one seed
@@ -105,10 +109,11 @@ class Network:
 
     @cached_property
     def flops_per_token(self) -> float:
-        """Operations of a training step per token, recomputing not counted.
+        """FLOPs of a training step per token, without recomputation.
 
-        Of causal language models by the formula of the trainer's MFU. Encoders predict some of the
-        tokens only, so theirs are counted: matrix products and attention of one pass.
+        For a causal language model they follow the formula of the trainer's MFU. An encoder
+        predicts some of the tokens only, so its matrix products and attention are counted in one
+        pass of one instance group.
         """
         if self.job.mux.objective == "causal_lm":
             return compute_flops_per_token(
@@ -119,7 +124,12 @@ class Network:
         return cost.flops / (rows * self.job.data.max_seq_length)
 
     def measure_pass(self, micro_batch: int, *, checkpointing: bool) -> PassCost:
-        """Measure a forward and backward pass of one micro-batch."""
+        """Measure a forward and backward pass of one micro-batch in the precision of the job.
+
+        Args:
+            micro_batch: sequences.
+            checkpointing: recompute blocks in the backward pass.
+        """
         return measure_pass(
             self.config,
             self.build_rank_module,
@@ -130,7 +140,11 @@ class Network:
         )
 
     def build_rank_module(self, config: PreTrainedConfig) -> nn.Module:
-        """Build the part that a rank holds of a model with this configuration."""
+        """Build the part that rank 0 holds of a model with this configuration.
+
+        That is the whole model, except experts of other ranks. A blank adapter is added if
+        the job trains one. Weights are on torch's default device.
+        """
         if self.job.mux.objective == "causal_lm":
             demix = self.job.topology.sharing is Sharing.DEMIX
             held = self.job.topology.get_rank_domains(0)
@@ -144,13 +158,16 @@ class Network:
 
     @property
     def scored_share(self) -> float:
-        """Share of the tokens that the head scores: retrieval asks for every position."""
+        """Share of the tokens that the head scores.
+
+        It is 1 for causal language models and with retrieval, else `mlm_probability`.
+        """
         mux = self.job.mux
         every = mux.objective == "causal_lm" or mux.retrieval_loss_coeff > 0
         return 1.0 if every else mux.mlm_probability
 
     def _compute_loss(self, micro_batch: int, module: nn.Module) -> Tensor:
-        """Compute the training loss of a micro-batch of zeros."""
+        """Compute the job's training loss of `module` on a micro-batch whose token ids are 0."""
         length, mux = self.job.data.max_seq_length, self.job.mux
         ids = torch.zeros(micro_batch, length, dtype=torch.int64)
         if mux.objective == "causal_lm":
@@ -174,7 +191,10 @@ class Network:
 
 
 def build_network(job: Job) -> Network:
-    """Build the model that a job would train.
+    """Describe the model that a job would train; its weights are not built yet.
+
+    Its configuration is that of the run: preset or folder in --model, with the job's flags,
+    vocabulary and domains.
 
     Raises:
         UserError: for a model that does not exist, or does not fit the data.
@@ -206,7 +226,11 @@ def build_network(job: Job) -> Network:
 
 
 def _find_vocabulary(job: Job) -> tuple[int, dict[str, int | None]]:
-    """Return size and special ids of the data; without data, those of the folder in --model."""
+    """Find the size and the special ids ("bos_token_id", ...) of the vocabulary.
+
+    They are those of the job, read from the data-bin or assumed; but if they are assumed and
+    --model is a folder, those of its configuration.
+    """
     tokens, names = job.vocabulary, ("bos_token_id", "pad_token_id", "eos_token_id")
     folder = resolve_model_folder(job.model.model)
     if not tokens.assumed or folder is None:

@@ -61,7 +61,11 @@ class JobPlan:
     def compute_memory_with(
         self, setting: Setting, topology: DomainTopology | None = None
     ) -> Memory:
-        """Compute the memory of a rank with another setting or topology."""
+        """Compute the memory of a rank with another setting, or other ranks.
+
+        Args:
+            topology: None: that of the job. A rank must hold as many experts as in the job.
+        """
         passed = self._find_peak_activations(setting.micro_batch, setting.checkpointing)
         return compute_memory(
             self.network.trained_sizes,
@@ -74,12 +78,14 @@ class JobPlan:
 
     @cached_property
     def _measured_peaks(self) -> dict[tuple[int, bool], int]:
+        """Peaks measured so far, in bytes, by micro-batch and recomputation."""
         return {}
 
     def _find_peak_activations(self, micro_batch: int, checkpointing: bool) -> int:
-        """Return the peak bytes of activations: measured, or linear in large micro-batches.
+        """Return the peak bytes of activations of a micro-batch.
 
-        The micro-batch of the job's own setting is always measured.
+        They are measured, once for each pair of arguments; large micro-batches other than the job's
+        are extrapolated linearly from two that are measured.
         """
         group, length = self.job.mux.num_instances, self.job.data.max_seq_length
         # The head works in chunks; below one full chunk its memory grows at another rate.
@@ -137,7 +143,11 @@ class JobPlan:
         ]
 
     def _iterate_changes(self) -> Iterator[tuple[str, Memory]]:
-        """Yield single changes of the settings, the nearest first, with the memory they need."""
+        """Yield (change in words, memory with it) for single changes of the settings.
+
+        The nearest come first: smaller micro-batches, recomputation, higher stages, smaller
+        buffers, more ranks, offloading. Micro-batches and ranks end with the first that fits.
+        """
         setting, topology = self.job.setting, self.job.topology
         for micro in sorted(list_micro_batches(self.job), reverse=True):
             if micro < setting.micro_batch:
@@ -178,8 +188,8 @@ class JobPlan:
             share = f"{needed.host_weights / 1e9:.1f} GB of the host per rank"
             yield f"offload_param.device cpu ({share})", needed
 
-    def record(self) -> dict[str, object]:
-        """Return the plan as a JSON value: bytes, elements, seconds."""
+    def make_record(self) -> dict[str, object]:
+        """Make the JSON value of the plan: settings, parameters, bytes, rates and hosts."""
         job, network = self.job, self.network
         return {
             "name": job.name,
@@ -214,7 +224,9 @@ class JobPlan:
 
 
 def plan_job(job: Job, args: PlanArgs) -> JobPlan:
-    """Build the model of a job on the meta device, and plan it on the GPUs and links of the flags.
+    """Plan a job on the GPUs and links of the flags.
+
+    Quantities of the plan are computed when they are asked for, on the meta device.
 
     Raises:
         UserError: for a model that does not exist, or does not fit the data.
@@ -229,7 +241,14 @@ def plan_job(job: Job, args: PlanArgs) -> JobPlan:
 
 
 def count_ranks_per_host(job: Job, args: PlanArgs) -> int:
-    """Count the ranks per host: on the job's first host; for a job on one host, its capacity."""
+    """Count the ranks per host that links are computed with.
+
+    For a job on several hosts they are those on the first. For a job on one host it is its own
+    ranks or --ranks_per_node, whichever is more.
+
+    Args:
+        job: of which the first placement counts; it must not be empty.
+    """
     placement = job.placements[0]
     return (
         len(placement[0].slots)
@@ -239,7 +258,11 @@ def count_ranks_per_host(job: Job, args: PlanArgs) -> int:
 
 
 def list_micro_batches(job: Job) -> list[int]:
-    """List micro-batch sizes that keep the sequences per step, up to 64 instance groups."""
+    """List micro-batch sizes, in sequences, that keep the sequences per step.
+
+    They are 1, 2, 4, ... 64 instance groups, as far as they divide a rank's sequences per step (per
+    expert).
+    """
     group = job.mux.num_instances
     dense = job.topology.sharing is Sharing.DENSE
     experts_per_rank = 1 if dense else len(job.topology.get_rank_domains(0))
@@ -254,7 +277,9 @@ def change_micro_batch(setting: Setting, micro_batch: int) -> Setting:
 
 
 def is_stage_allowed(stage: int, job: Job) -> bool:
-    """Return True if a run accepts a ZeRO stage with its sharing and precision."""
+    """Return True if a run accepts a ZeRO stage with the job's sharing, ranks, precision and
+    compilation.
+    """
     config: dict[str, object] = {"zero_optimization": {"stage": stage}}
     if job.setting.precision != "fp32":
         config[job.setting.precision] = {"enabled": True}
@@ -268,7 +293,7 @@ def is_stage_allowed(stage: int, job: Job) -> bool:
 
 
 def count_hosts_by_domain(job: Job) -> dict[str, int]:
-    """Count the hosts over which the ranks of each domain are spread."""
+    """Count the hosts over which the ranks of each domain are spread, in the first placement."""
     hosts = [host.name for host in job.placements[0] for _ in host.slots]
     ranks = job.topology.get_domain_ranks
     return {d: len({hosts[rank] for rank in ranks(d)}) for d in job.topology.domains}

@@ -41,7 +41,10 @@ def format_job(plan: JobPlan) -> str:
 
 
 def format_proposals(proposals: Sequence[Proposal]) -> str:
-    """Format proposed settings in order, two lines each: setting with its cost, and reasons."""
+    """Format proposed settings in order, two lines each: setting with its cost, and reasons.
+
+    Without proposals it is one sentence that says so.
+    """
     if not proposals:
         return "no setting fits; use more ranks or larger GPUs"
     lines = ["settings that fit, best first (step time: computation + communication)"]
@@ -66,6 +69,7 @@ def format_curves(curves: Mapping[Sharing, Sequence[Point]]) -> str:
     """Format tokens per second by number of GPUs as a table, a column per kind of sharing.
 
     Each value is a range: without overlap of computation and communication, and with full overlap.
+    A kind without a point at a number of GPUs has an empty cell.
     """
     kinds = list(curves)
     gpus = sorted({point.gpus for points in curves.values() for point in points})
@@ -89,7 +93,9 @@ def format_curves(curves: Mapping[Sharing, Sequence[Point]]) -> str:
 
 
 def _list_parameter_rows(plan: JobPlan) -> list[tuple[str, str]]:
-    """List (title, value) of the numbers of parameters: on a rank, active, per expert, in all."""
+    """List (title, value) of the numbers of parameters: on a rank and active; where they differ,
+    per expert, over all domains and over all jobs.
+    """
     network = plan.network
     rows = [
         (
@@ -113,7 +119,7 @@ def _list_parameter_rows(plan: JobPlan) -> list[tuple[str, str]]:
 
 
 def _list_memory_rows(plan: JobPlan) -> list[tuple[str, str]]:
-    """List (title, value) of a rank's memory by kind; of changes that fit if it does not."""
+    """List (title, value) of a rank's memory by kind, and if it does not fit of changes that do."""
     needed = plan.memory
     usable = USABLE * plan.gpu_bytes
     states = (
@@ -147,7 +153,9 @@ def _list_memory_rows(plan: JobPlan) -> list[tuple[str, str]]:
 
 
 def _list_traffic_rows(plan: JobPlan) -> list[tuple[str, str]]:
-    """List (title, value) of the bytes a rank sends per step, to all and within its domain."""
+    """List (title, value) of the bytes that a rank sends per step to all ranks, and unless training
+    is dense to those of its domain.
+    """
     traffic, topology = plan.traffic, plan.job.topology
     rows = [
         ("sent per step", f"{_format_bytes(traffic.world)} over all {topology.world_size} ranks")
@@ -172,7 +180,10 @@ def _list_time_rows(plan: JobPlan) -> list[tuple[str, str]]:
 
 
 def _list_placement_rows(plan: JobPlan) -> list[tuple[str, str]]:
-    """List (host, ranks and their domains); of several jobs (job, hosts), or that it waits."""
+    """List (host, its ranks and their domains) of one job, and domains that are spread over hosts.
+
+    Of several jobs alike, list (job, its hosts, or that it waits for free slots).
+    """
     job = plan.job
     rows = []
     if len(job.job_names) > 1:

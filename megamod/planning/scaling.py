@@ -58,9 +58,13 @@ Curves = Mapping[Sharing, Sequence[Point]]
 def compute_scaling_curves(
     plan: JobPlan, step_seconds: float | None, step_ranks: int | None
 ) -> Curves:
-    """Compute the curves of dense, DEMix and BTM training.
+    """Compute the curves of dense, DEMix and BTM training on 1 to `MOST_GPUS` GPUs.
+
+    The computation time of a step is the same everywhere: the measured time minus the communication
+    of that run, or the estimate.
 
     Args:
+        plan: the job whose settings and sequences per rank all points keep.
         step_seconds: measured step time of the job; None: FLOPs at 40 % of the peak.
         step_ranks: ranks of that measurement; None: those of the job.
     Raises:
@@ -85,8 +89,8 @@ def compute_scaling_curves(
     return {kind: _compute_curve(plan, kind, compute) for kind in Sharing}
 
 
-def record_curves(curves: Curves) -> dict[str, list[dict[str, float]]]:
-    """Return the curves as a JSON value: by sharing, step times and speeds by number of GPUs."""
+def make_curves_record(curves: Curves) -> dict[str, list[dict[str, float]]]:
+    """Make the JSON value of curves: by sharing, a list of points with step times and speeds."""
     return {
         kind.value: [
             {
@@ -107,6 +111,7 @@ def plot_curves(curves: Curves, tokens: int, title: str, path: Path) -> None:
 
     Args:
         tokens: number of tokens of the whole training run; the cost is for all of them.
+        path: file to write.
     """
     import matplotlib
 
@@ -145,7 +150,12 @@ def compute_gpu_days(gpus: Sequence[int], rates: Sequence[float], tokens: int) -
 
 
 def _compute_curve(plan: JobPlan, kind: Sharing, compute: float) -> list[Point]:
-    """Compute a point for each power of two of GPUs that the sharing allows."""
+    """Compute a point for each power of two of GPUs that the sharing allows.
+
+    Args:
+        kind: the sharing.
+        compute: seconds of computation per step, the same at each point.
+    """
     domains, points = plan.job.topology.domains, []
     gpus = 1
     while gpus <= MOST_GPUS:
@@ -160,8 +170,9 @@ def _compute_curve(plan: JobPlan, kind: Sharing, compute: float) -> list[Point]:
 
 
 def _make_topology(gpus: int, domains: tuple[str, ...], kind: Sharing) -> DomainTopology | None:
-    """Make the topology; None if a rank would hold another number of experts than the measured
-    model.
+    """Make the topology of a number of GPUs; None with experts whose number does not divide it.
+
+    Fewer or unevenly divided ranks would hold other experts than the model that was measured.
     """
     if kind is not Sharing.DENSE and gpus % len(domains):
         return None
@@ -169,7 +180,10 @@ def _make_topology(gpus: int, domains: tuple[str, ...], kind: Sharing) -> Domain
 
 
 def _change_topology(job: Job, topology: DomainTopology) -> Job:
-    """Change topology and sharing of a job at equal sequences per rank."""
+    """Return the job with another topology and its sharing, at equal sequences per rank.
+
+    `untie` follows a change of the sharing; with DEMix the ZeRO stage is 2 at most.
+    """
     model = copy.copy(job.model)
     if topology.sharing is not job.topology.sharing:
         model.untie = UNTIED[topology.sharing]
@@ -180,6 +194,6 @@ def _change_topology(job: Job, topology: DomainTopology) -> Job:
 
 
 def _estimate_communication(plan: JobPlan, job: Job) -> float:
-    """Estimate the seconds of communication per step of a job."""
+    """Estimate the seconds of communication per step of a job over the links of a plan."""
     traffic = compute_traffic(build_network(job), job.topology, job.setting)
     return estimate_communication_seconds(traffic, job.topology, plan.links)

@@ -40,8 +40,8 @@ class Proposal:
         """Seconds per step."""
         return self.compute_seconds + self.communication_seconds
 
-    def record(self) -> dict[str, object]:
-        """Return the proposal as a JSON value."""
+    def make_record(self) -> dict[str, object]:
+        """Make the JSON value of the proposal: its settings, bytes and seconds per step."""
         return {
             "stage": self.setting.stage,
             "micro_batch": self.setting.micro_batch,
@@ -57,11 +57,12 @@ class Proposal:
 
 
 def propose_settings(plan: JobPlan, shown: int = SHOWN) -> list[Proposal]:
-    """Rank up to `shown` settings of a job that fit its GPUs, the best first.
+    """Search settings of a job that fit its GPUs; return up to `shown`, the fastest first.
 
-    Sequences per step stay equal. At equal speed the larger micro-batch comes first, because it
-    keeps a GPU busier, then the lower ZeRO stage, because it is simpler. Smaller buffers, then
-    offloading, are tried only if nothing else fits.
+    Each combination of ZeRO stage, micro-batch and recomputation is planned, at equal sequences per
+    step. At equal speed the larger micro-batch comes first, because it keeps a GPU busier, then the
+    lower ZeRO stage, because it is simpler. Smaller buffers, then offloading, are tried only if
+    nothing else fits; if they do not help, the result is empty.
     """
     job_setting = plan.job.setting
     small = replace(job_setting, bucket=min(job_setting.bucket, SMALL_BUCKET))
@@ -90,20 +91,22 @@ def _list_settings(plan: JobPlan, base: Setting) -> list[Setting]:
 
 
 def _supports_offloading(base: Setting, stage: int) -> bool:
-    """Return True if a stage supports the offloading of `base`."""
+    """Return True if a ZeRO stage supports the offloading of `base`, which may be none."""
     least = {"none": 0, "cpu": 1, "nvme": 3}
     return stage >= least[base.offload] and (stage == 3 or base.offload_param == "none")
 
 
 def _make_sort_key(proposal: Proposal) -> tuple[float, int, int]:
-    """Return the key that sorts proposals, the best first: see `propose_settings`."""
+    """Return the key that sorts proposals, the best first: step time to two digits, then the larger
+    micro-batch, then the lower stage.
+    """
     # Differences below a few percent are within the error of the estimate.
     rounded = float(f"{proposal.step_seconds:.2g}")
     return rounded, -proposal.setting.micro_batch, proposal.setting.stage
 
 
 def _make_proposal(plan: JobPlan, setting: Setting) -> Proposal | None:
-    """Make the proposal of a setting; None if it does not fit."""
+    """Make the proposal of a setting; None if its memory exceeds that of a GPU."""
     needed = plan.compute_memory_with(setting)
     if not plan.can_hold(needed):
         return None
@@ -116,7 +119,12 @@ def _make_proposal(plan: JobPlan, setting: Setting) -> Proposal | None:
 
 
 def _list_reasons(plan: JobPlan, setting: Setting, needed: Memory, world: float) -> tuple[str, ...]:
-    """List the costs and savings of a setting in words."""
+    """List the costs and savings of a setting in words.
+
+    Args:
+        needed: memory of a rank with the setting.
+        world: bytes that a rank sends per step to all ranks.
+    """
     free = plan.gpu_bytes - needed.peak
     reasons = [f"{free / 1e9:.1f} GB of {plan.gpu_bytes / 1e9:g} remain free"]
     if setting.checkpointing:

@@ -15,9 +15,10 @@ from megamod.planning.model import Network
 
 @dataclass(frozen=True)
 class Links:
-    """Bytes per second that a GPU sends, inside a host and between hosts.
+    """Links of the GPUs.
 
     Attributes:
+        intra, inter: bytes per second that a GPU sends, inside a host and between hosts.
         ranks_per_node: GPUs per host.
     """
 
@@ -25,20 +26,28 @@ class Links:
     inter: float
     ranks_per_node: int
 
-    def find_world_speed(self, topology: DomainTopology) -> float:
-        """Return the speed of the ring of all ranks, in bytes per second."""
+    def get_world_speed(self, topology: DomainTopology) -> float:
+        """Return the speed of the ring of all ranks, in bytes per second: `inter` unless they fit
+        on one host.
+        """
         return self.intra if topology.world_size <= self.ranks_per_node else self.inter
 
-    def find_domain_speed(self, topology: DomainTopology) -> float:
-        """Return the speed of the ring of a domain's ranks; of the slowest domain if they
-        differ.
+    def get_domain_speed(self, topology: DomainTopology) -> float:
+        """Return the speed of the ring of a domain's ranks, in bytes per second.
+
+        It is that of the slowest domain: `intra` if no domain is spread over several hosts.
         """
         inside = self.ranks_per_node % topology.ranks_per_domain == 0
-        return self.intra if inside else self.find_world_speed(topology)
+        return self.intra if inside else self.get_world_speed(topology)
 
 
 def compute_traffic(network: Network, topology: DomainTopology, setting: Setting) -> Traffic:
-    """Compute the bytes that a rank sends per step, to all ranks and to those of its domain."""
+    """Compute the bytes that a rank sends per step, to all ranks and to those of its domain.
+
+    Args:
+        network: of the job, for the sizes of its parameters.
+        topology, setting: the ranks and settings to compute it for, not those of the job.
+    """
     tied = [name for name in network.trained_sizes if name.endswith("embeddings.tokens.weight")]
     return compute_step_traffic(
         network.trained_sizes,
@@ -57,15 +66,18 @@ def estimate_communication_seconds(
     traffic: Traffic, topology: DomainTopology, links: Links
 ) -> float:
     """Estimate the seconds per step of the two rings, of all ranks and of a domain's, in turn."""
-    return traffic.world / links.find_world_speed(
+    return traffic.world / links.get_world_speed(
         topology
-    ) + traffic.domain / links.find_domain_speed(topology)
+    ) + traffic.domain / links.get_domain_speed(topology)
 
 
 def estimate_compute_seconds(network: Network, setting: Setting, flops_per_second: float) -> float:
     """Estimate the seconds of computation per step on one rank.
 
     Recomputation adds a forward pass, a third of the FLOPs (Korthikanti et al. 2022, section 5).
+
+    Args:
+        flops_per_second: that a GPU reaches, not its peak.
     """
     tokens = setting.micro_batch * setting.micro_steps * network.job.data.max_seq_length
     extra = 4 / 3 if setting.checkpointing else 1.0
