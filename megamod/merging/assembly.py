@@ -62,11 +62,14 @@ class _TargetTensor:
 def plan_tensors(
     recipe: MergeRecipe, folders: Sequence[TensorSource], copied: Collection[str] = ()
 ) -> dict[str, TensorPlan]:
-    """Plan every tensor of the result.
+    """Plan every tensor of the result, from headers alone.
 
     Args:
         folders: of the models, under common names.
-        copied: tensors outside of layers that are taken from the leading model as they are.
+        copied: tensors that are taken from the template as they are; where layers are stacked, from
+            the leading source of the first or last part.
+    Returns:
+        plans by name of the tensor, in the order in which the result stores them.
     Raises:
         UserError: naming the part of the recipe, the folder or the tensor, if they do not fit.
     """
@@ -80,7 +83,11 @@ def plan_tensors(
 
 
 def _check_model_count(recipe: MergeRecipe, part: RecipePart) -> None:
-    """Refuse a number of models that the method does not support, and a missing base."""
+    """Refuse a part with a number of models that the method does not support.
+
+    Raises:
+        UserError: naming the part; also if the method needs a base and the part has none.
+    """
     method, where = METHODS[recipe.method], recipe.label_part(part)
     models = [source.model for source in part.sources]
     base = _find_base(recipe, part)
@@ -111,7 +118,14 @@ def _yield_targets_of_whole_models(
     folders: Sequence[TensorSource],
     copied: Collection[str],
 ) -> Iterator[_TargetTensor]:
-    """Yield a target for each tensor of the template, in its order, for a merge of whole models."""
+    """Yield a target for each tensor of the template, in its order, for a merge of whole models.
+
+    Integers and the tensors in `copied` are copied from the template; all others are merged.
+
+    Raises:
+        UserError: if a merged tensor differs in shape or kind of dtype, or modules do not cover the
+            tensors.
+    """
     template = folders[recipe.template_model]
     merged = [
         name
@@ -139,6 +153,9 @@ def _map_tensors_to_parts(
     recipe: MergeRecipe, parts: Sequence[RecipePart], names: Iterable[str]
 ) -> Mapping[str, int]:
     """Map each tensor to the number of its part: the module that comes first in its name.
+
+    Of modules that begin at the same word the longest counts; a tensor in none belongs to the
+    module called `default`. Without modules all belong to part 0.
 
     Raises:
         UserError: if a tensor is in no module and none is called `default`, or a module has none.
@@ -175,7 +192,11 @@ def _yield_targets_of_stacked_layers(
 ) -> Iterator[_TargetTensor]:
     """Yield a target for each tensor of a model whose layers are stacked from `parts`.
 
-    Tensors before the layers come from the first part, those after them from the last.
+    Tensors before the layers come from the first part, those after them from the last. Integers,
+    and the tensors in `copied`, are copied from the leading source of their part.
+
+    Raises:
+        UserError: if a model lacks a layer that a slice names, or has several stacks of layers.
     """
     leads = [part.sources[recipe.find_lead_source(part)] for part in parts]
     prefix = _find_layer_prefix(recipe, folders[leads[0].model])
@@ -220,10 +241,11 @@ def _yield_targets_of_stacked_layers(
 
 
 def _find_layer_prefix(recipe: MergeRecipe, folder: TensorSource) -> str:
-    """Return the name prefix of the layers of the language model, which are stacked.
+    """Find the name prefix of the layers of the language model, such as `model.layers.`.
 
     Raises:
-        UserError: if there are several stacks of layers, and none is seen to be that.
+        UserError: if there are no layers, or several stacks of which it is not clear which is that
+            of the language model.
     """
     numbers: dict[str, set[int]] = {}
     for name in folder.tensors:
@@ -248,7 +270,7 @@ def _parse_layer_number(name: str, prefix: str) -> int | None:
 
 
 def _count_stored_layers(folder: TensorSource, prefix: str) -> int:
-    """Return the highest layer number that a folder stores under a prefix, plus 1; 0: no layer."""
+    """Return the highest layer number that a folder stores under a name prefix, plus 1; 0: none."""
     numbers = [n for name in folder.tensors if (n := _parse_layer_number(name, prefix)) is not None]
     return max(numbers, default=-1) + 1
 
@@ -266,6 +288,8 @@ def _plan_tensor(
 ) -> TensorPlan:
     """Plan one tensor of the result, after a check that its sources can be merged.
 
+    Args:
+        folders: of all models of the recipe.
     Raises:
         UserError: naming the tensor and two models, or a parameter that is missing.
     """
@@ -305,7 +329,14 @@ def _check_copied_integers(
 ) -> None:
     """Refuse integers of a layer that differ between the sources that have them.
 
-    Only those of the leading source are stored, as integers have no mean.
+    Only those of the leading source are stored, as integers have no mean. A floating-point tensor
+    passes unchecked.
+
+    Args:
+        models: number of the model of each source; `names`: the tensor's name in it.
+        lead: index of the leading source.
+    Raises:
+        UserError: naming the tensor and two models.
     """
     first, name = folders[models[lead]], names[lead]
     if first.tensors[name].dtype.is_floating_point:

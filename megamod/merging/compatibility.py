@@ -42,9 +42,10 @@ _MOST = 5
 def check_configs_match(
     folders: Sequence[Path], *, allow_cut: bool = False, require_same_words: bool = True
 ) -> None:
-    """Refuse models whose weights have different meanings; warn of other differences.
+    """Refuse models whose weights have different meanings; log other differences as warnings.
 
     Args:
+        folders: all are compared with the first.
         allow_cut: allow vocabularies of unequal size.
         require_same_words: require that equal ids are equal words.
     Raises:
@@ -81,6 +82,8 @@ def check_configs_match(
 def refuse_quantised_model(folder: Path, config: Mapping[str, object]) -> None:
     """Refuse a quantised model.
 
+    Args:
+        config: content of its config.json.
     Raises:
         UserError: naming the key of config.json or the file that says so.
     """
@@ -96,7 +99,9 @@ def refuse_quantised_model(folder: Path, config: Mapping[str, object]) -> None:
 
 
 def warn_of_config_differences(first: Path, second: Path) -> None:
-    """Log the fields of two configurations that change the function of equal weights."""
+    """Log a warning with the fields of two models' configurations that change the function of equal
+    weights; nothing if there are none.
+    """
     configs = (make_dense_config(read_model_config(folder)) for folder in (first, second))
     if listed := describe_config_differences(*configs):
         logger.warning(
@@ -107,7 +112,11 @@ def warn_of_config_differences(first: Path, second: Path) -> None:
 
 
 def describe_config_differences(first: Mapping[str, object], second: Mapping[str, object]) -> str:
-    """Describe fields that change the function of equal weights, both values each; "" if none."""
+    """Describe the fields that change the function of equal weights, both values each.
+
+    A field that one lacks has the default of its class, if that is known. "" if there are none;
+    after the first `_MOST` fields only their number.
+    """
     differing = _list_config_differences(first, second)
     if differing:
         differing = _list_config_differences(_fill_in_defaults(first), _fill_in_defaults(second))
@@ -119,8 +128,9 @@ def describe_config_differences(first: Mapping[str, object], second: Mapping[str
 def _list_config_differences(
     first: Mapping[str, object], second: Mapping[str, object]
 ) -> list[tuple[str, object, object]]:
-    """List (dotted key, first value, second value) of fields that change what the weights
-    compute.
+    """List (dotted key, first value, second value) of fields that change what the weights compute.
+
+    A field that one configuration lacks has the value None there.
     """
     ours, theirs = dict(_iterate_config_fields(first)), dict(_iterate_config_fields(second))
     return [
@@ -132,7 +142,12 @@ def _list_config_differences(
 
 
 def _is_harmless_difference(key: str, *values: object) -> bool:
-    """Return True if a difference in a field does not change what the weights compute."""
+    """Return True if a difference in a field does not change what the weights compute.
+
+    Args:
+        key: dotted key of the field.
+        values: both values; lists of different lengths in a field of layers are harmless.
+    """
     parts = key.split(".")
     known = any(part in _HARMLESS or part.endswith(_HARMLESS_ENDS) for part in parts)
     # Lists for each layer are checked where layers are stacked; here models have equally many.
@@ -143,7 +158,12 @@ def _is_harmless_difference(key: str, *values: object) -> bool:
 def _iterate_config_fields(
     config: Mapping[str, object], prefix: str = "", *, leaves: bool = True
 ) -> Iterator[tuple[str, object]]:
-    """Yield dotted keys of nested mappings with their values; with `leaves` no mappings."""
+    """Yield (dotted key, value) of a configuration and of the mappings nested in it.
+
+    Args:
+        prefix: of the keys.
+        leaves: yield no mappings themselves; False: yield each before its content.
+    """
     for key, value in config.items():
         if isinstance(value, dict):
             if not leaves:
@@ -164,9 +184,10 @@ def _fill_in_defaults(config: Mapping[str, object]) -> Mapping[str, object]:
 def check_tensors_mergeable(
     base: TensorSource, name: str, other: TensorSource, *, other_name: str, allow_cut: bool = False
 ) -> None:
-    """Refuse two tensors that cannot be merged.
+    """Refuse two tensors that cannot be merged: of different shapes, or the second of integers.
 
     Args:
+        name: of the tensor in `base`; `other_name`: in `other`.
         allow_cut: allow embeddings of vocabularies of unequal size.
     Raises:
         UserError: naming the tensor and both models.
@@ -193,14 +214,15 @@ def check_tensors_mergeable(
 def _have_row_per_word(*tensors: tuple[TensorSource, Spec]) -> bool:
     """Return True if each of these tensors has a row for every word of its model."""
     return all(
-        spec.shape[:1] == (read_vocab_size(read_model_config(source.folder)),)
+        spec.shape[:1] == (get_vocab_size(read_model_config(source.folder)),)
         for source, spec in tensors
     )
 
 
-def read_vocab_size(config: Mapping[str, object]) -> object:
-    """Return the vocabulary size of a configuration or of its `text_config`; None: neither has
-    one.
+def get_vocab_size(config: Mapping[str, object]) -> object:
+    """Return `vocab_size` of a configuration, else of its `text_config`; None: neither has one.
+
+    The value is as config.json has it, which need not be a number.
     """
     inner = config.get("text_config")
     return config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)

@@ -18,7 +18,7 @@ from torch import Tensor
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.merging.compatibility import check_configs_match
-from megamod.merging.known_models import ModuleKind, list_modules
+from megamod.merging.known_models import ModuleKind, map_modules_to_kinds
 from megamod.merging.lora import PREFIX
 from megamod.merging.naming import rename_to_template
 from megamod.merging.tensors import TensorSource, describe_source
@@ -37,10 +37,10 @@ class ExtractedAdapter:
     """An adapter that was written.
 
     Attributes:
-        adapted_layers: number of linear layers that it adapts; `whole_modules`: modules that it
-            stores whole.
-        explained_share: squared norm of the differences of linear layers that it holds, of the
-            whole.
+        adapted_layers: number of linear layers that it adapts.
+        whole_modules: names of the modules that it stores whole.
+        explained_share: share of the squared norm of all differences of linear layers that its
+            updates hold, from 0 to 1.
     """
 
     adapted_layers: int
@@ -60,21 +60,23 @@ class ExtractedAdapter:
 def extract_lora(
     base: Path, finetuned: Path, output: Path, rank: int, dtype: str | None = None
 ) -> ExtractedAdapter:
-    """Write the folder of an adapter; it appears whole or not at all.
+    """Write the adapter that turns one model into another; its folder appears whole or not at all.
 
     Args:
         base, finetuned: model folders of one architecture that transformers knows.
+        output: new folder.
         rank: largest rank of an update.
         dtype: name of the dtype that is stored; None: float32.
     Raises:
-        UserError: if the models do not fit each other, or are equal.
+        UserError: if the models do not fit each other, are equal or of a type that transformers
+            does not know, or `output` exists.
     """
     check_new_folder(output)
     with ExitStack() as stack:
         folders = [stack.enter_context(ModelFolder(path)) for path in (base, finetuned)]
         check_configs_match([Path(base), Path(finetuned)])
         first, second = rename_to_template(folders, 0).folders
-        modules = list_modules(read_model_config(Path(base)))
+        modules = map_modules_to_kinds(read_model_config(Path(base)))
         if modules is None:
             raise UserError(f"{base}: is of a type that transformers does not know, nor does peft")
         return _write_adapter(
@@ -90,7 +92,13 @@ def _write_adapter(
     rank: int,
     dtype: torch.dtype,
 ) -> ExtractedAdapter:
-    """Factorise all changed linear layers and write the adapter folder; see `extract_lora`."""
+    """Factorise all changed linear layers and write the adapter folder; see `extract_lora`.
+
+    Args:
+        modules: kinds of the base's modules by name, see `map_modules_to_kinds`.
+    Raises:
+        UserError: if a changed tensor is in none of `modules`, has two shapes, or nothing differs.
+    """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     whole_modules: list[str] = []
@@ -168,8 +176,12 @@ def _write_adapter(
 def _iterate_changed_tensors(
     base: TensorSource, finetuned: TensorSource
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield the name of each tensor that differs, with its values in the base and in the other
-    model.
+    """Yield (name, base's tensor, other's tensor) of each floating-point tensor that differs.
+
+    Tensors that only one model has are skipped.
+
+    Raises:
+        UserError: naming a tensor of two shapes.
     """
     for name, spec in base.tensors.items():
         if spec.dtype.is_floating_point and name in finetuned.tensors:
@@ -184,8 +196,10 @@ def _iterate_changed_tensors(
 
 
 def _factorise(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the best approximation of a matrix [out, in] as two factors [out, rank] and [rank,
-    in].
+    """Approximate a matrix [out, in] by the product of two factors [out, r] and [r, in].
+
+    r is `rank`, or less for a smaller matrix. The approximation is the best in squared error; for
+    large matrices nearly so, by a randomised method with a fixed seed.
     """
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= _EXACT or 2 * rank > min(matrix.shape):

@@ -21,7 +21,10 @@ _INDICES = ("layer_idx", "layer_index", "layer_id", "block_idx", "idx", "layer_n
 
 
 def build_config(config: Mapping[str, object]) -> PretrainedConfig | None:
-    """Build the configuration object of a dictionary; None if there is no class that accepts it."""
+    """Build the configuration object of a config.json's content.
+
+    None if transformers and megamod have no class for its `model_type`, or that refuses it.
+    """
     import megamod  # noqa: F401  (its models become known to transformers)
 
     if config.get("model_type") not in CONFIG_MAPPING:
@@ -63,10 +66,8 @@ def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
 
 
 @lru_cache(maxsize=8)
-def _cached_parameter_names(config_json: str) -> frozenset[str] | None:
-    """Return the result of `list_parameter_names` for a configuration as JSON text, so that it is
-    cached.
-    """
+def _list_parameter_names_cached(config_json: str) -> frozenset[str] | None:
+    """Compute `list_parameter_names`; JSON text is hashable, so results are cached by it."""
     config = build_config(json.loads(config_json))
     model = None if config is None else build_meta_model(config)
     return None if model is None else frozenset(name for name, _ in model.named_parameters())
@@ -74,7 +75,7 @@ def _cached_parameter_names(config_json: str) -> frozenset[str] | None:
 
 def list_parameter_names(config: Mapping[str, object]) -> frozenset[str] | None:
     """List the parameter names of a model with this configuration; None: its class is not known."""
-    return _cached_parameter_names(json.dumps(config, sort_keys=True, default=str))
+    return _list_parameter_names_cached(json.dumps(config, sort_keys=True, default=str))
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,10 @@ class ModuleKind:
     tied_modules: tuple[str, ...]
 
 
-def list_modules(config: Mapping[str, object]) -> dict[str, ModuleKind] | None:
-    """Map the names of modules with parameters to their kinds; None: the model's class is not
-    known.
+def map_modules_to_kinds(config: Mapping[str, object]) -> dict[str, ModuleKind] | None:
+    """Map the names of a model's modules with parameters of their own to their kinds.
+
+    None: the class of the model is not known, or cannot be built.
     """
     built = build_config(config)
     model = None if built is None else build_meta_model(built)
@@ -118,13 +120,14 @@ def list_modules(config: Mapping[str, object]) -> dict[str, ModuleKind] | None:
 
 
 def describe_layers(config: PretrainedConfig, layer_count: int) -> list[dict[str, object]] | None:
-    """Describe the layers of a model, to compare them; None if the model cannot be built.
+    """Describe each layer of a model, so that layers can be compared.
 
     Args:
-        layer_count: number of layers.
+        layer_count: number of layers of the language model.
     Returns:
-        for each layer, by name: shapes of parameters, plain attributes of modules, and entries of
-        per-layer fields of the configuration.
+        for each layer, by name: shapes of parameters, classes and plain attributes of modules, and
+        entries of per-layer fields of the configuration. None if the model cannot be built, or it
+        is not clear which list of modules holds the layers.
     """
     model = build_meta_model(config)
     layers = None if model is None else _find_layers(model, layer_count)
@@ -149,8 +152,9 @@ def describe_layers(config: PretrainedConfig, layer_count: int) -> list[dict[str
 def iterate_per_layer_fields(
     config: PretrainedConfig, layer_count: int
 ) -> Iterator[tuple[str, list]]:
-    """Yield name and value of the configuration's fields that are lists with one entry per
-    layer.
+    """Yield (name, list) of the configuration's fields with one entry per layer.
+
+    They are those of its language model, properties included, in the order of their names.
     """
     text_config = config.get_text_config()
     for key in sorted({*vars(text_config), *_list_properties(type(text_config))}):
@@ -167,7 +171,10 @@ def iterate_per_layer_fields(
 
 
 def _list_properties(kind: type) -> list[str]:
-    """List the properties of a configuration class, whose values follow from its fields."""
+    """List the names of a configuration class's properties, whose values follow from its fields.
+
+    Properties that every class of transformers has are not among them.
+    """
     classes = [
         c for c in kind.__mro__ if c is not PretrainedConfig and issubclass(c, PretrainedConfig)
     ]
@@ -175,7 +182,10 @@ def _list_properties(kind: type) -> list[str]:
 
 
 def _find_layers(model: PreTrainedModel, layer_count: int) -> torch.nn.ModuleList | None:
-    """Return the layers of the language model; None if several lists of modules could be meant."""
+    """Find the layers of the language model: the list of `layer_count` modules outside of others.
+
+    None if there is no such list, or there are several outside of towers (vision, audio).
+    """
     lists = [
         (name, module)
         for name, module in model.named_modules()

@@ -73,8 +73,11 @@ def build_stacked_config(
     Args:
         config: of the template; `folder`: its folder, for messages.
         origins: of each layer of the result.
+    Returns:
+        a new configuration; that of the template, with its number of layers and per-layer settings
+        replaced.
     Raises:
-        UserError: if a setting cannot move with its layer.
+        UserError: if the number of layers is not known, or a setting cannot move with its layer.
     """
     key, section = find_language_section(config)
     depth = count_layers(config)
@@ -153,8 +156,13 @@ class _StackedModels:
         return self.signatures is not None
 
     def find_first_difference(self, new: Mapping[str, object]) -> str | None:
-        """Return a message about the first setting in which a layer differs from its origin; None:
-        none.
+        """Compare each layer of a configuration with the layer that it comes from.
+
+        Args:
+            new: configuration of the stacked model.
+        Returns:
+            a message about the first setting that differs, or that no class describes the model;
+            None: all are equal, or layers cannot be compared.
         """
         if self.signatures is None:
             return None
@@ -188,8 +196,13 @@ class _StackedModels:
 
 
 def _yield_stacked_values(name: str, models: _StackedModels) -> Iterator[object]:
-    """Yield the values that a setting may get; none if it does not depend on layers.
+    """Yield the values that a setting may get in the stacked model, the most likely first.
 
+    It yields nothing if the setting does not depend on layers. The value as it is comes last, where
+    layers can be compared to see if it fits.
+
+    Args:
+        name: of the setting in the language section of the configurations.
     Raises:
         UserError: if a setting of a model that transformers does not know cannot move.
     """

@@ -56,7 +56,7 @@ class _WeightUpdate:
     magnitude: Tensor | None = None
 
     def compute_rows(self, first: int, last: int) -> Tensor:
-        """Compute rows `first` to `last` - 1 of the update, in float32."""
+        """Compute rows `first` to `last` - 1 of the update, [last - first, columns] float32."""
         if self.transposed:
             return (self.up @ self.down[:, first:last]).T * self.scale
         return self.up[first:last] @ self.down * self.scale
@@ -97,8 +97,13 @@ class AdaptedFolder(TensorView):
     def _add_update(
         self, module: str, parts: dict[str, Tensor], config: Mapping[str, object]
     ) -> None:
-        """Record the update of one module from its `lora_...` tensors; raise UserError if it cannot
-        be merged.
+        """Record the update of one module: of its weight, and of its bias if the adapter has one.
+
+        Args:
+            parts: its tensors by kind, such as "lora_A" or "lora_B.bias".
+            config: content of adapter_config.json.
+        Raises:
+            UserError: if the parts are not those of LoRA, or do not fit the base.
         """
         embedding = "lora_embedding_A" in parts
         keys = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -140,7 +145,13 @@ class AdaptedFolder(TensorView):
             )
 
     def _replace_tensor(self, name: str, tensor: Tensor) -> None:
-        """Replace a tensor that the adapter stores whole: of `modules_to_save`, or a bias."""
+        """Replace a tensor by one that the adapter stores whole: of `modules_to_save`, or a bias.
+
+        A tensor that the base lacks, such as that of a head, is added.
+
+        Raises:
+            UserError: if it has another shape in the base, or is one of trained rows.
+        """
         name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         if "token_adapter" in name or "trainable_tokens" in name:
             raise UserError(
@@ -162,6 +173,8 @@ class AdaptedFolder(TensorView):
     def _find_base_tensor(self, name: str, required: bool = True) -> str | None:
         """Find a tensor's name in the base, whose backbone prefix may not be the adapter's.
 
+        None if the base does not store it and it is not required.
+
         Raises:
             UserError: if it is required and missing.
         """
@@ -182,7 +195,10 @@ class AdaptedFolder(TensorView):
         return None
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
-        """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on."""
+        """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on.
+
+        The update is added in float32 (float64 for a base in float64), then rounded.
+        """
         update, bias = self._updates.get(name), self._biases.get(name)
         if update is None:
             self._read_base_or_replacement(name, start, buffer)
@@ -200,8 +216,8 @@ class AdaptedFolder(TensorView):
         buffer.copy_(total.view(-1)[start - first * width :][: len(buffer)])
 
     def _read_base_or_replacement(self, name: str, start: int, buffer: Tensor) -> None:
-        """Fill a buffer from the tensor before its low-rank update: the base's, or the adapter's
-        whole one.
+        """Fill a buffer from the tensor without its update: the adapter's if it stores the tensor
+        whole, else the base's.
         """
         if name in self._replaced:
             buffer.copy_(self._replaced[name].reshape(-1)[start : start + len(buffer)])
@@ -209,16 +225,19 @@ class AdaptedFolder(TensorView):
             self.source.read_into(name, start, buffer)
 
     def compute_digest(self) -> str:
-        """Return the fingerprint of the weights on disk: of the base, and of the adapter."""
+        """Return the digest of the weights on disk: of the base, `+`, of the adapter."""
         return f"{self.source.compute_digest()}+{self._digest}"
 
 
 @contextmanager
 def open_weights(folder: Path, member: str | None = None) -> Iterator[TensorSource]:
-    """Open the weights of a model folder, or of an adapter merged into its seed.
+    """Open the weights of a folder for a `with` block: of its model, or, if it holds a LoRA
+    adapter, of the seed model that it names with the adapter merged in.
 
+    Args:
+        member: expert of a DEMix folder; None: all.
     Raises:
-        UserError: if they cannot be read.
+        UserError: if they cannot be read, or the adapter cannot be merged.
     """
     with ModelFolder(find_seed_folder(folder), member) as source:
         yield AdaptedFolder(source, folder) if is_adapter(folder) else source
@@ -254,8 +273,11 @@ def _read_config(adapter: Path) -> Mapping[str, object]:
 
 
 def _match_module_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """Return the value of the first pattern that ends a module's name, as peft matches; else
-    `default`.
+    """Return the value of the first pattern that matches the end of a module's name, as in peft.
+
+    Args:
+        patterns: values by regular expression, which must match whole words between dots.
+        default: the result if none matches.
     """
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):

@@ -21,10 +21,10 @@ from megamod.merging.compatibility import check_configs_match
 from megamod.merging.methods.table import METHODS
 from megamod.merging.model_folder import (
     find_commonest_chat_template,
-    write_config_and_copy_files,
+    write_files_besides_weights,
     write_merge_record,
 )
-from megamod.merging.naming import list_tied_pairs, rename_to_template
+from megamod.merging.naming import list_tieable_pairs, rename_to_template
 from megamod.merging.plan import MergePlan, make_plan
 from megamod.merging.recipe import InputModel, MergeRecipe, build_weighted_recipe
 from megamod.merging.statistics import check_calibration, find_or_compute_statistics
@@ -54,10 +54,15 @@ def average_folders(
     """Write the weighted average of models as a new model folder; write nothing on an error.
 
     Args:
-        sources: model folder (or `MODEL+ADAPTER`), and the domain of one expert of a DEMix folder.
+        sources: model folder (or `MODEL+ADAPTER`), and the domain of one expert of a DEMix folder
+            (None: all of it).
+        weights: of each source.
+        output: new folder.
         normalize: divide by the sum of the weights.
         domains: that each source was trained on, for the record.
-        dtype: round weights to it first; `out_dtype`: store it, else that of the first model.
+        dtype: name of a dtype that weights are rounded to first; None: none.
+        out_dtype: name of the dtype to store; None: `dtype`, else that of the first model.
+        shard_bytes: size above which weights are split into several files.
         origin: flag or file of the weights, for messages.
     Raises:
         UserError: naming the folder, tensor or value, if the models do not fit each other, the
@@ -145,6 +150,11 @@ def merge(
 def open_plan(recipe: MergeRecipe, shard_bytes: int, stack: ExitStack) -> MergePlan:
     """Open the models of a recipe until the stack is closed, check them, and plan every tensor.
 
+    An `align:` block is carried out, which may run models and write the folder `maps` that it
+    names; nothing else is written.
+
+    Args:
+        shard_bytes: size above which weights are split into several files.
     Raises:
         UserError: as `average_folders`.
     """
@@ -172,9 +182,20 @@ def write_weights_and_hash_sources(
     threads: int,
     quiet: bool,
 ) -> list[str]:
-    """Write weight files with a progress bar; return the digests of the sources.
+    """Write weight files with a progress bar, and hash the sources meanwhile.
 
     Hashing and reading both release the interpreter's lock, so they run at the same time.
+
+    Args:
+        folder: to write into.
+        files: names of the tensors in each file.
+        specs: of the tensors.
+        compute: yields the elements of a tensor in order, in its dtype.
+        sources: weights to hash.
+        threads: number of tensors computed at the same time.
+        quiet: no progress bar.
+    Returns:
+        a digest of the weights on disk of each source.
     """
     hidden = True if quiet else None  # None: hidden unless stderr is a terminal
     size = sum(spec.nbytes for spec in specs.values())
@@ -198,20 +219,27 @@ def write_config_and_tokenizer(plan: MergePlan, folder: Path, copy_tokenizer: bo
     """Write config.json, generation settings and, if `copy_tokenizer`, the tokenizer of a result.
 
     The chat template is that of most models where the recipe copies it.
+
+    Raises:
+        UserError: if a JSON file of a model cannot be read.
     """
     recipe = plan.recipe
-    words = plan.folders[recipe.tokenizer].folder if copy_tokenizer else None
+    tokenizer = plan.folders[recipe.tokenizer].folder if copy_tokenizer else None
     chat = (
         find_commonest_chat_template([model.path for model in recipe.inputs])
         if recipe.copy_chat_template
         else None
     )
     template = plan.folders[recipe.template_model].folder
-    write_config_and_copy_files(template, words, folder, plan.config, chat, plan.vocabulary)
+    write_files_besides_weights(template, tokenizer, folder, plan.config, chat, plan.vocabulary)
 
 
 def _open_model(model: InputModel, stack: ExitStack) -> TensorSource:
-    """Open the folder of a model until the stack is closed, with its adapter if it has one."""
+    """Open the folder of a model until the stack is closed, with its adapter if it has one.
+
+    Raises:
+        UserError: if its weights or its adapter cannot be read.
+    """
     folder = stack.enter_context(ModelFolder(model.path, model.member))
     if model.adapter is None:
         return folder
@@ -221,10 +249,11 @@ def _open_model(model: InputModel, stack: ExitStack) -> TensorSource:
 
 
 def _unite_vocabularies(recipe: MergeRecipe) -> Vocabulary | None:
-    """Return the vocabulary of the result; None if all models have it already.
+    """Return the vocabulary that the recipe asks for; None if it asks for none, or all models have
+    it already.
 
     Raises:
-        UserError: if the vocabularies cannot be united.
+        UserError: if the vocabularies cannot be united, or the models are to be aligned too.
     """
     if recipe.vocabulary_request is None:
         return None
@@ -241,7 +270,9 @@ def _unite_vocabularies(recipe: MergeRecipe) -> Vocabulary | None:
 
 
 def _align_folders(recipe: MergeRecipe, folders: Sequence[TensorSource]) -> Sequence[TensorSource]:
-    """Read all folders with their features in the order of the first, if the recipe says so.
+    """Return views of all folders with their features in the order of the first.
+
+    Without an `align:` block they are the folders themselves.
 
     Raises:
         UserError: if they cannot be aligned.
@@ -257,12 +288,14 @@ def _align_folders(recipe: MergeRecipe, folders: Sequence[TensorSource]) -> Sequ
 def update_tie_setting(
     specs: Mapping[str, Spec], config: dict[str, object], folder: Path
 ) -> dict[str, object]:
-    """Return the configuration of the result, its matrices untied if they differ.
+    """Return the configuration of the result, `tie_word_embeddings` off if its matrices differ.
 
     Args:
-        specs: of the tensors of the result; `folder`: with its weights.
+        specs: of the tensors of the result.
+        config: returned as it is if nothing changes; else a changed copy.
+        folder: with the weights of the result, which are compared.
     """
-    pairs = list_tied_pairs(specs)
+    pairs = list_tieable_pairs(specs)
     if not pairs or config.get("tie_word_embeddings") is False:
         return config
     with ModelFolder(folder) as written:
@@ -276,8 +309,13 @@ def update_tie_setting(
 
 
 def compute_tensor(plan: MergePlan, seed: int, name: str) -> Iterator[Tensor]:
-    """Compute the elements of one tensor of the result, in its dtype.
+    """Yield the elements of one tensor of the result in order, in its dtype.
 
+    A piece may be overwritten when the next one is requested.
+
+    Args:
+        seed: of everything that is drawn at random.
+        name: of the tensor.
     Raises:
         UserError: if an element is not finite.
     """

@@ -41,12 +41,15 @@ def build_merged_config(
     stored: str | None,
     vocabulary: Vocabulary | None = None,
 ) -> dict[str, object]:
-    """Build the result's configuration: that of the base, with dtype, domains, vocabulary and
-    layers.
+    """Build the result's configuration: that of the template, with the result's dtype, domains,
+    vocabulary and layers.
 
     Args:
-        stored: name of the dtype of the weights; None: that of the base.
-        vocabulary: of the result; None: that of the base.
+        config: of the template; not changed.
+        stored: name of the dtype of the weights; None: that of the template.
+        vocabulary: of the result; None: that of the template.
+    Raises:
+        UserError: if layers are stacked, and a setting cannot move with its layer.
     """
     config = dict(config)
     if vocabulary is not None:
@@ -71,7 +74,10 @@ def build_merged_config(
 
 
 def _stack_layer_settings(config: Mapping[str, object], recipe: MergeRecipe) -> dict[str, object]:
-    """Return the configuration with a value per stacked layer in every per-layer setting."""
+    """Return the configuration with a value per stacked layer in every per-layer setting.
+
+    Reads the config.json of all models. Raises UserError as `build_stacked_config`.
+    """
     configs = {
         number: config if number == recipe.template_model else read_model_config(model.path)
         for number, model in enumerate(recipe.inputs)
@@ -85,44 +91,57 @@ def _stack_layer_settings(config: Mapping[str, object], recipe: MergeRecipe) -> 
     return build_stacked_config(config, recipe.inputs[recipe.template_model].path, origins)
 
 
-def write_config_and_copy_files(
-    source: Path,
-    words: Path | None,
+def write_files_besides_weights(
+    template: Path,
+    tokenizer: Path | None,
     folder: Path,
     config: Mapping[str, object],
-    chat: str | None = None,
+    chat_template: str | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> None:
-    """Write config.json; copy the files of generation, of the tokenizer and of remote code.
+    """Write all files that a model folder needs besides weights, most of them copies.
+
+    They are config.json, the settings of generation and of a preprocessor, the tokenizer, and the
+    model's own code if the configuration refers to it.
 
     Args:
-        source: folder of the template; `words`: folder with the tokenizer, None: none.
-        chat: chat template to write; None: that of the tokenizer.
-        vocabulary: of the result; None: that of the tokenizer.
+        template: folder of the model that all but the tokenizer is copied from.
+        tokenizer: folder whose tokenizer is copied; None: the result has none.
+        folder: to write into. Copied vocabulary files that lack words of `vocabulary` are deleted.
+        config: content of config.json.
+        chat_template: to write; None: that of the tokenizer.
+        vocabulary: of the result, to whose ids those in generation_config.json are changed; None:
+            that of the tokenizer.
+    Raises:
+        UserError: if ids are to be renumbered and generation_config.json is not JSON.
     """
     write_json(folder / "config.json", config)
     for pattern in (*_CARRIED, *(("*.py",) if "auto_map" in config else ())):
-        _copy_matching_files(source, pattern, folder)
-    for pattern in PATTERNS if words is not None else ():
-        _copy_matching_files(words, pattern, folder)
+        _copy_matching_files(template, pattern, folder)
+    for pattern in PATTERNS if tokenizer is not None else ():
+        _copy_matching_files(tokenizer, pattern, folder)
     if vocabulary is not None:
-        _adapt_files_to_vocabulary(folder, words is not None, vocabulary)
-    if words is not None and chat is not None:
-        write_atomic(folder / _CHAT, chat)
+        _adapt_files_to_vocabulary(folder, tokenizer is not None, vocabulary)
+    if tokenizer is not None and chat_template is not None:
+        write_atomic(folder / _CHAT, chat_template)
 
 
-def _adapt_files_to_vocabulary(folder: Path, words: bool, vocabulary: Vocabulary) -> None:
-    """Renumber the ids in the copied files, and write the tokenizer of the united vocabulary.
+def _adapt_files_to_vocabulary(folder: Path, has_tokenizer: bool, vocabulary: Vocabulary) -> None:
+    """Bring the files of a folder to a united vocabulary.
+
+    The ids in generation_config.json are renumbered. If the folder has a tokenizer and there are
+    new words, its tokenizer.json is replaced, and files of other formats, which lack the words, are
+    deleted.
 
     Args:
-        words: the folder has a tokenizer.
+        has_tokenizer: the folder has a tokenizer.
     Raises:
         UserError: if generation_config.json is not JSON.
     """
     generation = folder / _CARRIED[0]
     if generation.is_file():
         write_json(generation, vocabulary.renumber_token_ids(read_object(generation)))
-    if words and vocabulary.has_new_words:
+    if has_tokenizer and vocabulary.has_new_words:
         write_json(folder / VOCABULARY, vocabulary.tokenizer)
         # These files lack the new words, and nobody reads them if there is a tokenizer.json.
         for pattern in (*VOCABULARIES, "*.model", "added_tokens.json"):
@@ -131,14 +150,16 @@ def _adapt_files_to_vocabulary(folder: Path, words: bool, vocabulary: Vocabulary
 
 
 def _copy_matching_files(source: Path, pattern: str, folder: Path) -> None:
-    """Copy the files of a folder whose names match a glob pattern into another folder."""
+    """Copy the files of `source` whose names match a glob pattern into `folder`; perhaps none."""
     for file in sorted(source.glob(pattern)):
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
 
 
 def find_commonest_chat_template(folders: Sequence[Path]) -> str | None:
-    """Return the chat template of most of these models, the first of equals; None: none has one.
+    """Find the chat template that most of these models have; of equally common ones the first.
+
+    None if no model has one. A folder that is named twice counts once.
 
     Raises:
         UserError: naming a tokenizer_config.json that is not JSON.
@@ -148,7 +169,11 @@ def find_commonest_chat_template(folders: Sequence[Path]) -> str | None:
 
 
 def _read_chat_template(folder: Path) -> str | None:
-    """Read the chat template from its own file or tokenizer_config.json; None: there is none."""
+    """Read the chat template from its own file, else from tokenizer_config.json; None: none.
+
+    Raises:
+        UserError: if tokenizer_config.json is not JSON.
+    """
     if (folder / _CHAT).is_file():
         return (folder / _CHAT).read_text(encoding="utf-8")
     file = folder / "tokenizer_config.json"
@@ -207,7 +232,7 @@ def write_merge_record(
         }
     if recipe.parts:
         key = "slices" if recipe.is_stacked else "modules"
-        record[key] = [_record_part(part) for part in recipe.parts]
+        record[key] = [_make_part_record(part) for part in recipe.parts]
     record["megamod"] = __version__
     write_json(folder / RECORD, {**record, **entries})
     rows = "\n".join(
@@ -229,8 +254,8 @@ def write_merge_record(
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _record_part(part: RecipePart) -> dict[str, object]:
-    """Return a part of a recipe as merge.json stores it; a module has models, others sources."""
+def _make_part_record(part: RecipePart) -> dict[str, object]:
+    """Make the entry of a part in merge.json: a module has "models", a slice has "sources"."""
     if part.module is not None:
         models = [[source.model, dict(source.parameters)] for source in part.sources]
         return {"name": part.module, "models": models, "parameters": dict(part.parameters)}

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megamod.errors import UserError
-from megamod.merging.compatibility import read_vocab_size
+from megamod.merging.compatibility import get_vocab_size
 from megamod.merging.settings import split_at_layer_number
 from megamod.merging.tensors import RenamedFolder, TensorSource, describe_source, have_same_bits
 from megamod.states.forest import read_model_config
+from megamod.states.stream import Spec
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,12 @@ class CommonNames:
 def rename_to_template(
     folders: Sequence[TensorSource], template: int, *, all_tensors: bool = True
 ) -> CommonNames:
-    """Read all folders under the tensor names of the template.
+    """Return views of all folders under the tensor names of the template.
+
+    Only headers are read, and contents where equal bits decide: copies of a matrix, and integers.
 
     Args:
+        folders: of the models.
         template: number of the folder whose names are used.
         all_tensors: compare all tensors; False: only those outside of layers, where layers are
             stacked.
@@ -110,22 +114,24 @@ def _refuse_packed_weights(folder: TensorSource) -> None:
             )
 
 
-def list_tied_pairs(tensors: Mapping[str, object]) -> list[tuple[str, str]]:
-    """List (embedding, output matrix) names of equal shape, which a configuration may tie.
+def list_tieable_pairs(specs: Mapping[str, Spec]) -> list[tuple[str, str]]:
+    """List the names (embedding, output matrix) of all pairs of equal shape.
 
-    Both are recognised by their names, outside of layers.
+    These are candidates: the configuration decides if they are tied. Both are recognised by their
+    names alone, outside of layers, so an embedding may be in several pairs.
+
+    Args:
+        specs: of a model's tensors by name.
     """
-    inputs = [
-        name for name in tensors if _INPUT.search(name) and split_at_layer_number(name) is None
-    ]
+    inputs = [name for name in specs if _INPUT.search(name) and split_at_layer_number(name) is None]
     outputs = [
-        name for name in tensors if _OUTPUT.search(name) and split_at_layer_number(name) is None
+        name for name in specs if _OUTPUT.search(name) and split_at_layer_number(name) is None
     ]
     return [
         (table, output)
         for table in inputs
         for output in outputs
-        if table != output and tensors[table].shape == tensors[output].shape
+        if table != output and specs[table].shape == specs[output].shape
     ]
 
 
@@ -152,8 +158,8 @@ def _is_folder_tied(folder: TensorSource) -> bool:
 
 
 def _adopt_backbone_prefix(first: TensorSource, other: TensorSource) -> TensorSource:
-    """Return a view of the other folder with the backbone prefix of the first, or the folder
-    itself.
+    """Return a view of `other` with the backbone prefix (such as `bert.`) of `first` added to or
+    removed from its names; `other` itself if names agree already, or no prefix makes them agree.
     """
     ours, theirs = _list_layer_tensors(first), _list_layer_tensors(other)
     if ours & theirs or not ours or not theirs:
@@ -179,11 +185,16 @@ def _adopt_backbone_prefix(first: TensorSource, other: TensorSource) -> TensorSo
 
 
 def _find_dots(name: str) -> list[int]:
+    """Return the positions of all dots in a name."""
     return [position for position, letter in enumerate(name) if letter == "."]
 
 
 def _list_layer_tensors(source: TensorSource | Mapping[str, str]) -> set[str]:
-    """Return the names of the tensors in layers, or of all tensors if there are no layers."""
+    """Return the names of the tensors in layers, or of all tensors if there are no layers.
+
+    Args:
+        source: tensors, or a mapping whose keys are their names.
+    """
     names = source if isinstance(source, Mapping) else source.tensors
     return {name for name in names if split_at_layer_number(name) is not None} or set(names)
 
@@ -191,8 +202,15 @@ def _list_layer_tensors(source: TensorSource | Mapping[str, str]) -> set[str]:
 def _match_names(
     first: TensorSource, other: TensorSource, all_tensors: bool
 ) -> tuple[TensorSource, set[str]]:
-    """Return a view of the other folder under the names of the first, and names only the first has.
+    """Match the tensors of two folders that should hold models of one architecture.
 
+    Logs a warning if the models are of different classes, whose heads are not merged.
+
+    Args:
+        all_tensors: match all; False: match those outside of layers, and keep those within.
+    Returns:
+        a view of `other` under the names of `first`, or `other` itself if they are equal; and the
+        names of tensors to copy, because `other` lacks them.
     Raises:
         UserError: if a tensor is missing that is no copy, no buffer and no part of a head.
     """
@@ -243,7 +261,11 @@ def _match_names(
 
 
 def _list_missing_tensors(first: TensorSource, other: TensorSource, all_tensors: bool) -> list[str]:
-    """List the floating-point tensors of the first folder that the other lacks, by name."""
+    """List the names, sorted, of floating-point tensors of `first` that `other` lacks.
+
+    Args:
+        all_tensors: False: only those outside of layers.
+    """
     return sorted(
         name
         for name in first.tensors.keys() - other.tensors.keys()
@@ -253,7 +275,10 @@ def _list_missing_tensors(first: TensorSource, other: TensorSource, all_tensors:
 
 
 def _may_have_same_class(first: TensorSource, other: TensorSource) -> bool:
-    """Return False if the two folders are known to be saved by different classes."""
+    """Return True unless two folders are known to be saved by different classes.
+
+    A renamed folder is taken as one of another class, as is one whose config.json names another.
+    """
     if isinstance(other, RenamedFolder):
         return False
     classes = [read_model_config(folder.folder).get("architectures") for folder in (first, other)]
@@ -274,13 +299,22 @@ def _find_copy(folder: TensorSource, name: str, candidates: Iterable[str]) -> st
 
 
 def _find_tied_counterpart(tied_model: TensorSource, name: str, other: TensorSource) -> str | None:
-    """Find the tensor of a tied model that stands in for one only the other stores; None: none."""
+    """Find the tensor of a tied model that stands for one that it does not store.
+
+    An embedding stands for an output matrix, and the other way round, if names and shapes say so;
+    vocabularies may differ in size.
+
+    Args:
+        name: of the tensor in `other`.
+    Returns:
+        the name in `tied_model`; None: there is none.
+    """
     shape = other.tensors[name].shape
     kinds = [(_INPUT, _OUTPUT), (_OUTPUT, _INPUT)]
     for kind, counterpart in kinds:
         if kind.search(name) and split_at_layer_number(name) is None:
             for candidate, spec in tied_model.tensors.items():
-                rows = (read_vocab_size(read_model_config(tied_model.folder)),)
+                rows = (get_vocab_size(read_model_config(tied_model.folder)),)
                 if (
                     counterpart.search(candidate)
                     and split_at_layer_number(candidate) is None
@@ -293,8 +327,10 @@ def _find_tied_counterpart(tied_model: TensorSource, name: str, other: TensorSou
 
 
 def _is_buffer(folder: TensorSource, name: str) -> bool:
-    """Return True if a tensor is no weight: by its name, or because its class has no such
-    parameter.
+    """Return True if a tensor is no weight.
+
+    Its name says so, it is a causal mask, or it lies in a layer and the class of the model, if
+    known, has no such parameter in any layer.
     """
     mask = name.endswith(".bias") and len(folder.tensors[name].shape) == 4
     if _BUFFER.search(name) or mask:

@@ -46,7 +46,7 @@ class MergePlan:
     vocabulary: Vocabulary | None = None
 
     def describe(self) -> str:
-        """Return the models, their weights and the size of the result as text."""
+        """Format the models with their weights, and the size of the result, one line each."""
         lines = [f"{self.recipe.method} of {len(self.folders)} models"]
         has_base = METHODS[self.recipe.method].base != "none"
         for number, (model, weight) in enumerate(
@@ -62,8 +62,10 @@ class MergePlan:
         return "\n".join(lines)
 
     def compute_shares(self) -> list[float | None]:
-        """Return each model's weight, in averages divided by their sum; None: differs between
-        tensors.
+        """Compute the weight of each model; None: it has none, or it differs between tensors.
+
+        For a method without a base and with `normalize` it is divided by the sum of all. Copied
+        tensors do not count.
         """
         plain = METHODS[self.recipe.method].base == "none"
         shares: list[set[float | None]] = [set() for _ in self.folders]
@@ -82,6 +84,7 @@ class MergePlan:
         """Make the argument of the merge method for one tensor.
 
         Args:
+            name: of the tensor in the result.
             seed: of everything that is drawn at random.
         """
         tensor_plan, recipe = self.tensor_plans[name], self.recipe
@@ -105,9 +108,13 @@ def make_plan(
     vocabulary: Vocabulary | None = None,
     copied: Collection[str] = (),
 ) -> MergePlan:
-    """Check that the open folders can be merged, and plan every tensor.
+    """Check that the open folders can be merged, and plan every tensor, from headers alone.
+
+    Logs a warning for each parameter of the recipe that the method does not read.
 
     Args:
+        folders: of the recipe's models, under common names.
+        shard_bytes: size above which weights are split into several files.
         vocabulary: that the folders are read with; None: each has its own.
         copied: tensors that are taken from the template as they are.
     Raises:
@@ -169,8 +176,13 @@ def _warn_of_unused_parameters(recipe: MergeRecipe) -> None:
 def _count_merged_rows(
     method: Method, tensor_plan: TensorPlan, folders: Sequence[TensorSource], name: str
 ) -> int | None:
-    """Return the number of rows to merge where vocabularies differ in size; None: all rows.
+    """Count the rows to merge where vocabularies differ in size; None: all rows, as they agree.
 
+    They are the rows that all models have, or for methods that compare with a base those of the
+    base.
+
+    Args:
+        name: of the tensor in the result, for the message.
     Raises:
         UserError: if a model has fewer than the base, for methods that compare all with it.
     """

@@ -164,7 +164,7 @@ class MergeRecipe:
         return next((models.index(number) for number in candidates if number in models), 0)
 
     def label_part(self, part: RecipePart) -> str:
-        """Return the position of a part in the recipe, for messages."""
+        """Return the position of a part in the recipe, for messages: file or flag, then the key."""
         if self.is_stacked:
             return f"{self.origin}, slices"
         return self.origin if part.module is None else f"{self.origin}, modules, {part.module}"
@@ -180,18 +180,22 @@ class MergeRecipe:
         ]
 
     def make_source_scope(self, part: RecipePart, source: PartSource) -> Scope:
-        """Return the level of the recipe that holds the parameters of one source of a part."""
+        """Make the level of the recipe that holds the parameters of one source of a part."""
         return f"{self.label_part(part)}, {self.inputs[source.model]}", source.parameters
 
 
 def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
     """Split `MODEL+ADAPTER`, mergekit's spelling of a model with a LoRA adapter.
 
-    A folder whose name is the whole text, plus included, is one model. The folder of an adapter
-    alone stands for its seed with the adapter.
+    A folder whose name is the whole text, plus included, is one model. If the text is the folder of
+    a LoRA adapter alone, the model is the seed that it names.
 
     Args:
         folder: in which names are looked up that the working directory does not have.
+    Returns:
+        folder of the model, which may not exist, and folder of the adapter or None.
+    Raises:
+        UserError: if an adapter does not name its seed.
     """
     whole = find_path(text, folder)
     if "+" in text and not whole.exists():
@@ -204,7 +208,7 @@ def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
 
 
 def find_path(text: str, folder: Path) -> Path:
-    """Return the path as it is if it exists, else within `folder` if it exists there."""
+    """Return the path as it is, or within `folder` if it exists there alone."""
     return Path(text) if Path(text).exists() or not (folder / text).exists() else folder / text
 
 
@@ -223,9 +227,13 @@ def build_weighted_recipe(
     Args:
         sources: folder, or model and adapter as `MODEL+ADAPTER`; and for an expert of a DEMix
             folder its domain.
-        weights: of each source; `origin`: where they come from, for messages.
+        weights: of each source.
+        normalize: divide by the sum of the weights.
+        domains: that each source was trained on, for the record; None: those of experts.
+        dtype, out_dtype: see `MergeRecipe`.
+        origin: flag or file of the weights, for messages.
     Raises:
-        UserError: if there are not as many weights as sources.
+        UserError: if there is no source, or not as many weights as sources.
     """
     models = [(*split_adapter(str(path)), member) for path, member in sources]
     if not models:

@@ -31,6 +31,7 @@ _BLOCKS = {"align": (), "evaluation": (GREEDY_SOUP,), "calibration": _WITH_STATI
 
 
 def _check_span(span: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a `layer_range`; raise ValueError if it is no [FIRST, LAST + 1]."""
     if len(span) != 2 or not 0 <= span[0] < span[1]:
         raise ValueError(f"{[*span]} is not [FIRST, LAST + 1], as in [0, 12]")
     return span
@@ -60,7 +61,8 @@ class _Slice(Document):
     base_model: str | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> "_Slice":
+    def _check_equal_depths(self) -> "_Slice":
+        """Refuse sources with different numbers of layers."""
         lengths = [source.layer_range[1] - source.layer_range[0] for source in self.sources]
         if len(set(lengths)) > 1:
             raise ValueError(f"sources have {lengths} layers; all of a slice need equally many")
@@ -76,6 +78,7 @@ class _Module(Document):
 
     @model_validator(mode="after")
     def _check_exactly_one_form(self) -> "_Module":
+        """Refuse none or several of models, slices and, in a recipe, modules."""
         forms = [key for key in ("models", "slices", "modules") if key in type(self).model_fields]
         present = [key for key in forms if getattr(self, key) is not None]
         if len(present) != 1:
@@ -98,7 +101,12 @@ class _RecipeFile(_Module):
     calibration: _Block | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> "_RecipeFile":
+    def _check_combinations(self) -> "_RecipeFile":
+        """Refuse keys that do not go together, by a ValueError that names them.
+
+        They are slices in one of several modules, two keys for the tokenizer, and a block of
+        `_BLOCKS` with a method that does not read it.
+        """
         for name, module in (self.modules or {}).items():
             if module.slices is not None and len(self.modules) > 1:
                 raise ValueError(
@@ -148,15 +156,19 @@ def read_recipe(path: Path) -> MergeRecipe:
         cut_vocabularies=True,
         **{key: getattr(file, key) for key in _BLOCKS},
     )
-    return _read_tokenizer(recipe, file, path)
+    return _add_tokenizer(recipe, file, path)
 
 
 def _read_parts(
     file: _RecipeFile, folder: Path, inputs: list[InputModel]
 ) -> tuple[tuple[RecipePart, ...], dict[str, Setting]]:
-    """Read the parts, and the parameters of a single module; models are added to the inputs.
+    """Read the parts of the result, and the parameters of a single module.
 
     There are no parts where whole models are merged into one.
+
+    Args:
+        folder: in which files are looked up that the working directory does not have.
+        inputs: gets all models that the file names.
     """
     if file.modules is None:
         return _read_slices_or_models(file, folder, inputs), {}
@@ -175,7 +187,7 @@ def _read_slices_or_models(
 ) -> tuple[RecipePart, ...]:
     """Read `slices:` as parts, or append `models:` to the inputs and return no parts.
 
-    Models that slices are the first to name become inputs too.
+    Models and bases of slices are appended too, unless they are among the inputs already.
     """
     inputs += [_read_input(entry, folder) for entry in content.models or ()]
     parts = []
@@ -187,7 +199,10 @@ def _read_slices_or_models(
 
 
 def _read_source(entry: _ModelEntry, folder: Path, inputs: list[InputModel]) -> PartSource:
-    """Read a source; its model is added to the inputs, whatever its parameters."""
+    """Read a source of a part; append its model to the inputs, unless it is there already.
+
+    Its parameters are the source's, so they do not make it another model.
+    """
     model = replace(_read_input(entry, folder), parameters={})
     if model not in inputs:
         inputs.append(model)
@@ -196,7 +211,7 @@ def _read_source(entry: _ModelEntry, folder: Path, inputs: list[InputModel]) -> 
 
 
 def _read_input(entry: _ModelEntry, folder: Path) -> InputModel:
-    """Look up the files of one model, in the working directory and then in `folder`."""
+    """Read one model; its files are looked up in the working directory, then in `folder`."""
     path, adapter = split_adapter(entry.model, folder)
     return InputModel(
         path,
@@ -210,7 +225,11 @@ def _read_input(entry: _ModelEntry, folder: Path) -> InputModel:
 
 
 def _find_or_add_base(model: str | None, folder: Path, inputs: list[InputModel]) -> int | None:
-    """Return the base model's number among the inputs, appending it if it is new; None: no base."""
+    """Return the base model's number among the inputs, appending it if it is new.
+
+    Args:
+        model: as the recipe names it; None: no base, and the result is None.
+    """
     if model is None:
         return None
     path, adapter = split_adapter(model, folder)
@@ -221,13 +240,25 @@ def _find_or_add_base(model: str | None, folder: Path, inputs: list[InputModel])
     return known.index((path, adapter))
 
 
-def _read_tokenizer(recipe: MergeRecipe, file: _RecipeFile, path: Path) -> MergeRecipe:
-    """Return the recipe with its vocabulary request and the model whose tokenizer is copied."""
+def _add_tokenizer(recipe: MergeRecipe, file: _RecipeFile, path: Path) -> MergeRecipe:
+    """Return the recipe with its vocabulary request and the model whose tokenizer is copied.
+
+    Without a key for the tokenizer that is the template, and vocabularies are not united.
+
+    Args:
+        path: of the recipe; models are looked up in its folder too.
+    Raises:
+        UserError: if a key names a model that is not merged, or has an invalid value.
+    """
     if file.tokenizer is None and file.tokenizer_source is None:
         return replace(recipe, tokenizer=recipe.template_model)
 
     def find_model_number(name: object, label: str) -> int | None:
-        """Return the number of the model that a tokenizer key names; None for the union."""
+        """Return the number of the model that a tokenizer key names; None for the union.
+
+        Raises:
+            UserError: beginning with `label`, the key, if `name` is none of the models.
+        """
         if name in (UNION, "base"):
             return None if name == UNION else recipe.template_model
         known = [(parent.path, parent.adapter) for parent in recipe.inputs]

@@ -38,10 +38,15 @@ class ParameterLookup:
 def look_up_parameters(
     method: "Method", depth: float, whole: ParameterLookup, models: Iterable[ParameterLookup]
 ) -> tuple[dict[str, float | bool], list[dict[str, float | bool]]]:
-    """Look up all parameters for one tensor: those of the whole merge, then those of each model.
+    """Look up all parameters of a merge method for one tensor.
 
     Args:
         depth: of the tensor's layer, from 0 for the first to 1 for the last.
+        whole: levels for the parameters of the whole merge.
+        models: levels for the parameters of each model.
+    Returns:
+        values for the whole merge by name, and for each model; a parameter that is optional and has
+        no value is missing.
     Raises:
         UserError: for a parameter that is missing, or a value that is not a number.
     """
@@ -61,8 +66,13 @@ def look_up_parameters(
 def check_parameters(scopes: Iterable[Scope], known: Sequence[str], method: str) -> None:
     """Refuse parameters that no method has.
 
+    Args:
+        scopes: all levels of a recipe.
+        known: parameters of all methods.
+        method: of the recipe, for the message.
     Raises:
-        UserError: naming the scope, the parameter and the nearest known one.
+        UserError: naming the scope, the parameter and the nearest known one; or a value that is not
+            true or false of one without effect.
     """
     for where, settings in scopes:
         for name, setting in settings.items():
@@ -100,8 +110,13 @@ def compute_relative_depth(layer: int, count: int) -> float:
 def _look_up_parameter(
     parameter: str, default: object, lookup: ParameterLookup, depth: float
 ) -> float | bool | None:
-    """Return a parameter's value from the first scope that has one for this tensor, else the
-    default.
+    """Return a parameter's value from the first scope that has one for this tensor, else `default`.
+
+    Args:
+        default: None: there is none, so the parameter is required unless `lookup.optional`.
+        depth: of the tensor's layer, from 0 to 1.
+    Raises:
+        UserError: if it is required and missing, or its value is of the wrong kind.
     """
     for where, settings in lookup.scopes:
         if parameter in settings:
@@ -119,7 +134,16 @@ def _look_up_parameter(
 
 
 def _evaluate_setting(setting: Setting, name: str, depth: float, where: str) -> float | bool | None:
-    """Return the value of a setting for a tensor; None if no filter matches its name."""
+    """Return the value of a setting for a tensor; None if no filter matches its name.
+
+    Args:
+        setting: a number, truth value or gradient; or a list of {filter, value} (or one of these),
+            of which the first that matches counts.
+        name: of the tensor.
+        where: position in the recipe, for messages.
+    Raises:
+        UserError: if the setting is of another form.
+    """
     if isinstance(setting, dict):
         setting = [setting]
     if not (isinstance(setting, list) and setting and isinstance(setting[0], dict)):
@@ -137,7 +161,14 @@ def _evaluate_setting(setting: Setting, name: str, depth: float, where: str) -> 
 
 
 def _evaluate_plain_setting(setting: object, depth: float, where: str) -> float | bool:
-    """Return a number or truth value; a list is a gradient, which is interpolated at the depth."""
+    """Return a setting without filters as a number or truth value.
+
+    A list is a gradient: its entries are spread evenly from depth 0 to 1, and interpolated linearly
+    at `depth`.
+
+    Raises:
+        UserError: if it is, or holds, no number.
+    """
     if isinstance(setting, list) and setting:
         stops = [_parse_number(stop, where) for stop in setting]
         position = depth * (len(stops) - 1)
@@ -148,7 +179,11 @@ def _evaluate_plain_setting(setting: object, depth: float, where: str) -> float 
 
 
 def _parse_number(value: object, where: str) -> float:
-    """Parse a number within the range of float32; YAML 1.1 reads 1e-3 as text."""
+    """Parse a number within the range of float32, or a text of one: YAML 1.1 reads 1e-3 as text.
+
+    Raises:
+        UserError: if it is no such number.
+    """
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):

@@ -37,7 +37,10 @@ def compute_diagonal_fisher(
     The gradient of a row is that of the log-likelihood of labels drawn from the predictions of the
     model, at all positions that `attention_mask` does not exclude.
 
+    The model is set to evaluation mode, and its gradients are removed.
+
     Args:
+        model: takes a batch as keyword arguments and returns `logits` [B, T, V] or [B, C].
         batches: with `labels` if `labelled`.
         labelled: use the gradient of the model's `loss` for those labels (the empirical Fisher).
         seed: of the drawn labels.
@@ -71,8 +74,10 @@ def compute_input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str,
 
     The sum of x x^T over all positions that `attention_mask` does not exclude, accumulated in
     float64. Layers that share their weight with an embedding are skipped: a weight that is best for
-    the output would be wrong for the input.
+    the output would be wrong for the input. The model is set to evaluation mode.
 
+    Args:
+        model: takes a batch as keyword arguments.
     Returns:
         matrices by the name of the layer's weight, with the suffix `.T` if that is [in, out].
     Raises:
@@ -137,8 +142,12 @@ def write_statistics(path: Path, statistics: Mapping[str, Tensor]) -> None:
 def _compute_row_loss(
     model: nn.Module, row: Batch, labelled: bool, generator: torch.Generator
 ) -> Tensor:
-    """Return the summed negative log-likelihood of one row's drawn labels, or the model's own
-    loss.
+    """Return the summed negative log-likelihood of labels drawn from the predictions of one row.
+
+    Args:
+        row: a batch of one row.
+        labelled: return the model's own `loss` of the row's labels instead.
+        generator: for the drawn labels, on the CPU.
     """
     if labelled:
         return model(**row).loss
@@ -192,14 +201,16 @@ def check_calibration(recipe: MergeRecipe) -> None:
 
 
 def find_or_compute_statistics(recipe: MergeRecipe, folder: Path) -> list[Path | None]:
-    """Find or compute the statistics of each model: the file of the recipe, or a new one.
-
-    None for a model that has neither a file nor text.
+    """Find the statistics of each model, or compute them on its calibration text.
 
     Args:
-        folder: for new files.
+        folder: to write new files into.
+    Returns:
+        the file of the recipe, else a new file; None for a model that has neither a file nor text,
+        or needs none.
     Raises:
-        UserError: if a model cannot be loaded or run on its text.
+        UserError: if a model cannot be loaded or run on its text, or its folder stores no tensor
+            under the names of the statistics.
     """
     files = [model.statistics for model in recipe.inputs]
     for number, model in enumerate(recipe.inputs):
@@ -218,9 +229,9 @@ def find_or_compute_statistics(recipe: MergeRecipe, folder: Path) -> list[Path |
 
 
 def _find_calibration_block(model: InputModel, recipe: MergeRecipe) -> Mapping[str, object] | None:
-    """Return the `calibration:` of a model, else the recipe's; None: it needs none.
+    """Return the `calibration:` of a model, else the recipe's; None: neither has one.
 
-    A model with a file of statistics needs none, and so does a method without statistics.
+    Also None if it is not needed: with a file of statistics, or a method without statistics.
     """
     if model.statistics is not None or recipe.method not in _STATISTICS:
         return None
@@ -230,8 +241,13 @@ def _find_calibration_block(model: InputModel, recipe: MergeRecipe) -> Mapping[s
 def _compute_model_statistics(
     parent: InputModel, block: Mapping[str, object], method: str
 ) -> dict[str, Tensor]:
-    """Load a model, run it on its calibration text and return the statistics that a method
-    needs.
+    """Load a model, run it on its calibration text and return the statistics that a method needs.
+
+    Args:
+        block: content of `calibration:`.
+        method: a key of `_STATISTICS`.
+    Raises:
+        UserError: if the block is invalid, or the model or the text cannot be read.
     """
     # Imported here, as only these two methods run models.
     from megamod.merging.alignment.align import read_calibration_batches

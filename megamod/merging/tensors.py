@@ -37,7 +37,7 @@ class TensorSource(Protocol):
         """Read a whole tensor into memory of its own."""
 
     def compute_digest(self) -> str:
-        """Return the fingerprint of the weights on disk."""
+        """Return a digest of the weights on disk, whatever a view changes."""
 
 
 class TensorView:
@@ -64,7 +64,7 @@ class TensorView:
         return flat.view(spec.shape)
 
     def compute_digest(self) -> str:
-        """Return the fingerprint of the weights on disk."""
+        """Return a digest of the weights on disk, whatever the view changes."""
         return self.source.compute_digest()
 
 
@@ -86,14 +86,16 @@ class RenamedFolder(TensorView):
 
 
 def describe_source(source: TensorSource) -> str:
-    """Return the folder of a source, with its expert if it is one of several, for messages."""
+    """Return the folder of a source for messages: FOLDER, `+ADAPTER` and ` (EXPERT)` if it has
+    them.
+    """
     adapter = getattr(source, "adapter", None)
     text = str(source.folder) if adapter is None else f"{source.folder}+{adapter}"
     return text if source.member is None else f"{text} ({source.member})"
 
 
 def have_same_bits(first: TensorSource, name: str, second: TensorSource, other_name: str) -> bool:
-    """Return True if two tensors have the same dtype, shape and bits."""
+    """Return True if two tensors have the same dtype, shape and bits; read piece by piece."""
     spec = first.tensors[name]
     if second.tensors[other_name] != spec:
         return False
@@ -146,7 +148,11 @@ class ModelTensor:
         return torch.promote_types(torch.float32, self.source.tensors[self.name].dtype)
 
     def read_into(self, start: int, out: Tensor) -> None:
-        """Fill `out` (1-D, of `dtype`) with elements from `start` on."""
+        """Fill `out` (1-D) with elements from `start` on, rounded to `cast` if there is one.
+
+        Args:
+            out: of the dtype of the computation, into which stored elements are converted.
+        """
         stored = self.source.tensors[self.name].dtype
         if stored == out.dtype:
             self.source.read_into(self.name, start, out)
@@ -158,7 +164,7 @@ class ModelTensor:
             out.copy_(out.to(self.cast))
 
     def read(self) -> Tensor:
-        """Read the whole tensor, in its shape and in `dtype`."""
+        """Read the whole tensor (its rows that take part) in `shape` and `dtype`."""
         flat = torch.empty(self.numel, dtype=self.dtype)
         self.read_into(0, flat)
         return flat.view(self.shape)
@@ -203,28 +209,36 @@ class MergeTensor:
         return max((model.dtype for model in self.models), key=lambda dtype: dtype.itemsize)
 
     def allocate_buffers(self, count: int, step: int | None = None) -> Tensor:
-        """Allocate buffers [count, step]; `step` elements each, by default those of a piece."""
+        """Allocate `count` buffers of the dtype of computation, uninitialised: [count, elements].
+
+        Args:
+            step: elements of each; None: those of a piece. A small tensor gets its size.
+        """
         step = PIECE // self.dtype.itemsize if step is None else step
         return torch.empty(count, min(self.numel, step), dtype=self.dtype)
 
     def iterate_pieces(self) -> Iterator[tuple[int, int]]:
-        """Yield the first element of each piece, and that after its last."""
+        """Yield (first element, that after the last) of the pieces of the tensor, in order."""
         return iterate_pieces(self.numel, self.dtype.itemsize)
 
     def iterate_row_pieces(self) -> Iterator[tuple[int, int]]:
-        """Yield pieces of whole rows (along the last axis), at least one; a vector is one row."""
+        """Yield (first element, that after the last) of pieces of whole rows, in order.
+
+        A row runs along the last axis; a piece has at least one. A vector is one row.
+        """
         step = self.count_row_piece_elements()
         for start in range(0, self.numel, step):
             yield start, min(start + step, self.numel)
 
     def count_row_piece_elements(self) -> int:
-        """Return the number of elements in each piece of `iterate_row_pieces`."""
+        """Count the elements of a piece of `iterate_row_pieces`; the last one may have fewer."""
         row = max(1, self.shape[-1] if self.shape else 1)
         return max(1, PIECE // self.dtype.itemsize // row) * row
 
     def make_generator(self, model: ModelTensor) -> torch.Generator:
-        """Make a generator seeded by (seed, model, tensor): independent of threads and order of
-        calls.
+        """Make a random generator on the CPU, seeded by (seed, model, tensor).
+
+        So draws do not depend on threads or the order of calls, and every call starts anew.
         """
         text = f"{self.seed}/{model.number}/{self.name}"
         digest = hashlib.sha256(text.encode()).digest()

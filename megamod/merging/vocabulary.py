@@ -95,8 +95,8 @@ class Vocabulary:
         """
 
         def find_new_id(value: object) -> object:
-            """Return the new id of an id or of each id of a list; None for words that the result
-            lacks.
+            """Return the new id of an id, or of each id of a list; None for a word that the result
+            lacks. A value of another type is returned as it is.
             """
             if isinstance(value, list):
                 return [find_new_id(entry) for entry in value]
@@ -107,6 +107,14 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class _TokenizerWords:
+    """Words of a tokenizer.json.
+
+    Attributes:
+        content: of the file.
+        ids: by word, in their order.
+        added: entries of `added_tokens` by word.
+    """
+
     file: Path
     content: Mapping[str, object]
     ids: Mapping[str, int]
@@ -119,6 +127,8 @@ def read_vocabulary_request(
     """Look up the models of a recipe's `tokenizer:` block, or of its `tokenizer_source`.
 
     Args:
+        block: a `TokenizerBlock`, or the value of `tokenizer_source`: the name of a model, "union"
+            or "base".
         find: from the name of a model and its key in the recipe to the number of the input; None
             for the union.
         where: key of the block, for messages.
@@ -137,7 +147,13 @@ def read_vocabulary_request(
 def _read_row_origin(
     entry: TokenEntry, find: Callable[[object, str], int | None], where: str
 ) -> RowOrigin:
-    """Look up the model of one word; raise UserError naming the key."""
+    """Read the source of the row of one word.
+
+    Args:
+        find, where: see `read_vocabulary_request`.
+    Raises:
+        UserError: naming the key, if its value is neither a model, zeros nor a word of a model.
+    """
     force, source = entry.force, entry.source
     if not isinstance(source, dict):
         return RowOrigin(_find_one_model(source, find, f"{where}.source"), None, force)
@@ -159,7 +175,11 @@ def _read_row_origin(
 
 
 def _find_one_model(name: object, find: Callable[[object, str], int | None], where: str) -> int:
-    """Return the number of the model of that name; raise UserError for the union."""
+    """Return the number of the model of that name.
+
+    Raises:
+        UserError: for the union, and for a name that is not that of a model.
+    """
     number = find(name, where)
     if number is None:
         raise UserError(f"{where}: is {shorten(name)}; give one of the models")
@@ -167,46 +187,48 @@ def _find_one_model(name: object, find: Callable[[object, str], int | None], whe
 
 
 def unite_vocabularies(
-    words: VocabularyRequest, folders: Sequence[Path], template: int, base: int | None
+    request: VocabularyRequest, folders: Sequence[Path], template: int, base: int | None
 ) -> Vocabulary | None:
     """Build the vocabulary that a recipe asks for; None if all models have it already.
 
     Words of the template (the base, else the first model) keep their ids. New words follow in the
     order of the models: first those of base vocabularies, then those that tokenizers have added.
+    The tokenizer.json of every model is read.
 
     Args:
+        request: source of the vocabulary and of single rows.
         folders: of the models; `template`: number of the one with the configuration.
         base: number of the recipe's `base_model`; None: none.
     Raises:
         UserError: naming the file or word, if a tokenizer cannot be read or a row does not exist.
     """
-    plain = words.source is not None and not words.origins
+    plain = request.source is not None and not request.origins
     if plain and not all((folder / FILE).is_file() for folder in folders):
         return None  # tokenizers of other formats are compared by `check_same_ids`
     known = [_read_tokenizer_words(folder / FILE) for folder in folders]
     if plain and all(tokenizer.ids == known[0].ids for tokenizer in known):
         return None
-    holder = known[template if words.source is None else words.source]
+    holder = known[template if request.source is None else request.source]
     ids = dict(holder.ids)
     if sorted(ids.values()) != list(range(len(ids))):
         raise UserError(
             f"{holder.file}: numbers of its {len(ids)} words are not 0 to {len(ids) - 1}, so no "
             "vocabulary can be made of it"
         )
-    if words.source is None:
+    if request.source is None:
         for added in (False, True):
             for tokenizer in known:
                 for word in tokenizer.ids:  # in the order of their ids
                     if (word in tokenizer.added) is added:
                         ids.setdefault(word, len(ids))
-    for word in words.origins:
+    for word in request.origins:
         ids.setdefault(word, len(ids))
     rows = [torch.tensor([t.ids.get(word, -1) for word in ids]) for t in known]
     donors: list[dict[int, Donors]] = [{} for _ in known]
     for word, row in ids.items():
-        origin = words.origins.get(word)
+        origin = request.origins.get(word)
         requested = (
-            None if origin is None else _find_requested_row(origin, word, known, words.recipe_key)
+            None if origin is None else _find_requested_row(origin, word, known, request.recipe_key)
         )
         having = tuple((n, t.ids[word]) for n, t in enumerate(known) if word in t.ids)
         if base is not None and word in known[base].ids:
@@ -223,8 +245,11 @@ def unite_vocabularies(
 def _find_requested_row(
     origin: RowOrigin, word: str, known: Sequence[_TokenizerWords], where: str
 ) -> Donors:
-    """Return the row that a recipe names for a word, as donors to average.
+    """Find the row that a recipe names for a word, as donors to average; none: zeros.
 
+    Args:
+        known: words of all models.
+        where: key of the recipe, for the message.
     Raises:
         UserError: if that model does not have it.
     """
@@ -266,7 +291,8 @@ def _build_tokenizer_json(
 ) -> dict[str, object]:
     """Build the content of tokenizer.json: that of `holder`, with the new words as added tokens.
 
-    A new word has the settings that another tokenizer gives it, else those of a plain word.
+    Words in `ids` after the first len(holder.ids) are new. A new word has the settings that another
+    tokenizer gives it, else those of a plain word.
     """
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
     plain |= {"special": False}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megamod.errors import UserError
-from megamod.merging.compatibility import read_vocab_size
+from megamod.merging.compatibility import get_vocab_size
 from megamod.merging.naming import INPUT_NAMES, OUTPUT_NAMES
 from megamod.merging.settings import split_at_layer_number
 from megamod.merging.tensors import TensorSource, TensorView
@@ -30,7 +30,10 @@ class VocabularyView(TensorView):
 
     Args:
         number: of the source among `folders`, which are those of all models.
-        vocabulary_tensors: for each source its tensors with a row for every word.
+        vocabulary_tensors: for each source the names of its tensors with a row for every word.
+        vocabulary: of the result.
+    Raises:
+        UserError: if a row comes from a model whose tensor is of another width.
     """
 
     def __init__(
@@ -58,8 +61,10 @@ class VocabularyView(TensorView):
                     )
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
-        """Fill a buffer with elements from `start` on; rows of missing words are averages of donor
-        rows.
+        """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on.
+
+        In tensors of words, rows are in the order of the result's vocabulary, and the row of a
+        missing word is the average of its donors' rows.
         """
         if name not in self._word_tensors:
             self.source.read_into(name, start, buffer)
@@ -84,7 +89,7 @@ class VocabularyView(TensorView):
         buffer.copy_(result.view(-1)[start - first * width :][: len(buffer)])
 
     def _average_donor_rows(self, name: str, donors: Donors, width: int) -> Tensor:
-        """Average rows of other models, [width]; zeros if there are none."""
+        """Average rows of the models' tensors `name`, [width] float64; zeros without donors."""
         total = torch.zeros(width, dtype=torch.float64)
         for model, row in donors:
             source = self._folders[model]
@@ -123,7 +128,7 @@ def _list_vocabulary_tensors(folder: TensorSource) -> list[str]:
     Raises:
         UserError: if there is no embedding, or a tensor of that shape has an unknown name.
     """
-    size = read_vocab_size(read_model_config(folder.folder))
+    size = get_vocab_size(read_model_config(folder.folder))
     shaped = [
         name
         for name, spec in folder.tensors.items()

@@ -13,7 +13,7 @@ from megamod.merging.tensors import MergeTensor
 def linear(target: MergeTensor) -> Iterator[Tensor]:
     """Compute the weighted sum of the models, divided by the sum of the weights with `normalize`.
 
-    Models of weight zero are not read.
+    Models of weight zero are not read. Pieces share one buffer.
 
     Raises:
         UserError: if weights that are to be normalised sum to zero.

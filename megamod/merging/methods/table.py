@@ -50,13 +50,14 @@ METHODS: dict[str, Method] = {}
 
 
 def method(name: str, **fields: object) -> Callable[[Function], Function]:
-    """Return a decorator that enters a function into `METHODS`.
+    """Return a decorator that enters a function into `METHODS`, and returns it unchanged.
 
     Args:
         name: of the method in recipes; `fields`: attributes of `Method`.
     """
 
     def register_function(function: Function) -> Function:
+        """Enter the function under the name of the method."""
         METHODS[name] = Method(function, **fields)
         return function
 
@@ -64,6 +65,6 @@ def method(name: str, **fields: object) -> Callable[[Function], Function]:
 
 
 def list_parameters() -> tuple[str, ...]:
-    """List the parameters of all methods: a recipe may contain those of others."""
+    """List the parameters of all methods, sorted: a recipe may contain those of others."""
     names = {name for entry in METHODS.values() for name in (*entry.per_model, *entry.overall)}
     return tuple(sorted(names))

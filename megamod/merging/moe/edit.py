@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megamod.errors import UserError
-from megamod.merging.model_folder import write_config_and_copy_files
+from megamod.merging.model_folder import write_files_besides_weights
 from megamod.merging.moe.configuration import find_moe_family, read_moe_config
 from megamod.merging.moe.convert import check_space
 from megamod.merging.moe.record import (
@@ -230,7 +230,7 @@ def _write_mixture(
         write_streamed_tensors(
             folder, plan_shards(specs, shard), specs, lambda name: tensors[name].elements()
         )
-        write_config_and_copy_files(mixture.folder, mixture.folder, folder, config)
+        write_files_besides_weights(mixture.folder, mixture.folder, folder, config)
         write_moe_record(folder, record)
         write_moe_card(folder, record)
 
