@@ -63,7 +63,7 @@ def restrict_to_top_k(prior: Prior, k: int) -> Prior:
 
 
 def write_prior(path: Path, prior: Prior) -> None:
-    """Write a prior as JSON, atomically; `read_prior` reads it."""
+    """Write a prior as JSON, atomically; `read_prior` reads it back in any order of domains."""
     write_json(
         Path(path),
         {
