@@ -37,7 +37,7 @@ from megamod.merging.alignment.orthogonal import (
     solve_stream,
 )
 from megamod.merging.alignment.permute import (
-    find_untied_tensors,
+    find_untied_by_alignment,
     merge_states,
     permute_state,
     prepare_reference,
@@ -128,7 +128,7 @@ def test_folded_and_mapped_models_compute_the_same(kind):
             model.get_parameter(name)[0] = 0
     symmetry, options = symmetry_of(model), options_of(kind)
     built = random_maps(symmetry, options)
-    untied = bool(find_untied_tensors(symmetry, built))
+    untied = bool(find_untied_by_alignment(symmetry, built))
     exact = kind in LAYER_NORM
     for state in (
         prepare_reference(model.state_dict(), symmetry, built),
@@ -154,7 +154,7 @@ def test_two_seeds_are_aligned(kind, text):
     alignment = align_models(
         first, second, batches_of() if text else None, options_of(kind, seed=0)
     )
-    untied = bool(find_untied_tensors(symmetry, alignment))
+    untied = bool(find_untied_by_alignment(symmetry, alignment))
     state = permute_state(second.state_dict(), symmetry, alignment)
     assert_same_function(second, state, untied, double=kind not in RMS)
     for maps in alignment.maps.values():
@@ -171,7 +171,7 @@ def test_known_maps_are_found(kind):
     first = random_model(kind, seed=2)
     symmetry, options = symmetry_of(first), options_of(kind)
     built = random_maps(symmetry, options)
-    untied = bool(find_untied_tensors(symmetry, built))
+    untied = bool(find_untied_by_alignment(symmetry, built))
     second = copy_of(first, permute_state(first.state_dict(), symmetry, built), untied)
     if untied:  # both are untied, so that their shapes agree
         plain = dict(first.state_dict())
@@ -185,7 +185,7 @@ def test_known_maps_are_found(kind):
         stream = alignment.maps["res.emb"]["stream"][0]
         assert (stream - built.maps["res.emb"]["stream"][0].T).abs().max() < 1e-4
     merged = merge_states(first.state_dict(), second.state_dict(), symmetry, alignment)
-    mean = copy_of(first, merged, bool(find_untied_tensors(symmetry, alignment)))
+    mean = copy_of(first, merged, bool(find_untied_by_alignment(symmetry, alignment)))
     torch.testing.assert_close(outputs(mean), outputs(first), rtol=0, atol=2e-4)
 
 
@@ -213,7 +213,7 @@ def test_maps_of_other_classes_change_the_function():
         symmetry, options = symmetry_of(model), options_of(kind)
         built = with_map(random_maps(symmetry, options), name, role, blocks)
         state = permute_state(model.state_dict(), symmetry, built)
-        untied = bool(find_untied_tensors(symmetry, built))
+        untied = bool(find_untied_by_alignment(symmetry, built))
         return float((outputs(copy_of(model, state, untied)) - outputs(model)).abs().max())
 
     generator = torch.Generator().manual_seed(1)

@@ -43,7 +43,7 @@ from megamod.merging.alignment.measure import (
 from megamod.merging.alignment.options import Calibration, Options
 from megamod.merging.alignment.record import Alignment, find_following_head, list_aligned_groups
 from megamod.merging.alignment.refine import Refinement
-from megamod.merging.alignment.reuse import compute_or_reuse
+from megamod.merging.alignment.reuse import reuse_or_compute_alignment
 from megamod.merging.alignment.statistics import average_moments
 from megamod.merging.alignment.symmetry import Symmetry, find_symmetry
 from megamod.merging.alignment.weight_matching import match_weights
@@ -65,6 +65,7 @@ def align_models(
     """Find the permutations and maps that bring the second model's features into the first's order.
 
     Args:
+        first: the reference; `second`: the model to align. Neither is changed.
         batches: calibration text; None: the method needs none.
         descent_rounds: of "orthogonal" with text, on the weights after it.
     Raises:
@@ -108,7 +109,13 @@ def _align_by_maps(
     options: Options,
     descent_rounds: int,
 ) -> Alignment:
-    """Find orthogonal maps from text and weights, and refine them if the options say so."""
+    """Find orthogonal maps from text and weights, and refine them by `refine_steps`.
+
+    With `options.maps` they are read from that folder if they are there, else stored in it.
+
+    Raises:
+        UserError: if the text does not fit the models, or they cannot be refined.
+    """
 
     def compute(progress_file: Path | None) -> Alignment:
         alignment = align_by_maps(first, second, symmetry, batches, options, descent_rounds)
@@ -119,7 +126,7 @@ def _align_by_maps(
         return refinement.run(options.refine_steps)
 
     states = (first.state_dict(), second.state_dict())
-    return compute_or_reuse(options, states, batches, compute, descent_rounds)
+    return reuse_or_compute_alignment(options, states, batches, compute, descent_rounds)
 
 
 def align_weights(
@@ -142,7 +149,7 @@ def align_weights(
     )
     if options.method == "orthogonal":
         states = (first, second)
-        return compute_or_reuse(
+        return reuse_or_compute_alignment(
             options, states, (), lambda _: align_weights_by_maps(*states, symmetry, options), 0
         )
     groups = {group.name: group for group in list_aligned_groups(symmetry, options)}
@@ -255,14 +262,18 @@ def check_same_architecture(first: Mapping[str, object], second: Mapping[str, ob
 
 
 def _list_matched_groups(symmetry: Symmetry, options: Options) -> list[Group]:
-    """List the groups to match: those that are permuted, and heads, whose cost is recorded."""
+    """List the groups to match: those that are permuted, and all heads, whose costs are recorded
+    even if they stay in order.
+    """
     matched = {group.name: group for group in list_aligned_groups(symmetry, options)}
     matched |= {group.name: group for group in symmetry.select_groups("head")}
     return list(matched.values())
 
 
 def _list_observed_groups(groups: Sequence[Group], options: Options) -> list[Group]:
-    """List the groups whose features must be observed, as some take another group's permutation."""
+    """List those of `groups` whose features must be observed: all but groups of the residual stream
+    that take the permutation of another.
+    """
     residual = [group for group in groups if group.family == "res"]
     if options.method != "identity" and options.residual in ("first", "last"):
         observed = residual[:1] if options.residual == "first" else residual[-1:]
@@ -274,7 +285,16 @@ def _list_observed_groups(groups: Sequence[Group], options: Options) -> list[Gro
 def _match_groups(
     groups: Sequence[Group], measured: FeatureStatistics, options: Options
 ) -> dict[str, FeatureMatch]:
-    """Return the best match of each group by name, from the similarity of measured features."""
+    """Find the best match of each group by the similarity of measured features.
+
+    Args:
+        groups: to match.
+        measured: statistics of those in `_list_observed_groups`; they are overwritten.
+    Returns:
+        matches by name of the group.
+    Raises:
+        UserError: if a soft assignment does not converge.
+    """
 
     def compute_similarity(*names: str) -> Tensor:
         """Return the correlations (or covariances) [C, C], averaged over the named groups."""
@@ -323,7 +343,9 @@ def _match_groups(
 
 
 def _name_partner_group(name: str) -> str:
-    """Return the name of the attention group of a query and key group, or the other way round."""
+    """Return the name of the group of the same attention heads: of a group layer.N.qk that is
+    layer.N.attn, and the other way round.
+    """
     parts = name.split(".")
     parts[2] = {"qk": "attn", "attn": "qk"}[parts[2]]
     return ".".join(parts)
@@ -332,7 +354,14 @@ def _name_partner_group(name: str) -> str:
 def _build_alignment(
     symmetry: Symmetry, matches: Mapping[str, FeatureMatch], options: Options, costs: bool = True
 ) -> Alignment:
-    """Build the alignment from all matches, with the cost of each group if `costs`."""
+    """Build the alignment from the matches of groups.
+
+    The cost of a group is its summed similarity over twice its size; a group of attention has that
+    of its queries and keys if they were matched separately.
+
+    Args:
+        costs: record costs; False: none.
+    """
     names = [name for name in symmetry.groups if name in matches]
     all_costs = {
         name: matches[name].value / (2 * symmetry.groups[name].size) for name in names if costs
@@ -346,11 +375,12 @@ def _build_alignment(
 def align_folders(
     first: str, second: str, options: Options, batches: Iterable[Batch] | None = None
 ) -> Alignment:
-    """Align models in folders on the text that the options name.
+    """Load two models in float32, and align the second to the first by the options.
 
     Args:
         first, second: folders, or hub ids.
-        batches: calibration text instead of that of the options.
+        batches: calibration text instead of that of the options; None: read that, if the method
+            runs models.
     Raises:
         UserError: as `align_models`, or if the models or the text cannot be read.
     """
@@ -362,7 +392,7 @@ def align_folders(
 
 
 def find_position_limit(config: PreTrainedConfig) -> int | None:
-    """Return the largest number of tokens of a sequence; None: unlimited."""
+    """Return the largest number of tokens of a sequence; None: the configuration sets no limit."""
     position_limit = getattr(config, "max_position_embeddings", None)
     if position_limit and config.model_type in ("roberta", "xlm-roberta"):
         position_limit -= config.pad_token_id + 1  # positions start after the padding id
@@ -372,10 +402,12 @@ def find_position_limit(config: PreTrainedConfig) -> int | None:
 def read_calibration_batches(
     name: str, config: PreTrainedConfig, calibration: Calibration
 ) -> Iterable[Batch]:
-    """Read calibration text in the tokens of a model.
+    """Read calibration text in the tokens of a model; items are cut to its positions.
 
     Args:
-        name: folder or hub id of the tokenizer; `config`: of the model.
+        name: folder or hub id of the tokenizer.
+        config: of the model.
+        calibration: names the text; its `path` must not be None.
     Raises:
         UserError: if there is no tokenizer, or the text cannot be read.
     """

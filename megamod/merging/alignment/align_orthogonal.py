@@ -43,10 +43,10 @@ _SAME = (
 
 
 def check_rotation(config: Mapping[str, object], other: Mapping[str, object]) -> None:
-    """Refuse two configurations that maps do not fit.
+    """Refuse two configurations that orthogonal maps do not fit.
 
     Raises:
-        UserError: naming the field.
+        UserError: naming the field in which they differ; or partial rotation of heads.
     """
     for key in _SAME:
         if config.get(key) != other.get(key):
@@ -64,7 +64,10 @@ def check_rotation(config: Mapping[str, object], other: Mapping[str, object]) ->
 
 
 def rotates_stream(symmetry: Symmetry, options: Options) -> bool:
-    """Return True if the residual stream is rotated; in post-norm models it is permuted."""
+    """Return True if the residual stream is rotated: it is aligned, and norms come before layers.
+
+    In post-norm models it is permuted instead.
+    """
     return "res" in options.groups and symmetry.family.pre_norm
 
 
@@ -76,10 +79,14 @@ def align_by_maps(
     options: Options,
     descent_rounds: int,
 ) -> Alignment:
-    """Find the maps from text, then from weights.
+    """Find the maps from text, then improve them by weights.
 
+    Args:
+        symmetry: of both models.
+        batches: calibration text.
+        descent_rounds: rounds of the descent on the weights; 0: none.
     Raises:
-        UserError: if the text is too short or does not fit the models.
+        UserError: if a weight is not finite, or the text is too short or does not fit the models.
     """
     states = (first.state_dict(), second.state_dict())
     _refuse_non_finite(*states)
@@ -90,8 +97,11 @@ def align_by_maps(
 def align_weights_by_maps(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor], symmetry: Symmetry, options: Options
 ) -> Alignment:
-    """Find the maps from weights alone.
+    """Find the maps from weights alone, starting at the identity.
 
+    Args:
+        first, second: weights by name, of the reference and of the model to align.
+        symmetry: of both models.
     Raises:
         UserError: if a weight is not finite.
     """
@@ -116,7 +126,13 @@ def _match_by_text(
     batches: Iterable[Batch],
     options: Options,
 ) -> dict[str, GroupMatch]:
-    """Run both models on the text and match every group by the products of its features."""
+    """Run both models on the text and match every aligned group by the products of its features.
+
+    Groups of the residual stream, and a head that follows it, share one match.
+
+    Raises:
+        UserError: if the text is too short or does not fit the models.
+    """
     groups = list_aligned_groups(symmetry, options)
     rotates, keeps_ones = rotates_stream(symmetry, options), not symmetry.family.rms
     following = find_following_head(symmetry, options)
@@ -143,7 +159,14 @@ def _match_by_text(
 def _match_stream(
     groups: list[Group], symmetry: Symmetry, measured: FeatureStatistics, options: Options
 ) -> GroupMatch | None:
-    """Match the residual stream: by a map, or in post-norm models by a permutation."""
+    """Match the residual stream: by a map, or in post-norm models by a permutation.
+
+    Args:
+        groups: those to align; without one of the stream the result is None.
+        measured: of the stream's groups; overwritten.
+    Raises:
+        UserError: if the text is too short for a map.
+    """
     stream = [group for group in groups if group.family == "res"]
     if not stream:
         return None
@@ -155,7 +178,7 @@ def _match_stream(
 
 
 def _match_features(group: Group, measured: FeatureStatistics) -> GroupMatch:
-    """Match the features of a group by their correlations."""
+    """Match the features of a group by their correlations; with signs if the group is gated."""
     correlation = measured.covariances[group.name].compute_moments().compute_correlation().cpu()
     if any(axis.role == "sign" for axis in group.axes):
         return match_signed_features(correlation)
@@ -171,7 +194,12 @@ def _descend(
     start: Mapping[str, GroupMatch],
     rounds: int,
 ) -> Alignment:
-    """Go on from matches by the weights, and build the alignment."""
+    """Improve matches by descent on the weights, and build the alignment.
+
+    Args:
+        start: match of each aligned group by name.
+        rounds: of the descent, at most.
+    """
     groups = {group.name: group for group in list_aligned_groups(symmetry, options)}
     rotates = rotates_stream(symmetry, options)
     folding = find_folding(symmetry) if rotates else None
@@ -204,7 +232,10 @@ def _descend(
 
 
 def _make_read(state: Mapping[str, Tensor], symmetry: Symmetry, folding: Folding | None) -> Read:
-    """Return a function that reads tensors in float64, with norms folded; tied ones by any name."""
+    """Make a function that reads tensors in float64 on the CPU, norms folded if `folding` says so.
+
+    Tied matrices are read by either name.
+    """
 
     def read(name: str) -> Tensor:
         return state[name if name in state else symmetry.tied[name]].cpu()

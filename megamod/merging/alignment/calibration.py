@@ -32,8 +32,10 @@ class Batch:
         return (positions < self.lengths[:, None]).long()
 
     def mask_counted_tokens(self, special_tokens: bool) -> Tensor:
-        """Return a mask [B, T] of the tokens that count; without `special_tokens` not the first and
-        last.
+        """Return a mask [B, T] of bool, True at tokens that count.
+
+        Args:
+            special_tokens: count the first and the last token of an item, too.
         """
         positions = torch.arange(self.input_ids.shape[1])
         inner = 0 if special_tokens else 1
@@ -52,10 +54,12 @@ def iterate_whole_batches(
 
     Args:
         items: token ids of each.
+        batch_size: items of a batch; the last one of each pass over the items may have fewer.
+        fraction: above 1 items are repeated.
         pad_id: id of padding.
         domain: of all items.
     Raises:
-        UserError: if that is no item.
+        UserError: if int(fraction * items) is less than 1.
     """
     target = int(fraction * len(items))
     if target < 1:
@@ -104,8 +108,11 @@ def read_token_ids(
 
 
 def _iterate_texts(path: Path) -> Iterator[str]:
-    """Yield the non-blank items of a text or JSON-lines file; raise UserError naming file and
-    line.
+    """Yield the non-blank items of a text or JSON-lines file.
+
+    Raises:
+        UserError: naming file and line, if the file cannot be read, is no UTF-8, or a JSON line has
+            no text.
     """
     json_lines = (
         require_format(path, ("text", "JSON lines", "JSON"), "calibration.path: ") != "text"

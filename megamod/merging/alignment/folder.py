@@ -16,7 +16,7 @@ from megamod.merging.alignment.permute import (
     compute_axis_changes,
     find_alignment_folding,
     find_scaled_spans,
-    map_untied_tensors,
+    find_untied_by_changes,
     scale_features,
     transform_tensor,
 )
@@ -50,7 +50,7 @@ class PermutedFolder(TensorView):
         symmetry = find_folder_symmetry(source, qk=alignment.options.qk)
         all_changes = compute_axis_changes(symmetry, alignment)
         self._folding = find_alignment_folding(symmetry, alignment)
-        self._stored = map_untied_tensors(symmetry, all_changes, self._folding)
+        self._stored = find_untied_by_changes(symmetry, all_changes, self._folding)
         self._changes: dict[str, list[AxisChange]] = {} if reference else all_changes
         self._scaled, self._tied = find_scaled_spans(symmetry, alignment), symmetry.tied
         self._cached = threading.local()
@@ -65,7 +65,9 @@ class PermutedFolder(TensorView):
         return self.source.read(name if name in self.source.tensors else self._stored[name])
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
-        """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on."""
+        """Fill a buffer (1-D, of the tensor's dtype) with elements of the aligned model's tensor,
+        from `start` on.
+        """
         tensor_changes = self._changes.get(name, [])
         scaled = self._scaled.get(self._tied.get(name, name), [])
         original = name if name in self.source.tensors else self._stored[name]
@@ -96,7 +98,10 @@ class PermutedFolder(TensorView):
         buffer.copy_(part.reshape(-1)[start - first * row :][: len(buffer)])
 
     def _read_mixed_tensor(self, name: str) -> Tensor:
-        """Read and mix a whole tensor; the last one is cached, as the next piece belongs to it."""
+        """Read a whole tensor of the aligned model, folded and mapped.
+
+        The last one is cached per thread, as the next piece probably belongs to it.
+        """
         cached = getattr(self._cached, "tensor", None)
         if cached is None or cached[0] != name:
             changes = self._changes.get(name, [])
@@ -106,8 +111,10 @@ class PermutedFolder(TensorView):
 
 
 def find_folder_symmetry(folder: TensorSource, *, qk: bool = False) -> Symmetry:
-    """Find the permutation groups of the model in a folder.
+    """Find the permutation groups of the model in a folder, from its configuration and headers.
 
+    Args:
+        qk: permute queries and keys within heads separately from values.
     Raises:
         UserError: if its architecture is not known or a tensor does not fit.
     """

@@ -57,9 +57,10 @@ class Folding:
     rms: bool
 
     def fold(self, name: str, read: Read) -> Tensor:
-        """Return a tensor of the folded model, in float64.
+        """Compute a tensor of the folded model, in float64; one that no norm touches is unchanged.
 
         Args:
+            name: of the tensor.
             read: of the model as it is; tied matrices under both names.
         """
         tensor = read(name).double()
@@ -83,7 +84,9 @@ class Folding:
         return tensor
 
     def _fold_reader(self, matrix: Tensor, norm: Norm, read: Read) -> Tensor:
-        """Fold a norm into a matrix [..., d] that reads it."""
+        """Fold the gain of a norm, and with `norm.ones` its bias, into a matrix [..., d] that reads
+        it; otherwise the bias goes into the reader's own bias.
+        """
         scaled = matrix * read(norm.gain).double()
         if self.rms:
             return scaled

@@ -79,8 +79,13 @@ class Group:
         )
 
     def make_entry_index(self, axis: TensorAxis, permutation: Tensor) -> Tensor:
-        """Return the entry index [entries] along a tensor axis for a permutation of the features
-        [size].
+        """Make the index of the group's entries along a tensor axis from that of its features.
+
+        Args:
+            permutation: [size] of the features; it keeps those of a head together, unless the part
+                of the axis is "features".
+        Returns:
+            [entries], counted from the first entry of the group; see `TensorAxis.part`.
         """
         if axis.part == "features":
             return permutation
@@ -95,17 +100,26 @@ class Group:
         return (head_order * self.head_width + features_within).flatten()
 
     def spread_blocks(self, axis: TensorAxis, blocks: Tensor) -> Tensor:
-        """Repeat matrices [m, h, h] of the key heads for all heads [n, h, h] along an axis."""
+        """Repeat matrices for all entries of the group along a tensor axis.
+
+        Args:
+            blocks: [m, h, h], one per key head.
+        Returns:
+            [n, h, h]: for query heads that of their key head; the same if the axis has key heads.
+        """
         count, width = blocks.shape[:2]
         return blocks.repeat_interleave(self.count_entries(axis) // (count * width), 0)
 
     def spread_products(self, axis: TensorAxis, products: Tensor) -> Tensor:
-        """Spread inner products of the entries of a tensor axis over pairs of features, [size,
-        size].
+        """Spread inner products of the entries of a tensor axis over pairs of features.
+
+        For every permutation, the sum of `products` over pairs (i, index[i]) of
+        `make_entry_index` equals the sum of the result over pairs (r, permutation[r]).
 
         Args:
-            products: [length, length]. Its sum over pairs of `index` equals the sum of the result
-                over pairs of the permutation.
+            products: [entries, entries].
+        Returns:
+            [size, size].
         """
         if axis.part == "features":
             return products

@@ -39,7 +39,11 @@ class FeatureMatch:
 
 
 def assign_features(similarity: Tensor) -> FeatureMatch:
-    """Find the best permutation for a matrix [C, C] (exact linear assignment)."""
+    """Find the permutation of largest summed similarity (exact linear assignment).
+
+    Args:
+        similarity: [C, C] on the CPU; rows are features of the reference.
+    """
     matrix = similarity.numpy()
     rows, columns = linear_sum_assignment(matrix, maximize=True)
     return FeatureMatch(
@@ -95,12 +99,12 @@ def assign_heads(
     Args:
         similarities: [C, C] each; several where groups have features of their own and the same
             heads.
-        heads: number of heads; head j has C / heads features from j * C / heads on.
+        heads: number H of heads; head j has C / heads features from j * C / heads on.
         mode: one of `ATTENTION`.
         order: [H], fixed order of heads, with `head_perm`; None: find the best.
         solve: finds the permutation within a pair of heads.
     Returns:
-        one match per matrix.
+        one match per matrix; its `heads` is the common order, None with "ignore_heads".
     Source: Verma and Elbayad 2024, section 3.3.
     """
     if mode == "ignore_heads":
@@ -142,6 +146,8 @@ def transport_heads(
 ) -> FeatureMatch:
     """Find soft assignments of features within heads; heads are matched by `assign_heads`.
 
+    With "ignore_heads" it is one soft assignment of all features.
+
     Args:
         similarity, heads, mode, order: see `assign_heads`.
         regularisation: see `transport_features`.
@@ -164,7 +170,8 @@ def assign_queries(similarity: Tensor, queries_per_key: int, mode: str) -> Featu
     """Find a permutation where several query heads share one key and value head.
 
     Query heads may be reordered, and all have one permutation of features, that of the values. The
-    two are optimised alternately.
+    two are optimised alternately until neither raises the similarity, so the result may be a local
+    optimum.
 
     Args:
         similarity: [C, C] of the query heads of a key head with those of the other model.
@@ -207,7 +214,7 @@ def _select_block(similarity: Tensor, j: int, k: int, size: int) -> Tensor:
 
 
 def match_identically(similarity: Tensor) -> FeatureMatch:
-    """Return the match that leaves every feature at its index."""
+    """Return the match that leaves every feature at its index, with its summed similarity."""
     return FeatureMatch(torch.arange(len(similarity)), float(similarity.trace()))
 
 

@@ -53,9 +53,12 @@ class FeatureStatistics:
 
 
 def load_model(name: str, auto: type | None = None) -> PreTrainedModel:
-    """Load the model of a folder or hub id in float32.
+    """Load the model of a folder or hub id in float32, on the CPU.
+
+    Switches the progress bars of transformers off for the process.
 
     Args:
+        name: folder or hub id.
         auto: the Auto class of the head that is needed; None: that of the class which the
             configuration names.
     Raises:
@@ -93,7 +96,11 @@ def measure_covariances(
 ) -> FeatureStatistics:
     """Run both models on all batches in evaluation mode and accumulate covariances of features.
 
+    The modes of the models are restored.
+
     Args:
+        first, second: models of one architecture on one device; rows of a covariance are features
+            of the first.
         groups: whose features are observed.
         domains: of models with experts; a batch without a domain runs through each of them.
     Raises:
@@ -151,15 +158,15 @@ class _RowSelection:
         self.count = int(self._counted.sum()) if level == "none" else len(batch.lengths)
 
     def select_features(self, group: Group, x: Tensor) -> Tensor:
-        """Select the rows [n, C] of a group's features, without the mean of each if the group says
-        so.
-        """
+        """Select the rows [n, C] that count; of a `centred` group, without the mean of each row."""
         rows = self.select_rows(x)
         return rows - rows.mean(-1, keepdim=True) if group.centred else rows
 
     def select_rows(self, x: Tensor) -> Tensor:
-        """Select the rows [n, C] that count, of features [B, L, C] or [B L, C], or pooled features
-        [B, C].
+        """Select the rows [n, C] that count; at sentence level reduce each item to one row.
+
+        Args:
+            x: features [B, L, C] or [B L, C]; pooled ones [B, C] are returned as they are.
         """
         if x.dim() == 2 and len(x) != len(self._counted):  # OPT has no axis of items within layers
             x = x.unflatten(0, (len(self._counted), -1))
@@ -202,7 +209,14 @@ def _run_with_hooks(
     groups: Sequence[Group],
     observe: Callable[[Group, Hook, Tensor], None],
 ) -> None:
-    """Run one forward pass that calls `observe` with the features at every hook."""
+    """Run one forward pass that calls `observe` with the features at every hook.
+
+    Hooks are removed after it.
+
+    Args:
+        domain: expert to run, for a model with experts; else None.
+        observe: takes a group, one of its hooks, and features [..., C].
+    """
     accepted = inspect.signature(model.forward).parameters
     arguments: dict[str, object] = {"use_cache": False, "logits_to_keep": 1, "domain": domain}
     arguments = {k: v for k, v in arguments.items() if k in accepted and v is not None}
@@ -224,8 +238,10 @@ def _register_hook(
     hook: Hook,
     observe: Callable[[Group, Hook, Tensor], None],
 ) -> torch.utils.hooks.RemovableHandle:
-    """Register a hook that calls `observe` with the group's columns of a module's input or
-    output.
+    """Register a hook that calls `observe` with the group's columns of a module's input or output.
+
+    Returns:
+        a handle whose `remove` unregisters it.
     """
 
     def observe_columns(x: Tensor) -> None:
@@ -237,8 +253,11 @@ def _register_hook(
 
 
 def _check_batch(batch: Batch, number: int, model: PreTrainedModel, domains: Sequence[str]) -> None:
-    """Refuse a batch that does not fit the model.
+    """Refuse a batch that is empty, too long, or of ids or a domain that the model lacks.
 
+    Args:
+        number: of the batch, for messages.
+        domains: of the model; empty: it has no experts.
     Raises:
         UserError: naming the batch.
     """

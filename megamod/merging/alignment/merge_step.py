@@ -17,11 +17,17 @@ def align_folder_views(
 ) -> list[TensorSource]:
     """Return views of a recipe's folders, all with their features in the order of the first.
 
+    With method "identity", without `compat.scale`, they are the folders themselves. Other methods
+    read all weights, run models if they need text, and write `maps` if the block names a folder for
+    them.
+
     Args:
-        block: `align:` of the recipe; `origin`: its file, for messages.
+        block: `align:` of the recipe.
+        folders: under common names; the first is the reference.
+        origin: file of the recipe, for messages.
     Raises:
-        UserError: if the models cannot be aligned, or the result would need an output matrix that
-            is no longer tied.
+        UserError: if the block is invalid, the models cannot be aligned, or the result would need
+            an output matrix that is no longer tied.
     """
     options = check_document(block, EffectiveOptions, origin, "align")
     if options.method == "identity" and not options.compat.scale:
@@ -46,8 +52,11 @@ def align_folder_views(
 def _align_two_folders(
     first: TensorSource, second: TensorSource, options: Options, origin: str
 ) -> Alignment:
-    """Align the second folder to the first; raise UserError if the options need text that cannot be
-    run.
+    """Align the second folder to the first: by text if the options need it, else by weights.
+
+    Raises:
+        UserError: if there is no such text, the models cannot be run on it, or do not fit each
+            other.
     """
     if options.reads_text:
         for folder in (first, second):

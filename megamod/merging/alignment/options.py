@@ -105,7 +105,8 @@ class Options(Document):
     maps: str | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> "Options":
+    def _check_combinations(self) -> "Options":
+        """Refuse keys that contradict each other, and a document that aligns nothing."""
         if not (self.groups or self.head):
             raise ValueError("groups: is empty; name at least one of ff, attn, res")
         if self.method == "ot" and self.compat.unmerge:
@@ -118,13 +119,13 @@ class Options(Document):
 
     @property
     def reads_text(self) -> bool:
-        """Return True if models run on calibration text."""
+        """True if models run on calibration text; with "orthogonal" only if a text is named."""
         named = self.calibration.path is not None
         return self.method in BY_TEXT or (self.method == BY_TEXT_OR_WEIGHTS and named)
 
 
 def list_unused_keys(options: Options) -> list[str]:
-    """List keys with a value other than the default that have no effect with the other options.
+    """List keys, dotted, with a value other than the default that have no effect with the others.
 
     A record of an alignment holds all keys, so only documents that people write are checked.
     """
@@ -167,6 +168,7 @@ def list_unused_keys(options: Options) -> list[str]:
 
 
 def _refuse_unused(options: Options) -> Options:
+    """Return the options; raise ValueError naming the first key without effect."""
     if options.refine_steps and options.method == BY_TEXT_OR_WEIGHTS and not options.reads_text:
         raise ValueError("refine_steps: needs calibration.path, text to refine the maps on")
     if unused := list_unused_keys(options):

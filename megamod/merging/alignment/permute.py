@@ -74,8 +74,9 @@ def make_axis_change(
     """Make the change of a group's entries along one tensor axis.
 
     Args:
-        permutation: of the features; None: they stay in order.
-        maps: of the group by role.
+        axis: one of the group's.
+        permutation: [C] of the features, or a soft assignment [C, C]; None: they stay in order.
+        maps: of the group by role; the change has blocks if one has the role of `axis`.
     """
     index = None if permutation is None else group.make_entry_index(axis, permutation)
     blocks = maps.get(axis.role)
@@ -85,7 +86,13 @@ def make_axis_change(
 
 
 def find_alignment_folding(symmetry: Symmetry, alignment: Alignment) -> Folding | None:
-    """Find how norms are folded before the maps of an alignment; None: they are not."""
+    """Find how norms are folded before the maps of an alignment are applied.
+
+    None if it has no map of the residual stream, so that norms stay as they are.
+
+    Raises:
+        UserError: as `find_folding`.
+    """
     streams = (role for maps in alignment.maps.values() for role in maps if role == "stream")
     return find_folding(symmetry) if any(streams) else None
 
@@ -125,16 +132,23 @@ def scale_features(tensor: Tensor, spans: Sequence[Span], first: int = 0) -> Ten
     return tensor
 
 
-def map_untied_tensors(
+def find_untied_by_changes(
     symmetry: Symmetry, all_changes: Mapping[str, list[AxisChange]], folding: Folding | None
 ) -> dict[str, str]:
-    """Map tied tensors that need storage of their own once aligned to their original tensors.
+    """Find the tied tensors that need storage of their own in a model with these changes.
 
-    A folded norm makes an output matrix differ from the table, unless its gain is 1 and its bias 0.
+    They are all tied tensors or none, as a configuration unties all of them or none: all if one is
+    changed in another way than its original, or norms are folded, which makes an output matrix
+    differ from the table (unless the gain is 1 and the bias 0).
+
+    Args:
+        all_changes: by tensor, of `compute_axis_changes`.
+        folding: None: norms stay as they are.
+    Returns:
+        tied tensor -> original tensor.
     """
     if folding is not None:
         return dict(symmetry.tied)
-    # A configuration unties all of them or none.
     same = all(
         _have_equal_changes(all_changes.get(alias, []), all_changes.get(source, []))
         for alias, source in symmetry.tied.items()
@@ -142,10 +156,14 @@ def map_untied_tensors(
     return {} if same else dict(symmetry.tied)
 
 
-def find_untied_tensors(symmetry: Symmetry, alignment: Alignment) -> dict[str, str]:
-    """Map tied tensors that an alignment unties to their original tensors."""
+def find_untied_by_alignment(symmetry: Symmetry, alignment: Alignment) -> dict[str, str]:
+    """Find the tied tensors that an alignment unties; see `find_untied_by_changes`.
+
+    Raises:
+        UserError: if the alignment does not fit the model.
+    """
     folding = find_alignment_folding(symmetry, alignment)
-    return map_untied_tensors(symmetry, compute_axis_changes(symmetry, alignment), folding)
+    return find_untied_by_changes(symmetry, compute_axis_changes(symmetry, alignment), folding)
 
 
 def _have_equal_changes(first: list[AxisChange], second: list[AxisChange]) -> bool:
@@ -159,6 +177,7 @@ def _have_equal_changes(first: list[AxisChange], second: list[AxisChange]) -> bo
 
 
 def _are_equal(first: Tensor | None, second: Tensor | None) -> bool:
+    """Return True if both are None, or tensors of the same elements."""
     return first is second or (
         first is not None and second is not None and torch.equal(first, second)
     )
@@ -171,7 +190,11 @@ def _list_tied_matrices(symmetry: Symmetry) -> set[str]:
 
 
 def apply_changes(tensor: Tensor, tensor_changes: list[AxisChange]) -> Tensor:
-    """Apply changes to a tensor; the same tensor if there are none. Gradients reach the blocks."""
+    """Return a tensor with changes applied: soft assignments, then orders, then blocks.
+
+    It is the same tensor if there are none; the argument is not changed. Gradients reach the
+    tensor and the blocks.
+    """
     for change in tensor_changes:
         if change.is_soft:
             tensor = _mix_entries(tensor, change)
@@ -198,11 +221,15 @@ def _multiply_blocks(tensor: Tensor, change: AxisChange) -> Tensor:
 def transform_tensor(
     name: str, read: Read, folding: Folding | None, tensor_changes: list[AxisChange]
 ) -> Tensor:
-    """Return a tensor of the aligned model; with folding or maps computed in float64.
+    """Compute a tensor of the aligned model, in the dtype of the tensor.
+
+    With folding or maps it is computed in float64. Integers are returned as they are.
 
     Args:
+        name: of the tensor.
         read: of the model as it is, tied matrices under both names.
         folding: None: norms stay as they are.
+        tensor_changes: of this tensor.
     """
     tensor = read(name)
     if not tensor.is_floating_point():
@@ -214,7 +241,7 @@ def transform_tensor(
 
 
 def _mix_entries(tensor: Tensor, change: AxisChange) -> Tensor:
-    """Mix entries along an axis, in float64.
+    """Return a tensor with entries along an axis mixed by a soft assignment, in float64.
 
     Weights that produce features are multiplied by the matrix from the left, those that read them
     by its transpose from the right: both sums run over the former entries.
@@ -229,7 +256,10 @@ def _mix_entries(tensor: Tensor, change: AxisChange) -> Tensor:
 
 
 def combine_axis_index(length: int, axis: int, tensor_changes: list[AxisChange]) -> Tensor:
-    """Combine all changes along an axis into one index vector [length]."""
+    """Combine the orders of all changes along an axis into one index vector [length].
+
+    Changes of other axes, and soft ones, are skipped; entries of no change stay.
+    """
     index = torch.arange(length)
     for change in tensor_changes:
         if change.axis == axis and change.index is not None and not change.is_soft:
@@ -238,26 +268,42 @@ def combine_axis_index(length: int, axis: int, tensor_changes: list[AxisChange])
 
 
 def permute_state(state: State, symmetry: Symmetry, alignment: Alignment) -> dict[str, Tensor]:
-    """Return the weights of the aligned model in the order of the reference.
+    """Compute the weights of the aligned model in the order of the reference.
 
-    Tied matrices are added if their permutation differs from that of their original tensor; the
-    model must then be loaded with `tie_word_embeddings` off.
+    Tied matrices are added if the alignment unties them; the model must then be loaded with
+    `tie_word_embeddings` off.
+
+    Args:
+        state: weights of the model that `alignment` aligns; tensors without changes are in the
+            result as they are.
+        symmetry: of the model.
+    Raises:
+        UserError: if the alignment does not fit the model.
     """
     all_changes = compute_axis_changes(symmetry, alignment)
     return _transform_state(state, symmetry, alignment, all_changes, all_changes)
 
 
 def prepare_reference(state: State, symmetry: Symmetry, alignment: Alignment) -> dict[str, Tensor]:
-    """Return the weights of the reference under the names of `permute_state`, norms folded if those
-    of the aligned model are.
+    """Compute the weights of the reference that go with those of `permute_state`.
+
+    They have the same names and, if the alignment folds norms, folded norms; nothing is permuted.
+
+    Args:
+        state: weights of the reference; not changed.
+        symmetry: of either model.
+    Raises:
+        UserError: if the alignment does not fit the model.
     """
     all_changes = compute_axis_changes(symmetry, alignment)
     return _transform_state(state, symmetry, alignment, all_changes, {})
 
 
 def interpolate_states(first: State, second: State, weight: float = 0.5) -> dict[str, Tensor]:
-    """Return weight * first + (1 - weight) * second by name; integers must be equal.
+    """Compute weight * first + (1 - weight) * second by name; integers must be equal.
 
+    Args:
+        first, second: weights of two models; `second` has all names of `first`.
     Raises:
         UserError: naming a tensor of integers that differ, as those of quantised models do.
     """
@@ -276,7 +322,13 @@ def interpolate_states(first: State, second: State, weight: float = 0.5) -> dict
 def merge_states(
     first: State, second: State, symmetry: Symmetry, alignment: Alignment
 ) -> dict[str, Tensor]:
-    """Return the mean of the reference and the aligned model, by name."""
+    """Compute the mean of the reference and the aligned model, by name.
+
+    Args:
+        first: weights of the reference; `second`: of the model that `alignment` aligns.
+    Raises:
+        UserError: if the alignment does not fit, or integers differ.
+    """
     return interpolate_states(
         prepare_reference(first, symmetry, alignment), permute_state(second, symmetry, alignment)
     )
@@ -289,6 +341,13 @@ def merge_keeping_heads(
 
     A head is everything after the last hidden states: transform, norm, output matrix and biases;
     pooler and classifier. An output matrix that was tied gets storage of its own in both.
+
+    Args:
+        first, second, symmetry, alignment: see `merge_states`.
+    Returns:
+        weights with the heads of `first`, and with those of `second`.
+    Raises:
+        UserError: as `merge_states`.
     """
     pair = (
         prepare_reference(first, symmetry, alignment),
@@ -313,17 +372,18 @@ def _transform_state(
     all_changes: Mapping[str, list[AxisChange]],
     applied: Mapping[str, list[AxisChange]],
 ) -> dict[str, Tensor]:
-    """Return the state with `Compat.scale` applied, untied matrices added, norms folded, and the
-    changes in `applied`.
+    """Return a state with `Compat.scale` applied, untied matrices added and norms folded, then
+    permuted and mapped.
 
     Args:
-        all_changes: of the aligned model, which decide what is untied.
+        all_changes: of the aligned model; they decide if matrices are untied.
+        applied: the changes to apply, by tensor; none for the reference.
     """
     prepared = dict(state)
     for name, spans in find_scaled_spans(symmetry, alignment).items():
         prepared[name] = scale_features(prepared[name], spans)
     folding = find_alignment_folding(symmetry, alignment)
-    needed = map_untied_tensors(symmetry, all_changes, folding)
+    needed = find_untied_by_changes(symmetry, all_changes, folding)
     for alias, source in symmetry.tied.items():
         if alias in prepared or alias in needed:
             prepared[alias] = prepared[source]

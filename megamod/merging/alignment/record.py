@@ -61,16 +61,18 @@ class Alignment:
     maps: Mapping[str, Maps] = field(default_factory=dict)
 
     def find_maps(self, group: Group) -> Maps:
-        """Return the maps of a group by role."""
+        """Return the maps of a group by role; empty if it has none."""
         return self.maps.get("res.emb" if group.family == "res" else group.name, {})
 
     def find_applied_permutations(self, symmetry: Symmetry) -> dict[str, Tensor]:
-        """Return the permutations that are applied, by group.
+        """Return the permutations that are applied to a model, by group of its symmetry.
+
+        A head that follows the residual stream has the permutation of that.
 
         Raises:
-            UserError: if one is missing, or of another size than the model's group.
+            UserError: if one is missing, or it or a map does not fit the model's group.
         """
-        chosen = {}
+        applied = {}
         for group in list_aligned_groups(symmetry, self.options):
             name = group.name
             if name == find_following_head(symmetry, self.options):
@@ -83,12 +85,15 @@ class Alignment:
                     f"{size} for it"
                 )
             self._check_maps(group, symmetry)
-            chosen[group.name] = permutation
-        return chosen
+            applied[group.name] = permutation
+        return applied
 
     def _check_maps(self, group: Group, symmetry: Symmetry) -> None:
-        """Refuse maps of another size than the group's features, and a map of the stream that does
-        not fit the norms; raise UserError naming the group.
+        """Refuse maps that do not fit a group.
+
+        Raises:
+            UserError: naming the group, if a map has another size than its features, or that of a
+                stream between LayerNorms does not keep the vector of ones.
         """
         for role, blocks in self.find_maps(group).items():
             size = group.size
@@ -107,7 +112,7 @@ class Alignment:
                 )
 
     def save(self, folder: Path) -> None:
-        """Write the folder atomically.
+        """Write the folder of the alignment atomically; `load_alignment` reads it.
 
         Raises:
             UserError: if it exists.
@@ -135,13 +140,15 @@ class Alignment:
 
 
 def make_identity_alignment(symmetry: Symmetry, options: Options) -> Alignment:
-    """Make the alignment that leaves every feature at its index."""
+    """Make the alignment that leaves every feature at its index; it has no costs."""
     groups = list_aligned_groups(symmetry, options)
     return Alignment({group.name: torch.arange(group.size) for group in groups}, {}, options)
 
 
 def list_aligned_groups(symmetry: Symmetry, options: Options) -> list[Group]:
-    """List the groups that are permuted, in the order of the computation."""
+    """List the groups that are permuted with these options: all but heads in the order of the
+    computation, then heads.
+    """
     families = [*options.groups, *(["qk"] if options.qk and "attn" in options.groups else [])]
     chosen = symmetry.select_groups(*families)
     if options.compat.res_attn_without_embeddings and set(options.groups) == {"attn", "res"}:
@@ -155,7 +162,13 @@ def list_aligned_groups(symmetry: Symmetry, options: Options) -> list[Group]:
 
 
 def find_following_head(symmetry: Symmetry, options: Options) -> str | None:
-    """Return the name of the head that follows the residual stream to stay tied; None: none."""
+    """Find the output head whose features are permuted like the residual stream.
+
+    That is the one with a tied matrix, if the options permute the stream and let it follow.
+
+    Returns:
+        name of its group; None: there is none.
+    """
     if not (options.head_follow_residual and "res" in options.groups):
         return None
     for group in symmetry.select_groups("head"):
@@ -168,7 +181,7 @@ def load_alignment(folder: Path) -> Alignment:
     """Read a folder that `Alignment.save` wrote.
 
     Raises:
-        UserError: if it is not one.
+        UserError: if a file cannot be read, or holds no permutations or no orthogonal matrices.
     """
     folder = Path(folder)
     record = read_document(folder / _RECORD, _Record)
@@ -191,6 +204,7 @@ def load_alignment(folder: Path) -> Alignment:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file; raise UserError if it cannot be read."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -121,10 +121,15 @@ class Refinement:
     def run(self, steps: int) -> Alignment:
         """Refine, and return the alignment with the maps of the smallest held-out loss.
 
+        The maps of the start count too, so the loss never rises. Resumes from the progress file if
+        there is one, and writes it every `EVERY` steps.
+
+        Args:
+            steps: in all, those before a resumption included.
         Raises:
-            UserError: if a loss is not finite.
+            UserError: if a loss is not finite, or the progress file is damaged.
         """
-        state = self._start_or_resume()
+        state = self._load_or_make_state()
         with progress(total=steps, title="refining maps", unit="step") as bar:
             bar.update(state.step)
             while state.step < steps:
@@ -135,8 +140,10 @@ class Refinement:
                     self._write(state)
         return self._compose(state.best)
 
-    def _start_or_resume(self) -> _State:
-        """Return the kept state; else one of maps that change nothing."""
+    def _load_or_make_state(self) -> _State:
+        """Read the state from the progress file, else make one whose maps change nothing, with its
+        held-out loss.
+        """
         zeros = self._make_zeros()
         if self._file is not None and self._file.exists():
             return _read_state(self._file, list(zeros))
@@ -146,7 +153,10 @@ class Refinement:
         return state
 
     def _make_zeros(self) -> dict[Key, Tensor]:
-        """Return the parameters of maps that change nothing."""
+        """Make parameters of maps that change nothing, on the device of the model.
+
+        Maps of the alignment that cannot be refined, such as signs, have none.
+        """
         zeros = {}
         for name, maps in self._alignment.maps.items():
             for role, blocks in maps.items():
@@ -159,7 +169,11 @@ class Refinement:
         return {key: tensor.to(self._model.device) for key, tensor in zeros.items()}
 
     def _step(self, state: _State) -> None:
-        """Make one step of Adam."""
+        """Make one step of Adam: advance `state.step`, its parameters and moments.
+
+        Raises:
+            UserError: if the loss is not finite.
+        """
         generator = torch.Generator().manual_seed((self._seed << 32) + state.step)
         share = LOWEST + (HIGHEST - LOWEST) * float(torch.rand((), generator=generator))
         drawn = torch.randperm(len(self._rows), generator=generator)[:ROWS].tolist()
@@ -179,7 +193,12 @@ class Refinement:
 
     @torch.no_grad()
     def _evaluate(self, state: _State) -> None:
-        """Measure the loss half way on the rows that were set aside; keep the best parameters."""
+        """Measure the loss half way on the held-out rows; store the parameters in `state.best` if
+        it is the smallest.
+
+        Raises:
+            UserError: if the loss is not finite.
+        """
         total, tokens = 0.0, 0
         mixed = self._mix(state.parameters, 0.5)
         for start in range(0, len(self._held_out), ROWS):
@@ -196,10 +215,15 @@ class Refinement:
     def _compute_loss(
         self, parameters: Mapping[Key, Tensor], share: float, rows: "Sequence[_Row]"
     ) -> Tensor:
+        """Compute the loss of the model with `share` of the mapped one; gradients reach the
+        parameters.
+        """
         return self._compute_mixed_loss(self._mix(parameters, share), rows)
 
     def _mix(self, parameters: Mapping[Key, Tensor], share: float) -> dict[str, Tensor]:
-        """Return (1 - share) of the reference and share of the mapped model by name."""
+        """Compute (1 - share) of the reference plus share of the mapped model, by name; integers
+        are those of the reference.
+        """
         changes = self._make_changes(self._make_blocks(parameters))
         return {
             name: torch.lerp(tensor, apply_changes(self._aligned[name], changes[name]), share)
@@ -211,7 +235,11 @@ class Refinement:
         }
 
     def _make_blocks(self, parameters: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-        """Make the orthogonal matrices [m, h, h] of all maps."""
+        """Make the orthogonal matrices [m, h, h] of all maps from their parameters.
+
+        Parameters [m, h / 2] are angles of planes; [m, h, h] make skew matrices, whose exponentials
+        are the maps.
+        """
         blocks = {}
         for (name, role), tensor in parameters.items():
             if tensor.dim() == 2:
@@ -225,7 +253,7 @@ class Refinement:
         return blocks
 
     def _make_changes(self, blocks: Mapping[Key, Tensor]) -> dict[str, list[AxisChange]]:
-        """Make the changes of each tensor."""
+        """Make the changes of each tensor from the matrices by group and role; orders stay."""
         changes: dict[str, list[AxisChange]] = {}
         for group in self._symmetry.groups.values():
             maps = {role: b for (name, role), b in blocks.items() if name == _name_maps(group)}
@@ -236,7 +264,11 @@ class Refinement:
         return changes
 
     def _compute_mixed_loss(self, tensors: Mapping[str, Tensor], rows: "Sequence[_Row]") -> Tensor:
-        """Compute the mean cross entropy of next tokens of the rows, in nats."""
+        """Compute the mean cross entropy of next tokens of the rows, in nats.
+
+        Args:
+            tensors: weights to run the model with; its own are not changed.
+        """
         losses, count = [], 0
         for domain in dict.fromkeys(domain for _, domain in rows):
             ids = [ids for ids, part in rows if part == domain]
@@ -258,7 +290,10 @@ class Refinement:
         return torch.stack(losses).sum() / count
 
     def _compose(self, parameters: Mapping[Key, Tensor]) -> Alignment:
-        """Return the alignment with the refined maps after its own, orthogonal in float64."""
+        """Return the alignment with the refined maps multiplied onto its own.
+
+        The products are made orthogonal in float64 again.
+        """
         exact = {key: tensor.double().cpu() for key, tensor in parameters.items()}
         maps = {name: dict(roles) for name, roles in self._alignment.maps.items()}
         for (name, role), blocks in self._make_blocks(exact).items():
@@ -287,12 +322,15 @@ class Refinement:
 
 
 def _name_maps(group: Group) -> str:
+    """Return the name under which an alignment has the maps of a group; see `Alignment.maps`."""
     return "res.emb" if group.family == "res" else group.name
 
 
 def _read_state(path: Path, keys: Sequence[Key]) -> _State:
-    """Read a progress file.
+    """Read a progress file that `Refinement` wrote.
 
+    Args:
+        keys: group and role of every map.
     Raises:
         UserError: if it is damaged.
     """
@@ -315,8 +353,13 @@ _Row = tuple[list[int], str | None]
 
 
 def _split_rows(batches: Sequence[Batch], domains: Sequence[str]) -> tuple[list[_Row], list[_Row]]:
-    """Return rows to train on, and rows set aside.
+    """Split calibration text into rows to train on and held-out rows, which come first in the text.
 
+    Rows are cut to `LENGTH` tokens. A row without a domain is one row per domain for a model with
+    experts.
+
+    Args:
+        domains: of the model; empty: it has no experts.
     Raises:
         UserError: if there are fewer than two rows of two tokens.
     """
@@ -337,7 +380,11 @@ def _split_rows(batches: Sequence[Batch], domains: Sequence[str]) -> tuple[list[
 
 
 def _warn_of_memory(state: Mapping[str, Tensor]) -> None:
-    """Warn if the mapped model and its gradient do not fit into the free memory."""
+    """Log a warning if the mapped model and its gradient do not fit into the free memory.
+
+    Args:
+        state: weights of a model.
+    """
     needed = 2 * sum(tensor.nbytes for tensor in state.values())
     free = psutil.virtual_memory().available
     if needed > free:

@@ -17,21 +17,27 @@ _VERSION = 1  # of the computation; alignments of another one are not used again
 _NAME = 32  # hexadecimal digits
 
 
-def compute_or_reuse(
+def reuse_or_compute_alignment(
     options: Options,
     states: Sequence[Mapping[str, Tensor]],
     batches: Sequence[Batch],
     compute: Callable[[Path | None], Alignment],
     descent_rounds: int,
 ) -> Alignment:
-    """Return the kept alignment of two models, or compute and keep it in the folder `options.maps`.
+    """Return the alignment of two models from the folder `options.maps`, or compute and store it.
+
+    It is stored in a subfolder named by a digest of all inputs. Without `options.maps` it is
+    computed, and nothing is read or written.
 
     Args:
-        states: weights of both models; `batches`: calibration text, empty: none.
-        compute: gets the file for the state of an unfinished refinement; None without a folder.
+        options: of the alignment; those of the result.
+        states: weights of both models.
+        batches: calibration text; empty: none.
+        compute: computes the alignment. It gets the file for the state of an unfinished refinement,
+            which is deleted once the alignment is stored; None without `options.maps`.
         descent_rounds: of the computation, after the text.
     Raises:
-        UserError: if a kept alignment cannot be read.
+        UserError: if a stored alignment cannot be read.
     """
     if options.maps is None:
         return compute(None)
@@ -52,7 +58,7 @@ def _digest_inputs(
     batches: Sequence[Batch],
     descent_rounds: int,
 ) -> str:
-    """Return a digest of everything that the alignment depends on."""
+    """Compute a SHA-256, in hexadecimal, of everything that the alignment depends on."""
     # The text itself counts, not where it lies.
     settings = options.model_dump(exclude={"maps": True, "calibration": {"path"}})
     digest = hashlib.sha256(

@@ -28,7 +28,10 @@ class Moments:
     cross: Tensor
 
     def compute_correlation(self) -> Tensor:
-        """Compute correlations [C, C], 0 where a feature is constant; overwrites `cross`."""
+        """Compute correlations [C, C], 0 where a feature is constant; rows as in `cross`.
+
+        They overwrite `cross`, to save memory.
+        """
         first, second = self.first.clamp(min=0).sqrt(), self.second.clamp(min=0).sqrt()
         scale = torch.outer(first, second).nan_to_num_(0.0).clamp_(min=_SMALLEST)
         return self.cross.div_(scale)
@@ -56,7 +59,7 @@ class CrossCovariance:
         )
 
     def add_batch(self, first: Tensor, second: Tensor) -> None:
-        """Add a batch: features [n, C] of each model; values that are not finite count as 0."""
+        """Add n rows of features [n, C] of each model; values that are not finite count as 0."""
         pair = tuple(_replace_non_finite(x) for x in (first, second))
         self.count += len(first)
         if self._stacked:
@@ -79,11 +82,12 @@ class CrossCovariance:
         self._sums += both.sum(1).view(2, size)
 
     def compute_moments(self, count: int | None = None) -> Moments:
-        """Compute the moments; the sums are overwritten.
+        """Compute the moments; the sums are overwritten, so this ends the accumulation.
 
         Args:
-            count: divisor instead of the number of added rows. The original program does this for
-                features that exist once per sequence, which makes their means wrong.
+            count: divisor instead of the number of added rows; None: that number. The original
+                program does this for features that exist once per sequence, which makes their means
+                wrong.
         """
         sums, squares, product, n = self._sums, self._squares, self._product, self.count
         if count is not None and count != n:
@@ -95,14 +99,18 @@ class CrossCovariance:
         return Moments(variance[0], variance[1], product)
 
     def compute_products(self) -> Moments:
-        """Compute sums of squares and of products as they are, means included; the sums are
-        overwritten.
+        """Compute sums of squares and of products, means not subtracted, on the CPU.
+
+        They are sums and not averages, in the fields of `Moments`. The sums are overwritten, so
+        this ends the accumulation.
         """
         _, squares, product = self._compute_raw_sums()
         return Moments(squares[0].cpu(), squares[1].cpu(), product.cpu())
 
     def _compute_raw_sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return sums, squares and products of the features without the shift."""
+        """Return sums [2, C], sums of squares [2, C] and of products [C, C] of the features as they
+        were added; the products are overwritten.
+        """
         sums, squares, product, n = self._sums, self._squares, self._product, self.count
         if self._shifts is None:
             return sums, squares, product
@@ -114,7 +122,7 @@ class CrossCovariance:
 
 
 def average_moments(moments: Sequence[Moments]) -> Moments:
-    """Average the moments of groups of equal size that get one permutation."""
+    """Average the moments of groups of equal size that get one permutation, each weighing alike."""
     first, second, cross = (
         torch.stack([getattr(entry, name) for entry in moments]).mean(0)
         for name in ("first", "second", "cross")

@@ -45,7 +45,7 @@ class Symmetry:
 
 
 def find_symmetry(config: Mapping[str, object], shapes: Shapes, *, qk: bool = False) -> Symmetry:
-    """Find the permutation groups of a model.
+    """Find the permutation groups of a model, from names and shapes alone.
 
     Args:
         config: its configuration, as in config.json.
@@ -115,8 +115,10 @@ def find_symmetry(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fa
 
 
 def _check_required_fields(family: Family, config: Mapping[str, object]) -> None:
-    """Refuse a configuration that the family's names do not describe; raise UserError naming the
-    field.
+    """Refuse a configuration that the family's names do not describe.
+
+    Raises:
+        UserError: naming the field with another value than the required one.
     """
     for key, required in family.required:
         value = config.get(key, required)
@@ -126,14 +128,24 @@ def _check_required_fields(family: Family, config: Mapping[str, object]) -> None
 
 @dataclass(frozen=True)
 class _ModuleNames:
-    """Slots of modules, under the names of a dense model."""
+    """Names and shapes of a model's modules, under the names of a dense model.
+
+    Attributes:
+        prefix: of the backbone's names in this model; "" if they have none.
+        shapes: of all tensors.
+    """
 
     family: Family
     prefix: str
     shapes: Shapes
 
     def may_have_tensor(self, tensor: str) -> bool:
-        """Return True if a tensor that may be tied belongs to this model."""
+        """Return True if a tensor that may be tied, so that it is not stored, belongs to this
+        model.
+
+        It does if a tensor of the module around it is stored. A matrix outside of modules, such as
+        `lm_head.weight`, does if it is stored, or the backbone has a prefix and no classifier.
+        """
         stem = ".".join(tensor.split(".")[:-2])
         if not stem:
             # If it is not stored, only the prefix of the backbone marks a language model.
@@ -148,7 +160,12 @@ class _ModuleNames:
     def list_produced_axes(
         self, module: str, start: int = 0, part: str = "features", role: str = ""
     ) -> list[TensorAxis]:
-        """List the tensor axes along which a dense layer produces features."""
+        """List the tensor axes along which a linear layer produces features: weight and bias.
+
+        Args:
+            module: name of the layer.
+            start, part, role: see `TensorAxis`.
+        """
         dim = 1 if self.family.transposed else 0
         axes = [TensorAxis(f"{module}.weight", dim, start, part, role)]
         if f"{module}.bias" in self.shapes:
@@ -156,22 +173,28 @@ class _ModuleNames:
         return axes
 
     def list_widening_modules(self, layer: str) -> list[str]:
-        """List the modules of a layer that produce the feed-forward features from the residual
-        stream.
+        """List the modules that produce the feed-forward features of a layer: `widen`, and `gate`
+        if the family has one.
+
+        Args:
+            layer: prefix of the layer's names.
         """
         parts = (self.family.widen, *((self.family.gate,) if self.family.gate else ()))
         return [layer + part for part in parts]
 
     def list_read_axes(self, module: str, role: str = "stream") -> list[TensorAxis]:
-        """List the tensor axes along which a dense layer reads features. Heads are never stored
-        transposed.
+        """List the tensor axes along which a linear layer reads features: one, of its weight.
+
+        Only layers of the backbone are stored transposed, those of heads never.
         """
         inside = module.startswith(self.prefix) and self.prefix
         dim = 0 if self.family.transposed and inside else 1
         return [TensorAxis(f"{module}.weight", dim, role=role)]
 
     def list_scaled_axes(self, module: str) -> list[TensorAxis]:
-        """List the tensor axes along which a norm scales features."""
+        """List the tensor axes along which a norm scales and shifts features: gain, and bias if it
+        has one.
+        """
         axes = [TensorAxis(f"{module}.weight", 0, role="gain")]
         if f"{module}.bias" in self.shapes:
             axes.append(TensorAxis(f"{module}.bias", 0, role="shift"))
@@ -188,7 +211,13 @@ class _ModuleNames:
         return self.shapes[tensor][axis]
 
     def make_head_group(self, head: Head, reader: str) -> Group:
-        """Make the permutation group of an output head."""
+        """Make the permutation group of an output head: the features of its dense module.
+
+        Args:
+            reader: module that reads them.
+        Raises:
+            UserError: if the weight of the dense module is missing.
+        """
         dense = self.find_head_module(head)
         out = [TensorAxis(f"{dense}.weight", 0), TensorAxis(f"{dense}.bias", 0)]
         out += self.list_scaled_axes(head.norm) if head.norm else []
@@ -218,7 +247,12 @@ def _make_group(
 def _find_output_readers(
     names: _ModuleNames,
 ) -> tuple[list[tuple[Head, str | None]], list[TensorAxis]]:
-    """Return (head, its reader) of each output head, and all axes that read the last states."""
+    """Find the output heads of a model, and all axes that read the last hidden states.
+
+    Returns:
+        (head, module that reads its features or None) of each head of the family that the model
+        has; axes of these heads and of other readers, such as an output matrix.
+    """
     family, heads, into = names.family, [], []
     for head in family.output_heads:
         dense = names.find_head_module(head)
@@ -245,7 +279,11 @@ def _find_output_readers(
 
 
 def _make_embedding_group(names: _ModuleNames) -> Group:
-    """Make the group of the residual stream before the first layer."""
+    """Make the group of the residual stream before the first layer.
+
+    Raises:
+        UserError: if its norm is missing.
+    """
     family, prefix = names.family, names.prefix
     out = [
         TensorAxis(f"{prefix}{table}.weight", 1, role="stream")
@@ -282,8 +320,12 @@ def _make_layer_groups(
     """Make the groups of one layer, in the order of its computation.
 
     Args:
+        layer, layers: number of the layer, and of all layers.
         counts: numbers of query heads and of key heads.
+        qk: make a group of queries and keys of its own.
         readers: axes that read the last hidden states.
+    Raises:
+        UserError: if a tensor is missing, or features do not fit the heads.
     """
     family, (heads, key_heads) = names.family, counts
     stem = names.prefix + family.layer.format(layer)
@@ -363,8 +405,14 @@ def _make_layer_groups(
 def _expand_groups_over_experts(
     groups: Sequence[Group], tied: dict[str, str], shapes: Shapes
 ) -> list[Group]:
-    """Return the groups under the names of a model with experts: one per expert for its own
-    features.
+    """Return the groups under the names of a model with experts.
+
+    Features inside an expert are a group per expert, named GROUP.DOMAIN; features that experts
+    share stay one group. Groups of a model without experts are returned as they are.
+
+    Args:
+        tied: tensor -> tensor that it shares storage with; changed to the names of experts.
+        shapes: of the tensors as they are stored.
     """
     named: dict[str, list[str]] = {}
     for name in shapes:
@@ -398,14 +446,14 @@ def _expand_groups_over_experts(
 
 
 def _group_for_expert(group: Group, named: Mapping[str, list[str]], domain: str | None) -> Group:
-    """Return the group under the tensor and module names of one expert.
+    """Return a group of a dense model under the tensor and module names of one expert.
 
     Args:
         named: names in the model with experts, by the name in a dense model.
         domain: of the expert; None: of all experts and the shared weights.
     """
 
-    def expert_tensor_names(tensor: str) -> list[str]:
+    def list_expert_tensors(tensor: str) -> list[str]:
         """List the stored names of a dense model's tensor that belong to the expert."""
         names = named.get(tensor, [tensor])
         return [n for n in names if domain is None or parse_expert_domain(n) == domain]
@@ -414,14 +462,14 @@ def _group_for_expert(group: Group, named: Mapping[str, list[str]], domain: str 
         return tuple(
             replace(axis, tensor=name)
             for axis in dense
-            for name in expert_tensor_names(axis.tensor)
+            for name in list_expert_tensors(axis.tensor)
         )
 
     def rename_hooks(dense: Sequence[Hook]) -> tuple[Hook, ...]:
         return tuple(
             replace(hook, module=name.removesuffix(".weight"))
             for hook in dense
-            for name in expert_tensor_names(f"{hook.module}.weight")
+            for name in list_expert_tensors(f"{hook.module}.weight")
         )
 
     return replace(
@@ -434,7 +482,13 @@ def _group_for_expert(group: Group, named: Mapping[str, list[str]], domain: str 
 
 
 def _check_group_shapes(group: Group, shapes: Shapes, tied: Mapping[str, str]) -> None:
-    """Refuse a group whose tensors are missing or too small; raise UserError naming the tensor."""
+    """Refuse a group whose tensors are missing or too small.
+
+    Args:
+        tied: tensor -> tensor that is stored in its place.
+    Raises:
+        UserError: naming the tensor.
+    """
     for axis in group.axes:
         shape = shapes.get(axis.tensor, shapes.get(tied.get(axis.tensor, "")))
         if shape is None:

@@ -66,7 +66,10 @@ class WeightDescent:
         """Improve a solution round by round, until a round gains next to nothing.
 
         Args:
-            start: match of each group by name.
+            start: match of each group by name; not changed.
+            rounds: at most; a round solves every unit once.
+        Returns:
+            match of each group by name, never worse than `start`.
         """
         solution = dict(start)
         for _ in range(rounds):
@@ -87,7 +90,11 @@ class WeightDescent:
     def _compute_products(
         self, unit: Sequence[Group], solution: Mapping[str, GroupMatch]
     ) -> Products:
-        """Compute the products of the weights of both models, the second mapped by all others."""
+        """Compute the products of a unit's weights in both models.
+
+        The second model's are mapped by the matches of all other groups, so the products tell the
+        best match of this unit.
+        """
         result: Products = {}
         for axis in dict.fromkeys(axis for group in unit for axis in group.axes):
             entries = self._groups_by_tensor.get(axis.tensor, [])
@@ -114,7 +121,11 @@ class WeightDescent:
         return result
 
     def _solve(self, group: Group, products: Products) -> GroupMatch:
-        """Find the best match of a unit that the group stands for."""
+        """Find the match of largest inner product for a unit, from its products.
+
+        Args:
+            group: any one of the unit; its kind decides between map, permutation and signs.
+        """
         by_part = {key: total for key, (_, total) in products.items()}
         if group.family == "attn":
             few = group.size // group.queries_per_key
@@ -139,7 +150,12 @@ class WeightDescent:
 
 
 def _evaluate(group: Group, products: Products, match: GroupMatch) -> float:
-    """Return the inner product of the weights under a match."""
+    """Compute the inner product of both models' weights of a unit under a match.
+
+    Args:
+        group: one of the unit.
+        products: of the unit, see `WeightDescent._compute_products`.
+    """
     total = 0.0
     for axis, summed in products.values():
         change = make_axis_change(group, axis, match.permutation, match.maps)
@@ -154,5 +170,9 @@ def _evaluate(group: Group, products: Products, match: GroupMatch) -> float:
 
 
 def make_identity_match(group: Group) -> GroupMatch:
-    """Return the match that changes nothing."""
+    """Make the match of a group that changes nothing.
+
+    Of the residual stream its permutation is None, which keeps the order too: the stream may get a
+    map in its place.
+    """
     return GroupMatch(None if group.family == "res" else torch.arange(group.size))

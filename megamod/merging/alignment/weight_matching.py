@@ -29,12 +29,15 @@ def match_weights(
     units: Sequence[Sequence[Sequence[Group]]],
     options: Options,
 ) -> dict[str, FeatureMatch]:
-    """Find the permutations of the groups of the second model.
+    """Find permutations of the second model's features by coordinate descent on the weights.
+
+    Units are solved in random order, round by round, until none improves.
 
     Args:
-        first, second: weights by name.
+        first, second: weights by name; a tied matrix counts if both have it.
         units: sets of classes of groups that are solved together. Groups of a class share one
             permutation; classes of a unit share the order of their heads.
+        options: `attention` and `seed` count.
     Returns:
         a match for each group; its value is the inner product of its weights with those of the
         first model.
@@ -79,7 +82,11 @@ def match_weights(
 def _solve_unit(
     similarities: Sequence[Tensor], unit: Sequence[Sequence[Group]], options: Options
 ) -> list[FeatureMatch]:
-    """Return the best match of each class of a unit from its similarities [C, C]."""
+    """Find the best match of each class of a unit.
+
+    Args:
+        similarities: [C, C] of each class.
+    """
     heads = unit[0][0].heads
     if heads is None:
         return [assign_features(similarity) for similarity in similarities]
@@ -94,8 +101,14 @@ def _compute_weight_similarity(
     groups_by_tensor: Mapping[str, Sequence[tuple[TensorAxis, Group]]],
     solution: Mapping[str, FeatureMatch],
 ) -> Tensor:
-    """Compute [C, C] float64: each feature pair's contribution to the inner product of the
-    weights.
+    """Compute the contribution of each pair of features to the inner product of the weights.
+
+    Args:
+        groups: a class, whose groups share one permutation.
+        groups_by_tensor: axes of each tensor with their groups.
+        solution: matches of all groups; the second model is permuted by those of the others.
+    Returns:
+        [C, C] float64; rows are features of the first model.
     """
     size = groups[0].size
     total = torch.zeros(size, size, dtype=torch.float64)

@@ -28,7 +28,7 @@ class TaskVector:
     model: ModelTensor
 
     def iterate_pieces(self, spans: Iterable[tuple[int, int]] | None = None) -> Iterator[Tensor]:
-        """Yield the elements; each piece is valid until the next one is requested.
+        """Yield the differences in order, 1-D; each piece is valid until the next one is requested.
 
         Args:
             spans: first element, and that after the last, of each; None: those of `target`.
@@ -53,10 +53,13 @@ def drop_all(piece: Tensor) -> None:
 
 
 def keep_largest(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
-    """Keep the fraction `density` of largest magnitude, at least one entry.
+    """Prepare to keep the fraction `density` of largest magnitude, at least one entry.
 
-    Of entries of equal magnitude the first are kept.
+    Of entries of equal magnitude the first are kept. A density of 0 drops all. The task vector is
+    read several times here, to find the smallest magnitude that is kept.
 
+    Returns:
+        a function that starts a pass over the pieces, see `Drop`; so do the other sparsifiers.
     Source: Yadav et al. 2023 (TIES-Merging), section 4.2, step 1.
     """
     count, density = target.numel, model.values["density"]
@@ -69,9 +72,10 @@ def keep_largest(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
 
 
 def drop_outliers(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
-    """Drop the largest fraction `gamma`, and keep the largest fraction `density` of the rest.
+    """Prepare to drop the largest fraction `gamma`, and keep the next largest fraction `density`.
 
-    If `density` is above 1 - `gamma`, fewer of the largest are dropped.
+    Both are fractions of all entries. If `density` is above 1 - `gamma`, fewer of the largest are
+    dropped.
 
     Source: Davari and Belilovsky 2023 (Model Breadcrumbs), section 3.
     """
@@ -86,9 +90,9 @@ def drop_outliers(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]
 
 
 def drop_at_random(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
-    """Keep each entry independently with probability `density`.
+    """Prepare to keep each entry independently with probability `density`.
 
-    With `rescale_by_density` the kept entries are divided by it.
+    With `rescale_by_density` the kept entries are divided by it. Every pass draws the same.
 
     Source: Yu et al. 2023 (DARE: Language Models are Super Mario), section 3.
     """
@@ -114,10 +118,11 @@ def drop_at_random(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop
 
 
 def drop_by_rank(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
-    """Keep entries at random, large ones of a row with a higher probability.
+    """Prepare to keep entries at random, large ones of a row with a higher probability.
 
-    The probability rises with the rank of the magnitude in its row, linearly from `density` -
-    `epsilon` to `density` + `epsilon`. Pieces must be whole rows (`iterate_row_pieces`).
+    With `rescale_by_density` each kept entry is divided by its probability. The probability rises
+    with the rank of the magnitude in its row, linearly from `density` - `epsilon` to `density` +
+    `epsilon`. Pieces must be whole rows (`iterate_row_pieces`).
 
     Raises:
         UserError: if these limits are not probabilities.
@@ -160,7 +165,14 @@ def compute_norm_scale(
     start: Callable[[], Drop],
     spans: Iterable[tuple[int, int]] | None = None,
 ) -> float:
-    """Compute the factor that restores the L1 norm of the task vector after sparsification."""
+    """Compute the factor that restores the L1 norm of the task vector after sparsification.
+
+    It is 1 if nothing is dropped, or one of the norms is next to zero.
+
+    Args:
+        start: starts a pass of the sparsifier; one whole pass is made here.
+        spans: see `TaskVector.iterate_pieces`.
+    """
     drop, before, after = start(), 0.0, 0.0
     if drop is keep_all:
         return 1.0
@@ -174,12 +186,14 @@ def compute_norm_scale(
 def find_magnitude_of_rank(
     pieces: Callable[[], Iterable[Tensor]], rank: int
 ) -> tuple[float, int, int]:
-    """Find the magnitude of a given rank; count the smaller ones and those equal to it.
+    """Find the magnitude of a given rank among the entries of a tensor.
 
     Args:
         pieces: called once per 16 bits of a number; yields all elements, of one dtype of 32 or 64
             bits, in memory that may be overwritten.
         rank: 0 for the smallest magnitude.
+    Returns:
+        the magnitude, the number of entries below it, and of those equal to it.
     """
     prefix, shift, below, equal, kind = 0, None, 0, 0, torch.float32
     while shift is None or shift > 0:
@@ -206,9 +220,9 @@ def find_magnitude_of_rank(
 
 
 def _keep_ranks(vector: TaskVector, low: int, high: int) -> Callable[[], Drop]:
-    """Keep entries whose rank by magnitude lies in [low, high).
+    """Prepare to keep the entries whose rank by magnitude lies in [low, high), 0 the smallest.
 
-    Of equal magnitudes the first has the highest rank.
+    Of equal magnitudes the first has the highest rank. The vector is read here for each limit.
     """
     count = vector.target.numel
     least, below, equal = (
@@ -243,9 +257,10 @@ def _keep_ranks(vector: TaskVector, low: int, high: int) -> Callable[[], Drop]:
 
 
 def _make_integer_source(target: MergeTensor, model: ModelTensor) -> Callable[[int], Tensor]:
-    """Return a source of uniform 16-bit integers that repeats for every new call.
+    """Make a function that draws uniform signed 16-bit integers, by their number.
 
-    Numbers are drawn four at a time, so both passes must use the same pieces.
+    Every source of a tensor and model draws the same sequence. Numbers are drawn four at a time, so
+    two passes agree only if their pieces have the same sizes.
     """
     generator = target.make_generator(model)
 

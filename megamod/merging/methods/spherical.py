@@ -77,7 +77,11 @@ def nuslerp(target: MergeTensor) -> Iterator[Tensor]:
 def _interpolate_whole_tensor(
     target: MergeTensor, left: ModelTensor, right: ModelTensor, t: float
 ) -> Iterator[Tensor]:
-    """Interpolate the tensor as one vector, in two passes over its pieces."""
+    """Interpolate the tensor as one vector, in two passes over its pieces; see `nuslerp`.
+
+    Args:
+        t: share of `right`; 0 gives `left`.
+    """
     first, second, base_buffer = target.allocate_buffers(3)
     sums = torch.zeros(3, dtype=torch.float64)
     for start, stop in target.iterate_pieces():
@@ -98,7 +102,7 @@ def _interpolate_whole_tensor(
 def _interpolate_rows(
     target: MergeTensor, left: ModelTensor, right: ModelTensor, t: float
 ) -> Iterator[Tensor]:
-    """Interpolate every row along the last axis."""
+    """Interpolate every row along the last axis, whole rows at a time; see `nuslerp`."""
     step, width = target.count_row_piece_elements(), max(1, target.shape[-1])
     first, second, base_buffer = target.allocate_buffers(3, step)
     for start, stop in target.iterate_row_pieces():
@@ -117,7 +121,7 @@ def _interpolate_rows(
 def _interpolate_along_first_axis(
     target: MergeTensor, left: ModelTensor, right: ModelTensor, t: float
 ) -> Iterator[Tensor]:
-    """Interpolate every vector along the first axis."""
+    """Interpolate every vector along the first axis, in two passes; a 1-D tensor is one vector."""
     width = target.numel // max(1, target.shape[0])
     if len(target.shape) < 2:
         yield from _interpolate_whole_tensor(target, left, right, t)
@@ -152,7 +156,14 @@ def _read_differences(
     base_buffer: Tensor,
     count: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Read a piece of both models minus that of the base, and the piece of the base."""
+    """Read a piece of both models minus that of the base, and the piece of the base.
+
+    Args:
+        start, count: elements to read.
+        first, second, base_buffer: buffers of at least `count` elements, overwritten.
+    Returns:
+        views of the buffers; without a base the models as they are, and None.
+    """
     x, y = first[:count], second[:count]
     left.read_into(start, x)
     right.read_into(start, y)
@@ -166,7 +177,14 @@ def _read_differences(
 def _compute_factors(
     squares: Tensor, other_squares: Tensor, products: Tensor, t: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute both vectors' factors from squared norms and inner product (float64, any shape)."""
+    """Compute the factors of both vectors in their spherical interpolation.
+
+    They are 1 - t and t where the vectors are parallel.
+
+    Args:
+        squares, other_squares, products: squared norms and inner products, float64 of one shape,
+            that of the results.
+    """
     norms = squares.sqrt().clamp(min=1e-7) * other_squares.sqrt().clamp(min=1e-7)
     cosine = (products / norms).clamp(-1, 1)
     straight = 1 - cosine.square() <= _PARALLEL

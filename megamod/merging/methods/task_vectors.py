@@ -117,9 +117,15 @@ def model_stock(target: MergeTensor) -> Iterator[Tensor]:
 
 
 def _compute_agreement(products: Tensor) -> Tensor:
-    """Compute the interpolation factor [...] from inner products [..., models, models].
+    """Compute how far to go from the base to the mean of the models, by their agreement.
 
-    With the mean cosine c of two of the k task vectors it is k c / (1 + (k - 1) c).
+    With the mean cosine c of two of the k task vectors it is k c / (1 + (k - 1) c), and 0 where
+    that divisor is.
+
+    Args:
+        products: [..., k, k] inner products of task vectors.
+    Returns:
+        [...]: 1 if all task vectors point the same way, 0 if they are orthogonal.
     """
     count = products.shape[-1]
     norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -136,7 +142,13 @@ def _compute_agreement(products: Tensor) -> Tensor:
 def _iterate_task_vectors(
     target: MergeTensor, spans: list[tuple[int, int]]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield the first element of a piece, the piece of the base, and task vectors [models, n]."""
+    """Yield (first element, piece of the base [n], task vectors [models, n]) of each piece.
+
+    Tensors are overwritten by the next piece.
+
+    Args:
+        spans: first element, and that after the last, of each piece.
+    """
     longest = max((stop - start for start, stop in spans), default=0)
     others = target.others
     buffer = torch.empty((len(others) + 1) * longest, dtype=target.dtype)
@@ -154,8 +166,13 @@ def _iterate_task_vectors(
 def _prepare_sparsifiers(
     target: MergeTensor, sparsifier: Sparsifier | None
 ) -> tuple[list[tuple[int, int]], list[tuple[ModelTensor, sparsify.Drop, float]]]:
-    """Return the spans of the pieces, and (model, sparsifier, factor) of each model of non-zero
-    weight.
+    """Prepare a pass over the pieces of a tensor.
+
+    Args:
+        sparsifier: None: whole task vectors.
+    Returns:
+        spans of the pieces, and for each model of non-zero weight (model, started sparsifier,
+        factor of its task vector: weight, times that which restores the norm with `rescale`).
     """
     by_row = sparsifier is sparsify.drop_by_rank
     spans = list(target.iterate_row_pieces() if by_row else target.iterate_pieces())
@@ -172,7 +189,13 @@ def _prepare_sparsifiers(
 
 
 def _add_task_vectors(target: MergeTensor, sparsifier: Sparsifier | None) -> Iterator[Tensor]:
-    """Add the weighted sum of sparsified task vectors to the base, piece by piece."""
+    """Yield the base plus `lambda` times the weighted sum of sparsified task vectors.
+
+    With `normalize` the sum is divided by that of all weights, unless that is next to zero.
+
+    Args:
+        sparsifier: None: whole task vectors.
+    """
     spans, models = _prepare_sparsifiers(target, sparsifier)
     weight_sum = sum(model.values["weight"] for model in target.others)
     factor = target.values["lambda"]
@@ -195,7 +218,8 @@ def _add_task_vectors(target: MergeTensor, sparsifier: Sparsifier | None) -> Ite
 
 
 def _add_sign_elected_vectors(target: MergeTensor, sparsifier: Sparsifier) -> Iterator[Tensor]:
-    """Add those entries of the task vectors to the base that have the sign of their weighted sum.
+    """Yield the base plus `lambda` times those entries of the sparsified task vectors that have the
+    sign of their weighted sum.
 
     A sum of zero counts as positive. With `normalize` each entry is divided by the weights of the
     models that contribute to it.

@@ -41,10 +41,12 @@ def find_moe_family(folder: Path, config: Mapping[str, object]) -> tuple[str, Mo
 
 
 def read_moe_config(folder: Path) -> tuple[dict[str, object], MoeFamily]:
-    """Read config.json of a mixture of experts; return it with the family.
+    """Read config.json of a mixture of experts.
 
+    Returns:
+        its content, and the family of its `model_type`.
     Raises:
-        UserError: if the folder holds a model of another kind.
+        UserError: if the folder holds a model of another kind, or there is no such file.
     """
     config = read_model_config(folder)
     kind = config.get("model_type")
@@ -63,7 +65,8 @@ def build_moe_config(
 
     Args:
         folder: of the dense model, for messages; `config`: its config.json.
-        experts: number E of experts; `chosen`: experts per token.
+        experts: number E of experts.
+        chosen: experts per token.
     Raises:
         UserError: naming the first field that the mixture cannot have.
     """
@@ -103,12 +106,15 @@ def build_moe_config(
 
 
 def _list_declared_fields(kind: type[PreTrainedConfig]) -> list[str]:
-    """List the fields of a configuration class besides those that all of transformers' have."""
+    """List the declared fields of a configuration class, sorted, without those that every class of
+    transformers has.
+    """
     classes = kind.__mro__[: kind.__mro__.index(PreTrainedConfig)]
     return sorted({name for base in classes for name in getattr(base, "__annotations__", ())})
 
 
 def _refuse_field(folder: Path, kind: str, name: str, value: object) -> None:
+    """Raise UserError for a field of the dense model that a mixture of type `kind` cannot have."""
     raise UserError(
         f"{folder}: {name} is {value!r}, which a {kind} cannot have, so its layers would not "
         "compute the same"

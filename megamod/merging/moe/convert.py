@@ -47,10 +47,16 @@ def convert_to_moe(
         data_digests: of each expert's data; None: unknown.
         chosen: experts per token.
         anchor: see `make_moe_plan`.
+        shard_bytes: size above which weights are split into several files.
         threads: tensors written at the same time; does not change the result.
+        copy_tokenizer: give the result a tokenizer.
         dry_run: check everything and write nothing.
+        quiet: no progress bar.
+    Returns:
+        the plan that was carried out, or with `dry_run` would be.
     Raises:
-        UserError: if the models do not fit each other or the class, or the disk is too small.
+        UserError: if the models do not fit each other or the class, the disk is too small, or
+            `make_rows` raises it.
     """
     if output is not None:
         check_new_folder(output)
@@ -59,7 +65,7 @@ def convert_to_moe(
         plan = make_moe_plan(dense, chosen, anchor=anchor, shard_bytes=shard_bytes)
         if dry_run:
             return plan
-        check_space(output, plan.nbytes)
+        check_disk_space(output, plan.nbytes)
         rows = make_rows(plan)
         folder = stack.enter_context(create_new_folder(output))
         produce = partial(compute_moe_tensor, plan, rows.rows)
@@ -90,7 +96,7 @@ def convert_to_moe(
     return plan
 
 
-def check_space(output: Path, size: int) -> None:
+def check_disk_space(output: Path, size: int) -> None:
     """Refuse to write `size` bytes on a disk that has fewer left.
 
     Args:
@@ -107,4 +113,5 @@ def check_space(output: Path, size: int) -> None:
 
 
 def _format_path(model: InputModel) -> str:
+    """Format the folder of a model as FOLDER or FOLDER+ADAPTER."""
     return str(model.path) if model.adapter is None else f"{model.path}+{model.adapter}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from megamod.errors import UserError
 from megamod.merging.model_folder import write_files_besides_weights
 from megamod.merging.moe.configuration import find_moe_family, read_moe_config
-from megamod.merging.moe.convert import check_space
+from megamod.merging.moe.convert import check_disk_space
 from megamod.merging.moe.record import (
     ExpertRecord,
     MoeRecord,
@@ -74,13 +74,17 @@ def open_mixture(folder: Path, stack: ExitStack) -> Mixture:
 
 
 def drop(folder: Path, domain: str, output: Path, *, keep_influence: bool, shard: int) -> str:
-    """Write a mixture without the expert of a domain; return what remains of its influence.
+    """Write a mixture without the expert of a domain.
 
     Args:
-        keep_influence: allow mixtures whose other weights were made with the expert.
-        shard: size above which weights are split into several files.
+        folder: of the mixture; `output`: new folder, complete or absent.
+        keep_influence: allow mixtures whose other weights depend on the expert.
+        shard: size in bytes above which weights are split into several files.
+    Returns:
+        an explanation of how the weights that remain depend on the expert; "": they do not.
     Raises:
-        UserError: if the expert is the anchor, the only one, or in other weights too.
+        UserError: if there is no such expert, it is the only one or the anchor, or other weights
+            depend on it without `keep_influence`.
     """
     with ExitStack() as stack:
         mixture = open_mixture(folder, stack)
@@ -112,7 +116,7 @@ def drop(folder: Path, domain: str, output: Path, *, keep_influence: bool, shard
 
 
 def _explain_influence(record: MoeRecord) -> str:
-    """Explain why an expert is in weights of the mixture other than its own; empty: it is not."""
+    """Explain why weights other than an expert's own depend on it; "": they do not."""
     if record.router.get("trained"):
         return f"it was trained with the others ({record.router['trained']})"
     if record.shared == "averaged":
@@ -123,7 +127,11 @@ def _explain_influence(record: MoeRecord) -> str:
 def _remove_from_router_record(
     router: Mapping[str, object], number: int, domain: str
 ) -> dict[str, object]:
-    """Return entries of a calibrated router's record that list experts, without one of them."""
+    """Return the entries "texts" and "own_first" of a calibrated router's record without an expert.
+
+    Args:
+        number: of the expert; `domain`: its name.
+    """
     texts = {name: text for name, text in router["texts"].items() if name != domain}
     shares = [[s for n, s in enumerate(row) if n != number] for row in router["own_first"]]
     return {"texts": texts, "own_first": shares}
@@ -134,10 +142,11 @@ def upgrade(folder: Path, domain: str, expert: Expert, output: Path, *, shard: i
 
     Args:
         folder: of the mixture; `output`: new folder, complete or absent.
-        shard: size above which weights are split into several files.
+        expert: model, or expert of a DEMix model, whose feed-forwards are copied.
+        shard: size in bytes above which weights are split into several files.
     Raises:
-        UserError: if the model is of another family, shape or vocabulary, or, where experts share
-            the other weights, has others.
+        UserError: if no expert has that domain, or the model is of another family, shape or
+            vocabulary, or, where experts share the other weights, has others.
     """
     with ExitStack() as stack:
         mixture = open_mixture(folder, stack)
@@ -191,8 +200,9 @@ def refresh(
     """Write a mixture with another router row for the expert of a domain.
 
     Args:
+        folder: of the mixture; `output`: new folder, complete or absent.
         rows: [L, D] of the expert; `router`: their origin, for moe.json.
-        shard: size above which weights are split into several files.
+        shard: size in bytes above which weights are split into several files.
     Raises:
         UserError: if the folder holds no mixture, or none of its experts has that domain.
     """
@@ -221,14 +231,16 @@ def _write_mixture(
         order: for each expert of the result its number in the mixture, or another dense model.
         rows: new router rows [L, D] by number of the expert in the result.
         config, record: content of config.json and of moe.json.
-        shard: size above which weights are split into several files.
+        shard: size in bytes above which weights are split into several files.
+    Raises:
+        UserError: if `output` exists, the disk is too small, or a dense model does not fit.
     """
     tensors = dict(_plan_tensors(mixture, order, rows))
     specs = {name: tensor.spec for name, tensor in tensors.items()}
-    check_space(output, sum(spec.nbytes for spec in specs.values()))
+    check_disk_space(output, sum(spec.nbytes for spec in specs.values()))
     with create_new_folder(output) as folder:
         write_streamed_tensors(
-            folder, plan_shards(specs, shard), specs, lambda name: tensors[name].elements()
+            folder, plan_shards(specs, shard), specs, lambda name: tensors[name].iterate_pieces()
         )
         write_files_besides_weights(mixture.folder, mixture.folder, folder, config)
         write_moe_record(folder, record)
@@ -237,7 +249,12 @@ def _write_mixture(
 
 @dataclass(frozen=True)
 class _Segment:
-    """Consecutive elements of a tensor, or rows that are not on disk."""
+    """Consecutive elements of a stored tensor, or values that are in memory.
+
+    Attributes:
+        source, name, start, count: `count` elements of a tensor from `start` on.
+        values: elements in memory; they precede the others. None: read the stored ones.
+    """
 
     source: TensorSource | None
     name: str
@@ -247,14 +264,14 @@ class _Segment:
 
 
 @dataclass(frozen=True)
-class _Edited:
+class _EditedTensor:
     """A tensor of the result, segment after segment."""
 
     spec: Spec
     segments: tuple[_Segment, ...]
 
-    def elements(self) -> Iterator[Tensor]:
-        """Yield the elements in order, in pieces."""
+    def iterate_pieces(self) -> Iterator[Tensor]:
+        """Yield the elements in order, in pieces of the tensor's dtype."""
         for part in self.segments:
             if part.values is not None:
                 yield part.values.to(self.spec.dtype).contiguous()
@@ -306,25 +323,31 @@ def _find_role(family: MoeFamily, name: str) -> _Role:
 
 def _plan_tensors(
     mixture: Mixture, order: Sequence[int | ModelFolder], rows: Mapping[int, Tensor]
-) -> Iterator[tuple[str, _Edited]]:
-    """Yield name and content of every tensor of the result."""
+) -> Iterator[tuple[str, _EditedTensor]]:
+    """Yield name and content of every tensor of the result.
+
+    Args:
+        order, rows: see `_write_mixture`.
+    Raises:
+        UserError: if a dense model in `order` does not fit the mixture.
+    """
     source, count = mixture.source, len(mixture.record.experts)
     for name, spec in source.tensors.items():
         role = _find_role(mixture.family, name)
         dense = f"{LAYERS}.{role.layer}.{FEED_FORWARD}"
         if role.kind == "shared":
-            yield name, _Edited(spec, (_Segment(source, name, 0, spec.numel),))
+            yield name, _EditedTensor(spec, (_Segment(source, name, 0, spec.numel),))
         elif role.kind == "expert":
             for number, expert in enumerate(order if role.expert == 0 else ()):
                 segments = _list_segments(source, role, expert, dense, spec.numel)
-                yield role.name.format(e=number), _Edited(spec, segments)
+                yield role.name.format(e=number), _EditedTensor(spec, segments)
         elif role.kind == "experts":
             segments = tuple(
                 segment
                 for expert in order
                 for segment in _list_segments(source, role, expert, dense, spec.numel // count)
             )
-            yield name, _Edited(Spec(spec.dtype, (len(order), *spec.shape[1:])), segments)
+            yield name, _EditedTensor(Spec(spec.dtype, (len(order), *spec.shape[1:])), segments)
         else:
             size = spec.numel // count
             segments = tuple(
@@ -335,7 +358,7 @@ def _plan_tensors(
                 for number, e in enumerate(order)
             )
             shape = (len(order), size) if size > 1 else (1, len(order))
-            yield name, _Edited(Spec(spec.dtype, shape), segments)
+            yield name, _EditedTensor(Spec(spec.dtype, shape), segments)
 
 
 def _list_segments(

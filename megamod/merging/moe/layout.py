@@ -28,8 +28,11 @@ def split_fused_experts(folder: Path) -> None:
 
     In memory, and so in what `save_pretrained` writes, all experts of a layer are one tensor.
 
+    The weights become one file. Until it is complete, it lies in a subfolder, which is left if
+    the process is killed.
+
     Raises:
-        UserError: if the folder holds no mixture of the table.
+        UserError: if the folder holds no mixture of the families in `MOE_FAMILIES`.
     """
     _, family = read_moe_config(folder)
     with ModelFolder(folder) as source:
@@ -38,20 +41,24 @@ def split_fused_experts(folder: Path) -> None:
         written = folder / ".split"
         written.mkdir()
 
-        def read(name: str) -> Iterator[Tensor]:
+        def read_pieces(name: str) -> Iterator[Tensor]:
+            """Yield the elements of a tensor of the files, cut from that in memory."""
             _, stored, first, spec = placed[name]
             for start, stop in iterate_pieces(spec.numel, spec.dtype.itemsize):
                 buffer = torch.empty(stop - start, dtype=spec.dtype)
                 source.read_into(stored, first + start, buffer)
                 yield buffer
 
-        write_streamed_tensors(written, {DENSE_FILE: list(specs)}, specs, read)
+        write_streamed_tensors(written, {DENSE_FILE: list(specs)}, specs, read_pieces)
     (written / DENSE_FILE).replace(folder / DENSE_FILE)
     written.rmdir()
 
 
 def _split_tensors(source: ModelFolder, family: MoeFamily) -> Iterator[Placed]:
-    """Yield the tensors in files, and where each lies in memory."""
+    """Yield the tensors that the files should have, and where each lies in `source`.
+
+    Tensors outside of sparse blocks, and those already in their place, keep their names.
+    """
     for name, spec in source.tensors.items():
         match = re.fullmatch(rf"({re.escape(LAYERS)}\.\d+)\.{family.module}\.(.+)", name)
         if match is None:
@@ -77,10 +84,14 @@ def _split_tensors(source: ModelFolder, family: MoeFamily) -> Iterator[Placed]:
 def _split_experts(
     name: str, spec: Spec, block: str, family: MoeFamily, parts: tuple[str, ...]
 ) -> Iterator[Placed]:
-    """Yield the per-expert tensors of the files, cut from a fused tensor [E, rows, columns].
+    """Yield the tensors of the files that lie in a fused tensor [E, rows, columns].
 
-    The rows of each expert are `parts`, such as gate and up, one below the other; `block` is the
-    prefix of the names.
+    A family whose files have the fused tensor too gets it whole.
+
+    Args:
+        name, spec: of the fused tensor.
+        block: prefix of the names in files.
+        parts: of a feed-forward, such as gate and up, whose rows follow one another in each expert.
     """
     for target, covered in family.tensors.items():
         if "{e}" not in target and covered == parts:

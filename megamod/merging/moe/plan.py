@@ -76,7 +76,7 @@ class MoePlan:
         return sum(spec.nbytes for spec in self.specs.values())
 
     def describe(self) -> str:
-        """Format experts, class and size of the mixture as text."""
+        """Format type, experts and size of the mixture, one line each."""
         lines = [
             f"{self.kind} of {self.experts} experts, {self.config[self.family.chosen]} per token; "
             f"other weights: {self.shared}"
@@ -145,9 +145,12 @@ def make_moe_plan(dense: MergePlan, chosen: int, *, anchor: bool, shard_bytes: i
 def _plan_layer(
     dense: MergePlan, family: MoeFamily, layer: int, names: Mapping[str, str]
 ) -> Iterator[tuple[str, MoeTensor, Spec]]:
-    """Yield name, origin and specification of the tensors of a sparse block.
+    """Yield (name, origin, specification) of the tensors of a layer's sparse block.
+
+    They are those of the experts, those that are zero, and the router rows.
 
     Args:
+        layer: number of the layer.
         names: part of the feed-forward -> its name in the dense model.
     """
     block, experts = f"{LAYERS}.{layer}.{family.block}", range(len(dense.folders))
@@ -177,7 +180,12 @@ def _plan_layer(
 
 
 def _copy_shared(dense: MergePlan, tensors: Mapping[str, MoeTensor]) -> MergePlan:
-    """Return the dense plan with its shared tensors copied from the first model."""
+    """Return the dense plan with the tensors that experts share copied from the first model, not
+    averaged.
+
+    Args:
+        tensors: of the mixture.
+    """
     plans = dict(dense.tensor_plans)
     for tensor in tensors.values():
         if tensor.shared is not None:
@@ -208,10 +216,15 @@ def _assert_shared_equal(plan: MoePlan) -> None:
 
 
 def compute_moe_tensor(plan: MoePlan, rows: Tensor, name: str) -> Iterator[Tensor]:
-    """Compute the elements of one tensor of a mixture, in its dtype.
+    """Yield the elements of one tensor of a mixture in order, in its dtype.
+
+    A piece may be overwritten when the next one is requested.
 
     Args:
         rows: [L, E, D] router rows of all layers.
+        name: of the tensor.
+    Raises:
+        UserError: if an averaged element is not finite.
     """
     tensor, spec = plan.tensors[name], plan.specs[name]
     if tensor.shared is not None:

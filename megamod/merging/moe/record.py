@@ -85,7 +85,10 @@ def write_moe_record(folder: Path, record: MoeRecord) -> None:
 
 
 def write_moe_card(folder: Path, record: MoeRecord) -> None:
-    """Write README.md, the model card: experts with their digests, origin of all other weights."""
+    """Write README.md, the model card, into a model folder.
+
+    It has the experts with their digests, and the origin of all other weights.
+    """
     card = _CARD.format(
         kind=record.model_type,
         count=len(record.experts),
@@ -99,6 +102,7 @@ def write_moe_card(folder: Path, record: MoeRecord) -> None:
 
 
 def _format_card_table(experts: Sequence[ExpertRecord]) -> str:
+    """Format the experts as a table in Markdown."""
     rows = [f"| {e.domain} | {e.path} | {e.digest} | {e.data_digest or '-'} |" for e in experts]
     head = ["| expert | model | digest of its weights | digest of its data |", "|---|---|---|---|"]
     return "\n".join([*head, *rows])
@@ -119,7 +123,7 @@ def read_moe_record(folder: Path) -> MoeRecord:
 
 
 def format_experts(record: MoeRecord) -> str:
-    """Format the experts with their models and digests as a table."""
+    """Format the experts with their models and shortened digests as a table of text."""
     rows = [("expert", "model", "weights", "data")]
     for expert in record.experts:
         path = expert.path if expert.member is None else f"{expert.path} ({expert.member})"

@@ -29,9 +29,13 @@ class RouterRows:
 
 
 def draw_rows(plan: MoePlan, seed: int) -> RouterRows:
-    """Draw rows from a normal distribution as wide as the family's other new weights.
+    """Draw the router rows of a mixture from a normal distribution.
 
-    Every tensor has a generator of its own, so rows do not depend on how many layers there are.
+    Its deviation is `initializer_range` of the mixture's configuration. Every layer has a generator
+    of its own, so rows do not depend on how many layers there are.
+
+    Args:
+        plan: of the mixture, for numbers of layers, experts and features.
     """
     spread = float(plan.config.get("initializer_range", 0.02))
     rows = torch.empty(plan.layers, plan.experts, plan.width)
@@ -47,7 +51,8 @@ def read_rows_file(plan: MoePlan, path: Path) -> RouterRows:
     """Read rows from the tensor `rows` [L, E, D] of a safetensors file.
 
     Raises:
-        UserError: naming the layer and expert, if a row is zero or not finite; or the shape.
+        UserError: if the file cannot be read or lacks the tensor; naming the shape, if it is
+            another; naming layer and expert, if a row is zero or not finite.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -65,10 +70,12 @@ def read_rows_file(plan: MoePlan, path: Path) -> RouterRows:
 
 
 def check_rows(rows: Tensor, origin: str) -> None:
-    """Refuse rows [L, E, D] that are zero or not finite.
+    """Refuse router rows [L, E, D] of which one is zero or not finite.
 
+    Args:
+        origin: of the rows, for the message.
     Raises:
-        UserError: naming `origin`, layer and expert.
+        UserError: naming `origin`, layer and expert of the first such row.
     """
     bad = (~rows.isfinite()).any(-1) | (rows == 0).all(-1)
     if bad.any():

@@ -50,7 +50,7 @@ from megamod.merging.alignment.align import (
 from megamod.merging.alignment.calibration import iterate_whole_batches, read_token_ids
 from megamod.merging.alignment.measure import load_model
 from megamod.merging.alignment.permute import (
-    find_untied_tensors,
+    find_untied_by_alignment,
     permute_state,
     prepare_reference,
 )
@@ -355,7 +355,7 @@ def _compute_curve(
         prepare_reference(first.state_dict(), symmetry, alignment),
         permute_state(second.state_dict(), symmetry, alignment),
     )
-    if find_untied_tensors(symmetry, alignment):
+    if find_untied_by_alignment(symmetry, alignment):
         untie_output_matrix(second)
     ends = tuple({name: tensor.clone() for name, tensor in state.items()} for state in ends)
     weights = list_even_weights(study.points)

@@ -38,7 +38,7 @@ from megamod.merging.alignment.calibration import Batch, iterate_whole_batches
 from megamod.merging.alignment.measure import load_model
 from megamod.merging.alignment.options import Options
 from megamod.merging.alignment.permute import (
-    find_untied_tensors,
+    find_untied_by_alignment,
     interpolate_states,
     permute_state,
     prepare_reference,
@@ -125,7 +125,7 @@ def _align(
         permute_state(second.state_dict(), symmetry, alignment),
     )
     copies = tuple({name: tensor.clone() for name, tensor in end.items()} for end in ends)
-    return copies, bool(find_untied_tensors(symmetry, alignment))
+    return copies, bool(find_untied_by_alignment(symmetry, alignment))
 
 
 def _measure(
