@@ -115,7 +115,10 @@ def score_words(task: TaskSpec, gold: Labels, answers: Labels) -> dict[str, floa
 
 
 def has_plain_tags(task: TaskSpec) -> bool:
-    """Return True if the labels are plain tags, so that entities are runs of one tag."""
+    """Return True if a task's labels are plain tags (as of parts of speech), not those of entities.
+
+    Entities are runs of one tag then, see `iterate_entities`.
+    """
     return bool(task.labels) and not are_entity_labels(task.labels)
 
 

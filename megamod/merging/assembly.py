@@ -202,6 +202,7 @@ def _yield_targets_of_stacked_layers(
     prefix = _find_layer_prefix(recipe, folders[leads[0].model])
 
     def yield_targets_outside_layers(number: int, before: bool) -> Iterator[_TargetTensor]:
+        """Yield targets from part `number` for its tensors before the layers, or after them."""
         part, model = parts[number], leads[number].model
         for name, spec in folders[model].tensors.items():
             if _parse_layer_number(name, prefix) is None and _is_before_layers(name) is before:

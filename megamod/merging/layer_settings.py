@@ -60,7 +60,7 @@ def find_language_section(config: Mapping[str, object]) -> tuple[str | None, Map
 
 
 def count_layers(config: Mapping[str, object]) -> int | None:
-    """Return the number of layers of the language model; None if it is not known."""
+    """Count the layers of the language model, by its configuration or class; None: unknown."""
     _, section = find_language_section(config)
     return next((section[name] for name in DEPTHS if isinstance(section.get(name), int)), None)
 

@@ -205,6 +205,7 @@ def write_weights_and_hash_sources(
         with tqdm(total=size, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
 
             def compute_and_count(name: str) -> Iterator[Tensor]:
+                """Yield the elements of a tensor, and advance the progress bar."""
                 for piece in compute(name):
                     yield piece
                     bar.update(piece.nbytes)

@@ -208,7 +208,7 @@ def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
 
 
 def find_path(text: str, folder: Path) -> Path:
-    """Return the path as it is, or within `folder` if it exists there alone."""
+    """Return `text` as a path; but within `folder`, if it exists there and not as it is."""
     return Path(text) if Path(text).exists() or not (folder / text).exists() else folder / text
 
 

@@ -44,6 +44,8 @@ _Block = dict[str, Any]
 
 
 class _ModelEntry(Document):
+    """One model as a recipe names it, with its own parameters and text."""
+
     model: str
     parameters: _Parameters = Field({})
     member: str | None = None
@@ -52,17 +54,21 @@ class _ModelEntry(Document):
 
 
 class _SliceSource(_ModelEntry):
+    """Consecutive layers of a model, `layer_range` from the first to that after the last."""
+
     layer_range: Annotated[Items[int], AfterValidator(_check_span)]
 
 
 class _Slice(Document):
+    """Layers of the result that are merged from the layers of one or more models."""
+
     sources: Items[_SliceSource] = Field(min_length=1)
     parameters: _Parameters = Field({})
     base_model: str | None = None
 
     @model_validator(mode="after")
     def _check_equal_depths(self) -> "_Slice":
-        """Refuse sources with different numbers of layers."""
+        """Refuse sources with different numbers of layers, by a ValueError for pydantic."""
         lengths = [source.layer_range[1] - source.layer_range[0] for source in self.sources]
         if len(set(lengths)) > 1:
             raise ValueError(f"sources have {lengths} layers; all of a slice need equally many")
@@ -78,7 +84,7 @@ class _Module(Document):
 
     @model_validator(mode="after")
     def _check_exactly_one_form(self) -> "_Module":
-        """Refuse none or several of models, slices and, in a recipe, modules."""
+        """Refuse none or several of models, slices and, in a recipe, modules, by a ValueError."""
         forms = [key for key in ("models", "slices", "modules") if key in type(self).model_fields]
         present = [key for key in forms if getattr(self, key) is not None]
         if len(present) != 1:
@@ -88,6 +94,8 @@ class _Module(Document):
 
 
 class _RecipeFile(_Module):
+    """The whole file: models, slices or modules, and the settings of the merge."""
+
     merge_method: str
     base_model: str | None = None
     modules: Annotated[dict[Key, _Module], Field(min_length=1)] | None = None
@@ -102,7 +110,7 @@ class _RecipeFile(_Module):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "_RecipeFile":
-        """Refuse keys that do not go together, by a ValueError that names them.
+        """Refuse keys that do not go together, by a ValueError that names them, for pydantic.
 
         They are slices in one of several modules, two keys for the tokenizer, and a block of
         `_BLOCKS` with a method that does not read it.

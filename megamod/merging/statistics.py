@@ -93,6 +93,7 @@ def compute_input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str,
         """Make a forward pre-hook that adds a layer's inputs to the Gram matrix `key`."""
 
         def add_input_gram(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            """Add the products of a layer's inputs at positions that the mask does not exclude."""
             rows = inputs[0].detach()
             if mask is not None and rows.shape[:-1] == mask.shape:
                 rows = rows[mask.bool()]

@@ -87,7 +87,9 @@ class _PriorFile(Document):
 
     @model_validator(mode="after")
     def _check_weights(self) -> "_PriorFile":
-        """Refuse a doubled domain, another number of weights, and a sum other than 1."""
+        """Refuse a doubled domain, another number of weights, and a sum other than 1, by a
+        ValueError.
+        """
         if doubled := [d for d in self.domains if self.domains.count(d) > 1]:
             raise ValueError(f"names domain {doubled[0]!r} twice")
         if len(self.prior) != len(self.domains):

@@ -55,7 +55,7 @@ class JobPlan:
         return self.can_hold(self.memory)
 
     def can_hold(self, needed: Memory) -> bool:
-        """Return True if this memory fits a GPU."""
+        """Return True if this memory fits the usable part of a GPU, see `memory.USABLE`."""
         return needed.peak <= USABLE * self.gpu_bytes
 
     def compute_memory_with(
@@ -271,7 +271,11 @@ def list_micro_batches(job: Job) -> list[int]:
 
 
 def change_micro_batch(setting: Setting, micro_batch: int) -> Setting:
-    """Return the setting with another micro-batch size, at equal sequences per step."""
+    """Return the setting with another micro-batch size, at equal sequences per step.
+
+    Args:
+        micro_batch: sequences; divides those of a rank per step.
+    """
     steps = setting.micro_steps * setting.micro_batch // micro_batch
     return replace(setting, micro_batch=micro_batch, micro_steps=steps)
 

@@ -65,7 +65,9 @@ def compute_traffic(network: Network, topology: DomainTopology, setting: Setting
 def estimate_communication_seconds(
     traffic: Traffic, topology: DomainTopology, links: Links
 ) -> float:
-    """Estimate the seconds per step of the two rings, of all ranks and of a domain's, in turn."""
+    """Estimate the seconds per step of both rings, of all ranks and of a domain's, one after the
+    other.
+    """
     return traffic.world / links.get_world_speed(
         topology
     ) + traffic.domain / links.get_domain_speed(topology)

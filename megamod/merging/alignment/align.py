@@ -50,7 +50,7 @@ from megamod.merging.alignment.weight_matching import match_weights
 
 
 def collect_float_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the floating-point tensors by name."""
+    """Collect the shapes of a model's floating-point tensors by name; others are not aligned."""
     return {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
 
 
@@ -65,7 +65,7 @@ def align_models(
     """Find the permutations and maps that bring the second model's features into the first's order.
 
     Args:
-        first: the reference; `second`: the model to align. Neither is changed.
+        first: the reference; `second`: the model to align. Weights are not changed.
         batches: calibration text; None: the method needs none.
         descent_rounds: of "orthogonal" with text, on the weights after it.
     Raises:
@@ -118,6 +118,7 @@ def _align_by_maps(
     """
 
     def compute(progress_file: Path | None) -> Alignment:
+        """Compute the alignment; a refinement keeps its state in `progress_file`, None: nowhere."""
         alignment = align_by_maps(first, second, symmetry, batches, options, descent_rounds)
         if not options.refine_steps:
             return alignment

@@ -238,6 +238,7 @@ def _make_read(state: Mapping[str, Tensor], symmetry: Symmetry, folding: Folding
     """
 
     def read(name: str) -> Tensor:
+        """Return a tensor as it is stored, on the CPU."""
         return state[name if name in state else symmetry.tied[name]].cpu()
 
     if folding is None:

@@ -73,7 +73,9 @@ class Group:
         return self.size // ((self.heads or 1) * self.queries_per_key)
 
     def count_entries(self, axis: TensorAxis) -> int:
-        """Return the number of entries that the group has along a tensor axis."""
+        """Count the entries of the group along a tensor axis: fewer for key heads than for
+        features.
+        """
         return (
             self.size if axis.part in ("features", "queries") else self.size // self.queries_per_key
         )

@@ -120,11 +120,13 @@ def measure_covariances(
                 def store_features(
                     group: Group, hook: Hook, x: Tensor, first_features=first_features, rows=rows
                 ) -> None:
+                    """Store the first model's features at a hook."""
                     first_features[group.name, hook] = rows.select_features(group, x)
 
                 def add_covariance(
                     group: Group, hook: Hook, x: Tensor, first_features=first_features, rows=rows
                 ) -> None:
+                    """Add the second model's features to the sums, with those of the first."""
                     sums[group.name].add_batch(
                         first_features.pop((group.name, hook)), rows.select_features(group, x)
                     )
@@ -245,6 +247,7 @@ def _register_hook(
     """
 
     def observe_columns(x: Tensor) -> None:
+        """Pass on the columns of the group."""
         observe(group, hook, x[..., hook.start : hook.start + group.size])
 
     if hook.side == "input":

@@ -106,7 +106,11 @@ class Options(Document):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Options":
-        """Refuse keys that contradict each other, and a document that aligns nothing."""
+        """Refuse keys that contradict each other, and a document that aligns nothing.
+
+        Raises:
+            ValueError: naming the key, for pydantic.
+        """
         if not (self.groups or self.head):
             raise ValueError("groups: is empty; name at least one of ff, attn, res")
         if self.method == "ot" and self.compat.unmerge:

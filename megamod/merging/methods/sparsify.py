@@ -105,9 +105,11 @@ def drop_at_random(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop
     factor = 2**_DIGIT / chances if target.values["rescale_by_density"] and chances else 1.0
 
     def start() -> Drop:
+        """Start a pass over the pieces."""
         draw = _make_integer_source(target, model)
 
         def drop(piece: Tensor) -> None:
+            """Drop entries of the next piece at random."""
             piece.mul_(draw(len(piece)) < chances - 2 ** (_DIGIT - 1))
             if factor != 1:
                 piece.mul_(factor)
@@ -141,9 +143,11 @@ def drop_by_rank(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
     width = max(1, target.shape[-1] if target.shape else 1)
 
     def start() -> Drop:
+        """Start a pass over the pieces."""
         draw = _make_integer_source(target, model)
 
         def drop(piece: Tensor) -> None:
+            """Drop entries of the next piece, whole rows, at random by rank."""
             rows = piece.view(-1, width)
             order = rows.abs().argsort(dim=1, stable=True)
             steps = torch.linspace(-epsilon, epsilon, width) if width > 1 else torch.zeros(1)
@@ -237,9 +241,11 @@ def _keep_ranks(vector: TaskVector, low: int, high: int) -> Callable[[], Drop]:
     split = {value: span for value, span in numbers.items() if low > 0 or value == most}
 
     def start() -> Drop:
+        """Start a pass over the pieces."""
         seen = dict.fromkeys(split, 0)
 
         def drop(piece: Tensor) -> None:
+            """Drop entries of the next piece whose ranks are outside of the limits."""
             sizes = piece.abs()
             stay = sizes >= least
             if most is not None:
@@ -265,6 +271,7 @@ def _make_integer_source(target: MergeTensor, model: ModelTensor) -> Callable[[i
     generator = target.make_generator(model)
 
     def draw(count: int) -> Tensor:
+        """Draw the next numbers, [count] int16."""
         raw = torch.empty(-(-count // 4), dtype=torch.int64)
         raw.random_(-(2**63), None, generator=generator)
         return raw.view(torch.int16)[:count]
