@@ -46,13 +46,15 @@ def run_edit(args: MoeArgs, edit: EditArgs) -> None:
         if field.name not in _BESIDE_BASE and getattr(args, field.name) != field.default:
             raise UserError(f"--{field.name} does not go with --base, whose settings are kept")
     require_values(args, "output_dir")
-    from megamod.merging.moe.edit import drop, upgrade
+    from megamod.merging.moe.edit import drop_expert, upgrade_expert
     from megamod.merging.moe.record import format_experts, read_moe_record
 
     folder, output = Path(edit.base), Path(args.output_dir)
-    shard, note = args.make_options()["shard_bytes"], []
+    shard_bytes, note = args.make_options()["shard_bytes"], []
     if edit.drop is not None:
-        influence = drop(folder, edit.drop, output, keep_influence=edit.keep_influence, shard=shard)
+        influence = drop_expert(
+            folder, edit.drop, output, keep_influence=edit.keep_influence, shard_bytes=shard_bytes
+        )
         note = [f"what is left of {edit.drop}: {influence or 'nothing'}"]
     elif edit.upgrade is not None:
         require_values(edit, "path")
@@ -60,23 +62,23 @@ def run_edit(args: MoeArgs, edit: EditArgs) -> None:
 
         expert = make_forest_entry(Path(edit.path), edit.upgrade, edit.member)
         if args.calibration is None:
-            upgrade(folder, edit.upgrade, expert, output, shard=shard)
+            upgrade_expert(folder, edit.upgrade, expert, output, shard_bytes=shard_bytes)
         else:
             with TemporaryDirectory(dir=output.absolute().parent, prefix=".") as temporary:
                 half = Path(temporary) / "model"
-                upgrade(folder, edit.upgrade, expert, half, shard=shard)
-                _refresh(half, edit.upgrade, args, output, shard)
+                upgrade_expert(folder, edit.upgrade, expert, half, shard_bytes=shard_bytes)
+                _refresh(half, edit.upgrade, args, output, shard_bytes)
     else:
         require_values(args, "calibration")
-        _refresh(folder, edit.refresh, args, output, shard)
+        _refresh(folder, edit.refresh, args, output, shard_bytes)
     args.report(format_experts(read_moe_record(output)), *note)
 
 
-def _refresh(folder: Path, domain: str, args: MoeArgs, output: Path, shard: int) -> None:
+def _refresh(folder: Path, domain: str, args: MoeArgs, output: Path, shard_bytes: int) -> None:
     """Compute one expert's router row on the mixture itself, and write it."""
     import torch
 
-    from megamod.merging.moe.edit import open_mixture, refresh
+    from megamod.merging.moe.edit import open_mixture, refresh_router_rows
     from megamod.models.lm.load import load_lm
     from megamod.runs.router_rows import compute_rows, read_texts
 
@@ -91,8 +93,8 @@ def _refresh(folder: Path, domain: str, args: MoeArgs, output: Path, shard: int)
     rows = compute_rows(
         model, mixture.family.module, [texts[name] for name in domains], domains, calibration
     )
-    refresh(
+    refresh_router_rows(
         folder, domain, rows.rows[:, number if calibration.centre else 0],
         {key: rows.record[key] for key in ("kind", "sharpness", "centre", "texts")},
-        output, shard=shard,
+        output, shard_bytes=shard_bytes,
     )  # fmt: skip

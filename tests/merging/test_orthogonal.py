@@ -273,8 +273,10 @@ def test_products_of_the_stream_are_those_of_the_folded_model():
 def test_descent_never_falls(monkeypatch):
     import megamod.merging.alignment.weight_descent as descent
 
-    values, real = [], descent._evaluate
-    monkeypatch.setattr(descent, "_evaluate", lambda *a: values.append(real(*a)) or values[-1])
+    values, real = [], descent._compute_inner_product
+    monkeypatch.setattr(
+        descent, "_compute_inner_product", lambda *a: values.append(real(*a)) or values[-1]
+    )
     align_models(random_model("dense", 1), random_model("dense", 2), None, options_of("dense"))
     pairs = list(zip(values[::2], values[1::2], strict=True))
     # The best match of a unit is never below the present one.
@@ -290,22 +292,22 @@ def test_refinement_lowers_the_loss_and_goes_on_after_a_kill(tmp_path, monkeypat
         return Refinement(first, second, symmetry, plain, batches_of(32), 3, file)
 
     whole = refinement()
-    before = whole._start_or_resume().best_loss
+    before = whole._load_or_make_state().best_loss
     expected = whole.run(22)
     file = tmp_path / "progress.safetensors"
-    killed, step = refinement(file), Refinement._step
+    killed, step = refinement(file), Refinement._make_step
 
     def kill(self, state):
         if state.step == 21:
             raise KeyboardInterrupt
         step(self, state)
 
-    monkeypatch.setattr(Refinement, "_step", kill)
+    monkeypatch.setattr(Refinement, "_make_step", kill)
     with pytest.raises(KeyboardInterrupt):
         killed.run(22)
-    monkeypatch.setattr(Refinement, "_step", step)
+    monkeypatch.setattr(Refinement, "_make_step", step)
     resumed = refinement(file)
-    state = resumed._start_or_resume()
+    state = resumed._load_or_make_state()
     assert state.step == 20 and state.best_loss < before
     again = resumed.run(22)
     for name, maps in expected.maps.items():

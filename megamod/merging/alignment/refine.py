@@ -133,12 +133,12 @@ class Refinement:
         with progress(total=steps, title="refining maps", unit="step") as bar:
             bar.update(state.step)
             while state.step < steps:
-                self._step(state)
+                self._make_step(state)
                 bar.update(1)
                 if state.step % EVERY == 0 or state.step == steps:
-                    self._evaluate(state)
-                    self._write(state)
-        return self._compose(state.best)
+                    self._measure_held_out_loss(state)
+                    self._write_state(state)
+        return self._compose_alignment(state.best)
 
     def _load_or_make_state(self) -> _State:
         """Read the state from the progress file, else make one whose maps change nothing, with its
@@ -149,7 +149,7 @@ class Refinement:
             return _read_state(self._file, list(zeros))
         copies = [{key: tensor.clone() for key, tensor in zeros.items()} for _ in range(4)]
         state = _State(0, copies[0], copies[1], math.inf, copies[2], copies[3])
-        self._evaluate(state)
+        self._measure_held_out_loss(state)
         return state
 
     def _make_zeros(self) -> dict[Key, Tensor]:
@@ -168,7 +168,7 @@ class Refinement:
                     zeros[name, role] = torch.zeros(blocks.shape)
         return {key: tensor.to(self._model.device) for key, tensor in zeros.items()}
 
-    def _step(self, state: _State) -> None:
+    def _make_step(self, state: _State) -> None:
         """Make one step of Adam: advance `state.step`, its parameters and moments.
 
         Raises:
@@ -192,7 +192,7 @@ class Refinement:
             state.parameters[key] = state.parameters[key] - RATE * change
 
     @torch.no_grad()
-    def _evaluate(self, state: _State) -> None:
+    def _measure_held_out_loss(self, state: _State) -> None:
         """Measure the loss half way on the held-out rows; store the parameters in `state.best` if
         it is the smallest.
 
@@ -200,7 +200,7 @@ class Refinement:
             UserError: if the loss is not finite.
         """
         total, tokens = 0.0, 0
-        mixed = self._mix(state.parameters, 0.5)
+        mixed = self._mix_states(state.parameters, 0.5)
         for start in range(0, len(self._held_out), ROWS):
             rows = self._held_out[start : start + ROWS]
             count = sum(len(ids) - 1 for ids, _ in rows)
@@ -218,9 +218,9 @@ class Refinement:
         """Compute the loss of the model with `share` of the mapped one; gradients reach the
         parameters.
         """
-        return self._compute_mixed_loss(self._mix(parameters, share), rows)
+        return self._compute_mixed_loss(self._mix_states(parameters, share), rows)
 
-    def _mix(self, parameters: Mapping[Key, Tensor], share: float) -> dict[str, Tensor]:
+    def _mix_states(self, parameters: Mapping[Key, Tensor], share: float) -> dict[str, Tensor]:
         """Compute (1 - share) of the reference plus share of the mapped model, by name; integers
         are those of the reference.
         """
@@ -289,7 +289,7 @@ class Refinement:
             count += int(mask[:, 1:].sum())
         return torch.stack(losses).sum() / count
 
-    def _compose(self, parameters: Mapping[Key, Tensor]) -> Alignment:
+    def _compose_alignment(self, parameters: Mapping[Key, Tensor]) -> Alignment:
         """Return the alignment with the refined maps multiplied onto its own.
 
         The products are made orthogonal in float64 again.
@@ -307,7 +307,7 @@ class Refinement:
                 maps[name][role] = solve_procrustes(combined)[0]
         return replace(self._alignment, maps=maps)
 
-    def _write(self, state: _State) -> None:
+    def _write_state(self, state: _State) -> None:
         """Write the state to the progress file, if there is one."""
         if self._file is None:
             return

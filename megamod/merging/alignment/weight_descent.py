@@ -76,9 +76,9 @@ class WeightDescent:
             gained, size = 0.0, 0.0
             for unit in self._units:
                 products = self._compute_products(unit, solution)
-                before = _evaluate(unit[0], products, solution[unit[0].name])
-                match = self._solve(unit[0], products)
-                after = _evaluate(unit[0], products, match)
+                before = _compute_inner_product(unit[0], products, solution[unit[0].name])
+                match = self._solve_unit(unit[0], products)
+                after = _compute_inner_product(unit[0], products, match)
                 size += abs(after)
                 if after - before > _IMPROVES * max(1.0, abs(before)):
                     gained += after - before
@@ -120,7 +120,7 @@ class WeightDescent:
             result[role, length] = axis, summed if known is None else known[1].add_(summed)
         return result
 
-    def _solve(self, group: Group, products: Products) -> GroupMatch:
+    def _solve_unit(self, group: Group, products: Products) -> GroupMatch:
         """Find the match of largest inner product for a unit, from its products.
 
         Args:
@@ -149,7 +149,7 @@ class WeightDescent:
         return match_signed_features(signed, plain)
 
 
-def _evaluate(group: Group, products: Products, match: GroupMatch) -> float:
+def _compute_inner_product(group: Group, products: Products, match: GroupMatch) -> float:
     """Compute the inner product of both models' weights of a unit under a match.
 
     Args:

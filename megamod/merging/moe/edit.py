@@ -73,13 +73,15 @@ def open_mixture(folder: Path, stack: ExitStack) -> Mixture:
     return Mixture(stack.enter_context(ModelFolder(folder)), config, family, record)
 
 
-def drop(folder: Path, domain: str, output: Path, *, keep_influence: bool, shard: int) -> str:
+def drop_expert(
+    folder: Path, domain: str, output: Path, *, keep_influence: bool, shard_bytes: int
+) -> str:
     """Write a mixture without the expert of a domain.
 
     Args:
         folder: of the mixture; `output`: new folder, complete or absent.
         keep_influence: allow mixtures whose other weights depend on the expert.
-        shard: size in bytes above which weights are split into several files.
+        shard_bytes: size above which weights are split into several files.
     Returns:
         an explanation of how the weights that remain depend on the expert; "": they do not.
     Raises:
@@ -111,7 +113,7 @@ def drop(folder: Path, domain: str, output: Path, *, keep_influence: bool, shard
             if router["centre"]:
                 influence = influence or "the rows of the others are centred with its row"
         changed = record.model_copy(update={"experts": experts, "router": router})
-        _write_mixture(mixture, output, others, {}, config, changed, shard)
+        _write_mixture(mixture, output, others, {}, config, changed, shard_bytes)
     return influence
 
 
@@ -137,13 +139,15 @@ def _remove_from_router_record(
     return {"texts": texts, "own_first": shares}
 
 
-def upgrade(folder: Path, domain: str, expert: Expert, output: Path, *, shard: int) -> None:
+def upgrade_expert(
+    folder: Path, domain: str, expert: Expert, output: Path, *, shard_bytes: int
+) -> None:
     """Write a mixture with the feed-forwards of another model as the expert of a domain.
 
     Args:
         folder: of the mixture; `output`: new folder, complete or absent.
         expert: model, or expert of a DEMix model, whose feed-forwards are copied.
-        shard: size in bytes above which weights are split into several files.
+        shard_bytes: size above which weights are split into several files.
     Raises:
         UserError: if no expert has that domain, or the model is of another family, shape or
             vocabulary, or, where experts share the other weights, has others.
@@ -171,7 +175,7 @@ def upgrade(folder: Path, domain: str, expert: Expert, output: Path, *, shard: i
             data_digest=expert.data_digest,
         )
         changed = record.model_copy(update={"experts": tuple(experts)})
-        _write_mixture(mixture, output, order, {}, mixture.config, changed, shard)
+        _write_mixture(mixture, output, order, {}, mixture.config, changed, shard_bytes)
 
 
 def _check_shared(mixture: Mixture, model: ModelFolder) -> None:
@@ -188,21 +192,21 @@ def _check_shared(mixture: Mixture, model: ModelFolder) -> None:
             )
 
 
-def refresh(
+def refresh_router_rows(
     folder: Path,
     domain: str,
     rows: Tensor,
     router: Mapping[str, object],
     output: Path,
     *,
-    shard: int,
+    shard_bytes: int,
 ) -> None:
     """Write a mixture with another router row for the expert of a domain.
 
     Args:
         folder: of the mixture; `output`: new folder, complete or absent.
         rows: [L, D] of the expert; `router`: their origin, for moe.json.
-        shard: size in bytes above which weights are split into several files.
+        shard_bytes: size above which weights are split into several files.
     Raises:
         UserError: if the folder holds no mixture, or none of its experts has that domain.
     """
@@ -213,7 +217,7 @@ def refresh(
         router = {**record.router, "refreshed": refreshed}
         changed = record.model_copy(update={"router": router})
         order = list(range(len(record.experts)))
-        _write_mixture(mixture, output, order, {number: rows}, mixture.config, changed, shard)
+        _write_mixture(mixture, output, order, {number: rows}, mixture.config, changed, shard_bytes)
 
 
 def _write_mixture(
@@ -223,7 +227,7 @@ def _write_mixture(
     rows: Mapping[int, Tensor],
     config: Mapping[str, object],
     record: MoeRecord,
-    shard: int,
+    shard_bytes: int,
 ) -> None:
     """Write a changed mixture into a new folder, streamed, with its configuration and moe.json.
 
@@ -231,7 +235,7 @@ def _write_mixture(
         order: for each expert of the result its number in the mixture, or another dense model.
         rows: new router rows [L, D] by number of the expert in the result.
         config, record: content of config.json and of moe.json.
-        shard: size in bytes above which weights are split into several files.
+        shard_bytes: size above which weights are split into several files.
     Raises:
         UserError: if `output` exists, the disk is too small, or a dense model does not fit.
     """
@@ -240,7 +244,10 @@ def _write_mixture(
     check_disk_space(output, sum(spec.nbytes for spec in specs.values()))
     with create_new_folder(output) as folder:
         write_streamed_tensors(
-            folder, plan_shards(specs, shard), specs, lambda name: tensors[name].iterate_pieces()
+            folder,
+            plan_shards(specs, shard_bytes),
+            specs,
+            lambda name: tensors[name].iterate_pieces(),
         )
         write_files_besides_weights(mixture.folder, mixture.folder, folder, config)
         write_moe_record(folder, record)
