@@ -188,6 +188,9 @@ class ScoreSource(Protocol):
         """Announce texts and the domains of the experts to score them with.
 
         Optional: a source may compute these scores now, loading each expert once for all texts.
+
+        Args:
+            requests: domains of the experts, by text.
         """
 
     def iterate_batches(

@@ -245,8 +245,10 @@ def _yield_stacked_values(name: str, models: _StackedModels) -> Iterator[object]
 
 
 def _read_list(name: str, value: object, depth: int) -> list | None:
-    """Read a list with one entry per layer. Like all readers, return None for another kind of
-    value.
+    """Read a list with one entry per layer.
+
+    All readers take the name of a setting, its value and the number of layers. They return one
+    entry per layer, or None if the value is not of their kind.
     """
     listed = isinstance(value, list) and len(value) == depth and not _NOT_LAYERS.search(name)
     return value if listed else None

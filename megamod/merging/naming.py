@@ -286,9 +286,13 @@ def _may_have_same_class(first: TensorSource, other: TensorSource) -> bool:
 
 
 def _find_copy(folder: TensorSource, name: str, candidates: Iterable[str]) -> str | None:
-    """Find another tensor of the folder with the same bits among some names; None: there is none.
+    """Find another tensor of the folder with the same bits; None: there is none.
 
     Only outside of layers: within them equal bits may be norms or biases that were never trained.
+
+    Args:
+        candidates: names to compare with, of which the folder may lack some; the first, sorted,
+            that is equal is the result.
     """
     if split_at_layer_number(name) is not None:
         return None

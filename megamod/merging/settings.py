@@ -101,8 +101,11 @@ def compute_relative_depths(names: Iterable[str]) -> dict[str, float]:
 
 
 def compute_relative_depth(layer: int, count: int) -> float:
-    """Compute a layer's relative depth, from 0 for the first to 1 for the last; 1 if it is the only
-    one.
+    """Compute the relative depth of a layer, from 0 for the first to 1 for the last.
+
+    Args:
+        layer: its number, from 0.
+        count: number of layers; the only one has depth 1.
     """
     return layer / (count - 1) if count > 1 else 1.0
 

@@ -95,7 +95,11 @@ def describe_source(source: TensorSource) -> str:
 
 
 def have_same_bits(first: TensorSource, name: str, second: TensorSource, other_name: str) -> bool:
-    """Return True if two tensors have the same dtype, shape and bits; read piece by piece."""
+    """Return True if two tensors have the same dtype, shape and bits; read piece by piece.
+
+    Args:
+        name: of the tensor in `first`; `other_name`: in `second`.
+    """
     spec = first.tensors[name]
     if second.tensors[other_name] != spec:
         return False

@@ -178,7 +178,10 @@ def _match_stream(
 
 
 def _match_features(group: Group, measured: FeatureStatistics) -> GroupMatch:
-    """Match the features of a group by their correlations; with signs if the group is gated."""
+    """Match the features of a group by their correlations; with signs if the group is gated.
+
+    The sums of the group in `measured` are overwritten.
+    """
     correlation = measured.covariances[group.name].compute_moments().compute_correlation().cpu()
     if any(axis.role == "sign" for axis in group.axes):
         return match_signed_features(correlation)

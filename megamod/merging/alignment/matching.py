@@ -200,6 +200,9 @@ def select_solver(queries_per_key: int, mode: str) -> Solver:
     """Return the solver for features within a pair of key heads.
 
     It is `assign_queries` where several query heads share a key head, else `assign_features`.
+
+    Args:
+        mode: see `assign_queries`.
     """
     return (
         assign_features

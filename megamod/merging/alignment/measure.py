@@ -188,8 +188,10 @@ class _RowSelection:
         return (x * counted).sum(1) / counted.sum(1)
 
     def _fit_mask_to_length(self, length: int) -> Tensor:
-        """Return the mask [B, length], extended by a prefix or cut to the columns that are
-        computed.
+        """Return the mask [B, length] of features of this length.
+
+        Longer features begin with a prefix, whose positions count; of shorter ones the model did
+        not compute the last.
         """
         added = length - self._counted.shape[1]
         if added <= 0:
@@ -197,7 +199,11 @@ class _RowSelection:
         return torch.cat([self._counted.new_ones(len(self._counted), added), self._counted], 1)
 
     def _find_row_indices(self, length: int, counted: Tensor) -> Tensor | None:
-        """Return the flat indices of rows that count, cached by length; None: all rows count."""
+        """Return the flat indices of rows that count, cached by length; None: all rows count.
+
+        Args:
+            counted: mask [B, length] of these rows.
+        """
         if length not in self._indices_by_length:
             row_indices = None if bool(counted.all()) else counted.flatten().nonzero()[:, 0]
             self._indices_by_length[length] = row_indices

@@ -46,7 +46,9 @@ class AxisChange:
 
 
 def compute_axis_changes(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[AxisChange]]:
-    """Compute the changes of each tensor of the aligned model; unchanged tensors have no entry.
+    """Compute the changes that make each tensor of a model one of the aligned model.
+
+    Unchanged tensors have no entry; those of one tensor are in the order of the groups.
 
     Raises:
         UserError: if the alignment does not fit the model.
@@ -118,9 +120,12 @@ def find_scaled_spans(symmetry: Symmetry, alignment: Alignment) -> dict[str, lis
 
 
 def scale_features(tensor: Tensor, spans: Sequence[Span], first: int = 0) -> Tensor:
-    """Multiply entries by the factor of `Compat.scale`; a new tensor unless there is no span.
+    """Return a tensor with entries multiplied by the factor of `Compat.scale`.
+
+    It is a new tensor unless there is no span.
 
     Args:
+        spans: of the whole tensor, see `find_scaled_spans`.
         first: number of the tensor's first row in the whole tensor.
     """
     tensor = tensor.clone() if spans else tensor

@@ -243,7 +243,12 @@ def _make_group(
     into: Iterable[TensorAxis],
     hooks: Iterable[Hook],
 ) -> Group:
-    """Make a group of `size` features from axes that produce (`out`) and read (`into`) them."""
+    """Make a group from its parts; see `Group` for the fields.
+
+    Args:
+        out: axes that produce the features; `into`: axes that read them.
+        hooks: where the features are observed.
+    """
     return Group(name, family, size, heads, tuple(out), tuple(into), tuple(hooks))
 
 
@@ -297,15 +302,17 @@ def _make_embedding_group(names: _ModuleNames) -> Group:
     if not family.pre_norm:
         norm = prefix + family.outer_norm
     size = names.find_axis_length(f"{norm}.weight", 0)
-    into = _list_attention_readers(names, 0, size)
+    into = _list_attention_readers(names, 0)
     hook = Hook(norm, "input" if family.pre_norm else "output")
     return _make_group(
         "res.emb", "res", size, None, out + names.list_scaled_axes(norm), into, [hook]
     )
 
 
-def _list_attention_readers(names: _ModuleNames, layer: int, size: int) -> list[TensorAxis]:
-    """List the axes that read the residual stream for the attention of a layer."""
+def _list_attention_readers(names: _ModuleNames, layer: int) -> list[TensorAxis]:
+    """List the axes that read the residual stream for the attention of a layer: those of queries,
+    keys and values, or the one of all three if they are one matrix.
+    """
     family = names.family
     stem = names.prefix + family.layer.format(layer)
     modules = dict.fromkeys((family.query, family.key, family.value))
@@ -384,7 +391,7 @@ def _make_layer_groups(
         after = [after[1], names.prefix + family.outer_norm if last else following]
     stream = names.find_axis_length(f"{after[0]}.weight", 0)
     side = "input" if family.pre_norm else "output"
-    following_readers = readers if last else _list_attention_readers(names, layer + 1, stream)
+    following_readers = readers if last else _list_attention_readers(names, layer + 1)
     middle, end = (
         _make_group(f"res.{layer}.{name}", "res", stream, None, out, into, [Hook(norm, side)])
         for name, out, norm, into in (

@@ -86,10 +86,11 @@ def _has_statistic(target: MergeTensor, suffix: str, square: bool | None) -> boo
     """Return True if all models have this statistic of the tensor, False if none has.
 
     Args:
+        suffix: of the statistic's name, after that of the tensor.
         square: it is a Gram matrix of the last axis (True) or the first (False); None: it has the
             shape of the tensor.
     Raises:
-        UserError: if only some models have it, or it has another shape.
+        UserError: if only some models have it, it has another shape, or a model has no file.
     """
     has = []
     for model in target.models:
