@@ -171,6 +171,11 @@ class ModelArgs(Arguments):
     attn_implementation: Literal["sdpa", "eager"] | None = option(
         None, "implementation of attention; none: sdpa where the model has it"
     )
+    anchor: str | None = option(
+        None,
+        "with --untie feedforward: freeze the model as the anchor beside which each domain's "
+        "expert computes; data-bin of the text it was trained on",
+    )
     train: Literal["all", "router"] = option(
         "all", "weights that are trained; router: of a mixture of experts the router alone"
     )
@@ -186,6 +191,11 @@ class ModelArgs(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.anchor is not None and self.untie != "feedforward":
+            raise UserError(
+                f"--anchor {self.anchor}: anchored experts are feed-forwards of all layers; give "
+                f"--untie feedforward, not {self.untie}"
+            )
         width, heads = self.hidden_size, self.num_attention_heads
         if width is not None and heads is not None and width % heads:
             raise UserError(
@@ -341,7 +351,7 @@ def refuse_unused_flags(
         refuse_changes(mux, names, "it belongs to encoders, and --objective is causal_lm")
     else:
         reason = f"--objective {mux.objective} trains an encoder"
-        names = ("untie", "attn_implementation", "vocab_multiple", *MIXTURE_FLAGS)
+        names = ("untie", "attn_implementation", "vocab_multiple", "anchor", *MIXTURE_FLAGS)
         refuse_changes(model, names, reason)
         refuse_changes(lora, ("lora_rank",), reason)
         refuse_changes(data, ("domain_token", "mask_documents"), reason)

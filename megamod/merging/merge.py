@@ -241,7 +241,9 @@ def _open_model(model: InputModel, stack: ExitStack) -> TensorSource:
     Raises:
         UserError: if its weights or its adapter cannot be read.
     """
-    folder = stack.enter_context(ModelFolder(model.path, model.member))
+    folder = stack.enter_context(
+        ModelFolder(model.path, model.member, beside_anchor=model.beside_anchor)
+    )
     if model.adapter is None:
         return folder
     from megamod.merging.lora import AdaptedFolder

@@ -64,7 +64,8 @@ def build_merged_config(
         config = _stack_layer_settings(config, recipe)
     if stored is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = stored
-    if recipe.inputs[recipe.template_model].member is not None:
+    template = recipe.inputs[recipe.template_model]
+    if template.member is not None or template.beside_anchor:
         config = make_dense_config(config)
     if config.get("model_type") == "demix":
         domains = [model.domain for model in recipe.inputs]

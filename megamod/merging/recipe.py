@@ -28,6 +28,8 @@ class InputModel:
         statistics: file for methods that weight by statistics; None: compute them.
         calibration: text to compute them on; None: that of the recipe, if any.
         adapter: folder of a LoRA adapter that is merged into the model first; None: none.
+        beside_anchor: take the feed-forwards of `member`, or (None) of the anchor, out of an
+            anchored model.
     """
 
     path: Path
@@ -37,6 +39,7 @@ class InputModel:
     statistics: Path | None = None
     calibration: Mapping[str, Setting] | None = None
     adapter: Path | None = None
+    beside_anchor: bool = False
 
     def __str__(self) -> str:
         text = str(self.path) if self.adapter is None else f"{self.path}+{self.adapter}"

@@ -98,6 +98,7 @@ def make_lm_config(
     attn_implementation: str | None,
     overrides: dict[str, int | None],
     vocab_multiple: int | None = None,
+    anchored: bool = False,
 ) -> PreTrainedConfig:
     """Make the configuration of a language model to train.
 
@@ -108,6 +109,7 @@ def make_lm_config(
         attn_implementation: None for the best that the class supports.
         overrides: fields that replace the preset's, where not None.
         vocab_multiple: the vocabulary of a stock model is padded to a multiple of this.
+        anchored: experts compute beside the frozen feed-forwards of the model.
     Raises:
         UserError: if the preset or folder is unknown, or does not fit the data.
     """
@@ -122,7 +124,7 @@ def make_lm_config(
         if config.model_type != DemixConfig.model_type:
             if vocab_multiple is not None:
                 config.vocab_size = -(-config.vocab_size // vocab_multiple) * vocab_multiple
-            return _make_host_config(model, config, domains, untie, attn_implementation)
+            return _make_host_config(model, config, domains, untie, attn_implementation, anchored)
         max_positions = config.max_position_embeddings
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
         shape = {name: getattr(config, name) for name in names}
@@ -195,6 +197,7 @@ def _make_host_config(
     domains: Sequence[str],
     untie: str,
     attn_implementation: str | None,
+    anchored: bool,
 ) -> PreTrainedConfig:
     """Make the configuration of a stock model, with experts if `untie` asks for them.
 
@@ -224,6 +227,8 @@ def _make_host_config(
     check_host_family(f"--untie {untie}: {model}", config)
     kind = getattr(config, "host", config.model_type)
     fields = {**config.to_dict(), "domains": list(domains), "untie": untie, "host": kind}
+    if anchored:
+        fields["anchored"] = True
     for name in ("model_type", "architectures", "transformers_version"):
         fields.pop(name, None)
     try:

@@ -38,12 +38,18 @@ class DomainExperts(nn.Module):
                 f"choose one of the domains {', '.join(self.experts)}: domain=NAME at "
                 "from_pretrained or in a call, or model.set_domain(NAME)"
             )
-        output = self.experts[self.domain](*args, **kwargs)
+        output = self.apply_expert(self.experts[self.domain], *args, **kwargs)
         if not torch.is_grad_enabled() or len(self.experts) == 1:
             return output
         if isinstance(output, tuple):
             return _ZeroGradient.apply(output[0], *self._iterate_idle_parameters()), *output[1:]
         return _ZeroGradient.apply(output, *self._iterate_idle_parameters())
+
+    def apply_expert(
+        self, expert: nn.Module, *args: object, **kwargs: object
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Compute the output for the chosen expert."""
+        return expert(*args, **kwargs)
 
     def _iterate_idle_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the trainable parameters of the experts that are not selected."""

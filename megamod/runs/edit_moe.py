@@ -9,7 +9,7 @@ from megamod.errors import UserError
 from megamod.flags import Arguments, option, require_values
 from megamod.runs.to_moe import CALIBRATION_FLAGS, MoeArgs, make_calibration
 
-_BESIDE_BASE = {*CALIBRATION_FLAGS, "router", "max_shard_size", "quiet", "output_dir"}
+_BESIDE_BASE = {*CALIBRATION_FLAGS, "max_shard_size", "quiet", "output_dir"}
 
 
 @dataclass

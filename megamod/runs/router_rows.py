@@ -119,7 +119,7 @@ def compute_rows(
     held_out = [torch.arange(len(part)) % HELD_OUT == HELD_OUT - 1 for part in sequences]
     means = torch.stack(
         [
-            _compute_mean_inputs(model, block, part[~mask], calibration.batch_size)
+            compute_mean_inputs(model, block, part[~mask], calibration.batch_size)
             for part, mask in zip(sequences, held_out, strict=True)
         ],
         dim=1,
@@ -162,7 +162,8 @@ def read_texts(calibration: Calibration, domains: Sequence[str], folder: Path) -
     """
     texts, config = calibration.texts, read_lm_config(folder)
     if len(texts) == 1 and "=" not in texts[0]:
-        return _read_databin(DataBin(texts[0]), domains, calibration.tokens, config)
+        where = f"--calibration {texts[0]}"
+        return read_databin_texts(DataBin(texts[0]), domains, calibration.tokens, config, where)
     files: dict[str, str] = {}
     for text in texts:
         domain, sign, file = text.partition("=")
@@ -185,15 +186,16 @@ def read_texts(calibration: Calibration, domains: Sequence[str], folder: Path) -
     return read
 
 
-def _read_databin(
-    data: DataBin, domains: Sequence[str], tokens: int, config: LmConfig
+def read_databin_texts(
+    data: DataBin, domains: Sequence[str], tokens: int, config: LmConfig, where: str
 ) -> dict[str, Text]:
     """Read the first tokens of each domain's valid split.
 
+    Args:
+        config: of the model that reads them; `where`: flag of the data-bin, for messages.
     Raises:
-        UserError: if the data-bin lacks a domain or has ids that the model lacks.
+        UserError: if it lacks a domain, or the ids are not those of the model.
     """
-    where = f"--calibration {data.path}"
     _require_domains(domains, data.domains, where)
     check_vocabulary_fits(where, config, data.vocab_size, data.special_ids)
     texts = {}
@@ -261,9 +263,7 @@ def _run_batches(model: nn.Module, sequences: Tensor, batch_size: int) -> None:
             model.base_model(sequences[start : start + batch_size].to(device), use_cache=False)
 
 
-def _compute_mean_inputs(
-    model: nn.Module, block: str, sequences: Tensor, batch_size: int
-) -> Tensor:
+def compute_mean_inputs(model: nn.Module, block: str, sequences: Tensor, batch_size: int) -> Tensor:
     """Compute the mean input of each layer's block, [L, D] float64."""
     sums: dict[int, Tensor] = {}
 

@@ -76,10 +76,9 @@ class MoeArgs(ModelOutputArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.router is None:
-            self.router = "random" if self.calibration is None else "calibrated"
-        if self.router != "calibrated":
-            refuse_changes(self, CALIBRATION_FLAGS, f"--router is {self.router}")
+        kind = self.router_kind
+        if kind != "calibrated":
+            refuse_changes(self, CALIBRATION_FLAGS, f"--router is {kind}")
         if not self.align:
             refuse_changes(self, ("align_method",), "there is no --align")
         if self.align_method == "orthogonal" and self.no_centre:
@@ -87,12 +86,17 @@ class MoeArgs(ModelOutputArgs):
                 "--no_centre takes rows of the first model as it is, and --align_method orthogonal "
                 "folds its norms; give one of the two"
             )
-        if self.router != "random":
-            refuse_changes(self, ("seed",), f"--router is {self.router}")
-        if (self.router_file is not None) is not (self.router == "file"):
+        if kind != "random":
+            refuse_changes(self, ("seed",), f"--router is {kind}")
+        if (self.router_file is not None) is not (kind == "file"):
             raise UserError("--router file and --router_file PATH go together")
         if not self.sharpness > 0:
             raise UserError(f"--sharpness {self.sharpness}: must be above 0")
+
+    @property
+    def router_kind(self) -> str:
+        """Origin of the router rows, of experts that are not anchored."""
+        return self.router or ("random" if self.calibration is None else "calibrated")
 
 
 def run_to_moe(args: MoeArgs) -> None:
@@ -105,21 +109,29 @@ def run_to_moe(args: MoeArgs) -> None:
     """
     if not args.dry_run:
         require_values(args, "output_dir")
+    from megamod.merging.moe.anchored import NAME, read_trained_rows
     from megamod.merging.moe.convert import convert_to_moe
+    from megamod.states.forest import Expert
 
     experts = select_experts(args)
+    anchored = check_anchored(args, experts)
+    if anchored:
+        experts = [Expert(domain=NAME, path=experts[0].path), *experts]
     chosen = _count_experts_per_token(args, len(experts))
     recipe = _make_recipe(args, experts)
+    if anchored:
+        inputs = tuple(replace(model, beside_anchor=True) for model in recipe.inputs)
+        recipe = replace(recipe, inputs=inputs)
     plan = convert_to_moe(
         recipe,
         None if args.output_dir is None else Path(args.output_dir),
-        _select_router_rows(args, recipe),
+        read_trained_rows if anchored else _select_router_rows(args, recipe),
         [expert.data_digest for expert in experts],
         chosen=chosen,
-        anchor=args.anchor,
+        anchor=args.anchor or anchored,
         **args.make_options(),
     )
-    calibrated = args.router == "calibrated" and not args.dry_run
+    calibrated = not anchored and args.router_kind == "calibrated" and not args.dry_run
     rows = [_format_calibration(Path(args.output_dir))] if calibrated else []
     args.report(plan.describe(), *rows)
 
@@ -157,7 +169,11 @@ def select_experts(args: MoeArgs) -> "list[Expert]":
         names = args.domains or [None] * len(args.models)
         if len(names) != len(args.models):
             raise UserError(f"--domains: {len(names)} names for {len(args.models)} models")
-        experts = [_make_expert(Path(p), n) for p, n in zip(args.models, names, strict=True)]
+        experts = [
+            expert
+            for path, name in zip(args.models, names, strict=True)
+            for expert in _make_experts(Path(path), name)
+        ]
     domains = [expert.domain for expert in experts]
     for domain in domains:
         if domains.count(domain) > 1:
@@ -168,23 +184,57 @@ def select_experts(args: MoeArgs) -> "list[Expert]":
     return experts
 
 
-def _make_expert(path: Path, name: str | None) -> "Expert":
-    """Return the forest entry of a run or model folder, named after its domain, else its folder.
+def check_anchored(args: MoeArgs, experts: "Sequence[Expert]") -> bool:
+    """Return True if all experts were trained beside an anchor; it is the first of the mixture.
+
+    Raises:
+        UserError: if some are anchored and others not, or a flag asks for other rows or weights.
+    """
+    from megamod.merging.moe.anchored import NAME, is_anchored
+
+    anchored = [is_anchored(expert.path) for expert in experts]
+    if not any(anchored):
+        return False
+    if not all(anchored):
+        dense = experts[anchored.index(False)]
+        raise UserError(
+            f"{dense.path} is not anchored, and {experts[anchored.index(True)].path} is: their "
+            "experts do not make one mixture"
+        )
+    names = ("router", "router_file", "weights", "align", "seed", *CALIBRATION_FLAGS)
+    refuse_changes(args, names, f"{experts[0].path} is anchored, and its rows are trained")
+    if NAME in [expert.domain for expert in experts]:
+        raise UserError(f"{NAME!r} is the name of the frozen expert; call the domain otherwise")
+    return True
+
+
+def _make_experts(path: Path, name: str | None) -> "list[Expert]":
+    """Return the forest entry of a run or model folder, named after its domain, else its folder; of
+    an anchored one those of all its experts.
 
     Args:
         name: takes the place of that name; None: no other name.
     """
     from megamod.btm.forest_entry import make_forest_entry
+    from megamod.merging.moe.anchored import is_anchored
+    from megamod.states.adapter import is_model
+    from megamod.states.forest import read_model_config
 
+    model = path / "model" if is_model(path / "model") else path
+    if is_anchored(model):
+        domains = read_model_config(model)["domains"]
+        if name is not None and len(domains) > 1:
+            raise UserError(f"--domains {name}: {model} has the experts {', '.join(domains)}")
+        return [make_forest_entry(path, name or domain, domain) for domain in domains]
     whole = path.absolute()
     folder = whole.parent.name if whole.name == "model" else whole.name
     expert = make_forest_entry(path, name or folder)
     if name is not None:
-        return expert
+        return [expert]
     try:
-        return make_forest_entry(path)
+        return [make_forest_entry(path)]
     except UserError:  # trained on several domains, or unknown ones
-        return expert
+        return [expert]
 
 
 def _count_experts_per_token(args: MoeArgs, experts: int) -> int:
@@ -214,9 +264,9 @@ def _select_router_rows(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoeP
     """Return the function that computes the router rows, as --router says."""
     from megamod.merging.moe.rows import draw_rows, read_rows_file
 
-    if args.router == "random":
+    if args.router_kind == "random":
         return partial(draw_rows, seed=args.seed)
-    if args.router == "file":
+    if args.router_kind == "file":
         return partial(read_rows_file, path=Path(args.router_file))
     from megamod.runs.router_rows import compute_calibrated_rows
 

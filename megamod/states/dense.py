@@ -27,7 +27,7 @@ def make_dense_config(
         config["model_type"] = config.pop("host")
         classes = config.get("architectures") or []
         config["architectures"] = [name.removeprefix("Demix") for name in classes]
-        for field in ("domains", "untie"):
+        for field in ("domains", "untie", "anchored"):
             config.pop(field, None)
     elif config.get("model_type") == "demix":
         config["untie"] = "none"

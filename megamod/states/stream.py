@@ -34,6 +34,9 @@ from megamod.states.weights import (
 )
 
 PIECE = 1 << 20  # bytes read at once: what is added up stays in the processor's second-level cache
+ANCHOR, ROW = "anchor", "row"
+"""Names in an anchored model: the frozen module of a layer, and the router row of an expert or
+(`anchor_row`) of that module."""
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
@@ -66,16 +69,18 @@ class ModelFolder:
     """The tensors of a model folder, or of one safetensors file, by name; open only inside `with`.
 
     With a member, the ordinary dense model that the shared weights and that domain's expert make
-    together, under the names it has in a dense model.
+    together, under the names it has in a dense model. With `beside_anchor` that of an anchored
+    model: the shared weights with the feed-forwards of a member, or (None) of the anchor.
 
     Attributes:
         tensors: specification of every tensor, in the order in which they lie in the files.
         files: the weight files that hold them.
     Raises:
-        UserError: if weights or the member are missing, or a file is not whole.
+        UserError: if weights or the member are missing, a file is not whole, or a member is asked
+            for that is no dense model because it computes beside an anchor.
     """
 
-    def __init__(self, folder: Path, member: str | None = None):
+    def __init__(self, folder: Path, member: str | None = None, *, beside_anchor: bool = False):
         self.folder, self.member = Path(folder), member
         self.tensors: dict[str, Spec] = {}
         self._locations: dict[str, _Location] = {}
@@ -95,8 +100,17 @@ class ModelFolder:
             if member not in domains:
                 known = ", ".join(domains) or "none"
                 raise UserError(f"{folder}: has no expert of domain {member!r}; there are {known}")
+            if not beside_anchor and any(f".{ANCHOR}." in name for name in entries):
+                raise UserError(
+                    f"{folder}: the expert of {member} computes beside an anchor and is no dense "
+                    "model; launchers/to_moe.py makes a mixture of both"
+                )
         for name, (spec, location) in entries.items():
-            if member is not None:
+            if beside_anchor:
+                name = _name_beside_anchor(name, member)
+                if name is None:
+                    continue
+            elif member is not None:
                 if parse_expert_domain(name) not in (None, member):
                     continue
                 name = to_dense_name(name)
@@ -146,6 +160,16 @@ class ModelFolder:
     def compute_digest(self) -> str:
         """Compute a digest of the weight files."""
         return compute_files_digest(self.files)
+
+
+def _name_beside_anchor(name: str, member: str | None) -> str | None:
+    """Return the dense name of a tensor of an anchored model; None: another expert's, or a row."""
+    if name.endswith((f".{ROW}", f".{ANCHOR}_{ROW}")):
+        return None
+    domain = parse_expert_domain(name)
+    if domain is None and f".{ANCHOR}." in name:
+        return name.replace(f".{ANCHOR}.", ".", 1) if member is None else None
+    return to_dense_name(name) if domain in (None, member) else None
 
 
 def iterate_pieces(numel: int, itemsize: int = 4) -> Iterator[tuple[int, int]]:

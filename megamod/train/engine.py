@@ -4,6 +4,7 @@ Only this file and `train/fragments.py` use DeepSpeed's internals.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 
 import deepspeed
@@ -23,12 +24,8 @@ from megamod.train.hidden_matrices import mark_hidden_matrices
 MakeOptimizer = Callable[[list[dict[str, object]]], torch.optim.Optimizer]
 
 
-class _EngineExperts(DomainExperts, MoE):
-    """`DomainExperts` as an instance of DeepSpeed's MoE layer.
-
-    The engine recognises expert parameters only inside modules of that class. There is no gate and
-    no all-to-all; the only effect is that gradients stay in the group of the domain.
-    """
+class _EngineLayer:
+    """Addition to `DomainExperts` that makes them a layer of DeepSpeed's engine."""
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Create DeepSpeed's groups of this expert size if they do not exist."""
@@ -36,6 +33,16 @@ class _EngineExperts(DomainExperts, MoE):
             groups._create_expert_and_data_parallel(
                 self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
             )
+
+
+@functools.cache
+def _make_engine_class(experts: type[DomainExperts]) -> type[MoE]:
+    """Make the class of domain experts that is an instance of DeepSpeed's MoE layer.
+
+    The engine recognises expert parameters only inside modules of that class. There is no gate and
+    no all-to-all; the only effect is that gradients stay in the group of the domain.
+    """
+    return type(experts.__name__, (_EngineLayer, experts, MoE), {"__doc__": experts.__doc__})
 
 
 def build_engine(
@@ -124,7 +131,7 @@ def _mark_deepspeed_experts(model: nn.Module, topology: DomainTopology) -> str:
     size = topology.expert_parallel_size
     name = f"ep_size_{size}"
     for module in iterate_domain_experts(model):
-        module.__class__ = _EngineExperts
+        module.__class__ = _make_engine_class(type(module))
         module.num_experts = len(topology.domains)
         module.ep_size = size
         module.num_local_experts = len(module.experts)

@@ -1,6 +1,7 @@
 """One expert of a mixture removed, replaced, or routed anew: all the others keep their bits."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from megamod.errors import UserError
 from megamod.merging.moe.record import FILE, read_moe_record
 from megamod.runs.edit_moe import EditArgs, run_edit
 from megamod.runs.to_moe import MoeArgs, run_to_moe
-from megamod.states.forest import Expert, edit_forest
+from megamod.states.forest import Expert, edit_forest, open_forest
 
 FAMILIES = ["llama", "granite", "ernie4_5"]
 
@@ -86,31 +87,40 @@ def test_upgraded_expert_is_the_only_change(tmp_path, kind):
     assert record.experts[1].digest == read_moe_record(fresh).experts[1].digest
 
 
-def test_forest_without_an_expert_gives_the_model_that_never_had_it(tmp_path):
-    for seed, name in enumerate(("law", "med", "code")):
+def test_every_subset_of_a_forest_gives_the_model_that_never_had_the_others(tmp_path):
+    """All 2^4 subsets of four experts: weights, router rows and record, byte for byte."""
+    domains = ("law", "med", "code", "news")
+    for seed, name in enumerate(domains):
         tiny_stock("llama", seed=seed).save_pretrained(tmp_path / name)
 
-    def grow(name: str, domains: tuple[str, ...]) -> Path:
-        with edit_forest(tmp_path / name) as experts:
-            experts += [
-                Expert(domain=d, path=tmp_path / d, data_digest=f"data of {d}") for d in domains
-            ]
-        return tmp_path / name
-
-    def moe(name: str) -> Path:
-        args = MoeArgs(forest=str(tmp_path / name), output_dir=str(tmp_path / f"{name}-moe"))
-        args.quiet = True
+    def moe(forest: str) -> Path:
+        output = tmp_path / f"{forest}-moe"
+        topk = min(2, len(open_forest(tmp_path / forest).experts))
+        args = MoeArgs(forest=str(tmp_path / forest), output_dir=str(output), topk=topk, quiet=True)
         run_to_moe(args)
-        return tmp_path / f"{name}-moe"
+        return output
 
-    forest = grow("whole", ("law", "med", "code"))
-    with edit_forest(forest) as experts:
-        del experts[1]
-    grow("never", ("law", "code"))
-    ours, never = moe("whole"), moe("never")
-    assert read_moe_record(ours).experts[1].data_digest == "data of code"
-    for file in ("model.safetensors", "config.json", FILE):
-        assert (ours / file).read_bytes() == (never / file).read_bytes(), file
+    def grow(forest: str, names: tuple[str, ...]) -> None:
+        with edit_forest(tmp_path / forest) as experts:
+            experts += [
+                Expert(domain=d, path=tmp_path / d, data_digest=f"data of {d}") for d in names
+            ]
+
+    subsets = [some for size in range(5) for some in itertools.combinations(domains, size)]
+    assert len(subsets) == 2**4
+    for some in subsets:
+        name = "-".join(some) or "nothing"
+        grow(f"{name}-left", domains)
+        with edit_forest(tmp_path / f"{name}-left") as experts:
+            experts[:] = [expert for expert in experts if expert.domain in some]
+        if not some:
+            with pytest.raises(UserError, match="no expert"):
+                moe(f"{name}-left")
+            continue
+        grow(f"{name}-never", some)
+        left, never = moe(f"{name}-left"), moe(f"{name}-never")
+        for file in ("model.safetensors", "config.json", FILE):
+            assert (left / file).read_bytes() == (never / file).read_bytes(), (some, file)
 
 
 def test_averages_contain_every_expert(tmp_path, capsys):

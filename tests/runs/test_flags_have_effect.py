@@ -52,6 +52,7 @@ VALUES = {
     "global_batch_size": ["16"], "spike_factor": ["2.0"], "precision": ["bf16"],
     "stop_step": ["3"], "seed": ["2"], "attn_implementation": ["eager"], "warmup_ratio": ["0.5"],
     "lora_targets": ["q_proj"], "muxing_variant": ["binary_hadamard", "random_ortho"],
+    "anchor": ["bin"],
 }  # fmt: skip
 # What these decide happens later, in code that is the same for every kind of run.
 READ_LATER = {

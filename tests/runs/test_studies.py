@@ -41,6 +41,15 @@ STUDY = {
         "btm50": {"seed_share": 0.5, "expert_learning_rate": 0.005},
         "random": {"seed_share": 0, "random_split": True},
         "strangers": {"seed_share": 0.5, "strangers": "orthogonal", "strangers_refine_steps": 1},
+        "sparse": {
+            **{"model": None, "family": "llama", "seed_share": 0.5, "mixture_router": "calibrated"},
+            **{"mixture_topk": 1, "mixture_train": "all", "mixture_share": 0.25},
+            "mixture_learning_rate": 0.001,
+        },
+        "anchored": {
+            **{"model": None, "family": "llama", "seed_share": 0.5, "anchor": True},
+            "mixture_topk": 3,
+        },
         "more": {
             "untie": "feedforward",
             "per_device_train_batch_size": 2,
@@ -128,13 +137,29 @@ def records(workspace: Path) -> dict[str, dict]:
     return {p.stem: json.loads(p.read_text()) for p in (workspace / "evidence").glob("*.json")}
 
 
+def test_mixtures(workspace):
+    """One sparse model of a forest, trained on; and of anchored experts, whose seed is one more."""
+    sparse, anchored = (records(workspace)[f"{arm}.short.s1"] for arm in ("sparse", "anchored"))
+    assert set(sparse["scores"]) == set(anchored["scores"]) == {"own"}
+    sizes = [record["details"]["parameters"] for record in (sparse, anchored)]
+    feed_forward = 3 * 16 * 32
+    assert sizes[0]["total"] - sizes[0]["active"] == feed_forward
+    assert sizes[1]["active"] == sizes[1]["total"]
+    assert sizes[1]["total"] - sizes[0]["total"] == feed_forward + 16
+
+
 def test_records(workspace):
     kept_records = records(workspace)
     assert sorted(kept_records) == [
-        f"{arm}.short.s1" for arm in ("btm50", "demix", "dense", "more", "random", "strangers")
+        f"{arm}.short.s1"
+        for arm in (
+            *("anchored", "btm50", "demix", "dense", "more", "random", "sparse", "strangers"),
+        )
     ]
     tokens = 4 * 4 * 16
-    assert {record["details"]["tokens"] for record in kept_records.values()} == {tokens}
+    for arm, record in kept_records.items():
+        further = 4 * 16 if arm.startswith("sparse") else 0
+        assert record["details"]["tokens"] == tokens + further
     dense, demix, btm50 = (kept_records[f"{arm}.short.s1"] for arm in ("dense", "demix", "btm50"))
     sizes = [record["details"]["parameters"] for record in (dense, demix, btm50)]
     network = 2 * 16 * 32 + 32 + 16
@@ -201,7 +226,7 @@ def test_table_and_document(workspace):
     mixed = kept_records["btm50.short.s1"]["scores"]["mixed"]["perplexity"]
     assert f"| dense | {dense:.2f} |" in text
     assert f"| mixed | {mixed:.2f} ({mixed / dense:.3f}; {int(mixed < dense)}/1) |" in text
-    assert "6 of 6 cells, seeds 1" in text
+    assert "8 of 8 cells, seeds 1" in text
     cell = "<!-- cell tiny, short, mixed -->{}<!-- end of cell -->"
     document = "a\n<!-- study tiny -->\n{}\n<!-- end of study tiny -->\n| b | " + cell + " |\n"
     shown = f"{mixed:.2f} ({mixed / dense:.3f}; {int(mixed < dense)}/1)"

@@ -33,6 +33,7 @@ from megamod.models.lm.documents import (
     make_alibi_of_rows,
 )
 from megamod.models.lm.hosts import DOCUMENTS_BY_MASK, HOSTS, UNTIE_OF_HOSTS, Host
+from megamod.nn.anchored import AnchoredExperts
 from megamod.nn.demix import DomainExperts
 
 Scores = tuple[Tensor, Tensor]
@@ -93,6 +94,12 @@ class HostMixin:
                 continue
             for name in self.host.feed_forward:
                 experts = [getattr(layer, name)]
+                if self.config.anchored:
+                    anchor = experts[0]
+                    experts = [_copy_module(anchor) for _ in domains]
+                    width = self.config.hidden_size
+                    setattr(layer, name, AnchoredExperts(anchor, experts, domains, width))
+                    continue
                 experts += [_copy_module(experts[0]) for _ in domains[1:]]
                 setattr(layer, name, DomainExperts(experts.pop, domains))
 
@@ -303,6 +310,7 @@ def make_host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[Pre
         untie: str = "none"
         domain: str | None = None
         host: str = model_type
+        anchored: bool = False
 
         def __post_init__(self, **kwargs: object):
             self.domains = list(self.domains)
@@ -311,6 +319,10 @@ def make_host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[Pre
                 raise ValueError(
                     f"untie {self.untie!r}: a {self.host} needs domains and one of "
                     f"{', '.join(UNTIE_OF_HOSTS)}"
+                )
+            if self.anchored and self.untie != "feedforward":
+                raise ValueError(
+                    f"untie {self.untie!r}: anchored experts are the feed-forwards of all layers"
                 )
             super().__post_init__(**kwargs)
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.corpus.tokenizers import load_tokenizer
+from megamod.data.lm.databin import DataBin
 from megamod.data.lm.pretraining import LmData
 from megamod.dist.process import read_launcher_rank, read_launcher_world_size, sum_over_ranks
 from megamod.dist.scope import Sharing, parse_sharing
@@ -31,6 +32,8 @@ from megamod.models.lm.flops import compute_flops_per_token
 from megamod.models.lm.load import LanguageModel, build_lm, select_lm_class
 from megamod.models.lm.routing import freeze_all_but_routers, is_mixture
 from megamod.models.presets import SHAPE
+from megamod.nn.anchored import freeze_all_but_experts
+from megamod.runs.pretrain.anchor import check_anchor, set_anchor_rows
 from megamod.runs.pretrain.mixture import check_mixture, name_experts, write_mixture
 from megamod.runs.training import ActiveRun, RunSpec, execute_run
 from megamod.states.adapter import compute_seed_digest
@@ -76,6 +79,7 @@ def pretrain(
         attn_implementation=model.attn_implementation,
         overrides={name: getattr(model, name) for name in SHAPE},
         vocab_multiple=model.vocab_multiple,
+        anchored=model.anchor is not None,
     )
     start = find_start_folder(model.model, model.init_from, model.from_scratch, config)
     stock = list_stock_files(model.model, config, data)
@@ -92,6 +96,8 @@ def pretrain(
     if data_args.mask_documents:
         check_document_masking(config)
     check_mixture(model, config)
+    if model.anchor is not None:
+        check_anchor(model, start is not None)
     choose, split = sharing is Sharing.DEMIX, data_args.eval_split
     for name in dict.fromkeys(("train", split)):
         data.open_splits(name)
@@ -110,6 +116,11 @@ def pretrain(
             network.document_end = data.special_ids["eos_token_id"]
         if model.train == "router":
             freeze_all_but_routers(network)
+        if getattr(config, "anchored", False):
+            freeze_all_but_experts(network)
+        if model.anchor is not None:
+            seed_text, rows = DataBin(model.anchor), run.per_device_eval_batch_size
+            set_anchor_rows(network, seed_text, data.databin, data.block_size, rows)
         return network
 
     def make_objective(device: torch.device) -> CausalLMObjective:

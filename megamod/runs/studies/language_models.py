@@ -13,7 +13,9 @@ Settings are flags of megamod pretrain, and
     strangers_refine_steps with the method orthogonal
     score_split            "test", or "valid" where settings are searched
     score_novel            score domains that nothing was trained on as well
+    family                 model type of a stock family, in place of `model`; with the shape flags
     adapt_to, ...          adapt an expert of the run, see `adaptation`
+    mixture_topk, ...      turn the forest into a mixture of experts, see `mixtures`
 """
 
 import fcntl
@@ -37,7 +39,11 @@ from megamod.evaluation.plots import read_metrics
 from megamod.flags import format_flags, parse_args
 from megamod.merging.merge import average_folders, merge
 from megamod.merging.recipe import build_weighted_recipe
-from megamod.runs.studies import adaptation
+from megamod.models.lm.configuration import get_untie, read_lm_config
+from megamod.models.lm.moe_families import MOE_FAMILIES
+from megamod.models.lm.routing import is_mixture
+from megamod.models.presets import SHAPE
+from megamod.runs.studies import adaptation, mixtures
 from megamod.runs.studies.forest_scores import (
     Losses,
     ScoredText,
@@ -48,7 +54,6 @@ from megamod.runs.studies.records import Figures
 from megamod.runs.studies.study_file import Cell, Settings, Study
 from megamod.runs.studies.texts import StudyText
 from megamod.states.checkpoint_folder import StateRecord, parse_checkpoint_step
-from megamod.states.config_file import read_config_file
 from megamod.states.forest import edit_forest, open_forest
 from megamod.states.manifest import list_checkpoints
 from megamod.states.weights import read_weights
@@ -56,9 +61,8 @@ from megamod.states.weights import read_weights
 OWN_SETTINGS = (
     *("seed_share", "expert_learning_rate", "random_split", "score_split", "score_novel"),
     *("strangers", "strangers_refine_steps"),
-    *adaptation.SETTINGS,
+    *("family", *adaptation.SETTINGS, *mixtures.SETTINGS),
 )
-_SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _CALIBRATION_BYTES = 100_000  # of each domain's training text, to align strangers on
 QUARTERS = 4  # a dense run keeps a checkpoint after each, which a forest can branch off
 
@@ -79,14 +83,24 @@ def run_language_model_cell(
     flags = {k: v for k, v in cell.settings.items() if k not in extras} | {"seed": cell.seed}
     if not isinstance(flags.get("max_steps"), int):
         raise UserError(f"{study.name}, {cell.name}: max_steps is missing")
+    mixtures.check_mixture_settings(f"{study.name}, {cell.name}", extras)
+    if extras["family"] is not None:
+        flags = write_stock_config(extras["family"], flags, DataBin(text.training_bin), work)
     if extras["seed_share"] is None:
         runs = {"": train_or_resume(flags, text.training_bin, work)}
     else:
         runs = train_forest(flags, extras, text, work)
+    tokens = _count_tokens(flags, runs, extras)
+    seconds = sum(map(_sum_training_seconds, runs.values()))
+    if extras["mixture_topk"] is not None:
+        runs = {"": mix_experts(flags, extras, runs, text, work)}
+        if extras["mixture_train"] is not None:
+            tokens += _count_tokens(flags, runs, {"seed_share": None})
+            seconds += _sum_training_seconds(runs[""])
     models = [folder / "model" for folder in runs.values()]
     scored = ScoredText(text.training_bin, spec.domains, extras["score_split"] or "test")
-    details = {"parameters": count_parameters(models), "tokens": _count_tokens(flags, runs, extras)}
-    details["training_seconds"] = round(sum(map(_sum_training_seconds, runs.values())), 1)
+    details = {"parameters": count_parameters(models), "tokens": tokens}
+    details["training_seconds"] = round(seconds, 1)
     if extras["adapt_to"] is not None:
         novel = ScoredText(text.novel_bin, [extras["adapt_to"]], scored.split)
         settings = {**flags, **extras}
@@ -99,7 +113,7 @@ def run_language_model_cell(
         details |= {"losses": known, "novel": unseen, "start": start}
         return Figures(scores, details), {"text": text.digest}
     rows, more = _compute_losses(runs, scored, work)
-    if extras["seed_share"]:
+    if extras["seed_share"] and extras["mixture_topk"] is None:
         rows["seed"] = score_expert(_train_seed(flags, extras, text, work), DENSE, scored)
     scores = {row: _average_scores(losses, scored) for row, losses in rows.items()}
     details |= {"losses": rows, **more}
@@ -126,8 +140,10 @@ def train_forest(
 ) -> dict[str, Path]:
     """Train a seed and its experts, each with its part of the batch; return their runs by domain.
 
+    With the setting `anchor` each expert trains beside the frozen seed, with a schedule of its own.
+
     Raises:
-        UserError: if the experts cannot share the batch.
+        UserError: if the experts cannot share the batch, or there is no seed to be the anchor.
     """
     databin = text.random_bin if extras["random_split"] else text.training_bin
     domains, batch = DataBin(databin).domains, flags["per_device_train_batch_size"]
@@ -136,6 +152,8 @@ def train_forest(
             f"per_device_train_batch_size {batch} is not a multiple of the {len(domains)} experts"
         )
     seed_steps = _count_seed_steps(flags, extras)
+    if extras["anchor"] and not seed_steps:
+        raise UserError("anchor: true needs a seed: give seed_share above 0")
     seed, strangers = None, None
     if extras["strangers"]:
         strangers = average_strangers(flags, extras, text, work)
@@ -152,12 +170,21 @@ def train_forest(
         if strangers is not None:
             expert_flags["max_steps"] = flags["max_steps"] - seed_steps
             expert_flags["model"] = str(strangers)
-            expert_flags = {k: v for k, v in expert_flags.items() if k not in _SHAPE}
+            expert_flags = {k: v for k, v in expert_flags.items() if k not in SHAPE}
         seed_identity = {"text": DataBin(databin).digest, "seed_steps": seed_steps}
         seed_identity["seed_rate"] = flags["learning_rate"] if seed_steps else None
+        if extras["anchor"]:
+            model = find_parent(seed, step=seed_steps).model
+            expert_flags |= {
+                "model": str(model),
+                "untie": "feedforward",
+                "anchor": str(text.training_bin),
+                "max_steps": flags["max_steps"] - seed_steps,
+            }
         folder = work / f"expert-{_digest_value({**expert_flags, **seed_identity})}"
         with _lock_folder(folder):
-            if seed is not None and not list_checkpoints(folder / "checkpoints"):
+            branched = seed is not None and not extras["anchor"]
+            if branched and not list_checkpoints(folder / "checkpoints"):
                 source = find_parent(seed, step=seed_steps)
                 write_branch_checkpoint([source], [1.0], [domain], folder, learning_rate=rate)
             _train_in_folder(expert_flags, databin, folder)
@@ -210,17 +237,74 @@ def count_parameters(models: Sequence[Path]) -> dict[str, int]:
     for model in models:
         sizes = {name: tensor.numel() for name, tensor in read_weights(model).items()}
         members = [n.split(".experts.")[1].split(".")[0] for n in sizes if ".experts." in n]
+        used = list(dict.fromkeys(members))[: count_experts_per_token(model)]
         active_sizes = {
             name: size
             for name, size in sizes.items()
-            if ".experts." not in name or f".experts.{members[0]}." in name
+            if ".experts." not in name or name.split(".experts.")[1].split(".")[0] in used
         }
         total += sum(sizes.values())
         active = sum(active_sizes.values())
-        outside_embeddings = sum(
-            size for name, size in active_sizes.items() if "embeddings" not in name
-        )
+        outside_embeddings = sum(size for name, size in active_sizes.items() if "embed" not in name)
     return {"total": total, "active": active, "outside_embeddings": outside_embeddings}
+
+
+def count_experts_per_token(model: Path) -> int:
+    """Count the experts that compute a token in a model folder: 1, or those of a mixture."""
+    config = read_lm_config(model)
+    return getattr(config, MOE_FAMILIES[config.model_type].chosen) if is_mixture(config) else 1
+
+
+def write_stock_config(family: str, flags: Settings, databin: DataBin, work: Path) -> Settings:
+    """Write the configuration of a stock family in the shape of the flags; embeddings are tied.
+
+    Returns:
+        the flags of its runs: `model` in place of those of the shape.
+    Raises:
+        UserError: if transformers knows no such family.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if family not in CONFIG_MAPPING:
+        raise UserError(f"family {family!r} is no model type of transformers")
+    shape = {name: flags[name] for name in SHAPE if name in flags}
+    config = CONFIG_MAPPING[family](
+        **shape,
+        **databin.special_ids,
+        num_key_value_heads=shape.get("num_attention_heads"),
+        vocab_size=databin.vocab_size,
+        max_position_embeddings=flags["max_seq_length"],
+        tie_word_embeddings=True,
+    )
+    folder = work / f"{family}-{_digest_value(config.to_dict())}"
+    config.save_pretrained(folder)
+    return {name: value for name, value in flags.items() if name not in shape} | {
+        "model": str(folder)
+    }
+
+
+def mix_experts(
+    flags: Settings,
+    extras: Mapping[str, object],
+    runs: Mapping[str, Path],
+    text: StudyText,
+    work: Path,
+) -> Path:
+    """Convert a forest's runs to a mixture and train it if the settings say so.
+
+    Returns:
+        a folder whose `model` is the mixture.
+    """
+    databin, settings = text.training_bin, {k: extras[k] for k in mixtures.SETTINGS}
+    identity = {"runs": [folder.name for folder in runs.values()], **settings}
+    folder = work / f"mixture-{_digest_value(identity | {'seed': flags['seed']})}"
+    with _lock_folder(folder):
+        start = mixtures.convert_experts(runs, extras, flags["seed"], databin, folder / "model")
+        if extras["mixture_train"] is None:
+            return folder
+        trained = folder / "trained"
+        _train_in_folder(mixtures.make_training_flags(flags, extras, start), databin, trained)
+    return trained
 
 
 def _train_in_folder(flags: Settings, databin: Path, folder: Path, stop: int | None = None) -> None:
@@ -258,7 +342,7 @@ def _compute_losses(
     """Return the losses by row, and further details of a forest."""
     models = {domain: folder / "model" for domain, folder in runs.items()}
     if list(runs) == [""]:
-        if read_config_file(models[""])["untie"] == "none":
+        if get_untie(read_lm_config(models[""])) == "none":
             return {"own": score_expert(models[""], DENSE, scored)}, {}
         losses = score_forest(open_forest(models[""]), scored)
     else:
