@@ -150,12 +150,8 @@ def test_mixtures(workspace):
 
 def test_records(workspace):
     kept_records = records(workspace)
-    assert sorted(kept_records) == [
-        f"{arm}.short.s1"
-        for arm in (
-            *("anchored", "btm50", "demix", "dense", "more", "random", "sparse", "strangers"),
-        )
-    ]
+    arms = ("anchored", "btm50", "demix", "dense", "more", "random", "sparse", "strangers")
+    assert sorted(kept_records) == [f"{arm}.short.s1" for arm in arms]
     tokens = 4 * 4 * 16
     for arm, record in kept_records.items():
         further = 4 * 16 if arm.startswith("sparse") else 0
