@@ -44,11 +44,3 @@ class AnchoredExperts(DomainExperts):
         # Divided once more, as the classes of transformers divide the weights they select.
         shares = (shares / shares.sum(-1, keepdim=True)).to(x.dtype)
         return shares[..., :1] * self.anchor(x) + shares[..., 1:] * expert(x)
-
-
-def freeze_all_but_experts(module: nn.Module) -> None:
-    """Let training change the experts and their rows alone."""
-    module.requires_grad_(False)
-    for part in module.modules():
-        if isinstance(part, AnchoredExperts):
-            part.experts.requires_grad_(True)

@@ -3,6 +3,7 @@
 from torch import nn
 
 from megamod.models.lm.hosts import HOSTS, find_layers_path
+from megamod.nn.anchored import AnchoredExperts
 
 
 def list_feed_forward_names(model: nn.Module) -> set[str]:
@@ -24,3 +25,11 @@ def list_feed_forward_names(model: nn.Module) -> set[str]:
         for path in paths
     )
     return {name for name, _ in model.named_parameters() if name.startswith(inside)}
+
+
+def freeze_all_but_experts(model: nn.Module) -> None:
+    """Let training change the experts of an anchored model and their rows alone."""
+    model.requires_grad_(False)
+    for part in model.modules():
+        if isinstance(part, AnchoredExperts):
+            part.experts.requires_grad_(True)

@@ -28,11 +28,11 @@ from megamod.models.auto import (
 )
 from megamod.models.lm.adapter import add_new_adapter, make_lora_fields
 from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, get_domains, get_untie
+from megamod.models.lm.feed_forward import freeze_all_but_experts
 from megamod.models.lm.flops import compute_flops_per_token
 from megamod.models.lm.load import LanguageModel, build_lm, select_lm_class
 from megamod.models.lm.routing import freeze_all_but_routers, is_mixture
 from megamod.models.presets import SHAPE
-from megamod.nn.anchored import freeze_all_but_experts
 from megamod.runs.pretrain.anchor import check_anchor, set_anchor_rows
 from megamod.runs.pretrain.mixture import check_mixture, name_experts, write_mixture
 from megamod.runs.training import ActiveRun, RunSpec, execute_run
