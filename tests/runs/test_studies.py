@@ -24,6 +24,8 @@ COMMON = dict(
     model="tiny", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
     max_seq_length=16, per_device_train_batch_size=4, learning_rate=0.01, max_steps=4,
 )  # fmt: skip
+LLAMA = {"model": None, "family": "llama", "seed_share": 0.5}
+TRAINED = {"mixture_train": "all", "mixture_share": 0.25, "mixture_learning_rate": 0.001}
 STUDY = {
     "title": "tiny",
     "kind": "language_models",
@@ -41,15 +43,8 @@ STUDY = {
         "btm50": {"seed_share": 0.5, "expert_learning_rate": 0.005},
         "random": {"seed_share": 0, "random_split": True},
         "strangers": {"seed_share": 0.5, "strangers": "orthogonal", "strangers_refine_steps": 1},
-        "sparse": {
-            **{"model": None, "family": "llama", "seed_share": 0.5, "mixture_router": "calibrated"},
-            **{"mixture_topk": 1, "mixture_train": "all", "mixture_share": 0.25},
-            "mixture_learning_rate": 0.001,
-        },
-        "anchored": {
-            **{"model": None, "family": "llama", "seed_share": 0.5, "anchor": True},
-            "mixture_topk": 3,
-        },
+        "sparse": {**LLAMA, "mixture_router": "calibrated", "mixture_topk": 1, **TRAINED},
+        "anchored": {**LLAMA, "anchor": True, "mixture_topk": 3},
         "more": {
             "untie": "feedforward",
             "per_device_train_batch_size": 2,
