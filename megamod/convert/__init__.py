@@ -1,10 +1,10 @@
 """Convert checkpoints of the original programs and back: one module per format.
 
 A format is a key of `FORMATS` and a module of that name in this package, with one or both of
-    convert(source: Path, options: Options) -> Converted
+    convert(source: Path, options: Options) -> ConvertedModel
     export(source: Path, folder: Path, options: Options) -> list[Path]
-Both are pure functions on state dicts; the caller writes the files into the folder of
-`create_new_folder`.
+`convert` reads a checkpoint and writes nothing. `export` writes its files into `folder`, which
+exists, and returns their paths.
 """
 
 import importlib
@@ -44,14 +44,14 @@ NO_OPTIONS = Options()
 
 @dataclass
 class ConvertedModel:
-    """A model as plain data.
+    """A converted model as plain data, with a report on the tensors and fields of the original.
 
     Attributes:
         config: fields of its config.json, `model_type` and `architectures` included.
         state: tensors by our names, tied ones once.
         used: keys of the original that went into `state`.
-        dropped: keys of the original that were left out, with the reason.
-        missing: optional keys that the original lacks, with their replacement.
+        dropped: skipped keys of the original, with the reason. "config.json: NAME" is a field.
+        missing: optional keys and fields that the original lacks, with their replacement.
     """
 
     config: dict[str, object]
@@ -61,7 +61,7 @@ class ConvertedModel:
     missing: dict[str, str] = field(default_factory=dict)
 
     def format_report(self) -> str:
-        """Format the three lists as text, the used keys as a number."""
+        """Format the number of used tensors, then a line for each dropped and missing key."""
         lines = [f"used      {len(self.used)} tensors"]
         for title, keys in (("dropped", self.dropped), ("missing", self.missing)):
             lines += [f"{title:<10}{key}: {why}" for key, why in keys.items()] or [
@@ -71,5 +71,5 @@ class ConvertedModel:
 
 
 def import_format(name: str) -> ModuleType:
-    """Import the module of a format in `FORMATS`."""
+    """Import the module of the format `name`, a key of `FORMATS`."""
     return importlib.import_module(f"{__name__}.{name}")

@@ -30,11 +30,15 @@ _NEW = ("attention", "intermediate", "output")
 def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
     """Read a checkpoint and rename its tensors to our names.
 
+    A head with one output becomes a regression task, any other head a sequence task.
+
     Args:
-        source: see the module docstring, or the weight file.
-        options: `domains` are the names of the tasks, in the order of their ids.
+        source: folder with config.json and weights, or the weight file in it.
+        options: `domains` are the names of the tasks in the order of their ids; empty: task0,
+            task1 and so on.
     Raises:
-        UserError: for fields, heads or names that are missing or do not fit each other.
+        UserError: for a field of config.json that is missing, a head that is missing or misshapen,
+            or another number of names than of heads.
     """
     file = find_weight_file(Path(source))
     path, settings = file.parent / "config.json", read_config_file(file.parent)
@@ -50,7 +54,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
             heads[int(head[1]), head[2]] = tensor
             used.append(key)
         elif key.startswith("bert.") and not key.endswith("position_ids"):
-            state[_to_our_key(key, last)] = tensor
+            state[_rename_to_ours(key, last)] = tensor
             used.append(key)
         else:
             dropped[key] = "counts from 0" if key.endswith("position_ids") else "no part of CA-MTL"
@@ -61,7 +65,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
             f"--tasks {' '.join(tasks)}: {len(tasks)} names of tasks, the checkpoint has "
             f"{len(sizes)} heads"
         )
-    variant, length = _detect_variant(state, settings)
+    variant, length = _detect_variant_and_length(state, settings)
     config = {
         "model_type": "ca_mtl",
         "architectures": ["CaMtlForMultiTask"],
@@ -79,10 +83,15 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
 def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
     """Write a model folder of ours in the release's keys.
 
+    Names of tasks and labels are not written, because the release does not store them.
+
+    Args:
+        source: model folder.
+        folder: existing folder that model.safetensors and config.json are written into.
     Returns:
-        the files.
+        paths of the written files.
     Raises:
-        UserError: if the folder is not a CA-MTL model, or has heads that the release lacks.
+        UserError: if `source` is not a CA-MTL model, or has heads for labels of tokens.
     """
     config = read_config_file(source)
     if config.get("model_type") != "ca_mtl":
@@ -92,7 +101,7 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
     state, base = read_weights(source), config["variant"] == "base"
     last = config["num_hidden_layers"] - 1
     tensors = {
-        (_to_release_key(key, last) if base else key): tensor
+        (_rename_to_release(key, last) if base else key): tensor
         for key, tensor in state.items()
         if key.startswith("bert.")
     }
@@ -107,14 +116,14 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
     return [folder / DENSE_FILE, folder / "config.json"]
 
 
-def _to_our_key(key: str, last_layer: int) -> str:
-    """Rename a key of the release: its last block has parts named new_...."""
+def _rename_to_ours(key: str, last_layer: int) -> str:
+    """Rename a key of the release to ours: parts of its last block lose the prefix new_."""
     start = f"bert.encoder.layer.{last_layer}.new_"
     return key.replace(start, start.removesuffix("new_"), 1) if key.startswith(start) else key
 
 
-def _to_release_key(key: str, last_layer: int) -> str:
-    """Rename a key of ours to the release's."""
+def _rename_to_release(key: str, last_layer: int) -> str:
+    """Rename a key of ours to the release's: parts of its last block get the prefix new_."""
     start = f"bert.encoder.layer.{last_layer}."
     part = key.removeprefix(start).split(".")[0]
     if key.startswith(start) and part in _NEW:
@@ -125,9 +134,16 @@ def _to_release_key(key: str, last_layer: int) -> str:
 def _stack_heads(
     state: dict[str, Tensor], heads: Mapping[tuple[int, str], Tensor], hidden_size: int, file: Path
 ) -> list[int]:
-    """Put all heads into one tensor of `state`; return the number of labels of each.
+    """Stack the heads of all T tasks into `state`; return the number of outputs of each head.
 
-    Raise UserError for a head that is missing or has another shape.
+    Adds heads.weight [T, L, hidden_size] and heads.bias [T, L], where L is the largest number of
+    outputs; smaller heads are filled with zeros.
+
+    Args:
+        state: tensors by our names; changed in place.
+        heads: tensors by task number and "weight" or "bias".
+    Raises:
+        UserError: if there is no head, or one is missing or misshapen.
     """
     count = 1 + max((task for task, _ in heads), default=-1)
     for task in range(count):
@@ -146,8 +162,14 @@ def _stack_heads(
     return sizes
 
 
-def _detect_variant(state: Mapping[str, Tensor], settings: Mapping[str, object]) -> tuple[str, int]:
-    """Detect the variant and the longest sequence from the weights."""
+def _detect_variant_and_length(
+    state: Mapping[str, Tensor], settings: Mapping[str, object]
+) -> tuple[str, int]:
+    """Detect the variant ("plain", "base" or "large") and the longest sequence in tokens.
+
+    Both are read from the weights, except the longest sequence of "plain", which is that of
+    `settings`, or 128.
+    """
     if "bert.task_type_embeddings.weight" not in state:
         return "plain", int(settings.get("max_seq_length", 128))
     matrix = state["bert.encoder.layer.0.attention.self.random_weight_matrix"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megamod.convert import NO_OPTIONS, ConvertedModel, Options
-from megamod.convert.datamux_names import FAMILIES, Head, list_tensor_shapes
+from megamod.convert.datamux_names import FAMILIES, Head, build_tensor_table
 from megamod.convert.reading import find_weight_file, read_checkpoint
 from megamod.errors import UserError
 from megamod.files import write_json
@@ -70,7 +70,11 @@ ORIGINALS = {
 
 
 def find_original_class(fields: Mapping[str, object]) -> str | None:
-    """Find the original class that config.json names; None if there is none."""
+    """Return the first class of `architectures` that `ORIGINALS` has; None without one.
+
+    Args:
+        fields: fields of a config.json.
+    """
     named = fields.get("architectures")
     named = named if isinstance(named, (list, tuple)) else [named]
     classes = [re.split(r"\W", str(name))[0] for name in named]
@@ -78,14 +82,15 @@ def find_original_class(fields: Mapping[str, object]) -> str | None:
 
 
 def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
-    """Read a checkpoint and rename its tensors to our names; dtypes stay.
+    """Read a checkpoint and rename its tensors to our names; their dtypes do not change.
 
     Args:
-        source: see the module docstring, or one of the files in such a folder.
-        options: `num_attention_heads` overrides config.json.
+        source: folder as in the module docstring, or the weight file in it.
+        options: `num_attention_heads` overrides config.json; `domains` has no effect.
     Raises:
-        UserError: for a class or field that is unknown or missing, and naming the key, for a tensor
-            that is missing, of a wrong shape, or differs from one that it should equal.
+        UserError: for a class that is unknown, a field that is missing or cannot be converted, and
+            a tensor that is missing, of a wrong shape or no floating-point one, or that differs
+            from one that it should equal.
     """
     source = Path(source)
     file = find_weight_file(source)
@@ -94,10 +99,10 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
     checkpoint = read_checkpoint(file)
     stored = {key.removeprefix(_PREFIX): tensor for key, tensor in checkpoint.tensors.items()}
     full_keys = {key.removeprefix(_PREFIX): key for key in checkpoint.tensors}
-    config, dropped, missing = _make_config(settings, original, options, file)
+    config, dropped, missing = _convert_settings(settings, original, options, file)
     if original.head == "wrapper":
         _add_generator_config(config, stored, missing, file)
-    expected, optional, aliases = list_tensor_shapes(original.head, original.ours, config)
+    expected, optional, aliases = build_tensor_table(original.head, original.ours, config)
     state, used = {}, []
     for key, tensor in stored.items():
         if key in expected:
@@ -138,12 +143,18 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
 
 
 def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
-    """Write a model folder of ours in the originals' keys, with all the names they have.
+    """Write a model folder of ours in the keys of the releases, as safetensors and config.json.
 
+    A tensor that a release stores under several names is written under each of them.
+
+    Args:
+        source: model folder.
+        folder: existing folder that the files are written into.
+        options: must not name domains.
     Returns:
-        the files.
+        paths of the written files.
     Raises:
-        UserError: if the folder is not a multiplexed model.
+        UserError: if `source` is not a multiplexed model, or `options` names domains.
     """
     if options.domains:
         raise UserError("--domains: a multiplexed model has no experts to choose from")
@@ -160,12 +171,12 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
         )
     head = ORIGINALS[name].head
     state = read_weights(source)
-    expected, _, aliases = list_tensor_shapes(head, class_name, config)
+    expected, _, aliases = build_tensor_table(head, class_name, config)
     tensors = {}
     for key, tensor in state.items():
         if key not in expected:
             raise UserError(f"{source}: {key} has no counterpart in {name}")
-        for alias in (key, *_list_release_names(key, aliases)):
+        for alias in (key, *_iterate_release_names(key, aliases)):
             tensors[alias] = tensor
     backbone = FAMILIES[config["model_type"]]
     positions = torch.arange(config["max_position_embeddings"])[None]
@@ -186,24 +197,28 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
 def _resolve_alias(
     key: str, aliases: Mapping[str, str], expected: Mapping[str, tuple[int, ...]]
 ) -> str | None:
-    """Resolve a key of the originals to our name of the same tensor; None if there is none."""
+    """Resolve a further name of the originals to our name of the tensor; None without one.
+
+    `expected` has the names of all tensors of the model.
+    """
     for start, target in aliases.items():
         if key.startswith(start) and target + key.removeprefix(start) in expected:
             return target + key.removeprefix(start)
     return None
 
 
-def _list_release_names(key: str, aliases: Mapping[str, str]) -> Iterator[str]:
-    """Yield the names under which a release may store one of our keys."""
+def _iterate_release_names(key: str, aliases: Mapping[str, str]) -> Iterator[str]:
+    """Yield the further names under which a release may store the tensor `key` of ours."""
     for start, target in aliases.items():
         if key.startswith(target):
             yield start + key.removeprefix(target)
 
 
 def _read_settings(folder: Path) -> tuple[dict[str, object], str]:
-    """Return the fields of config.json, and the original class.
+    """Return the fields of config.json, and the original class that it names.
 
-    Raise UserError if it names none of ours.
+    The wrapper of the releases nests the fields under `config` and has the class in `case`. Raise
+    UserError if the file is malformed or names no class of `ORIGINALS`.
     """
     path = folder / "config.json"
     settings = read_config_file(folder)
@@ -226,12 +241,16 @@ def _read_settings(folder: Path) -> tuple[dict[str, object], str]:
     return settings, name
 
 
-def _make_config(
+def _convert_settings(
     settings: Mapping[str, object], original: Original, options: Options, file: Path
 ) -> tuple[dict[str, object], dict[str, str], dict[str, str]]:
-    """Return our fields, the original fields that are dropped, and the defaults of absent ones.
+    """Convert the fields of an original config.json to ours.
 
-    Raise UserError for fields that are missing or cannot be converted.
+    Returns:
+        fields of our config.json; and as in `ConvertedModel`, the fields that are dropped, with the
+        reason, and those that are missing, with their default.
+    Raises:
+        UserError: for fields that are missing or cannot be converted.
     """
     path = file.parent / "config.json"
     present = {key: value for key, value in settings.items() if value is not None}
@@ -272,9 +291,17 @@ def _make_config(
 def _add_generator_config(
     config: dict[str, object], stored: Mapping[str, Tensor], missing: dict[str, str], file: Path
 ) -> None:
-    """Add the configuration of the wrapper's generator, as its weights show it, to `config`.
+    """Add the generator of a wrapper to `config` (`generator`, `generator_config`), if it has one.
 
-    Raise UserError if a weight is missing.
+    Sizes are those of the stored weights. The number of heads, which no weight shows, is set so
+    that a head is as wide as in the discriminator, and noted in `missing`.
+
+    Args:
+        config: fields of our config.json; changed in place.
+        stored: tensors of the checkpoint by name, without the prefix of the discriminator.
+        missing: see `ConvertedModel`; changed in place.
+    Raises:
+        UserError: if the feed-forward of the generator's first layer is missing or no matrix.
     """
     layers = [re.match(r"generator\.electra\.encoder\.layer\.(\d{1,4})\.", key) for key in stored]
     numbers = [int(layer[1]) for layer in layers if layer]

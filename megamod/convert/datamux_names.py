@@ -1,7 +1,7 @@
 """Names and shapes of the tensors of multiplexed models: ours, and the releases' names for them."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -29,19 +29,30 @@ _CLASSES = {
 }
 
 
-def list_tensor_shapes(
-    head: Head, class_name: str, config: Mapping[str, object]
-) -> tuple[Shapes, dict[str, str], dict[str, str]]:
-    """List the tensors of a model.
+class TensorTable(NamedTuple):
+    """Tensors that a checkpoint of a multiplexed model stores.
+
+    Attributes:
+        shapes: shape of each tensor by our name.
+        optional: our names of the tensors that a checkpoint may lack, with the reason.
+        aliases: further names of the originals for the same tensors, as prefixes: a key that starts
+            with a key of this mapping is our name after replacing the prefix by the value.
+    """
+
+    shapes: Shapes
+    optional: dict[str, str]
+    aliases: dict[str, str]
+
+
+def build_tensor_table(head: Head, class_name: str, config: Mapping[str, object]) -> TensorTable:
+    """Build the table of the tensors of a model, without allocating any.
 
     Args:
-        class_name: name of the model class.
+        head: kind of the model's head.
+        class_name: name of our model class.
         config: fields of our config.json.
-    Returns:
-        name -> shape; of those that a checkpoint may lack, name -> reason; and the other names of
-        the originals for the same tensors: prefix there -> prefix here.
     Raises:
-        UserError: for fields that make no model.
+        UserError: if the configuration class refuses `config`.
     """
     coefficient = config.get("retrieval_loss_coeff", 0)
     # Released classifiers keep the retrieval head; ours have one only if its loss counts.
@@ -57,13 +68,17 @@ def list_tensor_shapes(
     elif head in ("sequence", "token") and not coefficient:
         reason = "not used while retrieval_loss_coeff is 0"
         optional = {name: reason for name in tensors if name.startswith("retrieval_head.")}
-    return tensors, optional, _list_aliases(head, config)
+    return TensorTable(tensors, optional, _map_aliases(head, config))
 
 
 def _list_parameter_shapes(kind: type[PreTrainedModel], fields: Mapping[str, object]) -> Shapes:
-    """List names and shapes of a model's parameters, tied ones once; nothing is allocated.
+    """List the shapes of a model's parameters by name, tied ones once; nothing is allocated.
 
-    Raise UserError if transformers refuses the configuration.
+    Args:
+        kind: model class.
+        fields: fields of our config.json.
+    Raises:
+        UserError: if the configuration class refuses `fields`.
     """
     values = {name: value for name, value in fields.items() if name != "model_type"} | _SOME_IDS
     values["prefix_first_token_id"] = values["num_instances"]
@@ -76,8 +91,8 @@ def _list_parameter_shapes(kind: type[PreTrainedModel], fields: Mapping[str, obj
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _list_aliases(head: Head, config: Mapping[str, object]) -> dict[str, str]:
-    """Map the other names that the originals store to ours, by prefix."""
+def _map_aliases(head: Head, config: Mapping[str, object]) -> dict[str, str]:
+    """Map prefixes of the originals' further names to ours; see `TensorTable.aliases`."""
     family, demux = config["model_type"], config["demuxing_variant"]
     words = f"{FAMILIES[family]}.embeddings.word_embeddings.weight"
     aliases: dict[str, str] = {}
@@ -91,17 +106,20 @@ def _list_aliases(head: Head, config: Mapping[str, object]) -> dict[str, str]:
     if family == "mux_roberta" and head == "token" and demux == "index":
         aliases["demultiplexer.bias"] = "demultiplexer.decoder.bias"
     if head == "wrapper" and config.get("generator", "none") != "none":
-        aliases |= _list_generator_aliases(config, words)
+        aliases |= _map_generator_aliases(config, words)
     return aliases
 
 
-def _list_generator_aliases(config: Mapping[str, object], words: str) -> dict[str, str]:
-    """Map the other names of the generator's tensors to ours, by prefix."""
+def _map_generator_aliases(config: Mapping[str, object], words: str) -> dict[str, str]:
+    """Map prefixes of further names of the generator's tensors to ours.
+
+    `words` is our name of the discriminator's word embeddings.
+    """
     fields = {**config, **(config.get("generator_config") or {})}
     width = config.get("embedding_size", config["hidden_size"])
     shares_embeddings = fields.get("embedding_size", fields["hidden_size"]) == width
     if config["generator"] == "multiplexed":
-        inner = _list_aliases("mlm", fields)
+        inner = _map_aliases("mlm", fields)
         aliases = {f"generator.{name}": f"generator.{to}" for name, to in inner.items()}
     elif fields.get("tie_word_embeddings", True):
         prefix = "" if shares_embeddings else "generator."

@@ -1,6 +1,7 @@
-"""One expert of a model with experts, as an ordinary dense model folder.
+"""Export of one expert of a model with experts as an ordinary dense model folder.
 
-Of a stock family it is a stock folder again: transformers loads it without megamod.
+An expert of a decoder family of transformers becomes a folder that transformers loads without
+megamod.
 """
 
 from pathlib import Path
@@ -14,10 +15,17 @@ _SKIPPED = ("README.md", "run.yaml", "state.json", "manifest.json", "merge.json"
 
 
 def export(source: Path, folder: Path, options: Options) -> list[Path]:
-    """Write the expert of `options.domains`; its tokenizer and generation settings go along.
+    """Write the expert of the one domain in `options.domains` as a dense model folder.
 
+    Tokenizer and generation settings are copied, too.
+
+    Args:
+        source: model folder with experts.
+        folder: existing folder that the files are written into.
+    Returns:
+        paths of the written files.
     Raises:
-        UserError: if the folder has no experts, or the domain is not one of them.
+        UserError: if `source` has no experts, or `options` does not name one of them.
     """
     config = read_model_config(Path(source))
     if config.get("untie", "none") == "none":

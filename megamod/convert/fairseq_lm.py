@@ -69,11 +69,12 @@ def convert(source: Path, options: Options) -> ConvertedModel:
 
     Args:
         source: see the head of this module; `NAME-shared.*` alone picks that DEMix checkpoint.
-        options: `domains` are needed for DEMix; `num_attention_heads` where no settings tell.
+        options: `domains` names the experts in rank order, and `num_attention_heads` the heads of a
+            layer; both override the settings of the checkpoint.
     Raises:
-        UserError: naming the key, for a tensor that is unexpected, missing or of a wrong shape, for
-            an output matrix that differs from the embeddings, and for ranks of a domain that
-            differ; for settings that the model does not have.
+        UserError: for a file that is missing or cannot be selected, for settings that our model
+            does not have, for a tensor that is unexpected, missing or of a wrong shape, for an
+            output matrix that differs from the embeddings, and for ranks of one domain that differ.
     """
     source = Path(source)
     shared_file = _find_shared_file(source)
@@ -95,7 +96,8 @@ def convert(source: Path, options: Options) -> ConvertedModel:
     if both := sorted(any_expert.keys() & shared.tensors.keys()):
         raise UserError(f"{file}: {both[0]} is also in the rank files")
     dense = shared.tensors | any_expert
-    layers, config = _detect_shape(dense, settings, options, file)
+    config = _detect_config(dense, settings, options, file)
+    layers = config["num_hidden_layers"]
     names = build_key_map(layers)
     _check_tensors(dense, names, config, file)
     untie = _detect_untie(any_expert, layers, file) if has_rank_weights else "none"
@@ -119,14 +121,19 @@ def convert(source: Path, options: Options) -> ConvertedModel:
 def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
     """Write a model folder of ours in fairseq's keys, as safetensors with settings in config.json.
 
-    A dense model becomes model.safetensors; one with experts checkpoint_last-shared.safetensors and
-    one rank file per domain. `convert` reads both back, tensor for tensor.
+    A dense model becomes model.safetensors. A model with experts becomes
+    checkpoint_last-shared.safetensors and checkpoint_last-rank-<r>.safetensors, one for each
+    domain. `convert` reads both back, tensor for tensor.
 
+    Args:
+        source: model folder.
+        folder: existing folder that the files are written into.
+        options: must not name domains, because all experts are exported.
     Returns:
-        the files.
+        paths of the written files.
     Raises:
-        UserError: if the folder is not a language model of ours, or more than feed-forwards are
-            held per domain; if some of the experts are asked for.
+        UserError: if `source` is not a language model of ours, if it has domain parameters outside
+            feed-forwards or a tensor that fairseq lacks, or if `options` names domains.
     """
     if options.domains:
         raise UserError("--domains: all experts are exported to fairseq, there is no choice")
@@ -177,13 +184,15 @@ def _rename_to_fairseq(
 
 
 def _insert_domain(name: str, domain: str) -> str:
+    """Return our name of a feed-forward tensor inside the expert of `domain`."""
     return name.replace(".feed_forward.", f".feed_forward.{EXPERTS_COMPONENT}.{domain}.", 1)
 
 
 def _find_shared_file(source: Path) -> Path | None:
-    """Find the shared file of a DEMix checkpoint; None if the source is not one.
+    """Find the shared file of a DEMix checkpoint; None if `source` is not one.
 
-    Raise UserError if there are several, none for the rank files, or no source.
+    In a folder checkpoint_last is preferred, then checkpoint_best. Raise UserError if `source` does
+    not exist, has several other shared files, or has rank files without a shared file.
     """
     if source.is_file():
         return source if source.stem.endswith("-shared") else None
@@ -201,9 +210,9 @@ def _find_shared_file(source: Path) -> Path | None:
 
 
 def _find_rank_files(shared_file: Path) -> list[Path]:
-    """Find the rank files of a DEMix checkpoint in rank order.
+    """Find the rank files that belong to the shared file of a DEMix checkpoint, in rank order.
 
-    Raise UserError if one is missing.
+    Raise UserError if there is none, or a number between 0 and the largest rank is missing.
     """
     stem, ending = shared_file.stem.removesuffix("-shared"), shared_file.suffix
     files = {}
@@ -219,7 +228,10 @@ def _find_rank_files(shared_file: Path) -> list[Path]:
 
 
 def _find_dense_file(source: Path) -> Path:
-    """Find the weight file of a dense checkpoint; raise UserError if the choice is not clear."""
+    """Find the weight file of a dense checkpoint: `source` itself, or a file of this folder.
+
+    Raise UserError if the folder has no such file, or several without one of the usual names.
+    """
     if source.is_file():
         return source
     expected = [*_DENSE_FILES, *(stem + ending for stem in _STEMS for ending in _ENDINGS)]
@@ -235,9 +247,10 @@ def _find_dense_file(source: Path) -> Path:
 
 
 def _read_settings(folder: Path, checkpoint: Checkpoint) -> dict[str, object]:
-    """Return the settings of config.json, overridden by the checkpoint's cfg.model, else args.
+    """Merge the settings of `folder`/config.json, if it exists, with those in the checkpoint.
 
-    Raise UserError if config.json is malformed.
+    The checkpoint's are `cfg.model`, or `args` if there is no `cfg.model`. They win over
+    config.json; null counts as absent. Raise UserError if config.json is malformed.
     """
     in_folder = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
     cfg = checkpoint.settings.get("cfg")
@@ -253,7 +266,7 @@ def _read_settings(folder: Path, checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def _check_settings(settings: Mapping[str, object], file: Path) -> None:
-    """Raise UserError for a setting of the model that our GPT does not have."""
+    """Raise UserError for a setting that differs from the only value of our model."""
     for key, needed in _SETTINGS.items():
         if settings.get(key, needed) != needed:
             raise UserError(
@@ -265,7 +278,11 @@ def _check_settings(settings: Mapping[str, object], file: Path) -> None:
 def _collect_experts(
     ranks: Sequence[Checkpoint], domains: Sequence[str], shared_file: Path
 ) -> dict[str, dict[str, Tensor]]:
-    """Collect each domain's expert from its first rank; raise UserError if another rank differs."""
+    """Collect the tensors of each domain's expert from the first of its ranks.
+
+    Raise UserError if the number of domains does not divide the number of ranks, if keys or shapes
+    differ between ranks, or if ranks of one domain hold different values.
+    """
     where = shared_file.parent
     if not domains or len(ranks) % len(domains):
         listed = f"{len(domains)} names ({', '.join(domains)})" if domains else "nothing"
@@ -294,12 +311,19 @@ def _collect_experts(
     return experts
 
 
-def _detect_shape(
+def _detect_config(
     dense: Mapping[str, Tensor], settings: Mapping[str, object], options: Options, file: Path
-) -> tuple[int, dict[str, object]]:
-    """Detect layer count and configuration fields from the shapes of the weights.
+) -> dict[str, object]:
+    """Detect the fields of our config.json, without `domains` and `untie`.
 
-    Raise UserError for missing weights, or a number of heads that is unknown or does not fit.
+    Sizes are those of the weights. The number of heads is that of `options`, or else of `settings`.
+
+    Args:
+        dense: all tensors of a dense model, or of a DEMix model with one of its experts, by
+            fairseq's keys.
+    Raises:
+        UserError: if a weight that shows a size is missing or no matrix, or if the number of heads
+            is unknown or does not divide the hidden size.
     """
     for key in (_TOKENS, _POSITIONS, "decoder.layers.0.fc1.weight"):
         if key not in dense:
@@ -318,7 +342,7 @@ def _detect_shape(
             else f"--num_attention_heads is needed: {file} holds no settings that tell, and no "
             "config.json lies in its folder"
         )
-    return layers, {
+    return {
         "model_type": "demix",
         "architectures": ["DemixForCausalLM"],
         "vocab_size": vocab,
@@ -333,12 +357,16 @@ def _detect_shape(
 def _check_tensors(
     dense: Mapping[str, Tensor], names: Mapping[str, str], config: Mapping[str, object], file: Path
 ) -> None:
-    """Check that the tensors are exactly the expected ones, in their shapes."""
+    """Raise UserError unless a model has the tensors that `config` implies, and no others.
+
+    Shapes must fit, dtypes must be floating-point, and a stored output matrix must equal the
+    embeddings. The keys of `names` are the expected keys of fairseq.
+    """
     if unexpected := sorted(dense.keys() - names.keys() - {_OUTPUT, _VERSION}):
         raise UserError(f"{file}: {unexpected[0]} is unexpected (of {len(unexpected)} such keys)")
     if missing := sorted(names.keys() - dense.keys()):
         raise UserError(f"{file}: {missing[0]} is missing (of {len(missing)} such keys)")
-    for key, expected in _list_expected_shapes(names, config):
+    for key, expected in _iterate_expected_shapes(names, config):
         if tuple(dense[key].shape) != expected:
             raise UserError(f"{file}: {key} has shape {tuple(dense[key].shape)}, not {expected}")
         if not dense[key].is_floating_point():
@@ -347,10 +375,10 @@ def _check_tensors(
         raise UserError(f"{file}: {_OUTPUT} differs from {_TOKENS}, to which it should be tied")
 
 
-def _list_expected_shapes(
+def _iterate_expected_shapes(
     names: Mapping[str, str], config: Mapping[str, object]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the key and shape of every tensor of a dense model."""
+    """Yield fairseq's key and the shape of every tensor of a dense model; `names` has its keys."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     matrices = {"fc1": (inner, width), "fc2": (width, inner)}
     for key in names:
@@ -366,7 +394,10 @@ def _list_expected_shapes(
 
 
 def _detect_untie(expert_tensors: Mapping[str, Tensor], layer_count: int, file: Path) -> str:
-    """Detect `untie` from the tensors in rank files; raise UserError for another layout."""
+    """Detect our field `untie`, the layers with experts, from the tensors of one rank file.
+
+    Raise UserError if these are not the feed-forwards of all layers, every second or the last.
+    """
     kinds = {
         "feedforward": range(layer_count),
         "feedforward_every_other": range(1, layer_count, 2),

@@ -29,13 +29,17 @@ _TWINS = {_TIED: _WORDS, "cls.predictions.decoder.bias": "cls.predictions.bias"}
 
 
 def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
-    """Read a checkpoint and rename its tensors to current names.
+    """Read a checkpoint and rename its tensors to the current names of transformers.
+
+    A few tensors that belong to no BERT are dropped and reported. A matrix that equals the one it
+    is tied to is dropped, too.
 
     Args:
         source: folder with config.json and pytorch_model.bin or model.safetensors, or that file.
+        options: without effect.
     Raises:
-        UserError: if it is no BERT, has parts that no BERT has, or word embeddings of another
-            shape than config.json says.
+        UserError: if config.json is not that of a BERT, if too many tensors belong to no BERT, or
+            if word embeddings are missing or of another shape than config.json says.
     """
     file = find_weight_file(Path(source))
     path, config = file.parent / "config.json", read_config_file(file.parent)
@@ -90,7 +94,7 @@ def _is_bert_tensor(name: str) -> bool:
 
 
 def _normalise_name(key: str) -> str:
-    """Rename a key to the current name, with the prefix of the encoder."""
+    """Rename a key of any version to the current name, with the prefix "bert." for the encoder."""
     name = key.removeprefix("module.")
     for old, new in _OLD.items():
         name = name.replace(old, new)
@@ -98,7 +102,13 @@ def _normalise_name(key: str) -> str:
 
 
 def _describe_head(state: dict[str, torch.Tensor], config: dict[str, object]) -> dict[str, object]:
-    """Return the fields of config.json that describe the head in the weights."""
+    """Return the fields of config.json for the head in the weights, or for a bare encoder.
+
+    Args:
+        state: tensors by current names.
+        config: fields of the original config.json, for the names of labels, and for a classifier
+            of tokens or of sequences.
+    """
     if "classifier.weight" in state:
         count = len(state["classifier.weight"])
         named = str((config.get("architectures") or [""])[0])

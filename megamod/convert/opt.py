@@ -1,8 +1,8 @@
-"""To the OPT class of transformers: the way to run a model of ours where megamod is not installed.
+"""Export to the OPT class of transformers, to run a model of ours without megamod.
 
 OPT is the same decoder (learned positions with two rows in front, pre-norm, biases everywhere) but
 does not scale its embeddings. The factor is multiplied into the embedding matrix, which then cannot
-be tied to the output matrix: the result has both and is larger by one of them.
+be tied to the output matrix. The exported model stores both, and is larger by one of them.
 """
 
 import math
@@ -40,16 +40,19 @@ _FIELDS += ("max_position_embeddings", "bos_token_id", "pad_token_id", "eos_toke
 def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
     """Write a dense model, an ELM or one expert of a DEMix model for `OPTForCausalLM`.
 
-    Logits are equal if padded inputs come with an attention mask; OPT does not look for padding by
-    itself.
+    Logits equal those of the model here, if padded inputs come with an attention mask: OPT does not
+    derive one from the padding ids.
 
     Args:
-        options: its one domain names the expert, where there are several.
+        source: model folder.
+        folder: existing folder that model.safetensors and config.json are written into.
+        options: `domains` names the expert of a model with experts; empty for a dense model.
     Returns:
-        the files.
+        paths of the written files.
     Raises:
-        UserError: if the folder is not a language model of ours, no single expert is named, or
-            OPT cannot have its arithmetic.
+        UserError: if `source` is not a language model of ours, if `options` does not name one
+            expert, or names one of a dense model, if the epsilon of the norms is not that of OPT,
+            or if scaled embeddings are not finite.
     """
     config = _read_config(source)
     state = _select_dense_weights(read_weights(source), config["untie"], options.domains, source)
@@ -74,7 +77,10 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
 
 
 def _read_config(source: Path) -> dict[str, object]:
-    """Read config.json; raise UserError unless it is that of our GPT with OPT's norm epsilon."""
+    """Read config.json of our causal language model.
+
+    Raise UserError for another model type, a missing field, or another norm epsilon than OPT's.
+    """
     config = read_config_file(source)
     if config.get("model_type") != "demix":
         raise UserError(f"{source}: model_type is {config.get('model_type')!r}; needed is 'demix'")
@@ -92,9 +98,14 @@ def _read_config(source: Path) -> dict[str, object]:
 def _select_dense_weights(
     state: Mapping[str, Tensor], untie: str, domains: tuple[str, ...], source: Path
 ) -> Mapping[str, Tensor]:
-    """Select the weights of one dense model.
+    """Select the weights of a dense model: all of them, or the shared ones with one expert's.
 
-    Raise UserError if `domains` does not name one expert.
+    Args:
+        state: weights of the whole model.
+        untie: field of config.json; "none" for a model without experts.
+        domains: the expert; empty for a model without experts.
+    Raises:
+        UserError: if `domains` does not name one expert, or names one where there are none.
     """
     if untie == "none":
         if domains:
@@ -109,10 +120,10 @@ def _select_dense_weights(
 
 
 def _scale_embeddings(tokens: Tensor, source: Path) -> Tensor:
-    """Multiply the embeddings [V, D] by the factor that our model applies in each pass.
+    """Multiply the embeddings [V, D] by sqrt(D), the factor that our model applies in each pass.
 
-    It is rounded to the dtype of the weights, as the product is there. Raise UserError if it is not
-    finite.
+    The product is rounded to the dtype of the weights, as in our model. Raise UserError if it is
+    not finite.
     """
     scaled = math.sqrt(tokens.shape[1]) * tokens
     if not torch.isfinite(scaled).all():
@@ -121,7 +132,7 @@ def _scale_embeddings(tokens: Tensor, source: Path) -> Tensor:
 
 
 def _make_opt_config(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
-    """Make the config.json of OPT from that of our GPT."""
+    """Make the fields of OPT's config.json from those of ours."""
     return {
         "model_type": "opt",
         "architectures": ["OPTForCausalLM"],

@@ -98,12 +98,14 @@ class Checkpoint:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read the weights of a `.safetensors` file, an index of shards, or a pickle of `torch.save`.
 
-    Of a dict with the key "model" these are the tensors of that entry (fairseq), else those of the
-    dict itself. An index (`*.index.json`) stands for all of its shards.
+    The tensors of a pickle are those in its entry "model" (fairseq), or in its top-level dict if
+    there is no such entry; its settings are its entries "cfg", "args" and "config". Other files
+    have no settings. An index (`*.index.json`) stands for all of its shards. A pickle is read in a
+    child process with limits, see the module docstring.
 
     Raises:
-        UserError: if the file is missing, malformed, too large for its length, or a pickle that
-            names anything but tensors and plain containers.
+        UserError: if the file is missing or malformed, if a shard is missing, or if a pickle
+            exceeds the limits or names anything but tensors and plain containers.
     """
     path = Path(path)
     if not path.is_file():
@@ -135,7 +137,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read_shards(index: Path) -> Checkpoint:
-    """Read all shards of an index; raise UserError if a tensor is not in its shard."""
+    """Read all shards of an index; raise UserError if a listed tensor is in none of them."""
     tensors: dict[str, Tensor] = {}
     for shard in list_shards(index):
         tensors |= read_checkpoint(shard).tensors
@@ -145,12 +147,31 @@ def _read_shards(index: Path) -> Checkpoint:
     return Checkpoint(tensors, {})
 
 
-def list_shards(index: Path) -> list[Path]:
-    """List the files of an index, in alphabetical order.
+def find_weight_file(source: Path) -> Path:
+    """Find the file that `read_checkpoint` reads: `source` itself, or a file of this folder.
+
+    In a folder that is the first of `WEIGHT_FILES`, or else of `INDEX_FILES`, that exists.
 
     Raises:
-        UserError: if the index is malformed or names a file outside its folder or one that is not
-            there.
+        UserError: if `source` does not exist, or the folder has none of them.
+    """
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise UserError(f"--input {source} does not exist")
+    names = (*WEIGHT_FILES, *INDEX_FILES)
+    existing = [source / name for name in names if (source / name).is_file()]
+    if not existing:
+        raise UserError(f"--input {source}: has none of {', '.join(names)}")
+    return existing[0]
+
+
+def list_shards(index: Path) -> list[Path]:
+    """List the weight files that an index names, in alphabetical order.
+
+    Raises:
+        UserError: if the index is malformed, or names a file outside its folder or one that does
+            not exist.
     """
     names = sorted(set(read_index(index.parent, index.name).values()))
     for name in names:
@@ -198,7 +219,10 @@ def list_pickle_globals(path: Path) -> set[str]:
 
 
 def _iterate_pickle_globals(file: BinaryIO) -> Iterator[str]:
-    """Yield the names in one pickle; the stream is left after its end."""
+    """Yield the full names that one pickle looks up, "?" for a computed one.
+
+    `file` is read up to the end of the pickle. Raise ValueError if it holds none.
+    """
     strings: list[str] = []  # the last two strings that were pushed
     memo: dict[int, str] = {}
     memorable: str | None = None
@@ -228,7 +252,7 @@ def _iterate_pickle_globals(file: BinaryIO) -> Iterator[str]:
 
 
 def _read_safetensors(path: Path) -> "dict[str, Tensor]":
-    """Read the tensors of a safetensors file; raise UserError if it is not whole."""
+    """Read the tensors of a safetensors file by name; raise UserError if it is not whole."""
     from safetensors.torch import load_file
 
     with report_damage(f"{path}: is not a whole safetensors file"):
@@ -236,9 +260,10 @@ def _read_safetensors(path: Path) -> "dict[str, Tensor]":
 
 
 def _run_child() -> None:
-    """Check the pickle named first on the command line and copy it to the folder named second.
+    """Run the child process: copy a pickle into a folder as tensors.safetensors and settings.json.
 
-    Raise UserError if it names anything but tensors, plain values and settings.
+    The command line names the pickle and the folder. Raise UserError if the pickle names anything
+    but tensors, plain values and settings.
     """
     path, folder = Path(sys.argv[1]), Path(sys.argv[2])
     _limit_resources(path.stat().st_size)
@@ -262,7 +287,11 @@ def _run_child() -> None:
 
 
 def _limit_resources(file_bytes: int) -> None:
-    """Bound this process: a file cannot make it take much more than a multiple of its length."""
+    """Limit memory, processor time and file size of this process by the length of the checkpoint.
+
+    Args:
+        file_bytes: length of the checkpoint.
+    """
     gigabyte = 2**30
     seconds = 60 + file_bytes // (20 * 2**20)
     for kind, limit in (
@@ -280,7 +309,11 @@ def _limit_resources(file_bytes: int) -> None:
 
 
 def _load_pickle(path: Path) -> "tuple[dict[str, Tensor], dict[str, object]]":
-    """Load tensors and settings of a checked pickle; raise UserError for other content."""
+    """Load the tensors and settings of a pickle whose names have been checked.
+
+    Raise UserError if torch refuses it, if it is not a dict of ordinary tensors, or if its tensors
+    have more elements than it stores, or too many for its length.
+    """
     import pickle  # for the name of its error; nothing is unpickled by it
 
     import torch
@@ -330,6 +363,7 @@ class _StandIn:
 
     @classmethod
     def make_type(cls, name: str) -> type:
+        """Make a subclass for the full name of a type, with the last part as its own name."""
         return type(name.rpartition(".")[2], (cls,), {})
 
     def __new__(cls, *arguments: object) -> "_StandIn":
@@ -345,12 +379,17 @@ class _StandIn:
 
 
 def _to_json_value(value: object, depth: int, budget: Iterator[int], path: Path) -> object:
-    """Convert a value to plain JSON values; a type or tensor among the settings becomes null.
+    """Convert a value to plain JSON values.
+
+    A value of another type, such as a tensor, becomes null, and so does what is nested more than 20
+    levels deep.
 
     Args:
-        budget: has an item for every value that may still come.
+        depth: nesting of the value, 0 at the top.
+        budget: iterator with an item for every value that may still come; consumed.
+        path: the checkpoint, for messages.
     Raises:
-        UserError: naming the path, if there are more.
+        UserError: if `budget` is exhausted.
     """
     if next(budget, None) is None:
         raise UserError(f"{path}: its settings have more than {_MOST_SETTINGS:,} values")
@@ -376,7 +415,10 @@ def _to_json_value(value: object, depth: int, budget: Iterator[int], path: Path)
 
 
 def _unpack_scalar(dtype: object, data: object) -> int | float | bool | None:
-    """Unpack a numpy scalar from the stand-in of its element type and its bytes."""
+    """Unpack a numpy scalar from the stand-in of its element type and its bytes.
+
+    Return None for an element type that is no number, or bytes of another length.
+    """
     fields = vars(dtype) if isinstance(dtype, _StandIn) else {}
     code, order = (fields.get("arguments") or ("",))[0], (fields.get("state") or (3, "<"))[1]
     code = _ELEMENTS.get(code) if isinstance(code, str) else None
@@ -387,20 +429,3 @@ def _unpack_scalar(dtype: object, data: object) -> int | float | bool | None:
 
 if __name__ == "__main__":
     run_main(_run_child)
-
-
-def find_weight_file(source: Path) -> Path:
-    """Find the weights of a folder, the index of its shards, or the file itself.
-
-    Raises:
-        UserError: if there are none.
-    """
-    if source.is_file():
-        return source
-    if not source.is_dir():
-        raise UserError(f"--input {source} does not exist")
-    names = (*WEIGHT_FILES, *INDEX_FILES)
-    existing = [source / name for name in names if (source / name).is_file()]
-    if not existing:
-        raise UserError(f"--input {source}: has none of {', '.join(names)}")
-    return existing[0]

@@ -35,7 +35,12 @@ FAIRSEQ = (".pt", ".pth")
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A checked model: its configuration, and the folder or hub name to load it from."""
+    """A checked model.
+
+    Attributes:
+        name: folder or hub name to load it from; for a released checkpoint, the converted folder.
+        config: its configuration.
+    """
 
     name: str
     config: PreTrainedConfig
@@ -47,15 +52,19 @@ def resolve_model(
     accepts_type: Callable[[str], bool] = lambda model_type: True,
     needed_kind: str = "",
 ) -> ResolvedModel:
-    """Check a model folder or hub name; convert a released checkpoint into the user's cache.
+    """Check a model folder or hub name; convert a released checkpoint of MUX-PLM or DataMUX.
+
+    A conversion is written to `megamod/converted` in the user's cache folder ($XDG_CACHE_HOME or
+    ~/.cache), and used again while the files of the checkpoint do not change.
 
     Args:
+        source: model folder or hub name.
         flag: option or key that named the source, for messages.
-        accepts_type: whether the command can use a model type.
+        accepts_type: returns True for a model type that the command can use.
         needed_kind: the kind of model that is accepted, for the message.
     Raises:
-        UserError: if there is no configuration, or the model is of another kind than it or the
-            command says.
+        UserError: if there is no configuration that can be used, if its architecture is not that
+            of its model type, if `accepts_type` refuses the type, or if the conversion fails.
     """
     where = f"{flag} {source}"
     fields = _read_config_fields(source, where)
@@ -72,13 +81,18 @@ def resolve_model(
 
 
 def is_model_source(name: str) -> bool:
-    """Return True for a folder with config.json and for a hub name, such as owner/model."""
+    """Return True for a folder with config.json and for a possible hub name OWNER/MODEL.
+
+    The hub is not asked, and a hub name without an owner counts as none.
+    """
     path = Path(name)
     return (path / "config.json").is_file() or (name.count("/") == 1 and not path.exists())
 
 
 def has_weights(name: str) -> bool:
-    """Return True for a hub name, and for a folder with weights, whole or sharded.
+    """Return True for a folder with weights, whole or sharded, and for any name of no folder.
+
+    Such a name is taken as that of a model on the hub, which has weights.
 
     Raises:
         UserError: if a shard is missing.
@@ -95,14 +109,18 @@ def has_auto_class(auto: type, model_type: str) -> bool:
         return False
 
 
-def _is_stock_type(kind: object) -> bool:
-    """Return True for a model type of transformers or an unknown one, not ours."""
+def _is_foreign_type(kind: object) -> bool:
+    """Return True unless `kind` is a model type of megamod: a stock type or an unknown one."""
     known = isinstance(kind, str) and kind in CONFIG_MAPPING
     return not known or CONFIG_MAPPING[kind].__module__.startswith("transformers.")
 
 
 def _read_config_fields(source: str, where: str) -> dict[str, object]:
-    """Read the fields of config.json, of a folder or from the hub; raise UserError without one."""
+    """Read the fields of config.json, from a folder or else from the hub.
+
+    `where` is the flag and the source, for messages. Raise UserError if there is no config.json, or
+    one that cannot be used.
+    """
     path = Path(source)
     if path.suffix in FAIRSEQ or (path.is_dir() and not (path / "config.json").is_file()):
         if path.is_file() or any(file.suffix in FAIRSEQ for file in path.glob("*")):
@@ -128,8 +146,18 @@ def _read_config_fields(source: str, where: str) -> dict[str, object]:
 def _check_fields(
     fields: Mapping[str, object], kind: object, original: str | None, source: str, where: str
 ) -> None:
-    """Refuse a configuration whose architecture is not what its model type says."""
-    if original is not None or not _is_stock_type(kind):
+    """Raise UserError for a configuration that no class here or in transformers implements.
+
+    Such are unknown types and classes, released checkpoints of CA-MTL, multiplexed models without
+    the name of their class, and quantised weights. Our own types are not checked.
+
+    Args:
+        fields: fields of config.json.
+        kind: model type.
+        original: class of a released checkpoint, which is accepted; None: it is none.
+        source, where: the model, and the flag with it, for messages.
+    """
+    if original is not None or not _is_foreign_type(kind):
         return
     if kind not in CONFIG_MAPPING:
         raise UserError(
@@ -158,9 +186,9 @@ def _check_fields(
 
 
 def _convert_into_cache(source: str, flag: str) -> Path:
-    """Convert a released checkpoint into the cache, unless it is there; return the folder.
+    """Return the folder of a converted checkpoint in the user's cache; write it if it is absent.
 
-    Raise UserError if that fails.
+    Raise UserError if the checkpoint cannot be converted or the cache cannot be written.
     """
     folder = resolve_model_folder(source, flag)
     stored = find_weight_file(folder)

@@ -13,12 +13,14 @@ from megamod.states.weights import is_finite, write_index, write_weights
 
 
 def write_converted_model(converted: ConvertedModel, folder: Path, dtype: str) -> None:
-    """Write configuration and weights.
+    """Write config.json and the weight files into `folder`, with an index if there are experts.
 
     Args:
-        dtype: name of the element type, such as "float32".
+        folder: an existing folder.
+        dtype: name of the element type that all tensors are stored in, such as "float32".
     Raises:
-        UserError: for names that cannot be a domain, and weights that the dtype cannot hold.
+        UserError: if transformers refuses the configuration, such as a name that cannot be a
+            domain, or if a tensor has values that are not finite in `dtype`.
     """
     fields = dict(converted.config)
     try:
