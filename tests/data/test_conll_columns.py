@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamod.data.tasks.conll import read_conll
-from megamod.data.tasks.ner import read_token_task
 from megamod.data.tasks.specs import make_token_task
+from megamod.data.tasks.word_labels import read_token_task
 from megamod.errors import UserError
 from megamod.evaluation.ner import iterate_entities, score_words
 

@@ -130,8 +130,8 @@ def test_negative_ids_and_workers(tmp_path):
     dataset = IndexedDataset(tmp_path / "a", 7, scan=False)
     kind, arguments = dataset.__reduce__()
     for opened in (dataset, kind(*arguments)):
-        opened.check(opened.tokens[:2], 0)
-        assert "token id -1 at byte 8" in refused(opened.check, opened.tokens[1:], 1)
+        opened.check_read_ids(opened.tokens[:2], 0)
+        assert "token id -1 at byte 8" in refused(opened.check_read_ids, opened.tokens[1:], 1)
 
 
 def test_a_header_that_cannot_be_read_is_no_fairseq_folder(copy):

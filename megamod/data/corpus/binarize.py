@@ -60,7 +60,7 @@ MOST_WORKERS = 1024
 
 @dataclass
 class ItemCounter:
-    """Number, UTF-8 bytes and digest of the items of one split.
+    """Counter of the items of one split: their number, UTF-8 bytes and digest.
 
     The digest covers the length of each item, so that other item boundaries change it.
     """
@@ -101,6 +101,9 @@ def binarize(
 ) -> dict:
     """Write a data-bin and return its header.
 
+    A killed run leaves the hidden folder `.NAME.partial` next to `output`; the same call resumes
+    there with the next split.
+
     Args:
         inputs: a source for `open_document_source` by domain; all later steps keep this order.
         tokenizer: an argument of `load_tokenizer`, `sentencepiece:VOCAB` or `wordpiece:VOCAB` to
@@ -122,8 +125,9 @@ def binarize(
         The content of databin.json, see `DataBinHeader`.
 
     Raises:
-        UserError: on bad input, an empty split, or an output folder that is not empty and not the
-            same data-bin.
+        UserError: for bad input or an empty split, for an output folder that is not empty and not
+            the same data-bin, that another run writes, or that cannot be written, and if a worker
+            process dies.
     """
     output = Path(output).absolute()
     _check_domain_names(inputs)
@@ -156,7 +160,7 @@ def binarize(
     tallies = {name: _count_items(name, source, item_unit) for name, source in sources.items()}
     if not isinstance(tokenizer, Tokenizer):
         logger.info("training the tokenizer %s, up to a minute", named)
-        tokenizer = train(_sample_train_documents(sources, tallies))
+        tokenizer = train(_iterate_train_sample(sources, tallies))
     header = {
         "format": FORMAT,
         "tokenizer": {"kind": tokenizer.kind, "digest": tokenizer.digest},
@@ -199,7 +203,7 @@ def binarize(
 
 
 def _check_domain_names(inputs: Mapping[str, object]) -> None:
-    """Raise UserError if there is no domain, or a name that cannot be a folder of a data-bin."""
+    """Raise UserError if there is no domain, or one whose name cannot be a folder of a data-bin."""
     if not inputs:
         raise UserError("no domain given: pass --input NAME=PATH or --builtin")
     for name in inputs:
@@ -209,7 +213,10 @@ def _check_domain_names(inputs: Mapping[str, object]) -> None:
 
 
 def _read_existing_header(output: Path) -> dict | None:
-    """Read the header of a data-bin; None if there is nothing, UserError for other content."""
+    """Read the header of an existing data-bin; return None for an absent or empty folder.
+
+    Raise UserError if the folder holds anything else.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     try:
@@ -224,7 +231,12 @@ def _read_existing_header(output: Path) -> dict | None:
 def _compute_identity(
     header: Mapping[str, object], digests: Mapping[str, Mapping[str, str]]
 ) -> str:
-    """Compute the digest of all that decides the content of a data-bin."""
+    """Compute the SHA-256 of everything that decides the content of a data-bin.
+
+    Args:
+        header: its keys `tokenizer`, `items` and `bos` count.
+        digests: digest of the text by domain and split; the order of domains counts.
+    """
     ordered = [
         [name, *(split_digests[split] for split in SPLITS)]
         for name, split_digests in digests.items()
@@ -235,9 +247,10 @@ def _compute_identity(
 
 
 def _compute_header_identity(header: dict) -> str:
-    """Compute the identity of an existing data-bin from its header.
+    """Compute the identity of an existing data-bin from its header, see `_compute_identity`.
 
-    A header of an earlier version lacks digests, so that its identity equals no other.
+    A header of an earlier version may lack digests of text. Its identity then equals no other, so
+    that such a data-bin is never taken for one of the same text.
     """
     digests = {
         name: {split: splits.get(split, {}).get("text_sha256") for split in SPLITS}
@@ -249,7 +262,10 @@ def _compute_header_identity(header: dict) -> str:
 def _iterate_items(
     source: DocumentSource, item_unit: str, only_split: str | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Yield split and text of the lines or documents of a source."""
+    """Yield split and text of each item of a source: its lines or documents, by `item_unit`.
+
+    `only_split` limits them to one split; None: all splits.
+    """
     return (
         source.iterate_lines(only_split)
         if item_unit == "line"
@@ -258,7 +274,10 @@ def _iterate_items(
 
 
 def _count_items(name: str, source: DocumentSource, item_unit: str) -> dict[str, ItemCounter]:
-    """Read a whole source, which raises all errors of its content; a tally per split."""
+    """Read the whole source of domain `name` and count its items: a counter for each split.
+
+    Raise UserError for content that cannot be read, and for a split without text.
+    """
     tallies = {split: ItemCounter() for split in SPLITS}
     for split, text in progress(
         _iterate_items(source, item_unit), f"reading {name}", unit=item_unit
@@ -277,7 +296,7 @@ def _count_items(name: str, source: DocumentSource, item_unit: str) -> dict[str,
     return tallies
 
 
-def _sample_train_documents(
+def _iterate_train_sample(
     sources: Mapping[str, DocumentSource], tallies: Mapping[str, Mapping[str, ItemCounter]]
 ) -> Iterator[str]:
     """Yield evenly spaced train documents: about `SAMPLE_BYTES`, an equal part from each domain."""
@@ -290,11 +309,15 @@ def _sample_train_documents(
 
 @contextmanager
 def _lock_work_folder(output: Path, key: str) -> Iterator[Path]:
-    """Yield a hidden folder next to `output`, whose name is held; remove it on success.
+    """Create and yield a work folder: `.NAME.partial` next to `output`; remove it on success.
 
-    Raise UserError if another run has locked it.
+    The name of `output` is locked meanwhile. If a killed run with the same `key` left the folder,
+    its content is kept, else it is emptied. If the block raises, the folder stays.
 
-    It is emptied unless an interrupted run of the same key left it.
+    Args:
+        key: identity of the data-bin, see `_compute_identity`; run.json records it.
+    Raises:
+        UserError: if another run holds the name.
     """
     work = output.with_name(f".{output.name}.partial")
     with hold_name(output):
@@ -318,9 +341,23 @@ def _write_splits(
     workers: int,
     work: Path,
 ) -> dict[str, dict[str, dict]]:
-    """Write the incomplete splits; return header entries by domain and split.
+    """Write the token files of all splits that are not complete; return all header entries.
 
-    Raise UserError if a text has changed since it was first read.
+    `work/databin` becomes the data-bin. `work/parts/NAME.SPLIT.json` records the header entry of
+    each written split. A split is complete if this record exists, has digests of blocks, and has
+    the digests of both token files. Files of any other split, temporary ones too, are deleted, and
+    the split is written anew.
+
+    Args:
+        sources: source of each domain.
+        tallies: counter of each domain and split from the first reading.
+        item_unit: "document" or "line".
+        workers: number of processes that encode.
+        work: see `_lock_work_folder`.
+    Returns:
+        entries by domain and split, as in `DataBinHeader.domains`.
+    Raises:
+        UserError: if a text has changed since it was first read.
     """
     domains: dict[str, dict[str, dict]] = {name: {} for name in sources}
     total = sum(tally.bytes for counters in tallies.values() for tally in counters.values())
@@ -361,7 +398,14 @@ def _write_split(
     encode: EncodeTexts,
     report_bytes: Callable[[int], object],
 ) -> dict:
-    """Encode and write the items of a split; return its entry of the header."""
+    """Encode the items of a split and write its two token files; return its header entry.
+
+    Args:
+        texts: the items.
+        prefix: path of the files without ending.
+        encode: see `open_encoder`.
+        report_bytes: called with the number of bytes of text since its last call.
+    """
     tally = ItemCounter()
     start = [tokenizer.bos_id] if add_bos else []
     tokens, largest, reported = 0, tokenizer.eos_id, 0
@@ -392,13 +436,20 @@ def _write_split(
 
 
 def _hash_split_files(prefix: Path) -> dict[str, str]:
-    """Hash those of the two files of a split that exist."""
+    """Compute the SHA-256 of those of the two files of a split that exist, by ending."""
     files = {ending: prefix.with_name(f"{prefix.name}.{ending}") for ending in ("bin", "idx")}
     return {ending: hash_file(file) for ending, file in files.items() if file.exists()}
 
 
 def _complete_databin(databin: Path, header: dict, tokenizer: Tokenizer) -> None:
-    """Add tokenizer, dictionaries and, last, the header; remove leftovers of a killed run."""
+    """Add tokenizer, dictionaries and, last, databin.json to a folder of token files.
+
+    Files and folders that belong to no domain, as a killed run may leave them, are deleted.
+
+    Args:
+        databin: folder of the token files of all splits.
+        header: content of databin.json; "files" and "digest" are added to it.
+    """
     for entry in list(databin.iterdir()):
         if entry.is_file():
             entry.unlink()

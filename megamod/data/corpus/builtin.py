@@ -27,7 +27,8 @@ def load_builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
 
     Args:
         max_bytes: most UTF-8 bytes of a domain; its documents are spread evenly over the source.
-
+    Returns:
+        documents by domain.
     Raises:
         UserError: if a domain has too few documents, naming the files that were searched.
     """
@@ -61,7 +62,7 @@ def load_builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
 
 
 def _thin_documents(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """Select distinct documents, thinned evenly to `max_bytes`."""
+    """Cut texts into documents and select distinct ones, spread evenly, up to `max_bytes`."""
     pieces = dict.fromkeys(piece for text in texts for piece in _cut_long_text(text))
     documents = [piece for piece in pieces if len(piece) >= SHORTEST]
     share = min(1.0, max_bytes / max(1, sum(len(document.encode()) for document in documents)))
@@ -91,7 +92,11 @@ def _read_sample_of_files(
 ) -> Iterator[str]:
     """Yield the texts of evenly spaced files below `roots`, about `max_bytes` in all.
 
-    Reading all of them would take seconds.
+    Only these are read, because reading all files would take seconds.
+
+    Args:
+        endings: endings of the files, with the dot.
+        skipped: names of folders that are not searched.
     """
     paths = [
         path
@@ -108,7 +113,7 @@ def _read_sample_of_files(
 
 
 def _read_utf8_text(path: Path) -> str:
-    """Read a file; return an empty text if it is not UTF-8."""
+    """Read a file; return an empty text if it cannot be read, is not UTF-8 or has NUL bytes."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -136,7 +141,7 @@ def _read_help_topics(standard_library: Path) -> Iterator[str]:
 
 
 def _group_paragraphs(topic: str, size: int = 2000) -> Iterator[str]:
-    """Yield documents of about `size` characters, cut between paragraphs."""
+    """Yield the paragraphs of a text in groups of at least `size` characters, the last one less."""
     paragraphs: list[str] = []
     for paragraph in topic.split("\n\n"):
         paragraphs.append(paragraph)

@@ -61,7 +61,13 @@ class Decoding:
             raise UserError(f"--encoding_errors {self.errors}: allowed are strict and replace")
 
     def decode_line(self, raw: bytes, path: Path, offset: int) -> str:
-        """Decode the bytes `raw` at byte `offset` of `path`."""
+        """Decode the line `raw`, which begins at byte `offset` of `path`.
+
+        Bytes that are not UTF-8 and NUL characters are replaced and counted.
+
+        Raises:
+            UserError: for such bytes, naming their place, if `errors` is "strict".
+        """
         try:
             text, problem = raw.decode(), None
             if "\0" in text:
@@ -76,9 +82,12 @@ class Decoding:
         return text.replace("\0", "�")
 
     def check_string(self, text: str, where: str) -> str:
-        """Return `text`, checked for NUL characters and lone surrogates.
+        """Return `text` with NUL characters and lone surrogates replaced, which are counted.
 
-        `where` names its origin.
+        Args:
+            where: origin of the text, for messages.
+        Raises:
+            UserError: for such characters, if `errors` is "strict".
         """
         invalid = re.findall("[\0\ud800-\udfff]", text)
         if not invalid:
@@ -88,7 +97,7 @@ class Decoding:
         return re.sub("[\0\ud800-\udfff]", "�", text)
 
     def _raise_if_strict(self, where: str | Path, problem: str) -> None:
-        """Raise UserError with place and problem if undecodable bytes are errors."""
+        """Raise UserError with place and problem if `errors` is "strict"."""
         if self.errors == "strict":
             raise UserError(
                 f"{where}: {problem}; correct the file, or pass --encoding_errors replace to "
@@ -101,9 +110,10 @@ class DocumentSource:
 
     Args:
         where: the user's name of the source, for messages.
-        readers: a function per split that iterates over its documents. `assign_split` cuts splits
-            without one out of train; a single function under the key "" is divided whole.
-        decoding: counts replaced characters, from the start of the latest pass.
+        readers: a function per split that iterates over its documents. If a split has none, its
+            documents are taken out of train by `assign_split`; the documents of a single function
+            under the key "" are divided into all splits.
+        decoding: counts the replaced characters of the latest pass.
         seed: seed of the division.
         line_readers: a function per split that iterates over its lines, for plain text.
     """
@@ -120,7 +130,13 @@ class DocumentSource:
         self.line_readers = line_readers or {}
 
     def iterate_documents(self, only_split: str | None = None) -> Iterator[tuple[str, str]]:
-        """Yield pairs (split, document) in the order of the source, of all splits or one."""
+        """Yield pairs (split, document) in the order of the source, and restart `decoding`'s count.
+
+        Args:
+            only_split: the only split to yield; None: all.
+        Raises:
+            UserError: as the readers, for content that is not text.
+        """
         self.decoding.replaced = 0
         absent = [split for split in SPLITS if split not in self.readers]
         for split, reader in self.readers.items():
@@ -134,9 +150,10 @@ class DocumentSource:
                     yield name, document
 
     def iterate_lines(self, only_split: str | None = None) -> Iterator[tuple[str, str]]:
-        """Yield pairs (split, line).
+        """Yield pairs (split, line), in the same way as `iterate_documents`.
 
-        A blank line separates the documents of a source without lines.
+        For a source without readers of lines these are the lines of its documents, with an empty
+        line between two documents of a split.
         """
         if self.line_readers:
             self.decoding.replaced = 0
@@ -187,7 +204,8 @@ def open_document_source(
         streaming: read data sets of the hub without storing them.
 
     Raises:
-        UserError: if it does not exist, has an unknown format, or lacks a split.
+        UserError: if it does not exist, cannot be loaded, has an unknown format, or lacks the
+            train split, a shard of a split or the column.
     """
     decoding = Decoding(encoding_errors)
     if not isinstance(spec, (str, Path)):
@@ -243,8 +261,12 @@ def read_documents(
     kept as "\\n". A byte order mark at the start is dropped and CRLF is read as LF. Documents that
     are only white space are skipped.
 
+    Args:
+        text_column: JSON key or column of the text; without effect for plain text.
+        decoding: treatment of bytes that are not text; None: they are errors.
     Raises:
-        UserError: naming file and line or byte offset.
+        UserError: naming file and line or byte offset, for an unknown ending, a missing column, and
+            content that is not text.
     """
     path, decoding = Path(path), decoding or Decoding()
     name = require_format(path, FORMATS)
@@ -267,7 +289,10 @@ def read_documents(
 
 
 def _read_plain_documents(path: Path, decoding: Decoding) -> Iterator[str]:
-    """Yield documents of a text file, which blank lines separate; warn of JSON lines."""
+    """Yield the documents of a text file, which blank lines separate.
+
+    Log a warning if the first line is a JSON object.
+    """
     lines: list[str] = []
     for number, line in read_decoded_lines(path, decoding):
         if number == 1 and _is_json_object(line):
@@ -317,7 +342,10 @@ def read_decoded_lines(path: Path, decoding: Decoding) -> Iterator[tuple[int, st
 
 
 def _read_json_cells(path: Path, text_column: str, decoding: Decoding) -> Cells:
-    """Yield place and value of a key of every JSON line; raise UserError if it is missing."""
+    """Yield place and value of the key `text_column` of every JSON line that is not blank.
+
+    Raise UserError for a line that is no JSON object or lacks the key.
+    """
     for number, line in read_decoded_lines(path, decoding):
         if line.strip():
             where = f"{path}:{number}"
@@ -331,7 +359,7 @@ def _read_json_cells(path: Path, text_column: str, decoding: Decoding) -> Cells:
 
 
 def _require_string(value: object, text_column: str, where: str) -> str:
-    """Return a value that is a string; raise UserError for any other."""
+    """Return `value` if it is a string; raise UserError for any other type."""
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise UserError(f"{where}: {text_column!r} is {kind}, a string is needed")
@@ -341,7 +369,11 @@ def _require_string(value: object, text_column: str, where: str) -> str:
 def _make_file_reader(
     files: Sequence[Path], text_column: str, decoding: Decoding
 ) -> Callable[[], Iterator[str]]:
-    """Return a function that reads the documents of files; UserError if a column is missing."""
+    """Return a function that iterates over the documents of all files.
+
+    The first document of each file with columns is read at once. Raise UserError if the column is
+    missing or the ending is unknown.
+    """
     for file in files:
         if require_format(file, FORMATS) != "text":
             next(read_documents(file, text_column, decoding), None)  # checks the key or column
@@ -387,7 +419,10 @@ def _find_split_files(folder: Path) -> dict[str, list[Path]]:
 def _make_dataset_readers(
     loaded: object, where: str, text_column: str, decoding: Decoding
 ) -> dict[str, Callable[[], Iterator[str]]]:
-    """Return a reader of documents per split; raise UserError if the column is missing."""
+    """Return a function per split that iterates over the documents of a loaded data set.
+
+    Raise UserError if the column is missing, or the splits are others than ours.
+    """
     tables = find_split_tables(loaded, where, SPELLINGS)
     for table in tables.values():
         if table.column_names is not None:  # unknown for some streams
@@ -401,7 +436,10 @@ def _make_dataset_readers(
 
 
 def _read_cell_texts(cells: Cells, text_column: str, decoding: Decoding) -> Iterator[str]:
-    """Yield the checked texts of cells, without those of white space alone."""
+    """Yield the checked texts of cells, and skip those of white space alone.
+
+    Raise UserError for a cell that is no string, or holds characters that `decoding` refuses.
+    """
     for where, value in cells:
         text = decoding.check_string(_require_string(value, text_column, where), where)
         if text.strip():

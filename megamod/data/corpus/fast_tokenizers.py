@@ -26,8 +26,9 @@ def load_fast_tokenizer(spec: str, do_lower_case: bool | None = None) -> "PreTra
     """Load a folder or hub name with `AutoTokenizer`, or BERT word pieces from vocab.txt alone.
 
     Args:
-        do_lower_case: overrides the folder's setting, for BERT word pieces only. With vocab.txt
-            alone the default is True unless capitals are a real part of the vocabulary.
+        spec: folder or hub name.
+        do_lower_case: overrides the folder's setting, for BERT word pieces only. None: the folder's
+            setting; with vocab.txt alone True unless capitals are a real part of the vocabulary.
     Raises:
         UserError: if `do_lower_case` does not apply, or the tokenizer is slow or encodes no text.
         OSError, ValueError, KeyError, ImportError: from transformers, if there is no tokenizer.
@@ -57,10 +58,13 @@ def load_fast_tokenizer(spec: str, do_lower_case: bool | None = None) -> "PreTra
 
 
 def check_encodes_text(tokenizer: "PreTrainedTokenizerFast", spec: str) -> None:
-    """Refuse a tokenizer that encodes no text, and warn of one that loses capitals.
+    """Refuse a tokenizer that encodes no text; log a warning if most capitals become unknown.
 
+    Args:
+        spec: the user's name of the tokenizer, for messages.
     Raises:
-        UserError: if the text of every token of the vocabulary becomes unknown.
+        UserError: if the text of each of `TRIED` tokens of the vocabulary becomes unknown, or the
+            vocabulary begins with a byte order mark.
     """
     backend = tokenizer.backend_tokenizer
     special_ids = set(tokenizer.all_special_ids)  # [UNK] included
@@ -99,13 +103,15 @@ def check_encodes_text(tokenizer: "PreTrainedTokenizerFast", spec: str) -> None:
 def _is_encoded_as_unknown(
     backend: "tokenizers.Tokenizer", special_ids: set[int], text: str
 ) -> bool:
+    """Return True if `text` becomes special tokens only, or no token."""
     return special_ids.issuperset(backend.encode(text, add_special_tokens=False).ids)
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
-    """Read the tokens of a vocab.txt and their line numbers from 0, without a byte order mark.
+    """Read a vocab.txt: token -> id, the number of its line from 0.
 
-    The last of equal lines counts, as in transformers.
+    Blank lines at the end are dropped. A repeated token has the id of its last line, as in
+    transformers. Raise UserError if the file is not text.
     """
     tokens = [line for _, line in read_lines(path)]
     while tokens and not tokens[-1]:
@@ -114,6 +120,6 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
 
 
 def _is_cased(vocab: dict[str, int]) -> bool:
-    """Return True if capitals are a real part of the vocabulary."""
+    """Return True if more than `CASED_SHARE` of the tokens with letters have capitals."""
     lettered = [t for t in vocab if t.lower() != t.upper() and not t.startswith(("[", "<"))]
     return sum(t != t.lower() for t in lettered) > CASED_SHARE * len(lettered)

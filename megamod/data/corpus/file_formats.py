@@ -39,7 +39,9 @@ ONE_A_LINE = "JSON lines are needed: one whole object per line"
 
 
 def require_format(path: Path, allowed: Sequence[str], flag: str = "") -> str:
-    """Return the key of `FORMATS` for a file; a compression ending is ignored.
+    """Return the format of a file by its ending, a key of `FORMATS`; refuse other formats.
+
+    An ending of a compression is ignored. The file is not read.
 
     Args:
         allowed: keys of the formats that the caller reads.
@@ -59,7 +61,10 @@ def require_format(path: Path, allowed: Sequence[str], flag: str = "") -> str:
 
 
 def find_format(path: Path) -> str | None:
-    """Find the key of `FORMATS` for a file; None if its ending is unknown."""
+    """Find the format of a file by its ending, a key of `FORMATS`; None if it is unknown.
+
+    An ending of a compression is ignored. The file is not read.
+    """
     suffix = Path(_strip_compression_ending(path)).suffix.lower()
     return next((name for name, endings in FORMATS.items() if suffix in endings), None)
 
@@ -139,7 +144,7 @@ def parse_json_object(line: str, where: str, key: str | None = None) -> dict[str
         where: file and line, for messages.
         key: a key that must not occur twice.
     Raises:
-        UserError: if the line is not one JSON object.
+        UserError: if the line is not one JSON object, or `key` occurs twice.
     """
 
     def refuse_doubled_key(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -175,7 +180,7 @@ def _check_compression(path: Path, file: BinaryIO, compression: str | None) -> N
 
 
 def _open_decompressed(file: BinaryIO, compression: str) -> BinaryIO:
-    """Open a reader of the decompressed bytes of `file`."""
+    """Open a reader of the decompressed bytes of `file`, by a name in `COMPRESSIONS`."""
     if compression == "zstd":
         return io.BufferedReader(_ZstandardFile(file), CHUNK)
     kinds = {"gzip": lambda: gzip.GzipFile(fileobj=file), "bzip2": lambda: bz2.BZ2File(file)}

@@ -45,9 +45,6 @@ class TokenizerHeader(Document):
     digest: str
 
 
-_Splits = dict[Literal["train", "valid", "test"], SplitHeader]
-
-
 class DataBinHeader(Document):
     """Content of databin.json; headers of earlier versions lack some keys.
 
@@ -77,7 +74,8 @@ class DataBinHeader(Document):
     digest: str | None = None
 
     @model_validator(mode="after")
-    def _check_ids(self) -> "DataBinHeader":
+    def _check_ids_and_digest(self) -> "DataBinHeader":
+        """Refuse ids outside the vocabulary, and one of `files` and `digest` without the other."""
         ids = {name: getattr(self, name) for name in ("bos_id", "pad_id", "eos_id", "unk_id")}
         for domain, splits in self.domains.items():
             ids |= {f"domains.{domain}.{name}: max_id": s.max_id for name, s in splits.items()}
@@ -92,7 +90,7 @@ class DataBinHeader(Document):
 
 
 def read_header(folder: Path) -> DataBinHeader:
-    """Read databin.json in a folder.
+    """Read and check databin.json in a folder.
 
     Raises:
         UserError: if it is missing, malformed, or differs from its digest.
@@ -112,6 +110,11 @@ def format_header(header: Mapping[str, object]) -> str:
 
 
 def compute_header_digest(text: str, digest: str) -> str:
-    """Compute the SHA-256 of databin.json with an empty "digest" in place of `digest`."""
+    """Compute the SHA-256 of the text of databin.json with an empty digest in it.
+
+    Args:
+        text: whole text of databin.json.
+        digest: digest in its last line, which does not count.
+    """
     empty = text.replace(f'"digest": "{digest}"\n}}', '"digest": ""\n}')
     return hashlib.sha256(empty.encode()).hexdigest()

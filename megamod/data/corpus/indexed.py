@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import numpy as np
 
@@ -34,9 +35,9 @@ BLOCK_BYTES = 4 << 20  # of a .bin that have a digest of their own
 
 
 def format_split_prefix(domain: str, split: str) -> str:
-    """Format the path of a split's files in a data-bin, without ending.
+    """Format the path of a split's files in a data-bin, relative to it and without ending.
 
-    Only train lacks the domain.
+    The file names of held-out splits have the name of the domain, those of train do not.
     """
     return f"{domain}/{split}" if split == "train" else f"{domain}/{split}_{domain}"
 
@@ -47,9 +48,9 @@ def select_token_dtype(vocab_size: int) -> np.dtype:
 
 
 class IndexedWriter:
-    """Writes items; `prefix.bin` and `prefix.idx` appear complete at the end of the `with` block.
+    """Writer of a token file as a context: `prefix.bin` and `prefix.idx` appear at its end.
 
-    Existing files of these names are replaced then. If the block fails, nothing changes.
+    Existing files of these names are replaced then. If the `with` block raises, nothing changes.
 
     Args:
         prefix: path without ending, in an existing folder.
@@ -72,10 +73,10 @@ class IndexedWriter:
         return self
 
     def add_item(self, ids: np.ndarray) -> None:
-        """Append one item, [tokens] of any integer type.
+        """Append one item, [tokens] ids of any integer type.
 
         Raises:
-            ValueError: if it is another kind of array, or an id does not fit the dtype.
+            ValueError: if `ids` is not a 1-D array of integers, or an id does not fit the dtype.
         """
         ids = np.asarray(ids)
         if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
@@ -110,7 +111,7 @@ class IndexedWriter:
             self._partial.unlink(missing_ok=True)
 
     def _encode_index(self) -> bytes:
-        """Encode the index of the items so far."""
+        """Encode the content of the .idx file for the items so far."""
         sizes = np.array(self.sizes, dtype="<i4")
         offsets = np.zeros(len(sizes), dtype="<i8")
         np.cumsum(sizes[:-1], out=offsets[1:])
@@ -124,7 +125,8 @@ class IndexedDataset:
     Args:
         prefix: path without ending.
         vocab_size: ids are checked against it; None: no check.
-        scan: check all ids now, see `check_ids`; False: readers check what they read, by `check`.
+        scan: check all ids now, see `check_all_ids`; False: readers check what they read, by
+            `check_read_ids`.
 
     Attributes:
         sizes: [n] int32, tokens of each item.
@@ -152,7 +154,7 @@ class IndexedDataset:
         except OSError as error:
             raise UserError(f"{error.filename or self.prefix}: {error.strerror}") from error
         if vocab_size is not None and scan:
-            self.check_ids(vocab_size)
+            self.check_all_ids(vocab_size)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -166,16 +168,19 @@ class IndexedDataset:
         # A worker process maps the file, it gets no copy.
         return IndexedDataset, (self.prefix, self.vocab_size, False)
 
-    def check(self, ids: np.ndarray, start: int) -> None:
-        """Check ids that were read from token `start` on, as cheaply as every batch needs it.
+    def check_read_ids(self, ids: np.ndarray, start: int) -> None:
+        """Check ids that were read from the file; without a `vocab_size` nothing is checked.
 
+        Args:
+            ids: the ids, of any integer type.
+            start: number of the first of them among all tokens of the file.
         Raises:
-            UserError: as `check_ids`.
+            UserError: naming the first id that is negative or not below `vocab_size`.
         """
         if self.vocab_size is not None and has_ids_outside(ids, self.vocab_size):
-            self._refuse(start, ids, self.vocab_size)
+            self._raise_for_outside_id(start, ids, self.vocab_size)
 
-    def check_ids(self, vocab_size: int) -> None:
+    def check_all_ids(self, vocab_size: int) -> None:
         """Check all ids against the vocabulary, in one pass over the file.
 
         Raises:
@@ -184,9 +189,10 @@ class IndexedDataset:
         for start in range(0, len(self.tokens), SCAN):
             chunk = self.tokens[start : start + SCAN]
             if has_ids_outside(chunk, vocab_size):
-                self._refuse(start, chunk, vocab_size)
+                self._raise_for_outside_id(start, chunk, vocab_size)
 
-    def _refuse(self, start: int, ids: np.ndarray, vocab_size: int) -> None:
+    def _raise_for_outside_id(self, start: int, ids: np.ndarray, vocab_size: int) -> NoReturn:
+        """Raise UserError with the first outside id among `ids`, read from token `start` on."""
         position = start + int(np.argmax((ids >= vocab_size) | (ids < 0)))
         item = int(np.searchsorted(self.offsets, position, side="right")) - 1
         raise UserError(
@@ -203,21 +209,24 @@ def has_ids_outside(ids: np.ndarray, vocab_size: int) -> bool:
 
 
 def compute_block_digests(path: Path) -> str:
-    """Compute the digests of each `BLOCK_BYTES` of a file, 16 hexadecimal digits each, in a row."""
+    """Compute a digest of each `BLOCK_BYTES` of a file: 16 hexadecimal digits each, joined."""
     with open(path, "rb") as file:
-        return "".join(map(_digest, iter(partial(file.read, BLOCK_BYTES), b"")))
+        return "".join(map(_hash_block, iter(partial(file.read, BLOCK_BYTES), b"")))
 
 
 def check_blocks(path: Path, digests: str, numbers: Iterable[int]) -> None:
-    """Compare some blocks of a file with the digests that `compute_block_digests` computed.
+    """Compare some blocks of a file with their digests.
 
+    Args:
+        digests: result of `compute_block_digests` for the undamaged file.
+        numbers: numbers of the blocks to read, from 0.
     Raises:
         UserError: naming the first block that differs.
     """
     with open(path, "rb") as file:
         for number in sorted(numbers):
             file.seek(number * BLOCK_BYTES)
-            if _digest(file.read(BLOCK_BYTES)) != digests[16 * number : 16 * number + 16]:
+            if _hash_block(file.read(BLOCK_BYTES)) != digests[16 * number : 16 * number + 16]:
                 first = number * BLOCK_BYTES
                 raise UserError(
                     f"{path}: the {BLOCK_BYTES >> 20} MiB from byte {first} on do not have their "
@@ -225,14 +234,16 @@ def check_blocks(path: Path, digests: str, numbers: Iterable[int]) -> None:
                 )
 
 
-def _digest(block: bytes) -> str:
+def _hash_block(block: bytes) -> str:
+    """Compute the digest of a block: 16 hexadecimal digits."""
     return hashlib.blake2b(block, digest_size=8).hexdigest()
 
 
 class Dictionary:
-    """Symbols and their ids; `<s>`, `<pad>`, `</s>`, `<unk>` are always 0 to 3.
+    """Dictionary of fairseq: symbols, their ids and counts.
 
-    In a file, line k (from 0) is `symbol count` and has id k + 4.
+    `<s>`, `<pad>`, `</s>` and `<unk>` are always 0 to 3. In a file, line k (from 0) is
+    `symbol count` and has id k + 4.
     """
 
     def __init__(self) -> None:
@@ -248,7 +259,8 @@ class Dictionary:
         then has the later id.
 
         Raises:
-            UserError: naming the line.
+            UserError: if the file cannot be read, or naming a line that is malformed or repeats a
+                symbol.
         """
         dictionary = cls()
         try:
@@ -279,7 +291,7 @@ class Dictionary:
         return dictionary
 
     def save(self, path: str | Path) -> None:
-        """Write a file from which `load` restores the dictionary."""
+        """Write the dictionary to `path`, from which `load` restores it."""
         seen, lines = set(SPECIALS), []
         for number in range(len(SPECIALS), len(self)):
             symbol = self.symbols[number]
@@ -302,7 +314,7 @@ class Dictionary:
         return self.symbols[number]
 
     def add_symbol(self, symbol: str, count: int = 1) -> int:
-        """Add `count` to the frequency of a symbol, which is appended if it is new; its id.
+        """Add `count` to the frequency of a symbol, which is appended if it is new; return its id.
 
         Raises:
             ValueError: for a symbol that cannot be written on one line.
@@ -329,7 +341,10 @@ def _build_file_paths(prefix: str | Path) -> tuple[Path, Path]:
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    """Read an index: dtype, sizes [n] and token offsets [n+1]; raise UserError if it is damaged."""
+    """Read an .idx file: dtype of the ids, sizes [n] int32 and token offsets [n + 1] int64.
+
+    Raise UserError if it is damaged, of another format, or has no tokens.
+    """
     length = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(HEADER.size)
@@ -387,7 +402,15 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
 
 
 def _refuse_megatron_index(path: Path, field: bytes, items: int, length: int) -> None:
-    """Refuse an index of Megatron-LM: the same magic and version, but another length."""
+    """Raise UserError if an index of a wrong length is one of Megatron-LM.
+
+    Megatron-LM has the same magic and version, but more arrays.
+
+    Args:
+        field: the 8 bytes after the header, there the number of document bounds.
+        items: number of items in the header.
+        length: bytes of the file.
+    """
     documents = int.from_bytes(field, "little")
     expected = HEADER.size + 8 + 12 * items + 8 * documents
     if len(field) == 8 and length in (expected, expected + items):

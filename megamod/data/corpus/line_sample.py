@@ -16,14 +16,18 @@ def sample_lines(
     """Write OUTPUT/NAME.txt with `count` random lines of each file, one item per line.
 
     Blank lines do not count, and files with fewer lines are skipped. The lines drawn from a file
-    depend on the seed and the name of the file alone.
+    depend on its content, the seed and its name alone. Nothing is written before all input is read.
 
     Args:
         inputs: a text file, or a folder that is searched for text files at any depth, by name.
+        count: lines of each file.
+        output: folder of the files, which is created if it is absent.
+        encoding_errors: "strict" or "replace", see `Decoding`.
     Returns:
-        the numbers of files used and of files skipped, by name.
+        numbers of used and of skipped files, by name.
     Raises:
-        UserError: if there is no file, or none with enough lines.
+        UserError: for a name without a text file or without a file of enough lines, and for content
+            that is not text.
     Source: Verma and Elbayad 2024 (Merging text transformer models from different
     initializations), appendix: 100 lines of each book with at least as many.
     """

@@ -9,11 +9,13 @@ from megamod.errors import UserError
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the number from 1 and the text of each line, ended as by `read_numbered_lines`.
+    """Yield number and text of each line of a UTF-8 file, numbered from 1.
+
+    Lines end with a line feed, or carriage return and line feed, and with nothing else.
 
     Raises:
         UserError: naming file and line, if the file cannot be read, holds bytes that are not UTF-8,
-            or ends its lines with carriage returns alone.
+            or NUL characters, or ends its lines with carriage returns alone.
     """
     for number, _, raw in read_numbered_lines(path):
         where = f"{path}, line {number}"
@@ -26,10 +28,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def check_text(text: str, where: str) -> str:
-    """Return `text`, checked for NUL characters and lone surrogates.
+    """Return `text` unchanged, if it has neither NUL characters nor lone surrogates.
 
+    Args:
+        where: origin of the text, for messages.
     Raises:
-        UserError: naming `where`.
+        UserError: for such a character.
     """
     invalid = re.search("[\0\ud800-\udfff]", text)
     if invalid:

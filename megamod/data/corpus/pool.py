@@ -24,7 +24,10 @@ _tokenizer: Tokenizer | None = None  # of a worker process
 
 @contextmanager
 def open_encoder(tokenizer: Tokenizer, worker_count: int) -> Iterator[EncodeTexts]:
-    """Yield a function that encodes texts in order and keeps only a few batches of them in memory.
+    """Yield a function from texts to their ids in the same order; end the workers afterwards.
+
+    The function keeps only a few batches of texts in memory. It raises BrokenProcessPool if a
+    worker dies.
 
     Args:
         worker_count: number of worker processes; 1 encodes in this process.
@@ -46,7 +49,7 @@ def open_encoder(tokenizer: Tokenizer, worker_count: int) -> Iterator[EncodeText
 def _encode_in_workers(
     pool: ProcessPoolExecutor, worker_count: int, texts: Iterable[str]
 ) -> Iterator[np.ndarray]:
-    """Yield ids of texts in order, at most two batches per worker ahead."""
+    """Yield the ids of texts in order; workers encode at most two batches each ahead."""
     batches = _batch_texts(texts)
     pending = deque(
         pool.submit(_encode_batch, batch) for batch in islice(batches, 2 * worker_count)
@@ -57,7 +60,7 @@ def _encode_in_workers(
 
 
 def _batch_texts(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield lists of texts of bounded number and size."""
+    """Yield lists of at most `BATCH_TEXTS` texts and about `BATCH_CHARACTERS` characters."""
     batch: list[str] = []
     characters = 0
     for text in texts:
@@ -86,4 +89,5 @@ def _exit_with_parent() -> None:
 
 
 def _encode_batch(texts: list[str]) -> list[np.ndarray]:
+    """Encode texts with the tokenizer of this worker process."""
     return _tokenizer.encode_batch(texts)

@@ -88,7 +88,7 @@ def train_model(texts: Iterable[str], vocab_size: int, where: str) -> bytes:
 
 @dataclass
 class ExactEncoder:
-    """Encodes texts of any length with SentencePiece itself.
+    """Encoder of texts of any length by SentencePiece itself.
 
     Attributes:
         processor: the loaded model.
@@ -101,7 +101,10 @@ class ExactEncoder:
     separable: bool
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode each text to ids, without bos and eos."""
+        """Encode each text to ids, without bos and eos.
+
+        A text longer than `LONGEST_PART` characters is cut at blanks, if the model is separable.
+        """
         threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else os.cpu_count()
         if not self.separable or all(len(text) <= LONGEST_PART for text in texts):
             return self.processor.encode(list(texts), num_threads=threads)
@@ -111,7 +114,10 @@ class ExactEncoder:
         ]
 
     def _split_at_blanks(self, text: str) -> Iterator[str]:
-        """Cut a text at single blanks, and drop those that the model's dummy prefix restores."""
+        """Yield parts of a text, cut at single blanks.
+
+        A blank that the dummy prefix of the next part restores is not part of any.
+        """
         begin, blank = 0, re.compile(r"(?<=[^\s▁]) (?=[^\s▁])")
         while match := blank.search(text, begin + LONGEST_PART):
             yield text[begin : match.start()]
@@ -122,16 +128,22 @@ class ExactEncoder:
 def convert_model(
     content: bytes, where: str
 ) -> tuple["tokenizers.Tokenizer", ExactEncoder | None, dict[str, int | None]]:
-    """Convert a serialised model: `tokenizers` form, exact encoder, ids of bos, pad, eos and unk.
+    """Convert a serialised model of SentencePiece for the `tokenizers` library.
 
-    The encoder gives the ids of SentencePiece on any text. It is None for models of `train`, whose
-    `tokenizers` form is exact. For other models that form is compared on texts made of the model's
-    own pieces and symbols. Two differences of unigram models are accepted: the choice between cuts
-    of equal score, such as of "!!!!", and text that spells a control piece, which the `tokenizers`
-    form turns into that piece.
+    The encoder gives the ids of SentencePiece on any text. It is None for models of `train_model`,
+    whose `tokenizers` form is exact. For other models that form is compared on texts made of the
+    model's own pieces and symbols. Two differences of unigram models are accepted: the choice
+    between cuts of equal score, such as of "!!!!", and text that spells a control piece, which the
+    `tokenizers` form turns into that piece.
 
+    Args:
+        content: the serialised model.
+        where: prefix of error messages.
+    Returns:
+        the `tokenizers` form, the exact encoder or None, and the special ids by name ("bos", "pad",
+        "eos", "unk"), None for an id that the model lacks.
     Raises:
-        UserError: if `content` is not a model, or `tokenizers` does not reproduce it.
+        UserError: if `content` is no unigram or BPE model, or `tokenizers` does not reproduce it.
     """
     import sentencepiece
     from google.protobuf.message import DecodeError
@@ -184,10 +196,10 @@ def _is_separable_at_blanks(model: "ModelProto") -> bool:
 
 
 def _build_probe_texts(model: "ModelProto") -> Iterator[str]:
-    """Yield the texts on which a conversion is compared, a pure function of the model.
+    """Yield the texts on which a conversion is compared: fixed ones and random ones.
 
-    They are fixed texts, and random sequences of pieces, symbols and characters that normalisation
-    changes.
+    The random ones are sequences of the model's pieces and symbols, and of characters that
+    normalisation changes. Equal models have equal texts.
     """
     bpe = model.trainer_spec.model_type == BPE
     draw = random.Random(0)
@@ -208,7 +220,10 @@ def _build_probe_texts(model: "ModelProto") -> Iterator[str]:
 
 
 def _have_equal_scores(model: "ModelProto", first: Sequence[int], second: Sequence[int]) -> bool:
-    """Return True if both sequences have the same score in a unigram model."""
+    """Return True if both sequences of ids have the same score in a unigram model.
+
+    Other models have no such score: the result is False.
+    """
     if model.trainer_spec.model_type != UNIGRAM:
         return False
     sums = [sum(model.pieces[token].score for token in ids) for ids in (first, second)]
@@ -294,11 +309,15 @@ def _build_alternation(texts: Iterable[str]) -> str:
 def _build_unreachable_regex(
     core: "tokenizers.models.BPE", pieces: Sequence["SentencePiece"]
 ) -> str:
-    """Build a regular expression of the first token in each piece that merges cannot form.
+    """Build a regular expression that splits texts equal to a piece that merges cannot form.
 
-    Examples are control and byte pieces. `ignore_merges` would encode a part of a text that equals
-    such a piece as that piece. Splitting it after its first token prevents this and changes nothing
-    else.
+    Control and byte pieces are such pieces. With `ignore_merges` a part of a text that equals one
+    would become that piece. The expression matches the first token of such a part, so that a split
+    there prevents this, and changes nothing else. Without such pieces it matches empty texts only.
+
+    Args:
+        core: the BPE model without `ignore_merges`.
+        pieces: all pieces of the model.
     """
     firsts = []
     for piece in pieces:
@@ -335,7 +354,7 @@ def _sort_pieces_by_score(model: "ModelProto") -> list[str]:
 
 
 def _list_merges(pieces: list[str]) -> list[tuple[str, str]]:
-    """List all pairs that concatenate to a piece, pieces with higher scores first.
+    """List all pairs of pieces that concatenate to a piece, in the order of `pieces`.
 
     For one piece, pairs with a longer left part come first: SentencePiece scores the result alone
     and merges the leftmost of equal pairs.

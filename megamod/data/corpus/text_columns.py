@@ -1,6 +1,7 @@
 """One column of a table, row by row: CSV, TSV and Parquet files, data sets of `datasets`.
 
-All readers yield pairs (file and line or row for messages, value) and refuse a missing column.
+All readers yield pairs (place, value), where place is the file and line or row for messages, and
+refuse a missing column.
 """
 
 import csv
@@ -25,7 +26,8 @@ def read_csv_column(path: Path, column: str, decode_line: Decode) -> Cells:
     Args:
         decode_line: from the bytes of a line, its path and byte offset to text.
     Raises:
-        UserError: naming file and line.
+        UserError: naming file and line, if the column is missing or occurs twice, if a row has
+            another number of cells than the header, or if it is not CSV.
     """
 
     def decode_lines() -> Iterator[str]:
@@ -46,8 +48,13 @@ def read_csv_column(path: Path, column: str, decode_line: Decode) -> Cells:
 def read_tsv_column(path: Path, column: str, decode_line: Decode) -> Cells:
     """Yield the cells of a column of a TSV file with a header; quotes are ordinary characters.
 
+    Empty lines are skipped.
+
+    Args:
+        decode_line: see `read_csv_column`.
     Raises:
-        UserError: naming file and line.
+        UserError: naming file and line, if the column is missing or occurs twice, or if a row has
+            another number of cells than the header.
     """
     lines = (
         (number, decode_line(raw, path, offset))
@@ -97,8 +104,11 @@ def load_saved_dataset(path: Path) -> "Dataset | DatasetDict":
 def load_hub_dataset(
     where: str, streaming: bool
 ) -> "DatasetDict | IterableDatasetDict | Dataset | IterableDataset":
-    """Load the data set `hf:NAME[:CONFIG]`; `streaming` reads it without storing it.
+    """Load the data set `hf:NAME[:CONFIG]` from the hub of Hugging Face.
 
+    Args:
+        where: the user's name of it, with "hf:".
+        streaming: read it without storing it.
     Raises:
         UserError: if it cannot be loaded.
     """
@@ -114,10 +124,12 @@ def load_hub_dataset(
 def find_split_tables(
     loaded: object, where: str, splits: Mapping[str, Sequence[str]]
 ) -> dict[str, "Dataset | IterableDataset"]:
-    """Find the tables of a data set by split; a single table has the key "".
+    """Find the tables of a loaded data set by split; a single table has the key "".
 
     Args:
-        splits: spellings of each split.
+        loaded: a mapping from split names to tables, or one table.
+        where: the user's name of the data set, for messages.
+        splits: possible names of each split; the keys of the result are its keys.
     Raises:
         UserError: if none of several tables is train, a table is no split, or two are one split.
     """
@@ -151,14 +163,21 @@ def read_dataset_column(table: "Dataset | IterableDataset", column: str, where: 
 
 
 def require_column(where: str, column: str, columns: Sequence[str]) -> None:
-    """Refuse a column that is not among those of a table."""
+    """Refuse a column that is not among those of a table.
+
+    Raises:
+        UserError: naming `where` and the first columns.
+    """
     if column not in columns:
         names = ", ".join(map(repr, list(columns)[:8])) or "none"
         raise UserError(f"{where}: no column {column!r} among {names}; --text_column names another")
 
 
 def _select_column_cells(path: Path, column: str, rows: Iterator[tuple[int, list[str]]]) -> Cells:
-    """Yield a column's cells from numbered rows; raise UserError for ragged rows."""
+    """Yield place and cell of a column from numbered rows, the first of which is the header.
+
+    Raise UserError if the column is missing or occurs twice, or for a row of another length.
+    """
     number, header = next(rows, (1, []))
     require_column(f"{path}, line {number}", column, header)
     if header.count(column) > 1:

@@ -40,7 +40,8 @@ class Tokenizer:
     Args:
         kind: "huggingface", "sentencepiece" or "gpt2".
         backend: the tokenizer of the `tokenizers` library.
-        bos_id, pad_id, eos_id, unk_id: special ids, with the defaults of `load_tokenizer`.
+        bos_id, pad_id, eos_id, unk_id: special ids; `load_tokenizer` has defaults for those that
+            a tokenizer does not define.
         literal_specials: True if text that spells a special token, such as "</s>", is encoded as
             ordinary text; False if it becomes that token, as with Hugging Face tokenizers.
         files: contents of the original files by name, saved with the common ones.
@@ -65,7 +66,7 @@ class Tokenizer:
         self.backend.encode_special_tokens = self.literal_specials
 
     def __getstate__(self) -> dict:
-        """Return the state for worker processes, without the original files."""
+        """Return the state for worker processes, which only encode: without files and original."""
         return {**vars(self), "backend": self.backend.to_str(), "files": {}, "original": None}
 
     def __setstate__(self, state: dict) -> None:
@@ -109,7 +110,7 @@ class Tokenizer:
         ]
 
     def _encode_short_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode texts of bounded length with the backend."""
+        """Encode texts of at most `LONGEST` characters with the backend: int32 [n] for each."""
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
 
@@ -118,7 +119,7 @@ class Tokenizer:
         return self.backend.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def save_dictionary(self, path: Path) -> None:
-        """Write a dict.txt of fairseq if the special ids are 0 to 3 in fairseq's order.
+        """Write a dict.txt of fairseq, if the special ids are 0 to 3 in fairseq's order.
 
         The GPT-2 kind writes its original file. For the others the symbols are decimal ids, as in
         fairseq's dictionary of GPT-2, because a token may contain blanks and line ends.
@@ -134,7 +135,11 @@ class Tokenizer:
         dictionary.save(path)
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that `load_tokenizer` and `AutoTokenizer.from_pretrained` both read."""
+        """Write a folder that `load_tokenizer` and `AutoTokenizer.from_pretrained` both read.
+
+        Args:
+            folder: created if it is absent.
+        """
         from transformers import PreTrainedTokenizerFast
 
         folder = Path(folder)
@@ -256,7 +261,9 @@ TRAINERS = {"sentencepiece": train_sentencepiece, "wordpiece": train_wordpiece}
 
 
 def find_trainer(spec: str) -> "Callable[[Iterable[str]], Tokenizer] | None":
-    """Find the training function of `KIND:VOCAB`; None for an existing tokenizer.
+    """Return the function that trains a tokenizer for `KIND:VOCAB`; None for any other `spec`.
+
+    KIND is a key of `TRAINERS`, VOCAB a number of ids. The function takes the texts.
 
     Raises:
         UserError: if VOCAB is not a number.
@@ -281,7 +288,10 @@ def _cut_long_text(text: str) -> Iterator[str]:
 
 
 def _load_huggingface(spec: str, do_lower_case: bool | None) -> Tokenizer:
-    """Load a Hugging Face tokenizer by folder or name; raise UserError if there is none."""
+    """Load a Hugging Face tokenizer by folder or hub name; see `load_fast_tokenizer`.
+
+    Raise UserError if there is none that can be used.
+    """
     allowed = (
         f"Allowed are a Hugging Face folder or name, a folder with {', '.join(GPT2_FILES)}, a "
         f"SentencePiece .model file, and {' or '.join(f'{kind}:VOCAB' for kind in TRAINERS)}"
@@ -291,7 +301,10 @@ def _load_huggingface(spec: str, do_lower_case: bool | None) -> Tokenizer:
 
 
 def _wrap_fast_tokenizer(tokenizer: "PreTrainedTokenizerFast", spec: str) -> Tokenizer:
-    """Wrap a Hugging Face tokenizer; raise UserError if it has neither eos nor sep."""
+    """Wrap a Hugging Face tokenizer, with the defaults of `load_tokenizer` for special ids.
+
+    `spec` is the user's name of it. Raise UserError if it has neither eos nor sep.
+    """
     eos = _select_first_id(tokenizer.eos_token_id, tokenizer.sep_token_id)
     if eos is None:
         raise UserError(f"--tokenizer {spec}: it defines neither an eos nor a sep token")
@@ -308,11 +321,15 @@ def _wrap_fast_tokenizer(tokenizer: "PreTrainedTokenizerFast", spec: str) -> Tok
 
 
 def _select_first_id(*ids: int | None) -> int | None:
+    """Select the first id that is not None; None without one."""
     return next((token for token in ids if token is not None), None)
 
 
 def _load_gpt2(folder: Path) -> Tokenizer:
-    """Load GPT-2 BPE with the ids of dict.txt; raise UserError if the files do not fit."""
+    """Load GPT-2 BPE from `GPT2_FILES` with the ids of dict.txt.
+
+    Raise UserError if a file is missing or malformed, or dict.txt and encoder.json do not fit.
+    """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -339,7 +356,10 @@ def _load_gpt2(folder: Path) -> Tokenizer:
 
 
 def _load_sentencepiece(content: bytes, where: str) -> Tokenizer:
-    """Load a serialised SentencePiece model; raise UserError if it has no eos."""
+    """Load a serialised SentencePiece model; `where` names it in messages.
+
+    Raise UserError if it has no eos, or cannot be converted exactly.
+    """
     with report_damage(f"--tokenizer {where}: no SentencePiece model"):
         backend, exact, ids = sentencepiece_model.convert_model(content, f"--tokenizer {where}")
     if ids["eos"] is None:

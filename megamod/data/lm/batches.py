@@ -24,9 +24,9 @@ Batch = dict[str, object]
 
 
 class TrainBatches(StepBatches):
-    """Micro-batches of one rank, see `StepBatches`.
+    """Training micro-batches of a language model for one rank, see `StepBatches`.
 
-    Built by `build_shared_stream` or `build_domain_streams`.
+    `build_shared_stream` and `build_domain_streams` build them.
 
     An item is a dict of
         input_ids, labels:  [B, T] int64; labels are -100 at padding.
@@ -43,11 +43,11 @@ class TrainBatches(StepBatches):
         division: BatchDivision,
         streams: Sequence[int] | None,
     ):
-        """Read one stream of samples, or a stream for each of some domains in turn.
+        """Set up one stream of samples, or a stream for each of some domains, read in turn.
 
         Args:
             blocks: sequences of each domain, in the sampler's order.
-            division: division of a step of one stream.
+            division: division of the samples of a step, those of one stream.
             streams: domains with streams of their own; None: one stream of all domains, in the
                 order of the sampler.
         """
@@ -57,7 +57,7 @@ class TrainBatches(StepBatches):
 
     @property
     def micro_steps(self) -> int:
-        """Micro-batches of this rank in a step, over all streams."""
+        """Number of micro-batches of this rank in a step, over all streams."""
         return self.division.micro_steps * (1 if self.streams is None else len(self.streams))
 
     @classmethod
@@ -71,6 +71,7 @@ class TrainBatches(StepBatches):
 
         Args:
             blocks: sequences of each domain, in the sampler's order.
+            division: division of a step over all ranks.
         """
         return cls(blocks, sampler, division, None)
 
@@ -84,8 +85,8 @@ class TrainBatches(StepBatches):
     ) -> "TrainBatches":
         """Build a stream for each domain, shared by the ranks that train it (DEMix, BTM).
 
-        Every domain has the same number of sequences in a step, the same ones as with
-        `build_shared_stream`.
+        Every domain has the same number of sequences in a step, and these are the sequences of the
+        same step of `build_shared_stream` with the same sampler.
 
         Args:
             blocks: sequences of all E domains, also of other ranks.
@@ -105,25 +106,34 @@ class TrainBatches(StepBatches):
         return cls(blocks, sampler, per_domain, list(domains))
 
     def select_blocks(self, micro_batch_index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Select the domains [B] and block indices [B] of micro-batch `micro_batch_index`."""
+        """Select the domains [B] and block indices [B] of a micro-batch, both int64.
+
+        Raises:
+            IndexError: for a negative index.
+        """
         row = self._find_prepared_row(micro_batch_index)
         return self._domains[row], self._indices[row]
 
     def __getitem__(self, micro_batch_index: int) -> Batch:
-        """Return the micro-batch `micro_batch_index` of this rank."""
+        """Return a micro-batch of this rank, as in the docstring of the class.
+
+        Raises:
+            IndexError: for a negative index.
+            UserError: for an id outside the vocabulary.
+        """
         row = self._find_prepared_row(micro_batch_index)
         domains, indices, any_blocks = self._domains[row], self._indices[row], self.blocks[0]
         domain = int(domains[0]) if self._alike[row] else None
         if domain is not None:
             rows = self.blocks[domain].read_blocks(indices)
-            self.blocks[domain].check(rows, indices)
+            self.blocks[domain].check_rows(rows, indices)
         else:
             rows = np.zeros((len(indices), any_blocks.span + 1), dtype=np.int64)
             for target, block_domain, index in zip(
                 rows, domains.tolist(), indices.tolist(), strict=True
             ):
                 self.blocks[block_domain].read_block_into(target, index)
-                self.blocks[block_domain].check(target[None], [index])
+                self.blocks[block_domain].check_rows(target[None], [index])
         domain_tokens = None if self._domain_tokens is None else self._domain_tokens[domains]
         inputs, labels, padded = build_inputs_and_labels(
             rows,
@@ -145,7 +155,7 @@ class TrainBatches(StepBatches):
         }
 
     def _find_prepared_row(self, micro_batch_index: int) -> int:
-        """Return a micro-batch's row in the prepared range; prepare another if needed.
+        """Return the row of a micro-batch in the prepared arrays; prepare others if it is absent.
 
         Raise IndexError for a negative index.
         """
@@ -159,7 +169,7 @@ class TrainBatches(StepBatches):
         return row
 
     def _prepare_micro_batches(self, micro_batch_indices: np.ndarray) -> None:
-        """Compute domains, blocks and lengths of these micro-batches, [n, micro_batch] each.
+        """Prepare n micro-batches: set their domains, blocks and lengths, [n, micro_batch] each.
 
         Streams alternate within a step: with streams a and b its micro-batches are a0 b0 a1 b1,
         which are number 0 of both streams, then number 1.
@@ -196,7 +206,7 @@ class TrainBatches(StepBatches):
 def iterate_train_batches(
     dataset: StepBatches, first_step: int, num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """Yield endless micro-batches of a rank from step `first_step`.
+    """Yield the micro-batches of a rank without end, from the first one of step `first_step` on.
 
     Args:
         num_workers: processes that read ahead; 0 reads in this process, with the same batches.
@@ -221,14 +231,17 @@ def iterate_train_batches(
 def iterate_eval_batches(
     blocks: TokenBlocks, batch_size: int, max_batches: int | None = None
 ) -> Iterator[Batch]:
-    """Yield all blocks in file order.
+    """Yield all blocks of a split in file order.
 
-    A batch has `input_ids`, `labels` and `tokens`, and `attention_mask` if rows are padded.
-
-    The last batch may have fewer sequences. A domain token is an input, but is not scored.
+    A batch has `input_ids`, `labels` and `tokens` as those of `TrainBatches`, and `attention_mask`
+    if a sequence is padded. The last batch may have fewer sequences. A domain token is an input,
+    but is not scored.
 
     Args:
+        batch_size: sequences of a batch.
         max_batches: largest number of batches; None: all.
+    Raises:
+        UserError: for an id outside the vocabulary.
     """
     for number, start in enumerate(range(0, len(blocks), batch_size)):
         if number == max_batches:
@@ -246,8 +259,10 @@ def iterate_eval_batches(
 
 
 def _return_unchanged(batch: Batch) -> Batch:
+    """Return the batch: a function of the module, which worker processes can import."""
     return batch
 
 
 def _pin_batch(batch: Batch) -> Batch:
+    """Copy the tensors of a batch into page-locked memory."""
     return {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -24,13 +24,19 @@ def build_inputs_and_labels(
     pad_id: int,
     domain_tokens: np.ndarray | None,
 ) -> tuple[Tensor, Tensor, bool]:
-    """Build inputs [B, T] and labels [B, T], int64; also return True if any sequence is padded.
+    """Build inputs and labels of next-token prediction from blocks.
 
     Args:
         token_rows: [B, span + 1] int64 from `TokenBlocks.read_blocks`; overwritten.
         starts_item: [B] bool, rows whose block begins at the start of an item.
         block_lengths: [B] tokens of each block.
-        domain_tokens: [B] domain tokens, or None; with them T is span + 1.
+        eos_id: input of the first target of an item.
+        pad_id: input after the end of a short block; its label is -100.
+        domain_tokens: [B] ids that are prepended to inputs and labels; None: none.
+    Returns:
+        inputs [B, T] and labels [B, T], int64, where T is span, or span + 1 with domain tokens; and
+        True if any sequence is padded. Without padding and domain tokens both are views of
+        `token_rows`.
     """
     token_rows[starts_item, 0] = eos_id
     span = token_rows.shape[1] - 1
@@ -89,15 +95,12 @@ class TokenBlocks:
         )
 
     def find_item_starts(self, block_indices: np.ndarray) -> np.ndarray:
-        """Return True for blocks that start an item, bool of the shape of `block_indices`."""
+        """Return True for blocks that start an item: bool of the shape of `block_indices`."""
         starts, offsets = np.asarray(block_indices) * self.span, self.dataset.offsets
         return offsets[np.searchsorted(offsets, starts)] == starts
 
     def gather_tensors(self, block_indices: np.ndarray) -> tuple[Tensor, Tensor, bool]:
-        """Gather inputs [B, T] and labels [B, T], int64; also return True if any block is short.
-
-        Short blocks are padded with pad_id in inputs and -100 in labels. Without short blocks and
-        domain tokens, both are views of one buffer.
+        """Read blocks [B] as inputs and labels; returns as `build_inputs_and_labels`.
 
         Raises:
             IndexError: for an index outside the blocks.
@@ -113,7 +116,7 @@ class TokenBlocks:
             self.read_blocks(block_indices),
             self.count_targets(block_indices) - (domain_tokens is not None),
         )
-        self.check(rows, block_indices)
+        self.check_rows(rows, block_indices)
         return build_inputs_and_labels(
             rows,
             self.find_item_starts(block_indices),
@@ -123,21 +126,28 @@ class TokenBlocks:
             domain_tokens,
         )
 
-    def check(self, rows: np.ndarray, indices: Sequence[int] | np.ndarray) -> None:
+    def check_rows(self, rows: np.ndarray, block_indices: Sequence[int] | np.ndarray) -> None:
         """Check the ids of rows that `read_blocks` or `read_block_into` filled.
 
+        A dataset without a vocabulary size is not checked.
+
+        Args:
+            rows: [B, span + 1] ids.
+            block_indices: [B] block of each row.
         Raises:
             UserError: naming the file and the place of an id outside the vocabulary.
         """
         limit = self.dataset.vocab_size
         if limit is not None and has_ids_outside(rows, limit):
-            for row, index in zip(rows, indices, strict=True):
-                self.dataset.check(row, int(index) * self.span - 1)
+            for row, index in zip(rows, block_indices, strict=True):
+                self.dataset.check_read_ids(row, int(index) * self.span - 1)
 
     def read_blocks(self, block_indices: np.ndarray) -> np.ndarray:
-        """Read the preceding token and the tokens of each block, [B, span + 1] int64, 0 at padding.
+        """Read the preceding token and the tokens of each block: [B, span + 1] int64.
 
-        If all blocks are full, this is one gather from overlapping windows and one cast.
+        The rest of a short block, and what precedes the first block, is 0. Ids are not checked, see
+        `check_rows`. If all blocks are full, this is one gather from overlapping windows and one
+        cast.
         """
         preceding = block_indices * self.span - 1
         if preceding.min() >= 0 and preceding.max() + self.span < self.total:
@@ -151,7 +161,10 @@ class TokenBlocks:
         return rows
 
     def read_block_into(self, row: np.ndarray, block_index: int) -> None:
-        """Write a block and its preceding token to the beginning of `row` [span + 1]."""
+        """Write the preceding token and the tokens of a block into `row` [span + 1].
+
+        Elements after a short block, and the first one of block 0, are left as they are.
+        """
         start = block_index * self.span
         piece = self.dataset.tokens[max(start - 1, 0) : start + self.span]
         skipped = int(start == 0)

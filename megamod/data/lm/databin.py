@@ -39,10 +39,13 @@ class DataBin:
         digest: SHA-256 of the header (fairseq: of the dictionary and the indices).
 
     Args:
-        verify: how tokens are compared with their digests when a split is opened: "size" of the
-            file alone, a "sample" of blocks, or in "full"; with "sample" and "full" the tokenizer
-            too. Data-bins of fairseq, and older ones of ours, have fewer digests or none.
-        share: part and number of parts; each checks its part of the tokens.
+        path: the folder.
+        verify: check of the tokens of a split when it is opened: "size" compares the length of
+            their file, "sample" also the digests of random blocks, "full" the digest of the whole
+            file; "sample" and "full" check the files of the tokenizer, too. Indices are always
+            compared. Data-bins of fairseq, and older ones of ours, have fewer digests or none.
+        share: number of a part, from 0, and number of parts, such as rank and ranks; only this part
+            of the comparisons of tokens is done.
 
     Raises:
         UserError: if the folder is not a data-bin, its header is malformed or a digest differs.
@@ -59,7 +62,7 @@ class DataBin:
 
     @property
     def special_ids(self) -> dict[str, int]:
-        """Special ids by their names in a model's configuration."""
+        """Ids of bos, pad and eos by their names in a model's configuration: bos_token_id etc."""
         return {f"{name}_token_id": getattr(self, f"{name}_id") for name in ("bos", "pad", "eos")}
 
     @property
@@ -114,7 +117,10 @@ class DataBin:
         return dataset
 
     def _check_digests(self, dataset: IndexedDataset, expected: SplitHeader) -> None:
-        """Compare the digest of the index, and those of the tokens that `verify` asks for."""
+        """Compare the digest of the index, and this share of the digests that `verify` asks for.
+
+        Raise UserError for one that differs.
+        """
         digests, (part, parts) = expected.sha256, self.share
         if "idx" in digests and hash_file(dataset.idx_path) != digests["idx"]:
             raise UserError(f"{dataset.idx_path}: does not have the digest that {HEADER} says")
@@ -131,8 +137,10 @@ class DataBin:
     def open_blocks(
         self, domain: str, split: str, block_size: int, domain_token: int | None = None
     ) -> "TokenBlocks":
-        """Open a split as sequences of `block_size`.
+        """Open a split as sequences of `block_size` tokens.
 
+        Args:
+            domain_token: see `TokenBlocks`.
         Raises:
             UserError: as `open_split`; and if the train split is shorter than one sequence.
         """
@@ -148,12 +156,16 @@ class DataBin:
         return TokenBlocks(dataset, block_size, self.eos_id, self.pad_id, domain_token)
 
     def count_text_bytes(self, domain: str, split: str) -> int:
-        """Return the UTF-8 bytes of the text of a split; 0 if unknown (fairseq)."""
+        """Return the number of UTF-8 bytes of the text of a split; 0 if unknown (fairseq).
+
+        Raises:
+            UserError: for an unknown domain or split.
+        """
         self._check_domain_and_split(domain, split)
         return self._header.domains[domain][split].bytes if self._header else 0
 
-    def _check_domain_and_split(self, domain: str, split: str) -> str:
-        """Return the split; raise UserError if the data-bin lacks it or the domain."""
+    def _check_domain_and_split(self, domain: str, split: str) -> None:
+        """Raise UserError if the data-bin lacks the domain or its split."""
         if domain not in self.domains:
             raise UserError(
                 f"domain {domain!r} is not in the data-bin {self.path}; it holds "
@@ -163,7 +175,6 @@ class DataBin:
             raise UserError(f"split {split!r}: allowed are {', '.join(SPLITS)}")
         if self._header is not None and split not in self._header.domains[domain]:
             raise UserError(f"{self.path / HEADER}: domain {domain} has no split {split}")
-        return split
 
     def _read_header(self) -> None:
         """Set the attributes from databin.json; raise UserError if it or its files are damaged."""
@@ -183,7 +194,11 @@ class DataBin:
         self.digest = hash_file(self.path / HEADER)
 
     def _read_fairseq_folder(self) -> None:
-        """Set the attributes from fairseq's files; raise UserError if there are none."""
+        """Set the attributes from the files of fairseq.
+
+        Raise UserError if there are none, in the folder or below it, if both have some, or if the
+        dictionary is missing or differs between domains.
+        """
         if (self.path / "tokenizer").is_dir():
             raise UserError(
                 f"--data {self.path}: was written by megamod preprocess, but its {HEADER} is "
@@ -215,9 +230,9 @@ class DataBin:
         self.digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
     def _find_fairseq_dictionary(self) -> Path:
-        """Find the dict.txt that all domains share.
+        """Find the dict.txt that all domains share: that of the folder, or the first domain's copy.
 
-        Raise UserError if it is missing or they differ.
+        Raise UserError if it is missing or the copies differ.
         """
         dictionary = self.path / "dict.txt"
         if dictionary.exists():
@@ -235,4 +250,5 @@ class DataBin:
 
 
 def _build_index_path(prefix: Path) -> Path:
+    """Return the path of the .idx file of a prefix."""
     return prefix.with_name(f"{prefix.name}.idx")

@@ -46,13 +46,14 @@ class Masking:
     def mask_tokens(
         self, tokens: np.ndarray, random_key: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mask a sequence: tokens, labels and random ids, all [T] int64.
-
-        Labels are -100 where nothing is predicted.
+        """Mask a sequence as in the attributes.
 
         Args:
-            tokens: [T] ids.
+            tokens: [T] ids; not changed.
             random_key: seed of all random draws.
+        Returns:
+            [T] int64 each: ids with masked, replaced and padded positions; labels, the original ids
+            where one is predicted and -100 elsewhere; and ids drawn uniformly from the vocabulary.
         """
         draw = np.random.Generator(np.random.Philox(key=int(random_key)))
         tokens = tokens.astype(np.int64)
@@ -70,7 +71,7 @@ class Masking:
 
 
 class MaskedBatches(StepBatches):
-    """Micro-batches of one rank with masked tokens, see `StepBatches`.
+    """Micro-batches of masked sequences for one rank, see `StepBatches`.
 
     N consecutive rows are the instances of one multiplexed group, the same for any number of ranks.
     An item is a dict of
@@ -86,8 +87,9 @@ class MaskedBatches(StepBatches):
         datasets: tokens of each domain; those after the last full block are not used.
         order: sampler of blocks.
         division: division of a step; a micro-batch has R rows.
-        block_size: T.
-        instances: N; every rank's micro-batch must be a multiple of it.
+        block_size: tokens T of a row.
+        instances: rows N of a group; R must be a multiple of it.
+        seed: seed of masks and of the instances to retrieve.
         prefix: number of last columns that the model replaces by its own prefix; they have no
             labels, and as many first positions are not retrieved.
     Raises:
@@ -115,14 +117,26 @@ class MaskedBatches(StepBatches):
         self.prefix = prefix
 
     def __getitem__(self, micro_batch_index: int) -> Batch:
-        """Return the micro-batch `micro_batch_index` of this rank."""
+        """Return a micro-batch of this rank, as in the docstring of the class.
+
+        Raises:
+            UserError: for an id outside the vocabulary.
+        """
         sample_indices = self.division.get_sample_indices(micro_batch_index)
         return self.build_batch(sample_indices, *self.order.select_blocks(sample_indices))
 
     def build_batch(
         self, sample_indices: np.ndarray, domains: np.ndarray, block_indices: np.ndarray
     ) -> Batch:
-        """Build the batch of samples [R] from blocks [R] of domains [R]; their indices seed it."""
+        """Build a batch of R rows, as in the docstring of the class.
+
+        Args:
+            sample_indices: [R] numbers of the samples, which seed their masks.
+            domains: [R] domain of each row.
+            block_indices: [R] block of each row within its domain.
+        Raises:
+            UserError: for an id outside the vocabulary.
+        """
         rows = [
             self.masking.mask_tokens(
                 _read_block(self.datasets[domain], block, self.block_size),
@@ -172,22 +186,24 @@ class MaskedBatches(StepBatches):
 
 
 def count_full_blocks(dataset: IndexedDataset, block_size: int) -> int:
-    """Count the full blocks of a split."""
+    """Count the blocks of `block_size` tokens in a split, without a shorter one at the end."""
     return len(dataset.tokens) // block_size
 
 
 def iterate_held_out_batches(
     batches: MaskedBatches, max_batches: int | None = None
 ) -> Iterator[Batch]:
-    """Yield all blocks in file order, with the same masks in every call.
+    """Yield all blocks of a held-out split in file order, with the same masks in every call.
 
-    "number" counts the batches.
-
-    Blocks at the end that do not fill a group are skipped.
+    The batches are as those of `MaskedBatches`, with one more key, "number", which counts them from
+    0. Blocks at the end that do not fill a group are skipped.
 
     Args:
-        batches: batches of the held-out split, whose size these have.
+        batches: batches of the held-out split; a batch has as many rows as their micro-batches, the
+            last one may have fewer.
         max_batches: largest number of batches; None: all.
+    Raises:
+        UserError: for an id outside the vocabulary.
     """
     lengths = [count_full_blocks(dataset, batches.block_size) for dataset in batches.datasets]
     domains = np.repeat(np.arange(len(lengths)), lengths)
@@ -204,6 +220,7 @@ def iterate_held_out_batches(
 
 
 def _read_block(dataset: IndexedDataset, block_index: int, block_size: int) -> np.ndarray:
+    """Read the ids [block_size] of a block; raise UserError for one outside the vocabulary."""
     ids = dataset.tokens[block_index * block_size : (block_index + 1) * block_size]
-    dataset.check(ids, block_index * block_size)
+    dataset.check_read_ids(ids, block_index * block_size)
     return ids

@@ -20,7 +20,10 @@ WORD = (1 << 64) - 1
 
 @np.errstate(over="ignore")
 def make_random_key(*parts: int | np.ndarray) -> np.ndarray:
-    """Make uint64 keys from numbers or broadcastable arrays; the order of the parts matters."""
+    """Make uint64 keys from integers, or from integer arrays that broadcast.
+
+    Equal parts in the same order give equal keys. The result has the common shape of the parts.
+    """
     key = np.zeros((), dtype=np.uint64)
     for part in parts:
         word = np.uint64(part & WORD) if isinstance(part, int) else part.astype(np.uint64)
@@ -49,7 +52,7 @@ class KeyedPermutation:
             raise ValueError(f"size {self.n.min()}: at least 1 is needed")
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
-        """Permute indices: int64 of any shape, each in range(n).
+        """Permute indices of any shape, each in range(n); returns int64 of the common shape.
 
         Raises:
             ValueError: for an index outside range(n).
@@ -69,7 +72,7 @@ class KeyedPermutation:
 
 
 class Sampler:
-    """Order of the blocks of domains.
+    """Order of the samples of a run; subclasses define `select_blocks`.
 
     Args:
         blocks_per_domain: number of blocks of each of the E domains.
@@ -89,7 +92,10 @@ class Sampler:
         raise NotImplementedError
 
     def _permute_blocks(self, domains: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
-        """Return the block of the `ordinal`-th sample of a domain, permuted anew in every epoch."""
+        """Return the blocks of samples: element-wise, that of the `ordinal`-th sample of a domain.
+
+        Each domain has another permutation of its blocks in every epoch over them.
+        """
         lengths = self.lengths[domains]
         epochs, index = np.divmod(ordinals, lengths)
         return KeyedPermutation(lengths, make_random_key(self.seed, epochs, domains))(index)
@@ -109,7 +115,7 @@ class BalancedSampler(Sampler):
         return domains, self._permute_blocks(domains, ordinals)
 
     def select_domain_blocks(self, domains: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
-        """Select the blocks of the `ordinals`-th samples of domains, int64.
+        """Select element-wise the block of the `ordinal`-th sample of a domain: int64.
 
         The arguments broadcast.
         """
@@ -117,7 +123,7 @@ class BalancedSampler(Sampler):
 
 
 class UnbalancedSampler(Sampler):
-    """One permutation of the blocks of all domains, whose shares are their sizes."""
+    """Each epoch is one permutation of the blocks of all domains, so shares are sizes."""
 
     def select_blocks(self, sample_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Select domains and blocks of global sample indices, all int64 of one shape."""
@@ -166,7 +172,11 @@ class TemperatureSampler(Sampler):
 
 
 def make_sampler(name: str, blocks_per_domain: Sequence[int], seed: int, alpha: float) -> Sampler:
-    """Build a sampler by name: "balanced", "unbalanced", or "temperature" with `alpha`."""
+    """Build a sampler by name: "balanced", "unbalanced", or "temperature", which alone has `alpha`.
+
+    Raises:
+        ValueError: as the class of the sampler.
+    """
     if name == "temperature":
         return TemperatureSampler(blocks_per_domain, seed, alpha)
     return {"balanced": BalancedSampler, "unbalanced": UnbalancedSampler}[name](
@@ -190,7 +200,7 @@ def _allocate_quotas(shares: np.ndarray, total: int) -> np.ndarray:
 
 @np.errstate(over="ignore")
 def _permute_by_feistel(value: np.ndarray, bits: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Permute range(2**bits); all arguments uint64 [m]."""
+    """Permute each value within range(2**bits) by a Feistel network; all uint64 [m]."""
     shift = bits >> np.uint64(1)
     masks = (np.uint64(1) << (bits - shift)) - np.uint64(1), (np.uint64(1) << shift) - np.uint64(1)
     halves = [value >> shift, value & masks[1]]

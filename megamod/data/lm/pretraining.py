@@ -38,6 +38,8 @@ class LmData:
         """Open a data-bin.
 
         Args:
+            path: folder of the data-bin.
+            domains: names of the domains to use; None: all, in the order of the data-bin.
             block_size: tokens per sequence.
             domain_token: begin sequences with the token of their domain.
             verify, share: see `DataBin`.
@@ -57,7 +59,11 @@ class LmData:
 
     @cached_property
     def train_blocks(self) -> list[TokenBlocks]:
-        """Training sequences of each domain; opened on first use, as evaluation needs none."""
+        """Training sequences of each domain, opened on first use, because evaluation needs none.
+
+        Raises:
+            UserError: if a split is missing, damaged, or shorter than one sequence.
+        """
         return [self._open_blocks(domain, "train") for domain in self.domains]
 
     def open_splits(self, split: str) -> None:
@@ -88,11 +94,14 @@ class LmData:
 
         Args:
             division: division of a step over all domains; its ranks are those that share a stream.
-            sampler: "balanced", "unbalanced" or "temperature" (with `alpha`).
+            sampler: "balanced", "unbalanced" or "temperature".
+            alpha: exponent of the sizes of domains, for "temperature" only.
+            seed: seed of the order.
             local_domains: domains of this rank's experts, with a stream each; None: one stream of
                 all.
         Raises:
-            UserError: if the batch cannot be divided evenly, or experts use another sampler.
+            UserError: if the batch cannot be divided evenly, if `local_domains` is set and the
+                sampler is not "balanced", or as `train_blocks`.
         """
         if local_domains is not None and sampler != "balanced":
             raise UserError(
@@ -120,8 +129,11 @@ class LmData:
         """Build one rank's micro-batches of masked tokens, all domains in one stream.
 
         Args:
-            sampler: see `build_train_batches`.
-            instances, prefix: see `MaskedBatches`.
+            split: "train", "valid" or "test".
+            sampler, alpha: see `build_train_batches`.
+            division, seed, instances, prefix: see `MaskedBatches`.
+        Raises:
+            UserError: if a split is missing or damaged, or a micro-batch does not fill its groups.
         """
         datasets = [self._open_blocks(domain, split).dataset for domain in self.domains]
         lengths = [max(1, count_full_blocks(dataset, self.block_size)) for dataset in datasets]
@@ -139,16 +151,32 @@ class LmData:
     def iterate_eval_batches(
         self, domain: str, split: str, batch_size: int, max_batches: int
     ) -> Iterator[Batch]:
-        """Yield the batches of a split of a domain in file order; `max_batches` 0: all."""
+        """Yield the batches of a split of a domain in file order.
+
+        They are those of `megamod.data.lm.batches.iterate_eval_batches`.
+
+        Args:
+            batch_size: sequences of a batch.
+            max_batches: largest number of batches; 0: all.
+        Raises:
+            UserError: if the split is missing or damaged.
+        """
         batches = iterate_eval_batches(self._open_blocks(domain, split), batch_size)
         return islice(batches, max_batches or None)
 
     def count_text_bytes(self, domain: str, split: str) -> int:
-        """Return the UTF-8 bytes of the text of a split; 0 if unknown."""
+        """Return the number of UTF-8 bytes of the text of a split; 0 if unknown (fairseq).
+
+        Raises:
+            UserError: for an unknown domain or split.
+        """
         return self.databin.count_text_bytes(domain, split)
 
     def _open_blocks(self, domain: str, split: str) -> TokenBlocks:
-        """Open the sequences of a split once, and return the same object from then on."""
+        """Return the sequences of a split, which is opened by the first call only.
+
+        Raise UserError if it is missing or damaged.
+        """
         if (domain, split) not in self._opened:
             blocks = self.databin.open_blocks(
                 domain, split, self.block_size, self.domain_tokens.get(domain)

@@ -20,15 +20,18 @@ def read_text_blocks(
     max_blocks: int | None = None,
     space_characters: bool = False,
 ) -> np.ndarray:
-    """Read the ids [n, length] of the concatenated lines of a file.
+    """Read the ids of the concatenated lines of a text file as blocks: [n, block_length] int64.
+
+    Lines are concatenated 1000 at a time, and what does not fill a block is dropped each time.
 
     Args:
+        path: text file, perhaps compressed.
         tokenize: from a line to ids, including special ones; blank lines are skipped.
         max_blocks: largest number of blocks; None: all.
         space_characters: put a blank between the characters of a line. The program of Verma and
             Elbayad 2024 does this by mistake, and its published curves are of such text.
     Raises:
-        UserError: if the file cannot be read or is shorter than a block.
+        UserError: if the file is no text file, cannot be read, or fills no block.
     """
     require_format(path, ["text"])
     lines = [line for _, line in read_lines(path) if line.strip()]

@@ -11,9 +11,10 @@ from megamod.files import hash_file
 
 
 def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Check header, tokenizer and every split; yield the title and the faults of each.
+    """Check header, tokenizer and every split of a data-bin; yield title and faults of each.
 
-    The index of a split is read, its digests are compared, and all ids are checked.
+    Index and size of a split are read, its digests are compared, and all ids are checked. A part
+    without faults has an empty list. If the header cannot be read, nothing else is checked.
     """
     try:
         data = DataBin(path, verify="size")
@@ -40,7 +41,7 @@ def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
             title, faults = f"{prefix}", []
             try:
                 dataset = data.open_split(domain, split)
-                dataset.check_ids(data.vocab_size)
+                dataset.check_all_ids(data.vocab_size)
                 title = f"{prefix}: {len(dataset):,} items, {len(dataset.tokens):,} tokens"
             except UserError as error:
                 faults.append(str(error))
@@ -53,7 +54,7 @@ def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _find_tokenizer_faults(folder: Path, digest: str) -> list[str]:
-    """Check that the tokenizer folder has the digest of the header."""
+    """Return a fault if the tokenizer in `folder` cannot be loaded or has another digest."""
     try:
         actual = load_tokenizer(folder).digest
     except (UserError, OSError, ValueError) as error:

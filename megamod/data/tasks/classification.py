@@ -34,13 +34,14 @@ CHUNK = 4096  # texts encoded at once
 
 @dataclass(frozen=True)
 class RowLengthLimits:
-    """Maximum length of a row.
+    """Limits of the length of a row, and the treatment of longer rows.
 
     Attributes:
-        max_tokens: tokens of a row, special ones included; longer rows are cut.
-        model_positions: positions of the model. Longer rows are refused unless `truncate` is set: a
-            user who asks for `max_tokens` tokens expects cuts below the model's limit, not above.
-        truncate: cut those rows too.
+        max_tokens: tokens of a row, special ones included. Longer rows are cut to this length.
+        model_positions: positions of the model. Rows with more tokens are refused unless `truncate`
+            is set: a user who asks for `max_tokens` tokens expects cuts below the model's limit,
+            not above.
+        truncate: also cut rows with more tokens than `model_positions`.
     """
 
     max_tokens: int
@@ -48,7 +49,16 @@ class RowLengthLimits:
     truncate: bool = False
 
     def check_cut_allowed(self, row_tokens: int, where: str) -> None:
-        """Raise UserError if a row of `row_tokens` tokens may not be cut."""
+        """Refuse to cut a row that has more tokens than the model has positions.
+
+        With `truncate` every row may be cut.
+
+        Args:
+            row_tokens: tokens of the uncut row.
+            where: origin of the row, for the message.
+        Raises:
+            UserError: if the row may not be cut.
+        """
         if row_tokens > self.model_positions and not self.truncate:
             raise UserError(
                 f"{where}: {row_tokens} tokens, the model has {self.model_positions} positions; "
@@ -98,7 +108,10 @@ class EncodedRows:
         return hashed.hexdigest()
 
     def compute_padded_length(self, row_indices: np.ndarray) -> int:
-        """Return the longest row's length, rounded up to 8 if the limit allows it."""
+        """Compute the length of the longest of the rows, rounded up to a multiple of 8.
+
+        It is at most `longest`.
+        """
         longest_row = int((self.offsets[row_indices + 1] - self.offsets[row_indices]).max())
         return min(-(-longest_row // 8) * 8, self.longest)
 
@@ -138,7 +151,9 @@ class EncodedRows:
 def encode_texts(
     texts: TextSet, tokenizer: "PreTrainedTokenizerFast", limits: RowLengthLimits
 ) -> EncodedRows:
-    """Encode sentences or pairs with their special tokens; of pairs the longer text is cut first.
+    """Encode sentences or pairs with their special tokens.
+
+    Rows longer than `limits` are cut, in pairs the longer text first, and a warning counts them.
 
     Raises:
         UserError: naming file and line of a row that is too long for the model.
@@ -188,10 +203,11 @@ def encode_words(
 
     A word that the tokenizer drops, such as a lone variation selector, becomes the unknown token:
     every word has a token, unless its sentence is cut. Every word, the first one too, is encoded as
-    in running text: after a blank, where the tokenizer keeps blanks.
+    in running text: after a blank, where the tokenizer keeps blanks. Rows longer than `limits` are
+    cut, and a warning counts them.
 
     Args:
-        labels: names by number.
+        labels: names of labels by number; every label of `tokens` is one of them.
         label_all: label further tokens of a word too, with I- where the word has B-.
     Raises:
         UserError: naming file and line of a sentence that is too long for the model.
@@ -273,16 +289,22 @@ class TrainRows(StepBatches):
         return self.encoded.digest
 
     def select_rows(self, micro_batch_index: int) -> np.ndarray:
-        """Select the rows of micro-batch `micro_batch_index`: [R] numbers."""
+        """Select the rows of a micro-batch of this rank: [R] int64 numbers in the split."""
         return self.order.select_blocks(self.division.get_sample_indices(micro_batch_index))[1]
 
     def __getitem__(self, micro_batch_index: int) -> Batch:
-        """Return the micro-batch `micro_batch_index` of this rank."""
+        """Return a micro-batch of this rank, see `EncodedRows.gather_batch`."""
         return self.encoded.gather_batch(self.select_rows(micro_batch_index), self.pad_to)
 
 
 class HeldOutBatch(NamedTuple):
-    """Consecutive rows of a split in whole groups; `layout` counts them from `start`."""
+    """Batch of consecutive rows of a split in whole groups.
+
+    Attributes:
+        start, stop: range of the rows in the split.
+        batch: see `EncodedRows.gather_batch`; its lines are those of `layout`.
+        layout: lines of each row, counted from `start`.
+    """
 
     start: int
     stop: int
@@ -299,18 +321,18 @@ def iterate_held_out_rows(
     ensemble: bool = False,
     seed: int = 0,
 ) -> Iterator[HeldOutBatch]:
-    """Yield every row once in the order of the file.
+    """Yield every row of a split once, in batches in the order of the file.
 
-    Fillers repeat rows of the last batch in order.
+    If the last batch does not fill its groups, its first rows are repeated.
 
     Args:
         batch_size: rows of a forward pass of the model, a multiple of `instances`.
         pad_to: see `EncodedRows.gather_batch`.
         ensemble: give every row `instances` positions instead of one; a batch has fewer rows then,
             and no fillers.
-        seed: of these positions.
+        seed: seed of these positions.
     Raises:
-        UserError: if groups would not be full.
+        UserError: if `batch_size` is not a multiple of `instances`.
     """
     check_fills_instance_groups("--per_device_eval_batch_size", batch_size, instances)
     size = batch_size // instances if ensemble else batch_size
@@ -324,7 +346,7 @@ def iterate_held_out_rows(
 
 
 def _find_special_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
-    """Find the special tokens before and after a single text."""
+    """Return the ids of the special tokens before and after a single text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
@@ -334,7 +356,10 @@ def _find_special_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int
 def _encode_word_pieces(
     tokenizer: "PreTrainedTokenizerFast", sentences: Sequence[list[str]]
 ) -> Iterator[list[list[int]]]:
-    """Yield the token ids of each word of each sentence, as the model was pretrained on text."""
+    """Yield for each sentence the token ids of each word, the same ones as in running text.
+
+    A word without tokens has the unknown token, or the padding if the tokenizer has none.
+    """
     if _needs_blank_before_words(tokenizer):
         sentences = [[f" {word}" for word in words] for words in sentences]
     encoded = _encode_split_words(tokenizer, sentences)
@@ -349,10 +374,10 @@ def _encode_word_pieces(
 
 
 def _needs_blank_before_words(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """Return True if words of a sentence get the tokens that they have in text only after a blank.
+    """Return True if separate words need a blank before them to have their tokens of running text.
 
-    Byte-level tokenizers keep the blank before a word in the word's first token and lose it where
-    words are given one by one, unless they add a blank themselves.
+    Byte-level tokenizers keep the blank before a word in the word's first token. If the words of a
+    sentence are passed separately, this blank is lost, unless the tokenizer adds one itself.
     """
     text = tokenizer("a b", add_special_tokens=False)["input_ids"]
     return text != _encode_split_words(tokenizer, [["a", "b"]])["input_ids"][0]
@@ -361,11 +386,15 @@ def _needs_blank_before_words(tokenizer: "PreTrainedTokenizerFast") -> bool:
 def _encode_split_words(
     tokenizer: "PreTrainedTokenizerFast", sentences: Sequence[list[str]]
 ) -> "BatchEncoding":
+    """Encode sentences that are split into words, without special tokens."""
     return tokenizer(sentences, is_split_into_words=True, add_special_tokens=False)
 
 
 def _map_to_inside_labels(labels: Sequence[str]) -> dict[str, str]:
-    """Map each label to that of further tokens of a word: I- for B-, if that is a label."""
+    """Map each label of a word to the label of the word's further tokens.
+
+    That is I- for B-, if `labels` has it, and otherwise the same label.
+    """
     inside = {name: name for name in labels}
     if are_entity_labels(labels):
         for name in labels:
@@ -380,7 +409,7 @@ def _flatten_rows(rows: Sequence[Sequence[int]], kind: type) -> np.ndarray:
 
 
 def _warn_of_cuts(cut_rows: int, row_count: int, limits: RowLengthLimits) -> None:
-    """Log a warning if rows were cut."""
+    """Log a warning with the number of cut rows, if there are any."""
     if cut_rows:
         logger.warning(
             "%d of %d rows were cut to %d tokens", cut_rows, row_count, limits.max_tokens

@@ -37,9 +37,10 @@ class _ColumnLayout:
 
     Attributes:
         width: number of columns.
-        tabs: whether tabs separate them.
-        numbered: column 0 counts the words of a sentence, so no word begins with #.
-        word, label: columns; label None: the file has none.
+        tabs: True if tabs separate them, False for blanks.
+        numbered: True if column 0 counts the words of a sentence, so that no word begins with #.
+        word: column of the words, from 0.
+        label: column of the labels, from 0; None: the file has none.
     """
 
     width: int
@@ -49,6 +50,7 @@ class _ColumnLayout:
     label: int | None
 
     def split_cells(self, line: str) -> list[str]:
+        """Split a line into its cells."""
         return _split_cells(line, self.tabs)
 
 
@@ -60,7 +62,9 @@ def read_conll(
     *,
     label_after_word: bool = False,
 ) -> TokenSet:
-    """Read the sentences of a CoNLL file.
+    """Read the sentences of a CoNLL file; labels are as in the file.
+
+    Log the number of comment lines, and a warning if column 0 numbers the words.
 
     Args:
         word_column, label_column: from 0, or from -1 backwards. None: in CoNLL-U FORM and UPOS;
@@ -68,9 +72,11 @@ def read_conll(
             and the first one after it with entity labels.
         split: the labels of a split that begins with "test" may be hidden: the column is missing,
             or all of it is "_".
-        label_after_word: the label is by default the column after the word, not the last one.
+        label_after_word: with `label_column` None, take the column after the word as the label's,
+            not the last one.
     Raises:
-        UserError: naming the line with another number of columns than the others.
+        UserError: if there is no sentence, for a column that does not exist, and naming a line that
+            has another number of columns than most, or lacks a word or a label.
     """
     blocks = list(_read_blocks(path))
     layout = _detect_layout(
@@ -100,7 +106,10 @@ def read_conll(
 
 
 def _read_blocks(path: Path) -> Iterator[list[Numbered]]:
-    """Yield the lines between blank lines, with their numbers."""
+    """Yield the numbered lines between two blank lines, such as those of a sentence.
+
+    Lines with -DOCSTART- separate, too.
+    """
     block: list[Numbered] = []
     for number, line in read_lines(path):
         if line.strip(BLANKS) and not line.startswith("-DOCSTART-"):
@@ -113,6 +122,7 @@ def _read_blocks(path: Path) -> Iterator[list[Numbered]]:
 
 
 def _split_cells(line: str, is_tab_separated: bool) -> list[str]:
+    """Split a line at tabs, or else at groups of blanks and tabs."""
     return line.split("\t") if is_tab_separated else re.split("[ \t]+", line.strip(BLANKS))
 
 
@@ -129,7 +139,17 @@ def _detect_layout(
     is_test: bool,
     label_after_word: bool,
 ) -> _ColumnLayout:
-    """Detect the layout from lines that are no comments; raise UserError without a sentence."""
+    """Detect the layout of a file from those lines that cannot be comments.
+
+    Log a warning if column 0 numbers the words and is therefore skipped.
+
+    Args:
+        blocks: see `_read_blocks`.
+        word_column, label_column, label_after_word: see `read_conll`.
+        is_test: True if the column of the labels may be missing.
+    Raises:
+        UserError: if there is no sentence, or a column does not exist.
+    """
     certain = [block[_count_possible_comments(block) :] for block in blocks]
     certain = [block for block in certain if block]
     if not certain:  # every line begins with #: none of them is a comment but by its form
@@ -167,7 +187,7 @@ def _detect_layout(
 
 
 def _find_most_frequent(values: Iterable[object]) -> object:
-    """Return the most frequent value, of equally frequent ones the first."""
+    """Find the most frequent value; of equally frequent ones, that which occurs first."""
     return Counter(values).most_common(1)[0][0]
 
 
@@ -179,7 +199,7 @@ def _are_word_numbers(first_cells: list[list[str]]) -> bool:
 
 
 def _find_entity_column(rows: list[list[str]], word_column: int, column_count: int) -> int:
-    """Find the first column of entity labels after the word, else the last."""
+    """Find the first column after the word with entity labels only; without one, -1, the last."""
     for column in range(word_column % column_count + 1, column_count):
         labels = {row[column].strip(BLANKS) for row in rows if len(row) == column_count}
         if all(label == OUTSIDE or parse_entity_label(label) for label in labels):
@@ -196,9 +216,10 @@ def _read_column_names(blocks: list[list[Numbered]]) -> list[str] | None:
 def _normalise_columns(
     where: str, width: int, word: int, label: int, is_test: bool
 ) -> tuple[int, int | None]:
-    """Count both columns from 0; the label is None where a test file has none.
+    """Return the columns of word and label counted from 0; they may be negative before.
 
-    Raise UserError if a column does not exist, or both are the same one.
+    With `is_test` the label's is None if it does not exist or is that of the word. Otherwise raise
+    UserError if a column does not exist, or both are the same one.
     """
     if not -width <= word < width:
         raise UserError(f"{where}: {width} columns, there is no column {word} (--word_column)")

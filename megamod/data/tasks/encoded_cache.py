@@ -37,7 +37,14 @@ def compute_cache_key(
     labels: Sequence[str],
     label_all: bool,
 ) -> str:
-    """Compute the name, without ending, of the cache file of rows encoded in this way."""
+    """Compute the name of the cache file for encoded rows, without ending: a SHA-256.
+
+    Args:
+        rows: rows before their encoding.
+        limits: see `encode_texts` and `encode_words`.
+        labels: names of labels by number.
+        label_all: see `encode_words`; False for rows of texts.
+    """
     hashed = hashlib.sha256()
     columns: Iterable[Sequence[object]] = rows.texts if isinstance(rows, TextSet) else [rows.words]
     for part in (*columns, [] if rows.labels is None else list(rows.labels)):
@@ -54,11 +61,12 @@ def compute_cache_key(
 
 
 def load_or_encode(folder: Path, key: str, encode_rows: Callable[[], EncodedRows]) -> EncodedRows:
-    """Load cached rows; encode and store them if they are absent or damaged.
+    """Load the cached rows; if they are absent or damaged, encode them and write the cache file.
 
     Args:
-        folder: created if it does not exist.
+        folder: folder of the cache, which is created if it is absent.
         key: see `compute_cache_key`.
+        encode_rows: called without arguments if there is no cached file that can be read.
     """
     path = folder / f"{key}.safetensors"
     if path.exists():
@@ -73,7 +81,10 @@ def load_or_encode(folder: Path, key: str, encode_rows: Callable[[], EncodedRows
 
 
 def _read_cached_rows(path: Path) -> EncodedRows:
-    """Read encoded rows from a file; raise if it is damaged."""
+    """Read encoded rows from a cache file.
+
+    Raise SafetensorError, OSError, KeyError or ValueError if it is damaged.
+    """
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -88,7 +99,7 @@ def _read_cached_rows(path: Path) -> EncodedRows:
 
 
 def _serialise_rows(encoded: EncodedRows) -> bytes:
-    """Serialise encoded rows as safetensors."""
+    """Return the content of a cache file, in safetensors, for encoded rows."""
     arrays = {name: getattr(encoded, name) for name in ARRAYS}
     if encoded.word_starts is not None:
         arrays["heads"] = np.concatenate(encoded.word_starts)
@@ -98,4 +109,5 @@ def _serialise_rows(encoded: EncodedRows) -> bytes:
 
 
 def _to_plain_value(value: object) -> object:
+    """Convert a NumPy scalar to a number of Python; return any other value unchanged."""
     return value.item() if isinstance(value, np.generic) else value

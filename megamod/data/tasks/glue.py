@@ -65,13 +65,18 @@ class TextSet:
 def read_text_task(
     task: TaskSpec, data_dir: str | Path | None, splits: Sequence[str]
 ) -> tuple[TaskSpec, dict[str, TextSet]]:
-    """Read the splits that exist; return the task with its labels filled in, and the examples.
+    """Read the splits of a task that has labels of sentences or pairs.
 
     Args:
+        task: the task; without labels in it, they are those of the train split, sorted.
         data_dir: folder of the files; None: the hub.
-        splits: names of splits; "train", "dev" and "test" must exist.
+        splits: names of the splits to read. "train", "dev" and "test" must exist if they are named;
+            others are skipped if they are absent.
+    Returns:
+        the task with its labels filled in, and the examples by split.
     Raises:
-        UserError: for a missing split, a row or a label that does not fit.
+        UserError: for a missing or empty split, a row or label that does not fit, and labels that
+            cannot be taken from a train split.
     """
     if data_dir is None:
         sources = dict(load_hub_tables(task, splits))
@@ -103,7 +108,10 @@ def read_text_task(
 
 
 def _build_text_set(task: TaskSpec, rows: list[tuple[str, Sequence[str], str | None]]) -> TextSet:
-    """Build a set of examples; raise UserError for a label that the task lacks."""
+    """Build the set of a split's examples from origins, texts and labels of its rows.
+
+    Raise UserError for a label that the task lacks, or a value outside its bounds.
+    """
     texts = tuple([row[1][n] for row in rows] for n in range(len(task.texts)))
     origins = [origin for origin, _, _ in rows]
     if rows[0][2] is None:
@@ -126,7 +134,10 @@ def _build_text_set(task: TaskSpec, rows: list[tuple[str, Sequence[str], str | N
 
 
 def _parse_regression_value(task: TaskSpec, text: str | None, origin: str) -> float:
-    """Parse the value of a regression; raise UserError outside the task's bounds."""
+    """Parse the value of a regression.
+
+    Raise UserError if it is missing, no finite number, or outside the task's bounds.
+    """
     try:
         value = float(text)
     except (TypeError, ValueError):
@@ -141,7 +152,12 @@ def _parse_regression_value(task: TaskSpec, text: str | None, origin: str) -> fl
 
 
 def _read_rows(task: TaskSpec, split: str, source: Path | RowTable) -> Rows:
-    """Yield origin, texts and label of a split; raise UserError for a row without text or label."""
+    """Yield origin, texts and label of each row of a split, by the format of its source.
+
+    Rows with a label in `task.skip_labels` are skipped. The labels of a split that begins with
+    "test" may be hidden. Raise UserError for a row without text, and for one without label, unless
+    all of the split's labels are hidden.
+    """
     kind = require_format(source, FORMATS) if isinstance(source, Path) else "hub"
     if kind in ("TSV", "text"):
         rows = _read_table_rows(task, split, source, _read_tsv_cells(source))
@@ -174,9 +190,11 @@ def _read_rows(task: TaskSpec, split: str, source: Path | RowTable) -> Rows:
 def _read_table_rows(
     task: TaskSpec, split: str, path: Path, lines: Iterator[tuple[int, list[str]]]
 ) -> Rows:
-    """Yield origin, texts and label of numbered lines of cells.
+    """Yield origin, texts and label of numbered lines of cells, the first perhaps a header.
 
-    Raise UserError for an empty file or a line with too few cells.
+    Raise UserError for an empty file, a column that is missing, or a line with another number of
+    cells; with `task.skip_short` a line with too few cells is skipped, and one of another length
+    is used if it has the needed cells.
     """
     columns = [*task.texts, task.label]
     indices: list[int | None] | None = None
@@ -211,9 +229,20 @@ def _find_column_indices(
     split: str,
     where: str,
 ) -> list[int | None]:
-    """Find the indices of the columns; that of the label is None if it is hidden.
+    """Find the index of each column in the lines of a file.
 
-    Raise UserError for columns that are missing or have the same name.
+    The names in the header decide. If it has none of them, or there is no header, the indices of
+    the columns do.
+
+    Args:
+        columns: columns of the texts, then that of the label.
+        header: cells of the first line; None: the split has no header.
+        width: number of cells of the first line.
+        where: file and line, for messages.
+    Returns:
+        index of each column; that of the label is None if the labels of a test split are hidden.
+    Raises:
+        UserError: for columns that are missing or have the same name.
     """
     test = split.startswith("test")
     if header is not None:
@@ -253,7 +282,10 @@ def _find_column_indices(
 
 
 def _read_tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the cells of numbered lines; blank lines at the end are dropped, others refused."""
+    """Yield number and cells of each line; empty lines at the end of the file are dropped.
+
+    Raise UserError for any other empty line.
+    """
     blank = None
     for number, line in read_lines(path):
         if not line:
@@ -265,7 +297,7 @@ def _read_tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _read_csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the cells of each CSV row with the number of its last line.
+    """Yield the number of its last line and the cells of each CSV row; empty rows are skipped.
 
     Raise UserError if it is not CSV.
     """
@@ -281,12 +313,16 @@ def _read_csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _read_dict_rows(
     task: TaskSpec, split: str, table: RowTable, columns: Mapping[str, str] | None = None
 ) -> Rows:
-    """Yield origin, texts and label of table rows; raise UserError if its labels do not fit.
+    """Yield origin, texts and label of the rows of a table.
 
-    Numbers of named labels become names; -1 is a hidden label.
+    Numbers of named labels become names. The number -1 is a hidden label: such a row is skipped
+    unless the split begins with "test".
 
     Args:
         columns: our name of a column -> the table's, where they differ.
+    Raises:
+        UserError: if the table has other labels than the task, or a row lacks a column or has a
+            value that does not fit.
     """
     columns = columns or {}
     names = table.names.get(columns.get(task.label.name, task.label.name))
@@ -309,7 +345,10 @@ def _read_dict_rows(
 
 
 def _find_label_name(number: str, names: Sequence[str], where: str) -> str | None:
-    """Find the name of a label by its number; None for -1, UserError for one out of range."""
+    """Find the name of a label by its number, as text; None for -1.
+
+    Raise UserError for text that is no number, or a number without a name.
+    """
     index = int(number) if number.removeprefix("-").isdecimal() else len(names)
     if not -1 <= index < len(names):
         raise UserError(f"{where}: label {number[:60]!r} is not one of 0 to {len(names) - 1}")
@@ -319,7 +358,11 @@ def _find_label_name(number: str, names: Sequence[str], where: str) -> str | Non
 def _read_row_fields(
     task: TaskSpec, split: str, row: Mapping[str, object], where: str, names: Mapping[str, str]
 ) -> tuple[list[str], str | None]:
-    """Read texts and label of a row; raise UserError for one that is missing or malformed."""
+    """Read texts and label of a row; the label may be None in a split that begins with "test".
+
+    `names` maps our name of a column to the table's, where they differ. Raise UserError for a text
+    or label that is missing or malformed.
+    """
     texts = []
     for column in task.texts:
         name = names.get(column.name, column.name)

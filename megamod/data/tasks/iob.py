@@ -23,13 +23,16 @@ LABEL = re.compile(r"([BIMELSU])(?:-(.+))?", re.DOTALL)
 
 
 def parse_entity_label(label: str) -> tuple[str, str] | None:
-    """Parse an entity label into part and type, "" if it has none; return None for other labels."""
+    """Parse an entity label into part and type; return None for O and for other labels.
+
+    The part is one letter of B, I, M, E, L, S and U; the type is "" if the label has none.
+    """
     match = LABEL.fullmatch(label)
     return match and (match[1], match[2] or "")
 
 
 def format_entity_label(part: str, kind: str) -> str:
-    """Format the label of a part and a type."""
+    """Format a part and a type as a label, `B-PER`; the part alone if the type is empty."""
     return f"{part}-{kind}" if kind else part
 
 
@@ -47,7 +50,10 @@ def are_entity_labels(labels: Iterable[str]) -> bool:
 
 
 def convert_to_iob2(sentences: TokenSet, repair: bool) -> str:
-    """Turn entity labels into IOB2 in place; returns the scheme that they had.
+    """Turn the entity labels of `sentences` into IOB2 in place, and return their former scheme.
+
+    The scheme is "iob1", "iob2", "iobes" (also for BILOU), or "broken" if the labels follow none
+    and `repair` is set. Log repairs and conversions.
 
     In IOB2 every entity begins with B-; in IOB1 only one that follows another of its type at once.
     A file that mixes them is read as IOB1 if most of its entities begin with I-, with a warning;
@@ -113,7 +119,7 @@ def convert_to_iob2(sentences: TokenSet, repair: bool) -> str:
 
 
 def _parse_label(label: str) -> tuple[str | None, str | None] | None:
-    """Parse a label into part and type; (None, None) for O."""
+    """Parse a label into part and type: (None, None) for O, None for a label of no scheme."""
     return (None, None) if label == OUTSIDE else parse_entity_label(label)
 
 

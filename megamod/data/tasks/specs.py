@@ -88,7 +88,7 @@ class TaskSpec:
 
 
 def find_text_task(name: str) -> TaskSpec:
-    """Find a task by name; capitals, - and _ do not count.
+    """Find a task of `TASKS` by its name or folder; only letters and digits count, not capitals.
 
     Raises:
         UserError: if no task has that name.
@@ -105,8 +105,10 @@ def find_text_task(name: str) -> TaskSpec:
 def find_task_files(task: TaskSpec, data_dir: str | Path) -> dict[str, Path]:
     """Find the existing files of a task by split, in DATA_DIR or in the task's folder below it.
 
+    Splits without a file are absent from the result. A file may be compressed.
+
     Raises:
-        UserError: if there is no file.
+        UserError: if the folder does not exist or has no file of the task.
     """
     root = Path(data_dir)
     if not root.is_dir():
@@ -128,15 +130,15 @@ def find_task_files(task: TaskSpec, data_dir: str | Path) -> dict[str, Path]:
 
 
 def _find_first_file(folder: Path, names: Sequence[str]) -> Path | None:
-    """Find the first of the names that is a file, each also compressed; None if there is none."""
+    """Find the first of `names` that is a file, plain or compressed; None if none of them is."""
     paths = (folder / f"{name}{end}" for name in names for end in ("", *COMPRESSIONS))
     return next((path for path in paths if path.is_file()), None)
 
 
 def make_label_normaliser(labels: Sequence[str]) -> Callable[[str], str | None]:
-    """Return a function from a label to its spelling in `labels`, or None; capitals do not count.
+    """Return a function from a label to its spelling in `labels`; None for a label of no spelling.
 
-    Capitals count where two of `labels` differ by nothing else.
+    Capitals do not count, unless two of `labels` differ by nothing else.
     """
     exact = {label: label for label in labels}
     folded = {label.casefold(): label for label in labels}
@@ -146,13 +148,17 @@ def make_label_normaliser(labels: Sequence[str]) -> Callable[[str], str | None]:
 
 
 def format_some_names(names: Iterable[str], max_names: int = 12) -> str:
-    """Format names for a message; many names and long ones are cut."""
+    """Format at most `max_names` names for a message, with their number if there are more.
+
+    Names longer than 40 characters are cut.
+    """
     names = [name if len(name) <= 40 else f"{name[:40]}..." for name in names]
     rest = f", ... ({len(names)} in all)" if len(names) > max_names else ""
     return ", ".join(names[:max_names]) + rest
 
 
 def _normalise_name(name: str) -> str:
+    """Reduce a name to its letters and digits, in small letters."""
     return re.sub("[^a-z0-9]", "", name.lower())
 
 
@@ -348,7 +354,7 @@ _TOKEN_HUB: dict[str, tuple[str, str | None]] = {
 
 
 def find_any_task(name: str) -> TaskSpec:
-    """Find a task of any kind by name.
+    """Find a task of any kind by name: a token task on the hub, or one of `TASKS`.
 
     Raises:
         UserError: if no task has that name.
@@ -365,7 +371,7 @@ def find_any_task(name: str) -> TaskSpec:
 
 
 def describe_task(task: TaskSpec) -> dict[str, object]:
-    """Describe a task by plain values, for records."""
+    """Return the name, kind, columns, labels and metrics of a task as values for JSON."""
     plain = {f.name: getattr(task, f.name) for f in fields(task)}
     plain["texts"], plain["label"] = [c.name for c in task.texts], task.label.name
     return {key: plain[key] for key in ("name", "kind", "texts", "label", "labels", "metrics")}

@@ -18,6 +18,7 @@ USUAL = {
 
 
 def _check_column(value: object) -> str | int:
+    """Return a name or number of a column; raise ValueError for any other value."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= -1:
         return value
     if isinstance(value, str) and value:
@@ -26,6 +27,7 @@ def _check_column(value: object) -> str | int:
 
 
 def _check_split(split: str) -> str:
+    """Return a name that a split may have; raise ValueError for any other."""
     if not re.fullmatch(r"(train|dev\w*|test\w*)", split):
         raise ValueError(f"split {shorten(split)} is not train, dev... or test...")
     return split
@@ -36,7 +38,7 @@ _Label = Annotated[str, BeforeValidator(lambda label: str(label).strip())]
 
 
 class _TaskFile(Document):
-    """The content of a task's file."""
+    """Schema of a task's YAML file, see `read_task_spec`."""
 
     name: Name
     kind: Kind
@@ -53,7 +55,8 @@ class _TaskFile(Document):
     hub: str | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> "_TaskFile":
+    def _check_keys_fit(self) -> "_TaskFile":
+        """Refuse columns and labels that do not fit the kind, and files together with a hub."""
         allowed = {"sequence": (1,), "pair": (2,), "regression": (1, 2), "token": (1,)}[self.kind]
         if len(self.text) not in allowed:
             raise ValueError(
@@ -81,14 +84,15 @@ def read_task_spec(path: str | Path) -> TaskSpec:
         kind: sequence            # or pair, regression, token
         text: sentence            # column by name or number; a list of two for pairs
         label: label
-        labels: [bad, good]       # left out: those of the train file, sorted
-        metrics: [accuracy, f1]   # left out: accuracy; pearson and spearmanr; f1
+        labels: [bad, good]       # optional; else those of the train file, sorted
+        metrics: [accuracy, f1]   # optional; else accuracy, for a regression pearson and
+                                  # spearmanr, for a token task f1
         files: {train: train.tsv, dev: dev.jsonl, test: test.tsv}
         header: true              # false: text and label are numbers
         bounds: [0, 5]            # of a regression, optional
         hub: NAME or NAME:CONFIG  # instead of files
 
-    Files are relative to --data_dir, without it to the YAML file.
+    Files are relative to --data_dir, or to the folder of the YAML file without this flag.
 
     Raises:
         UserError: naming file, line or key, and what is allowed.
@@ -98,8 +102,8 @@ def read_task_spec(path: str | Path) -> TaskSpec:
     return TaskSpec(
         name=file.name,
         kind=file.kind,
-        texts=tuple(map(_column, file.text)),
-        label=_column(file.label),
+        texts=tuple(map(_make_column, file.text)),
+        label=_make_column(file.label),
         labels=file.labels,
         metrics=file.metrics or USUAL[file.kind],
         files={split: (name,) for split, name in file.files.items()}
@@ -110,6 +114,6 @@ def read_task_spec(path: str | Path) -> TaskSpec:
     )
 
 
-def _column(value: str | int) -> Column:
-    """Return the column of a name or number."""
+def _make_column(value: str | int) -> Column:
+    """Make a column from its name in a header or from its number."""
     return Column(value) if isinstance(value, str) else Column(f"column {value}", value)

@@ -35,9 +35,10 @@ class TaskMixture(StepBatches):
             of these candidates.
 
     Args:
-        encoded: the train split of each task.
-        seed: of the order.
-        alpha: of "temperature"; 0: all tasks have equal shares, 1: proportional.
+        encoded: encoded rows of the train split of each task.
+        sampling: one of `SAMPLINGS`, see above.
+        seed: seed of the order of rows and tasks.
+        alpha: exponent of "temperature"; 0: all tasks have equal shares, 1: proportional.
         division: division of a step; a micro-batch has R rows.
     """
 
@@ -65,12 +66,14 @@ class TaskMixture(StepBatches):
         return hashlib.sha256("".join(rows.digest for rows in self.encoded).encode()).hexdigest()
 
     def compute_steps_per_epoch(self, epoch_share: float) -> int:
-        """Compute the steps of an epoch.
+        """Compute the number of steps of an epoch.
 
-        "uniform" and "uncertainty" have as many as the largest task takes, times the tasks.
+        It is ceil(rows / global batch) for "proportional" and "temperature", and the sum of that of
+        each task for "sequential". For "uniform" and "uncertainty" it is `epoch_share` times the
+        number of tasks times that of the largest task, and at least 1.
 
         Args:
-            epoch_share: share of it, 0 to 1, of "uniform" and "uncertainty".
+            epoch_share: 0 to 1; without effect for the other kinds of sampling.
         """
         if self.sampling == "sequential":
             return sum(self.steps_by_task)
@@ -79,7 +82,10 @@ class TaskMixture(StepBatches):
         return math.ceil(sum(map(len, self.encoded)) / self.division.global_batch)
 
     def select_rows(self, micro_batch_index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Select the tasks [R] and row numbers [R] of micro-batch `micro_batch_index`."""
+        """Select tasks and row numbers of a micro-batch of this rank, [R] int64 each.
+
+        For "uncertainty" they are [T R], the candidates of task 0 first, then those of task 1.
+        """
         sample_indices = self.division.get_sample_indices(micro_batch_index)
         if self.sampling == "uncertainty":
             tasks = np.arange(len(self.encoded)).repeat(len(sample_indices))
@@ -95,7 +101,11 @@ class TaskMixture(StepBatches):
         return self.mixed.select_blocks(sample_indices)
 
     def _select_step_task(self, step: int) -> tuple[int, int]:
-        """Return the task of a step, and the number of earlier steps of that task."""
+        """Select the task of a step of "uniform" or "sequential".
+
+        Returns:
+            number of the task, and the number of earlier steps of this task.
+        """
         if self.sampling == "uniform":
             round_index, index = divmod(step, len(self.encoded))
             key = make_random_key(self.seed, round_index, TASK_ORDER_KEY)
@@ -109,7 +119,7 @@ class TaskMixture(StepBatches):
         )
 
     def __getitem__(self, micro_batch_index: int) -> Batch:
-        """Return the micro-batch `micro_batch_index` of this rank."""
+        """Return a micro-batch of this rank, see `gather_batch`."""
         return self.gather_batch(*self.select_rows(micro_batch_index))
 
     def gather_batch(self, task_indices: np.ndarray, row_indices: np.ndarray) -> Batch:

@@ -18,8 +18,9 @@ class RowTable:
     Attributes:
         where: file or data set.
         unit: "line" or "row": what the numbers of `rows` count.
-        rows: numbers and rows, to be read once.
-        names: column -> names of its labels, where labels are numbers with names.
+        rows: number of each row, from 1 for lines and 0 for rows, and its values by column; an
+            iterator that can be consumed once.
+        names: column -> names of its labels, for columns whose labels are numbers with names.
     """
 
     where: str
@@ -28,12 +29,16 @@ class RowTable:
     names: Mapping[str, Sequence[str]]
 
     def describe_origin(self, number: int) -> str:
-        """Describe file and line of a row, for messages."""
+        """Describe file and line, or data set and row, of the row `number`, for messages."""
         return f"{self.where}, {self.unit} {number}"
 
 
 def open_json_table(path: Path) -> RowTable:
-    """Open a file of JSON lines as a table."""
+    """Open a file of JSON lines as a table; blank lines are skipped.
+
+    The file is read while the rows are consumed, and errors are raised then: UserError for a file
+    that cannot be read or a line that is no JSON object.
+    """
     rows = (
         (number, parse_json_object(line, f"{path}, line {number}"))
         for number, line in read_lines(path)
@@ -43,7 +48,7 @@ def open_json_table(path: Path) -> RowTable:
 
 
 def open_parquet_table(path: Path) -> RowTable:
-    """Open a Parquet file as a table; names of labels are those that `datasets` wrote into it.
+    """Read a Parquet file as a table; names of labels are those that `datasets` wrote into it.
 
     Raises:
         UserError: if it is no Parquet file.
@@ -61,7 +66,7 @@ def open_parquet_table(path: Path) -> RowTable:
 
 
 def _read_label_names(metadata: bytes | None) -> dict[str, list[str]]:
-    """Read the names of the labels of each column from the metadata of `datasets`."""
+    """Read names of labels by column from the metadata of `datasets`; empty if there are none."""
     try:
         features = json.loads(metadata or b"{}")["info"]["features"]
         columns = {name: feature.get("feature", feature) for name, feature in features.items()}
@@ -76,6 +81,8 @@ def _read_label_names(metadata: bytes | None) -> dict[str, list[str]]:
 
 def load_hub_tables(task: TaskSpec, splits: Sequence[str]) -> Iterator[tuple[str, RowTable]]:
     """Yield split and table of a task's data set on the hub, by our names of the splits.
+
+    Splits that the data set lacks are skipped.
 
     Raises:
         UserError: if the task has none there, or it cannot be loaded.

@@ -8,7 +8,8 @@ class TokenSet:
     """Sentences of one split in the order of the file.
 
     Attributes:
-        words, labels: by sentence; labels None: hidden.
+        words: words of each sentence.
+        labels: label of each word of each sentence; None: hidden.
         lines: for each sentence the line of each word, or the row of a table.
         where: the file or data set.
         unit: "line" or "row", for messages.
@@ -29,5 +30,5 @@ class TokenSet:
         return replace(self, words=self.words[:count], labels=labels, lines=self.lines[:count])
 
     def describe_origin(self, sentence: int, word: int = 0) -> str:
-        """Describe file and line of a word, for messages."""
+        """Describe file and line of a word of a sentence, both counted from 0, for messages."""
         return f"{self.where}, {self.unit} {self.lines[sentence][word]}"

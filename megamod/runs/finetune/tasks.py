@@ -16,10 +16,10 @@ from megamod.data.tasks.classification import (
 )
 from megamod.data.tasks.encoded_cache import compute_cache_key, load_or_encode
 from megamod.data.tasks.glue import TextSet, read_text_task
-from megamod.data.tasks.ner import read_token_task
 from megamod.data.tasks.specs import TaskSpec, find_any_task, find_task_files
 from megamod.data.tasks.task_file import read_task_spec
 from megamod.data.tasks.token_set import TokenSet
+from megamod.data.tasks.word_labels import read_token_task
 from megamod.errors import UserError
 from megamod.flags import find_origin
 from megamod.models.classifier_inputs import compute_max_row_tokens

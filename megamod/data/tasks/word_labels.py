@@ -1,6 +1,7 @@
-"""Labels per word: sentences of a task from CoNLL, JSON lines or Parquet files or the hub.
+"""Tasks that label every word: entities, parts of speech, or any other tags.
 
-Entities come out as IOB2 whatever the file has.
+Sentences are read from CoNLL, JSON lines or Parquet files, or from the hub. Entity labels of any
+scheme become IOB2.
 """
 
 from collections.abc import Sequence
@@ -43,15 +44,25 @@ def read_token_task(
     repair: bool = False,
     labels: Sequence[str] = (),
 ) -> tuple[TaskSpec, dict[str, TokenSet]]:
-    """Read the splits; return the task with its labels filled in, and the sentences.
+    """Read the splits of a task that labels every word, such as entities or parts of speech.
+
+    Entity labels become IOB2. Labels are spelled as the task's, whose capitals may differ.
 
     Args:
+        task: the task, of kind "token".
         data_dir: folder of the files; None: the hub.
-        splits: names of splits; "train", "dev" and "test" must exist.
+        splits: names of the splits to read. "train", "dev" and "test" must exist if they are named;
+            others are skipped if they are absent.
         repair: see `convert_to_iob2`.
-        labels: of a trained model, which win; empty: those of the spec or of the train file.
+        labels: labels of a trained model, which win over those of `task`; if both are empty, they
+            are those of the train split, see `collect_labels`.
+    Returns:
+        the task and the sentences by split. The task has its labels filled in. If these are no
+        entity labels and have no O, metrics of entities (F1, precision, recall) are replaced by
+        accuracy.
     Raises:
-        UserError: naming file and line of what does not fit.
+        UserError: for a missing or empty split, a label that is none of the task's, and naming file
+            and line of anything else that does not fit.
     """
     if data_dir is None:
         sources = dict(load_hub_tables(task, splits))
@@ -81,11 +92,14 @@ def read_token_task(
 
 
 def collect_labels(token_sets: dict[str, TokenSet], are_entities: bool) -> tuple[str, ...]:
-    """Collect the labels of the train split in an order that does not depend on the file's.
+    """Collect the labels of the train split, in an order that does not depend on the file's.
 
-    O comes first, then B- and I- of each type by name, both even if one of them does not occur;
-    plain tags are sorted.
+    Entity labels are O, then B- and I- of each type in the order of their names, even if one of the
+    two does not occur. Other labels are sorted.
 
+    Args:
+        token_sets: sentences by split.
+        are_entities: True if the labels are entity labels in IOB2.
     Raises:
         UserError: if there is no train split to take them from, or it has one label only.
     """
@@ -104,7 +118,10 @@ def collect_labels(token_sets: dict[str, TokenSet], are_entities: bool) -> tuple
 
 
 def _read_sentences(task: TaskSpec, split: str, source: Path | RowTable) -> TokenSet:
-    """Read the sentences of one split as its source spells them; raise UserError without any."""
+    """Read the sentences of one split, with labels as its source spells them.
+
+    Raise UserError if there are none, or the source is of another format or malformed.
+    """
     if isinstance(source, Path):
         kind = require_format(source, FORMATS)
         if kind in ("JSON lines", "JSON"):
@@ -122,7 +139,7 @@ def _read_sentences(task: TaskSpec, split: str, source: Path | RowTable) -> Toke
 
 
 def _normalise_labels(sentences: TokenSet, labels: Sequence[str]) -> None:
-    """Spell labels as `labels` does, which may differ in capitals.
+    """Replace each label of `sentences` by its spelling in `labels`, which may differ in capitals.
 
     Raises:
         UserError: naming the line of a label that is none of them.
@@ -141,7 +158,8 @@ def _normalise_labels(sentences: TokenSet, labels: Sequence[str]) -> None:
 def _read_row_sentences(task: TaskSpec, split: str, table: RowTable) -> TokenSet:
     """Read the sentences of rows with a list of words and a list of labels.
 
-    Raise UserError for words without labels, or values that are no words.
+    Rows without words are skipped. A split that begins with "test" may have null instead of labels,
+    in all rows. Raise UserError for words without labels, or values that are no words or labels.
     """
     word_name, label_name = task.texts[0].name, task.label.name
     names = table.names.get(label_name)
@@ -181,7 +199,10 @@ def _require_list(row: dict[str, object], name: str, where: str) -> list[object]
 
 
 def _read_label(value: object, names: Sequence[str] | None, where: str) -> str:
-    """Return the name of a label; raise UserError for a number without a name."""
+    """Return the name of a label: text itself, or a number's name if the column has `names`.
+
+    Raise UserError for another type, or a number without a name.
+    """
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise UserError(f"{where}: label {repr(value)[:60]} is not a name or a number")
     if names is None or isinstance(value, str):

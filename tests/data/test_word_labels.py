@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from megamod.data.tasks.conll import read_conll
 from megamod.data.tasks.iob import convert_to_iob2
-from megamod.data.tasks.ner import read_token_task
 from megamod.data.tasks.specs import make_token_task
 from megamod.data.tasks.token_set import TokenSet
+from megamod.data.tasks.word_labels import read_token_task
 from megamod.errors import UserError
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data"
