@@ -236,7 +236,7 @@ def test_replaced_characters_are_counted(inputs, tokenizer, tmp_path):
 def test_finished_parts_of_an_interrupted_run_are_kept(
     baseline, inputs, tokenizer, tmp_path, monkeypatch
 ):
-    real, calls = module._write_split, []
+    real, calls = module.write_split, []
 
     def stops_at_the_fourth(texts, *rest):
         calls.append(rest[2].name)
@@ -244,7 +244,7 @@ def test_finished_parts_of_an_interrupted_run_are_kept(
             raise KeyboardInterrupt
         return real(texts, *rest)
 
-    monkeypatch.setattr(module, "_write_split", stops_at_the_fourth)
+    monkeypatch.setattr(module, "write_split", stops_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         binarize(inputs, tokenizer, tmp_path / "out", workers=1)
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]

@@ -14,13 +14,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from megamod.data.corpus.documents import DocumentSource, open_document_source
 from megamod.data.corpus.header import (
@@ -32,13 +29,9 @@ from megamod.data.corpus.header import (
     format_header,
     read_header,
 )
-from megamod.data.corpus.indexed import (
-    IndexedWriter,
-    compute_block_digests,
-    format_split_prefix,
-    select_token_dtype,
-)
-from megamod.data.corpus.pool import EncodeTexts, open_encoder
+from megamod.data.corpus.indexed import format_split_prefix
+from megamod.data.corpus.pool import open_encoder
+from megamod.data.corpus.split_files import ItemCounter, hash_split_files, write_split
 from megamod.data.corpus.tokenizers import (
     Tokenizer,
     find_trainer,
@@ -56,33 +49,6 @@ ITEMS = ("document", "line")
 BYTES_PER_WORKER = 64 << 20  # a worker process takes seconds to start
 SAMPLE_BYTES = 8 << 20
 MOST_WORKERS = 1024
-
-
-@dataclass
-class ItemCounter:
-    """Counter of the items of one split: their number, UTF-8 bytes and digest.
-
-    The digest covers the length of each item, so that other item boundaries change it.
-    """
-
-    items: int = 0
-    bytes: int = 0
-
-    def __post_init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add_item(self, text: str) -> None:
-        """Count an item and its bytes, and add length and text to the digest."""
-        data = text.encode()
-        self.items += 1
-        self.bytes += len(data)
-        self._hash.update(len(data).to_bytes(8, "little"))
-        self._hash.update(data)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the items so far, hexadecimal."""
-        return self._hash.hexdigest()
 
 
 def binarize(
@@ -374,7 +340,7 @@ def _write_splits(
                 record = work / "parts" / f"{name}.{split}.json"
                 if record.exists():
                     entry = read_document(record, SplitHeader).model_dump()
-                    if _hash_split_files(prefix) == entry["sha256"] and entry["blocks"]:
+                    if hash_split_files(prefix) == entry["sha256"] and entry["blocks"]:
                         domains[name][split] = entry
                         bar.update(entry["bytes"])
                         continue
@@ -382,63 +348,12 @@ def _write_splits(
                     if file.name.lstrip(".").startswith(f"{prefix.name}."):
                         file.unlink()
                 texts = (text for _, text in _iterate_items(source, item_unit, split))
-                entry = _write_split(texts, tokenizer, add_bos, prefix, encode, bar.update)
+                entry = write_split(texts, tokenizer, add_bos, prefix, encode, bar.update)
                 if entry["text_sha256"] != tallies[name][split].digest:
                     raise UserError(f"domain {name}: {source.where} changed while it was read")
                 write_json(record, entry)
                 domains[name][split] = entry
     return domains
-
-
-def _write_split(
-    texts: Iterator[str],
-    tokenizer: Tokenizer,
-    add_bos: bool,
-    prefix: Path,
-    encode: EncodeTexts,
-    report_bytes: Callable[[int], object],
-) -> dict:
-    """Encode the items of a split and write its two token files; return its header entry.
-
-    Args:
-        texts: the items.
-        prefix: path of the files without ending.
-        encode: see `open_encoder`.
-        report_bytes: called with the number of bytes of text since its last call.
-    """
-    tally = ItemCounter()
-    start = [tokenizer.bos_id] if add_bos else []
-    tokens, largest, reported = 0, tokenizer.eos_id, 0
-
-    def count_items() -> Iterator[str]:
-        for text in texts:
-            tally.add_item(text)
-            yield text
-
-    with IndexedWriter(prefix, select_token_dtype(tokenizer.vocab_size)) as writer:
-        for ids in encode(count_items()):
-            ids = np.concatenate([start, ids, [tokenizer.eos_id]]).astype(np.int32)
-            writer.add_item(ids)
-            tokens += len(ids)
-            largest = max(largest, int(ids.max()))
-            if tally.bytes > reported:
-                report_bytes(tally.bytes - reported)
-                reported = tally.bytes
-    return {
-        "items": tally.items,
-        "tokens": tokens,
-        "bytes": tally.bytes,
-        "max_id": largest,
-        "text_sha256": tally.digest,
-        "sha256": _hash_split_files(prefix),
-        "blocks": compute_block_digests(prefix.with_name(f"{prefix.name}.bin")),
-    }
-
-
-def _hash_split_files(prefix: Path) -> dict[str, str]:
-    """Compute the SHA-256 of those of the two files of a split that exist, by ending."""
-    files = {ending: prefix.with_name(f"{prefix.name}.{ending}") for ending in ("bin", "idx")}
-    return {ending: hash_file(file) for ending, file in files.items() if file.exists()}
 
 
 def _complete_databin(databin: Path, header: dict, tokenizer: Tokenizer) -> None:
