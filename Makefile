@@ -50,6 +50,7 @@ quickstart: install $(QUICKSTART)/data-bin/databin.json
 	  ranks=$$(( gpus >= 4 ? 4 : gpus >= 2 ? 2 : 1 )); \
 	  deepspeed --num_accelerators $$ranks $(PRETRAIN); \
 	fi
+	$(BIN)/megamod generate --model $(QUICKSTART)/model --prompt "def " "The " --max_new_tokens 40
 
 $(QUICKSTART)/data-bin/databin.json: | install
 	$(BIN)/python launchers/preprocess.py --builtin --tokenizer sentencepiece:4096 \

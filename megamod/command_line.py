@@ -8,24 +8,43 @@ from collections.abc import Iterable, Sequence
 
 from megamod.errors import UserError
 
-# Flags of other programs, and their spelling here: the first that a launcher has.
+# Flags of other programs, without dashes, and the answer. Of several answers the first counts whose
+# flag the command has; one that starts with no flag counts for all commands.
 FOREIGN_FLAGS = {
     "lr": ("--learning_rate",),
     "N": ("--num_instances",),
+    "d": ("--demuxing_variant",),
+    "m": ("--muxing_variant",),
     "fp16": ("--precision fp16",),
     "bf16": ("--precision bf16",),
+    "fp16_opt_level": ("--precision fp16",),
     "batch_size": ("--per_device_train_batch_size", "--per_device_eval_batch_size"),
     "train_batch_size": ("--per_device_train_batch_size",),
     "eval_batch_size": ("--per_device_eval_batch_size",),
-    "max_length": ("--max_seq_length",),
+    "per_gpu_train_batch_size": ("--per_device_train_batch_size",),
+    "per_gpu_eval_batch_size": ("--per_device_eval_batch_size",),
+    "max_length": ("--max_seq_length", "--max_new_tokens"),
     "block_size": ("--max_seq_length",),
     "steps": ("--max_steps",),
+    "max_update": ("--max_steps",),
     "epochs": ("--num_train_epochs", "--max_steps"),
     "num_train_epochs": ("--max_steps",),
+    "task_name": ("--task", "--tasks"),
+    "model_path": ("--model",),
+    "model_files": ("--models",),
+    "merge_type": ("a variant of the study file, such as `groups: [ff, attn]`",),
+    "train_frac": ("`calibration: {fraction: ...}` in the study file",),
+    "originals": ("the variant `{method: identity}` of the study file",),
+    "uniform_mt_sampling": ("--mt_sampling uniform",),
     "overwrite_output_dir": ("--output_dir with a new folder, since no run is overwritten",),
-    "resume_from_checkpoint": ("--resume PATH",),
+    "overwrite_cache": ("not needed, since caches are found by a digest of their data",),
+    "evaluate_during_training": ("--eval_steps N",),
     "eval_strategy": ("--eval_steps N",),
     "save_strategy": ("--save_steps N",),
+    "logging_dir": ("--output_dir, whose folder tb has the logs of TensorBoard",),
+    "logging_first_step": ("--logging_steps 1",),
+    "no_cuda": ("the environment variable DS_ACCELERATOR=cpu",),
+    "resume_from_checkpoint": ("--resume PATH",),
     "dataset_name": ("--data, a folder written by megamod preprocess",),
     "train_file": ("--data, a folder written by megamod preprocess",),
 }
@@ -70,8 +89,9 @@ class CommandParser(argparse.ArgumentParser):
         for word in words:
             if word.startswith("-"):
                 flag = word.partition("=")[0]
-                for answer in FOREIGN_FLAGS.get(flag.lstrip("-"), ()):
-                    if re.match(r"--\w+", answer)[0] in flags:
+                for answer in FOREIGN_FLAGS.get(flag.lstrip("-").replace("-", "_"), ()):
+                    equivalent = re.match(r"--\w+", answer)
+                    if equivalent is None or equivalent[0] in flags:
                         raise UserError(f"unknown flag {flag!r}; here it is {answer}")
                 raise make_unknown_error("unknown flag", flag, flags)
         if words:

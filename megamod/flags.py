@@ -32,6 +32,7 @@ def option(
     least: float | None = None,
     most: float | None = None,
     alias: str | None = None,
+    separator: str | None = None,
 ):
     """Make a dataclass field that is a flag.
 
@@ -40,8 +41,11 @@ def option(
         help: one line, shown by `--help`.
         least, most: inclusive bounds of a number.
         alias: a second spelling of the flag, without dashes.
+        separator: divides the items of a list that is written as one word, besides blanks between
+            words; lists of numbers have the comma.
     """
-    return field(default=default, metadata=dict(help=help, least=least, most=most, alias=alias))
+    metadata = dict(help=help, least=least, most=most, alias=alias, separator=separator)
+    return field(default=default, metadata=metadata)
 
 
 class Arguments:
@@ -233,8 +237,18 @@ def _find_spelling(flag_field: Field, flags: dict[str, object]) -> tuple[str, ob
 def _parse_value(flag_field: Field, text: str | list[str], origin: str) -> tuple[object, str]:
     """Parse the value of a flag or an environment variable; return it, checked, and its origin."""
     kind, _, optional = _inspect_type(flag_field)
-    value = None if optional and text in ("none", ["none"]) else _convert_text(kind, text)
+    value = None
+    if not optional or text not in ("none", ["none"]):
+        separator = "," if kind == list[float] else flag_field.metadata["separator"]
+        value = _convert_text(kind, _split_items(text, separator) if separator else text)
     return _check_value(flag_field, value, origin), origin
+
+
+def _split_items(text: str | list[str], separator: str) -> list[str]:
+    """Split the items of a list at blanks, or a single word at the separator, as `0.1,0.9`."""
+    words = text.split() if isinstance(text, str) else text
+    items = words[0].split(separator) if len(words) == 1 else words
+    return items if all(items) else words
 
 
 def _convert_text(kind: type, text: str | list[str]) -> object:

@@ -1,3 +1,4 @@
+import re
 import resource
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from launch import launch
 
 from megamod.args import (
     DataArgs,
@@ -19,6 +21,8 @@ from megamod.args import (
     apply_ds_values,
 )
 from megamod.btm.campaign import BtmArgs
+from megamod.command_line import FOREIGN_FLAGS
+from megamod.commands import list_verbs
 from megamod.documents import read_run_recipe
 from megamod.errors import UserError
 from megamod.flags import (
@@ -359,6 +363,7 @@ def test_numbers_as_a_list(tmp_path):
         ("--lr", "here it is --learning_rate"),
         ("--bf16", "here it is --precision bf16"),
         ("--overwrite_output_dir", "here it is --output_dir with a new folder"),
+        ("--overwrite_cache", "here it is not needed, since caches are found by a digest"),
         ("--epochs=3", "here it is --max_steps"),
         ("--zzz", "unknown flag '--zzz'; --help lists all"),
         ("--lerning_rate", "the nearest is '--learning_rate'"),
@@ -366,3 +371,39 @@ def test_numbers_as_a_list(tmp_path):
 )
 def test_flags_of_other_programs_are_answered(flag, answer):
     assert answer in message(flag)
+
+
+def test_every_answer_names_a_flag_that_a_command_has(capsys):
+    flags = set()
+    for verb in list_verbs():
+        with pytest.raises(SystemExit):
+            launch(verb.replace("-", "_"), "--help")
+        flags |= set(re.findall(r"--\w+", capsys.readouterr().out))
+    for foreign, answers in FOREIGN_FLAGS.items():
+        named = {flag for answer in answers for flag in re.findall(r"^--\w+", answer)}
+        assert named <= flags, foreign
+
+
+@dataclass
+class Lists(Arguments):
+    """Lists."""
+
+    weights: list[float] | None = option(None, "numbers")  # noqa: RUF009
+    models: list[str] | None = option(None, "folders", separator=":")  # noqa: RUF009
+    prompt: list[str] | None = option(None, "texts")  # noqa: RUF009
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        (("--weights", "0.1,0.9"), [0.1, 0.9]),
+        (("--weights", "0.1", "0.9"), [0.1, 0.9]),
+        (("--models", "a/b:c"), ["a/b", "c"]),
+        (("--models", "a:b", "c"), ["a:b", "c"]),
+        (("--models", "a:"), ["a:"]),
+        (("--prompt", "Note: yes"), ["Note: yes"]),
+    ],
+)
+def test_lists_in_one_word(words, values):
+    (args,) = parse_args(Lists, argv=words)
+    assert getattr(args, words[0][2:]) == values

@@ -270,7 +270,7 @@ def test_the_story_of_the_readme(tmp_path, monkeypatch):
         for command in read_commands(story)
         if command.launcher not in SKIPPED and "runs/btm" not in (words := command.words)
     ]
-    assert len(commands) == 10
+    assert len(commands) == 12
     for name, value in {"max_steps": 2, "max_seq_length": 16, "global_batch_size": 16}.items():
         monkeypatch.setenv(f"MEGAMOD_{name.upper()}", str(value))
     on_ranks(1, run_story, tmp_path, commands)

@@ -32,6 +32,7 @@ from megamod.btm.placement import (
     parse_include,
 )
 from megamod.btm.progress import Row, Screen, read_progress
+from megamod.btm.scores import format_campaign_scores
 from megamod.btm.tasks import Stage, Task
 from megamod.dist.hostfile import Host, HostSlots, read_hostfile
 from megamod.errors import DistributedFailure, Interrupted, PolicyStop, UserError
@@ -263,6 +264,7 @@ def run_campaign(parsed: Parsed, launchers: Path) -> None:
     with hold(output / "jobs", f"--output_dir {output}"):
         driver = Driver(launchers, output, hosts, btm.hostfile, btm.max_restarts)
         _run_waves(campaign, waves, driver)
+    print(f"\n{format_campaign_scores(campaign, btm.in_one_world)}")
     print(f"\nthe forest of {', '.join(campaign.domains)} is {output / 'forest.json'}")
 
 

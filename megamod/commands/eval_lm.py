@@ -28,7 +28,7 @@ class EvalArgs(Arguments):
     """Models, text and results."""
 
     model: list[str] | None = option(  # noqa: RUF009
-        None, "model folders to score", alias="model_name_or_path"
+        None, "model folders to score", alias="model_name_or_path", separator=":"
     )
     data: str | None = option(None, "data-bin folder written by megamod preprocess")
     verify_data: Literal["size", "sample", "full"] = option("sample", VERIFY_DATA)

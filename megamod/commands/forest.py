@@ -45,7 +45,7 @@ class BranchArgs(Arguments):
     """Parents of a new expert."""
 
     parents: list[str] | None = option(  # noqa: RUF009
-        None, "runs, checkpoints or model folders; none: the experts of --forest"
+        None, "runs, checkpoints or model folders; none: the experts of --forest", separator=":"
     )
     experts: list[str] | None = option(None, "experts of --forest to use; none: all")  # noqa: RUF009
     weights: list[float] | None = option(  # noqa: RUF009

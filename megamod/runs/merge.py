@@ -19,7 +19,7 @@ class MergeArgs(ModelOutputArgs):
 
     merge_method: str = option("linear", "without a recipe only linear")
     models: list[str] | None = option(  # noqa: RUF009
-        None, "model folders; MODEL+ADAPTER merges a LoRA adapter in first"
+        None, "model folders; MODEL+ADAPTER merges a LoRA adapter in first", separator=":"
     )
     forest: str | None = option(
         None, "in place of --models: forest.json, or a folder with one, or with DEMix experts"

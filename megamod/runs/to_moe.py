@@ -31,7 +31,7 @@ class MoeArgs(ModelOutputArgs):
         None, "forest.json, a folder with one, a DEMix model, or a folder with a model per domain"
     )
     models: list[str] | None = option(  # noqa: RUF009
-        None, "in place of --forest: folders of dense models, or runs"
+        None, "in place of --forest: folders of dense models, or runs", separator=":"
     )
     experts: list[str] | None = option(  # noqa: RUF009
         None, "domains of the forest to take, in this order; none: all"

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,13 @@ def test_two_rounds(tmp_path):
     for name, tensor in weights(out / "average").items():
         mean = (law[name].double() + med[name].double() + code[name].double()) / 3
         torch.testing.assert_close(tensor.double(), mean, rtol=0, atol=1e-6)
+    table = done.stdout.partition("\nperplexity")[2].splitlines()
+    assert re.fullmatch(r" +own expert, valid +mixture, test +average, test", table[0])
+    for line, domain in zip(table[1:4], texts, strict=True):
+        scores = [line.split()[0], *map(float, line.split()[1:])]
+        own = json.loads((out / "experts" / domain / "perplexity.json").read_text())
+        assert scores[0] == domain and len(scores) == 4
+        assert scores[1] == pytest.approx(own["perplexity"]["dense"][domain], abs=0.01)
     for name in ("mixture", "average"):
         text = (out / "evaluation" / f"{name}.json").read_text()
         assert all(f'"{domain}"' in text for domain in texts)

@@ -49,7 +49,7 @@ class EnsembleArgs(Arguments):
     )
     split: Literal["test", "valid", "train"] = option("test", "split to score")
     estimate_only: bool = option(False, "write the prior and stop")
-    removal_test: bool = option(True, "also score without each expert in turn")
+    removal_test: bool = option(False, "also score without each expert in turn")
     in_memory: bool = option(False, "hold all experts in memory at once, also in a single process")
     cache_dir: str | None = option(None, "folder that caches log-probabilities for later runs")
     max_seq_length: int | None = option(

@@ -1,0 +1,57 @@
+"""Table of the scores of a campaign: seed, experts, their mixture and their average by domain."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from megamod.btm.campaign import Campaign
+from megamod.btm.tasks import AVERAGE, EVALUATION, SEED, WORLD, get_expert_folder
+from megamod.documents import read_object
+from megamod.errors import UserError
+from megamod.tables import format_table
+
+SCORES = "perplexity.json"
+Scores = Mapping[str, float | None]
+
+
+def format_campaign_scores(campaign: Campaign, in_one_world: bool) -> str:
+    """Format the perplexities that the jobs of a campaign have written; a column without any is
+    left out.
+    """
+    seed = _read(campaign.output / SEED / SCORES)
+    mixture = _read(campaign.output / EVALUATION / "mixture.json")
+    average = _read(campaign.output / EVALUATION / "average.json")
+    experts, split = {}, "valid"
+    for domain in campaign.domains:
+        run = _read(get_expert_folder(campaign, WORLD if in_one_world else domain) / SCORES)
+        rows = run.get("perplexity", {})
+        experts[domain] = (rows.get(domain) or _take_row(rows)).get(domain)
+        split = run.get("split", split)
+    columns: dict[str, Scores] = {
+        f"seed, {seed.get('split')}": _take_row(seed.get("perplexity", {})),
+        f"own expert, {split}": experts,
+        f"mixture, {mixture.get('split')}": {
+            name: scores["perplexity"] for name, scores in mixture.get("domains", {}).items()
+        },
+        f"{AVERAGE}, {average.get('split')}": _take_row(
+            _take_row(average.get("models", {})).get("perplexity", {})
+        ),
+    }
+    columns = {title: scores for title, scores in columns.items() if any(scores.values())}
+    table = [["perplexity", *columns]]
+    for domain in campaign.domains:
+        scores = [column.get(domain) for column in columns.values()]
+        table.append([domain, *("" if s is None else f"{s:.2f}" for s in scores)])
+    return format_table(table, right_aligned_columns=range(1, len(columns) + 1))
+
+
+def _read(path: Path) -> dict:
+    """Read a file of scores; an empty object if the job has not written one."""
+    try:
+        return read_object(path)
+    except (OSError, UserError):
+        return {}
+
+
+def _take_row(rows: Mapping) -> Mapping:
+    """Return the first value, the only row of a model without experts."""
+    return next(iter(rows.values()), {})
