@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import yaml
+from launch import launch
 from ranks import on_ranks
 from runs.test_host_pretrain import seed_folder, words_of
 
@@ -122,9 +123,24 @@ def read_commands(block: Block) -> list[Command]:
     return commands
 
 
+ORIGINALS = REPOSITORY / "docs" / "coming-from.md"
+
+
+def read_table(page: Path) -> list[tuple[str, Block]]:
+    """Section, and commands of the right column as a block, for each row of a page's tables."""
+    section, rows = "", []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        section = line[3:] if line.startswith("## ") else section
+        if line.startswith("| ") and not line.endswith("| here |"):
+            spans = re.findall(r"`([^`]+)`", line.split(" | ")[-1])
+            rows.append((section, Block(page, number, "", "\n".join(spans))))
+    return rows
+
+
+ORIGINAL_ROWS = read_table(ORIGINALS)
 COMMANDS = [
     command
-    for block in BLOCKS
+    for block in [*BLOCKS, *(block for _, block in ORIGINAL_ROWS)]
     if block.language in ("", "bash")
     for command in read_commands(block)
 ]
@@ -187,6 +203,34 @@ def check_words(command: Command) -> list[str]:
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_commands_are_parsed_by_their_launcher(launchers, command):
     launchers(command.launcher, tuple(check_words(command)))
+
+
+def test_flags_of_the_originals_have_a_command(capsys):
+    """Every flag of a row belongs to a command that its section names."""
+    for section in {section for section, _ in ORIGINAL_ROWS}:
+        blocks = [block for name, block in ORIGINAL_ROWS if name == section]
+        for verb in {command.launcher for block in blocks for command in read_commands(block)}:
+            with pytest.raises(SystemExit):
+                launch(verb, "--help")
+        known = {*re.findall(r"--\w+", capsys.readouterr().out), "--num_gpus", "--master_port"}
+        for block in blocks:
+            assert set(re.findall(r"--\w+", block.text)) <= known, block
+
+
+NAME = re.compile(
+    r"(?<![\w-])(--[a-z][\w-]*)|(\w+\.(?:sh|py))\b|\b([A-Z][A-Z_]{2,})=|\$\{?([A-Z_]{2,})"
+)
+
+
+@pytest.mark.parametrize("name", ["btm", "ca_mtl", "demix", "merging", "mux_plm"])
+def test_nothing_of_the_original_readmes_is_missing(name):
+    path = REPOSITORY.parent / "shared" / "originals" / f"{name}.md"
+    if not path.is_file():
+        pytest.skip("the READMEs of the original programs are not here")
+    words = {word for words in NAME.findall(path.read_text()) for word in words if word}
+    text = ORIGINALS.read_text(encoding="utf-8")
+    left = " ".join(line.rpartition(" | ")[0] for line in text.splitlines())
+    assert len(words) > 8 and {word for word in words if word not in left} == set()
 
 
 def test_a_wrong_flag_or_value_is_noticed(launchers):
@@ -270,7 +314,7 @@ def test_the_story_of_the_readme(tmp_path, monkeypatch):
         for command in read_commands(story)
         if command.launcher not in SKIPPED and "runs/btm" not in (words := command.words)
     ]
-    assert len(commands) == 12
+    assert len(commands) == 13
     for name, value in {"max_steps": 2, "max_seq_length": 16, "global_batch_size": 16}.items():
         monkeypatch.setenv(f"MEGAMOD_{name.upper()}", str(value))
     on_ranks(1, run_story, tmp_path, commands)

@@ -11,14 +11,8 @@ GROUPS = {
     "Train language models and encoders": ("pretrain", "btm", "adapt", "forest"),
     "Train on tasks": ("finetune_glue", "finetune_ner", "finetune_mtl", "finetune_all"),
     "Make one model of several": ("merge", "to_moe"),
-    "Use and measure": (
-        "generate",
-        "eval_lm",
-        "eval_ensemble",
-        "eval_barrier",
-        "attribute",
-        "study",
-    ),
+    "Use": ("generate", "attribute"),
+    "Measure": ("eval_lm", "eval_ensemble", "eval_barrier", "report", "study"),
     "Files": ("convert", "verify"),
 }
 """Modules of all commands by group; a verb is a module's name with hyphens."""

@@ -415,6 +415,45 @@ def plot_ratios(
     pyplot.close(figure)
 
 
+def plot_losses_of_runs(runs: Mapping[str, Sequence[tuple[float, float]]], output: Path) -> None:
+    """Draw the training losses of several runs by step.
+
+    Args:
+        runs: points (step, loss) by name.
+    """
+    pyplot = _import_pyplot()
+    figure, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
+    for (name, points), colour in zip(
+        runs.items(), _select_colours(pyplot, len(runs)), strict=True
+    ):
+        axes.plot(*zip(*points, strict=True), c=colour, lw=1.4, label=name)
+    axes.set(xlabel="step", ylabel="training loss (nats)")
+    figure.legend(loc="outside right center", fontsize=9, frameon=False)
+    figure.savefig(output, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_shares(rows: Numbers, output: Path, x_label: str) -> None:
+    """Draw shares of experts as bars that add up to 1, one for each row.
+
+    Args:
+        rows: share of each expert, by name of the row.
+    """
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    pyplot = _import_pyplot()
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.4 * len(rows)), layout="constrained")
+    edges = [0.0] * len(rows)
+    for name, colour in zip(names, _select_colours(pyplot, len(names)), strict=True):
+        widths = [row.get(name, 0.0) for row in rows.values()]
+        axes.barh(list(rows), widths, left=edges, color=colour, label=name)
+        edges = [edge + width for edge, width in zip(edges, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set(xlabel=x_label, xlim=(0, max(1.0, *edges)))
+    figure.legend(loc="outside right center", fontsize=9, frameon=False)
+    figure.savefig(output, dpi=120)
+    pyplot.close(figure)
+
+
 def _format_number(x: float | None) -> str:
     """Format a number for a cell of the heat map; a dash if it is missing."""
     if x is None:

@@ -1,0 +1,326 @@
+"""One HTML page about runs, in a file of its own: curves, scores, experts, settings, environment.
+
+Everything is read from the files that commands leave in their output folders. A section is on the
+page if a run has its file.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import matplotlib
+
+from megamod.documents import Document, Number, read_document, read_object, read_run_recipe
+from megamod.errors import UserError
+from megamod.evaluation.plots import (
+    plot_barriers,
+    plot_curves,
+    plot_losses_of_runs,
+    plot_matrix,
+    plot_shares,
+    plot_trade_off,
+    read_metrics,
+)
+from megamod.files import write_atomic
+
+STYLE = """
+body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #222 }
+h1 { font-size: 1.6em } h2 { border-bottom: 1px solid #ccc; margin-top: 2em }
+svg { max-width: 100%; height: auto } figure { margin: 1em 0 } figcaption { font-weight: bold }
+table { border-collapse: collapse } td, th { padding: .2em .8em; text-align: right }
+td:first-child, th:first-child { text-align: left } tr:nth-child(even) { background: #f5f5f5 }
+tr.differs { background: #fff3cd !important }
+"""
+
+
+class SummaryRow(Document):
+    """An item of the summary.json of a sweep of finetuning runs."""
+
+    task: str
+    model: str
+    num_instances: int
+    seeds: int
+    mean: dict[str, Number]
+    deviation: dict[str, Number]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Contents of the files of a run; empty where there is no file.
+
+    Attributes:
+        name: distinct among the runs of a page.
+        metrics: records of metrics.jsonl.
+        scores: perplexity.json.
+        results: results.json, of finetuning or of a study of barriers.
+        sweep: summary.json of `megamod finetune-all`.
+        mixture: result of `megamod eval-ensemble`, also of a campaign.
+        settings: run.yaml.
+        environment: env.json, the items of its objects as `key.item`.
+    """
+
+    name: str
+    folder: Path
+    metrics: Sequence[Mapping] = ()
+    scores: Mapping = field(default_factory=dict)
+    results: Mapping = field(default_factory=dict)
+    sweep: Sequence[SummaryRow] = ()
+    mixture: Mapping = field(default_factory=dict)
+    settings: Mapping = field(default_factory=dict)
+    environment: Mapping = field(default_factory=dict)
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """Training losses by step."""
+        return [(r["step"], r["loss"]) for r in self.metrics if r.get("loss") is not None]
+
+
+def write_run_report(paths: Sequence[Path], output: Path) -> list[str]:
+    """Write the page; return the titles of its sections.
+
+    Args:
+        paths: folders of runs, campaigns, sweeps or studies of barriers; JSON files of mixtures.
+    Raises:
+        UserError: if a path has nothing to report on.
+    """
+    runs = [_read_run(path, name) for path, name in zip(paths, _name_runs(paths), strict=True)]
+    sections = {title: part for title, part in _make_sections(runs) if part}
+    body = "".join(f"<h2>{escape(title)}</h2>\n{part}\n" for title, part in sections.items())
+    names = escape(", ".join(run.name for run in runs))
+    page = (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{names}</title>\n'
+        f"<style>{STYLE}</style></head>\n<body>\n<h1>{names}</h1>\n{body}</body></html>\n"
+    )
+    write_atomic(output, page)
+    return list(sections)
+
+
+def _name_runs(paths: Sequence[Path]) -> list[str]:
+    """Name runs by as many last parts of their paths as tell them apart."""
+    absolute = [path.absolute() for path in paths]
+    for count in range(1, max(len(path.parts) for path in absolute) + 1):
+        names = ["/".join(path.parts[-count:]) for path in absolute]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError("a run is named twice")
+
+
+def _read_run(path: Path, name: str) -> RunFiles:
+    """Read the files of a run.
+
+    Raises:
+        UserError: if there is none, or one is malformed.
+    """
+    if path.is_file():
+        mixture = read_object(path)
+        if not isinstance(mixture.get("domains"), dict):
+            raise UserError(f"{path}: is no result of megamod eval-ensemble --output")
+        return RunFiles(name, path.parent, mixture=mixture)
+    run = RunFiles(
+        name,
+        path,
+        read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else (),
+        _read_optional(path / "perplexity.json"),
+        _read_optional(path / "results.json"),
+        read_document(path / "summary.json", list[SummaryRow])
+        if (path / "summary.json").is_file()
+        else (),
+        _read_optional(path / "evaluation" / "mixture.json"),
+        read_run_recipe(path),
+        _flatten(_read_optional(path / "env.json")),
+    )
+    if not any((run.metrics, run.scores, run.results, run.sweep, run.mixture)):
+        raise UserError(
+            f"{path}: has no metrics.jsonl, perplexity.json, results.json, summary.json or "
+            "evaluation/mixture.json to report on"
+        )
+    return run
+
+
+def _read_optional(path: Path) -> dict[str, object]:
+    return read_object(path) if path.is_file() else {}
+
+
+def _flatten(record: Mapping) -> dict[str, object]:
+    """Replace objects in a record by their items, named `key.item`."""
+    flat: dict[str, object] = {}
+    for key, value in record.items():
+        items = value.items() if isinstance(value, dict) else ()
+        flat |= {f"{key}.{name}": item for name, item in items} or {key: value}
+    return flat
+
+
+def _make_sections(runs: Sequence[RunFiles]) -> Iterator[tuple[str, str]]:
+    """Yield title and HTML of each section; empty HTML if no run has its data."""
+    yield "Scores", _format_columns({run.name: _summarise(run) for run in runs})
+    losses = {run.name: run.losses for run in runs if run.losses}
+    yield (
+        "Training loss",
+        _draw("all runs", plot_losses_of_runs, losses) if len(losses) > 1 else "",
+    )
+    yield (
+        "Loss and perplexity by domain",
+        "".join(
+            _draw(run.name, plot_curves, run.folder / METRICS)
+            for run in runs
+            if run.losses and "loss_by_domain" in run.metrics[0]
+        ),
+    )
+    yield (
+        "Perplexity by expert and domain",
+        "".join(
+            _draw(run.name, plot_matrix, matrix, title=f"{run.scores.get('split')} perplexity")
+            for run in runs
+            if (matrix := _drop_missing(run.scores.get("perplexity", {})))
+        ),
+    )
+    yield (
+        "Posterior of the experts",
+        "".join(
+            _draw(run.name, plot_shares, priors, x_label="average weight of each expert")
+            for run in runs
+            if (priors := _list_priors(run.mixture))
+        ),
+    )
+    yield (
+        "Load of the experts",
+        "".join(
+            _draw(run.name, plot_shares, loads, x_label="share of the tokens of a domain")
+            for run in runs
+            if (loads := _list_loads(run.metrics))
+        ),
+    )
+    speeds = _list_speeds(runs)
+    yield "Score and throughput", _draw("dev split", plot_trade_off, speeds) if speeds else ""
+    yield (
+        "Loss barriers",
+        "".join(
+            _draw(run.name, plot_barriers, barriers)
+            for run in runs
+            if (barriers := _list_barriers(run.results))
+        ),
+    )
+    yield "Settings", _format_columns({run.name: run.settings for run in runs})
+    yield "Environment", _format_columns({run.name: run.environment for run in runs})
+
+
+METRICS = "metrics.jsonl"
+
+
+def _summarise(run: RunFiles) -> dict[str, object]:
+    """Return the numbers that say most about a run, by name."""
+    trained = [record for record in run.metrics if "loss" in record]
+    last = trained[-1] if trained else {}
+    rates = [r["tokens_per_second"] for r in trained if r.get("tokens_per_second")]
+    mixed = {name: scores.get("perplexity") for name, scores in _get_domains(run.mixture).items()}
+    numbers = {
+        "steps": last.get("step"),
+        "tokens": last.get("tokens"),
+        "training loss": last.get("loss"),
+        "tokens per second, median": sorted(rates)[len(rates) // 2] if rates else None,
+        "peak memory, GB": last["memory_bytes"] / 1e9 if "memory_bytes" in last else None,
+        "skipped steps": last.get("skipped"),
+        "mean perplexity, each domain by its own expert": run.scores.get("mean_of_own"),
+        **{f"perplexity of the mixture, {name}": score for name, score in mixed.items()},
+        "task score": run.results.get("task_score"),
+        "instances per second": run.results.get("instances_per_second"),
+    }
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _drop_missing(matrix: Mapping[str, Mapping]) -> dict[str, dict[str, float]]:
+    """Drop cells without a number from a matrix, and empty rows."""
+    rows = {name: {k: v for k, v in row.items() if v is not None} for name, row in matrix.items()}
+    return {name: row for name, row in rows.items() if row}
+
+
+def _get_domains(mixture: Mapping) -> Mapping[str, Mapping]:
+    return mixture.get("domains", {})
+
+
+def _list_priors(mixture: Mapping) -> dict[str, Mapping[str, float]]:
+    """Return the weights of the experts by domain of the text, where they were estimated."""
+    return {
+        name: scores["prior"]
+        for name, scores in _get_domains(mixture).items()
+        if scores.get("prior")
+    }
+
+
+def _list_loads(metrics: Sequence[Mapping]) -> dict[str, dict[str, float]]:
+    """Return the shares of a mixture's experts in the last record that has them, by domain."""
+    loads: dict[str, dict[str, float]] = {}
+    for record in reversed(metrics):
+        for key, share in record.items():
+            if key.startswith("load/"):
+                _, domain, expert = key.split("/", 2)
+                loads.setdefault(domain, {})[expert] = share
+        if loads:
+            break
+    return loads
+
+
+def _list_speeds(runs: Sequence[RunFiles]) -> dict[str, dict[str, dict[int, tuple[float, float]]]]:
+    """Return (instances per second, score) by task, model and N."""
+    tasks: dict[str, dict[str, dict[int, tuple[float, float]]]] = {}
+    for run in runs:
+        for row in run.sweep:
+            point = (row.mean["instances_per_second"], row.mean["task_score"])
+            tasks.setdefault(row.task, {}).setdefault(row.model, {})[row.num_instances] = point
+        score, speed = (run.results.get(k) for k in ("task_score", "instances_per_second"))
+        if score is not None and speed is not None:
+            task = (run.results.get("task") or {}).get("name", "all tasks")
+            count = run.results.get("num_instances") or 1
+            tasks.setdefault(task, {}).setdefault(run.name, {})[count] = (speed, score)
+    return tasks
+
+
+def _list_barriers(results: Mapping) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return mean and standard error of the barriers in a study's results, by task and variant."""
+    return {
+        task: {name: tuple(result["barrier"]) for name, result in variants.items()}
+        for task, variants in results.items()
+        if isinstance(variants, dict)
+        and variants
+        and all(isinstance(result, dict) and "barrier" in result for result in variants.values())
+    }
+
+
+def _draw(caption: str, plot: Callable, data: object, **options: object) -> str:
+    """Return a figure with the SVG that a function of `plots` writes; its text stays text."""
+    # Ids follow from the salt, so that those of two figures differ and a page can be repeated.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": f"{plot.__name__} {caption}"}
+    with TemporaryDirectory() as folder, matplotlib.rc_context(settings):
+        file = Path(folder) / "figure.svg"
+        plot(data, file, **options)
+        svg = file.read_text(encoding="utf-8")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
+    used = set(re.findall(r"#([\w.-]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
+    return f"<figure><figcaption>{escape(caption)}</figcaption>\n{svg}</figure>\n"
+
+
+def _format_columns(columns: Mapping[str, Mapping[str, object]]) -> str:
+    """Return a table with a column per run; rows in which runs differ come first and are marked."""
+    names = list(dict.fromkeys(name for values in columns.values() for name in values))
+    rows = []
+    for name in names:
+        cells = [_format_value(values.get(name)) for values in columns.values()]
+        rows.append((len(set(cells)) > 1, name, cells))
+    rows.sort(key=lambda row: not row[0])
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    lines = [f"<table>\n<tr><th></th>{head}</tr>"]
+    for differs, name, cells in rows:
+        mark = ' class="differs"' if differs else ""
+        tail = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        lines.append(f"<tr{mark}><td>{escape(name)}</td>{tail}</tr>")
+    return "\n".join([*lines, "</table>"]) if rows else ""
+
+
+def _format_value(value: object) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
