@@ -56,6 +56,7 @@ def rewrite_links(text: str, source: str) -> str:
             return f"[{title}]({target.removeprefix('docs/')}{anchor or ''})"
         return title
 
+    text = re.sub(r"(!\[[^\]]*\]\()docs/", r"\1", text)  # pictures of the README
     return re.sub(r"(?<!!)\[([^\]]*)\]\((?!\w+:)([\w./-]+)(#[\w-]+)?\)", rewrite, text)
 
 

@@ -26,6 +26,7 @@ from megamod.evaluation.plots import (
 )
 from megamod.files import write_atomic
 
+METRICS, MISSING = "metrics.jsonl", "–"
 STYLE = """
 body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #222 }
 h1 { font-size: 1.6em } h2 { border-bottom: 1px solid #ccc; margin-top: 2em }
@@ -122,7 +123,7 @@ def _read_run(path: Path, name: str) -> RunFiles:
     run = RunFiles(
         name,
         path,
-        read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else (),
+        read_metrics(path / METRICS) if (path / METRICS).is_file() else (),
         _read_optional(path / "perplexity.json"),
         _read_optional(path / "results.json"),
         read_document(path / "summary.json", list[SummaryRow])
@@ -205,9 +206,6 @@ def _make_sections(runs: Sequence[RunFiles]) -> Iterator[tuple[str, str]]:
     )
     yield "Settings", _format_columns({run.name: run.settings for run in runs})
     yield "Environment", _format_columns({run.name: run.environment for run in runs})
-
-
-METRICS = "metrics.jsonl"
 
 
 def _summarise(run: RunFiles) -> dict[str, object]:
@@ -309,7 +307,7 @@ def _format_columns(columns: Mapping[str, Mapping[str, object]]) -> str:
     rows = []
     for name in names:
         cells = [_format_value(values.get(name)) for values in columns.values()]
-        rows.append((len(set(cells)) > 1, name, cells))
+        rows.append((len({*cells} - {MISSING}) > 1, name, cells))
     rows.sort(key=lambda row: not row[0])
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     lines = [f"<table>\n<tr><th></th>{head}</tr>"]
@@ -322,5 +320,5 @@ def _format_columns(columns: Mapping[str, Mapping[str, object]]) -> str:
 
 def _format_value(value: object) -> str:
     if value is None:
-        return "–"
+        return MISSING
     return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -17,6 +17,9 @@ LONGEST = 4000  # characters of a record; a traceback or a table of a large job 
 def start_logging() -> None:
     """Set up logging on the console: rank 0 at INFO, other ranks and libraries at WARNING.
 
+    Libraries warn on rank 0 alone, and their progress bars are those of a terminal on rank 0, like
+    our own.
+
     Raises:
         UserError: if variables of srun or mpirun contradict each other, see `set_rank_variables`.
     """
@@ -24,11 +27,13 @@ def start_logging() -> None:
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
-    logging.getLogger("megamod").setLevel(
-        logging.INFO if read_launcher_rank() == 0 else logging.WARNING
-    )
+    first = read_launcher_rank() == 0
+    logging.getLogger("megamod").setLevel(logging.INFO if first else logging.WARNING)
     for name in ("DeepSpeed", "deepspeed", "transformers"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.WARNING if first else logging.ERROR)
+    if not first or not sys.stderr.isatty():
+        # Of transformers too; read when it is imported.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # DeepSpeed calls collectives by names that torch will retire; users cannot change that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
