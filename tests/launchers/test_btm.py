@@ -97,9 +97,9 @@ def test_two_rounds(tmp_path):
     assert re.fullmatch(r" +own expert, valid +mixture, test +average, test", table[0])
     for line, domain in zip(table[1:4], texts, strict=True):
         scores = [line.split()[0], *map(float, line.split()[1:])]
-        own = json.loads((out / "experts" / domain / "perplexity.json").read_text())
+        saved = json.loads((out / "experts" / domain / "perplexity.json").read_text())
         assert scores[0] == domain and len(scores) == 4
-        assert scores[1] == pytest.approx(own["perplexity"]["dense"][domain], abs=0.01)
+        assert scores[1] == pytest.approx(saved["perplexity"]["dense"][domain], abs=0.01)
     for name in ("mixture", "average"):
         text = (out / "evaluation" / f"{name}.json").read_text()
         assert all(f'"{domain}"' in text for domain in texts)
