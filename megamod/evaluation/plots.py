@@ -45,8 +45,8 @@ def plot_curves(metrics: Path, output: Path) -> None:
     scored = [r for r in records if "perplexity" in r]
     names = dict.fromkeys(d for r in trained for d in r["loss_by_domain"])
     names |= dict.fromkeys(d for r in scored for d in r["perplexity"])
-    pyplot = _import_pyplot()
-    colours = dict(zip(names, _select_colours(pyplot, len(names)), strict=True))
+    pyplot = import_pyplot()
+    colours = dict(zip(names, select_colours(pyplot, len(names)), strict=True))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     if len(names) > 1:
         left.plot([r["step"] for r in trained], [r["loss"] for r in trained], "k", lw=2)
@@ -106,7 +106,7 @@ def plot_matrix(matrix: Numbers, output: Path, title: str) -> None:
     finite = sorted(x for row in shades for x in row if isfinite(x)) or [1.0]
     top = max(1.05, finite[ceil(0.9 * len(finite)) - 1])
     longest = max(map(len, matrix))
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(
         figsize=(2.4 + 0.09 * longest + 0.85 * len(columns), 2.2 + 0.42 * len(matrix)),
         layout="constrained",
@@ -148,8 +148,8 @@ def plot_scores_by_instances(
         lines: mean over seeds and standard deviation, by name of the line, then N.
         output: file to write.
     """
-    pyplot = _import_pyplot()
-    colours = _select_colours(pyplot, len(lines))
+    pyplot = import_pyplot()
+    colours = select_colours(pyplot, len(lines))
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for (name, points), colour in zip(lines.items(), colours, strict=True):
         counts = sorted(points)
@@ -178,8 +178,8 @@ def plot_trade_off(
     names = list(dict.fromkeys(name for lines in tasks.values() for name in lines))
     panel_columns = min(3, len(tasks))
     panel_rows = ceil(len(tasks) / panel_columns)
-    pyplot = _import_pyplot()
-    colours = dict(zip(names, _select_colours(pyplot, len(names)), strict=True))
+    pyplot = import_pyplot()
+    colours = dict(zip(names, select_colours(pyplot, len(names)), strict=True))
     figure, grid = pyplot.subplots(
         panel_rows, panel_columns, figsize=(2.4 + 3.8 * panel_columns, 0.4 + 3.2 * panel_rows),
         squeeze=False, layout="constrained",
@@ -218,9 +218,9 @@ def plot_posterior(shares: Mapping[str, Sequence[float]], output: Path, title: s
     heaviest = sorted(shares, key=lambda name: -sum(shares[name]))
     named, others = (heaviest, []) if len(heaviest) <= 10 else (heaviest[:9], heaviest[9:])
     rows = {name: list(shares[name]) for name in named}
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     # The colour of an expert depends on its index among all experts, not on its weight in the text.
-    palette = dict(zip(shares, _select_colours(pyplot, len(shares)), strict=True))
+    palette = dict(zip(shares, select_colours(pyplot, len(shares)), strict=True))
     colours = [palette[name] for name in named]
     if others:
         columns = zip(*(shares[name] for name in others), strict=True)
@@ -257,7 +257,7 @@ def plot_attribution(
         token_shares: [T][E] shares of these tokens, from 0 to 1.
         output: file to write.
     """
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     shown = min(len(tokens), 64)
     figure, (upper, lower) = pyplot.subplots(
         2, 1, figsize=(max(7.0, 0.2 * shown), 6.5), layout="constrained"
@@ -266,7 +266,7 @@ def plot_attribution(
     numbers = range(1, len(documents) + 1)
     for expert, name in enumerate(experts):
         heights = [shares[expert] for shares in documents]
-        colour = _select_colours(pyplot, len(experts))[expert]
+        colour = select_colours(pyplot, len(experts))[expert]
         upper.bar(numbers, heights, bottom=lower_edge, label=name, color=colour)
         lower_edge = [low + height for low, height in zip(lower_edge, heights, strict=True)]
     upper.set(xlabel="document", ylabel="share", ylim=(0, 1), xticks=list(numbers))
@@ -300,7 +300,7 @@ def plot_task_shares(metrics: Path, output: Path) -> None:
     )
     from matplotlib import ticker
 
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
     steps = [0, *(r["step"] for r in records)]
     shares = [[r.get(f"share/{name}", 0.0) for r in records] for name in names]
@@ -309,7 +309,7 @@ def plot_task_shares(metrics: Path, output: Path) -> None:
         steps,
         [[row[0], *row] for row in shares] if records else [],
         labels=list(names),
-        colors=_select_colours(pyplot, len(names)),
+        colors=select_colours(pyplot, len(names)),
         step="pre",
     )
     axes.set(xlabel="step", ylabel="share of the rows", ylim=(0, 1), xlim=(0, steps[-1] or 1))
@@ -332,9 +332,9 @@ def plot_losses_along_line(
             drawn, with a band from the lowest to the highest.
         output: file to write.
     """
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    colours = _select_colours(pyplot, len(variants))
+    colours = select_colours(pyplot, len(variants))
     for (name, pairs), colour in zip(variants.items(), colours, strict=True):
         weights = pairs[0]["weights"]
         columns = list(zip(*(pair["losses"] for pair in pairs), strict=True))
@@ -358,13 +358,13 @@ def plot_barriers(tasks: Mapping[str, Mapping[str, tuple[float, float]]], output
         output: file to write.
     """
     names = list(dict.fromkeys(name for bars in tasks.values() for name in bars))
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     width = 0.8 / len(names)
     figure, axes = pyplot.subplots(
         figsize=(3 + 0.5 * len(tasks) * len(names), 4.2), layout="constrained"
     )
     for number, (name, colour) in enumerate(
-        zip(names, _select_colours(pyplot, len(names)), strict=True)
+        zip(names, select_colours(pyplot, len(names)), strict=True)
     ):
         points = [
             (position + (number - (len(names) - 1) / 2) * width, *bars[name])
@@ -390,11 +390,11 @@ def plot_ratios(
         output: file to write.
         x_label, y_label: titles of the axes.
     """
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
     axes.axhline(1.0, color="black", lw=0.8)
     for (name, points), colour in zip(
-        lines.items(), _select_colours(pyplot, len(lines)), strict=True
+        lines.items(), select_colours(pyplot, len(lines)), strict=True
     ):
         positions, line_ratios = [x for x, _ in points], [ratio for _, ratio in points]
         axes.plot(
@@ -415,45 +415,6 @@ def plot_ratios(
     pyplot.close(figure)
 
 
-def plot_losses_of_runs(runs: Mapping[str, Sequence[tuple[float, float]]], output: Path) -> None:
-    """Draw the training losses of several runs by step.
-
-    Args:
-        runs: points (step, loss) by name.
-    """
-    pyplot = _import_pyplot()
-    figure, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
-    for (name, points), colour in zip(
-        runs.items(), _select_colours(pyplot, len(runs)), strict=True
-    ):
-        axes.plot(*zip(*points, strict=True), c=colour, lw=1.4, label=name)
-    axes.set(xlabel="step", ylabel="training loss (nats)")
-    figure.legend(loc="outside right center", fontsize=9, frameon=False)
-    figure.savefig(output, dpi=120)
-    pyplot.close(figure)
-
-
-def plot_shares(rows: Numbers, output: Path, x_label: str) -> None:
-    """Draw shares of experts as bars that add up to 1, one for each row.
-
-    Args:
-        rows: share of each expert, by name of the row.
-    """
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    pyplot = _import_pyplot()
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.4 * len(rows)), layout="constrained")
-    edges = [0.0] * len(rows)
-    for name, colour in zip(names, _select_colours(pyplot, len(names)), strict=True):
-        widths = [row.get(name, 0.0) for row in rows.values()]
-        axes.barh(list(rows), widths, left=edges, color=colour, label=name)
-        edges = [edge + width for edge, width in zip(edges, widths, strict=True)]
-    axes.invert_yaxis()
-    axes.set(xlabel=x_label, xlim=(0, max(1.0, *edges)))
-    figure.legend(loc="outside right center", fontsize=9, frameon=False)
-    figure.savefig(output, dpi=120)
-    pyplot.close(figure)
-
-
 def _format_number(x: float | None) -> str:
     """Format a number for a cell of the heat map; a dash if it is missing."""
     if x is None:
@@ -461,14 +422,14 @@ def _format_number(x: float | None) -> str:
     return f"{x:.1f}" if x < 10_000 or x == inf else f"{x:.1e}"
 
 
-def _select_colours(pyplot: ModuleType, count: int) -> list[tuple[float, ...]]:
+def select_colours(pyplot: ModuleType, count: int) -> list[tuple[float, ...]]:
     """Select `count` distinct colours: up to ten from a palette, more from a continuous scale."""
     if count <= 10:
         return list(pyplot.get_cmap("tab10").colors[:count])
     return [pyplot.get_cmap("turbo")(number / (count - 1)) for number in range(count)]
 
 
-def _import_pyplot() -> ModuleType:
+def import_pyplot() -> ModuleType:
     """Import matplotlib.pyplot with a backend that needs no display."""
     import matplotlib
 

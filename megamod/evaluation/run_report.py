@@ -18,12 +18,11 @@ from megamod.errors import UserError
 from megamod.evaluation.plots import (
     plot_barriers,
     plot_curves,
-    plot_losses_of_runs,
     plot_matrix,
-    plot_shares,
     plot_trade_off,
     read_metrics,
 )
+from megamod.evaluation.run_plots import plot_losses_of_runs, plot_shares
 from megamod.files import write_atomic
 
 METRICS, MISSING = "metrics.jsonl", "–"
