@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from megamod.states.metrics_file import read_record
+from megamod.states.metrics_file import parse_record
 from megamod.tables import format_table
 
 TAIL_BYTES = 16_384
@@ -46,7 +46,7 @@ def read_progress(folder: Path | None, row: Row) -> None:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
         lines = file.read().splitlines()
     for line in lines:
-        record = read_record(line)
+        record = parse_record(line)
         if record is None:  # truncated at either end of the window
             continue
         if isinstance(record.get("perplexity"), dict):

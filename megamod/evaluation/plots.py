@@ -7,7 +7,7 @@ from types import ModuleType
 
 from megamod.errors import UserError
 from megamod.evaluation.paired import Estimate
-from megamod.states.metrics_file import read_record
+from megamod.states.metrics_file import parse_record
 
 Numbers = Mapping[str, Mapping[str, float]]
 
@@ -24,7 +24,7 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
         lines = Path(path).read_bytes().splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such metrics file") from None
-    return [record for line in lines if (record := read_record(line)) is not None]
+    return [record for line in lines if (record := parse_record(line)) is not None]
 
 
 def plot_curves(metrics: Path, output: Path) -> None:

@@ -1,6 +1,6 @@
 """Folders of LoRA adapters as peft writes them, and the seed whose weights each of them needs.
 
-An adapter's folder has no configuration and no tokenizer that it must have: both are its seed's.
+The folder of an adapter need not hold a configuration or a tokenizer: those of its seed are used.
 Importing this needs no torch.
 """
 
@@ -25,13 +25,13 @@ SEED_DIGEST = "seed_digest"
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return True for the folder of an adapter, which holds no weights of a whole model."""
+    """Return True for a folder with adapter_config.json and without weights of a whole model."""
     whole = any((folder / name).is_file() for name in (DENSE_FILE, INDEX_FILE))
     return (folder / ADAPTER_CONFIG).is_file() and not whole
 
 
 def is_model(folder: Path) -> bool:
-    """Return True for the folder of a model: whole, or an adapter."""
+    """Return True for the folder of a whole model, with config.json, or of an adapter."""
     return (folder / "config.json").is_file() or is_adapter(folder)
 
 
@@ -41,12 +41,14 @@ def list_model_folders(folder: Path) -> list[Path]:
 
 
 def get_config_file(folder: Path) -> Path:
-    """Return the path of the configuration of a model, or of an adapter."""
+    """Return the path of adapter_config.json for an adapter, else that of config.json."""
     return folder / (ADAPTER_CONFIG if is_adapter(folder) else "config.json")
 
 
 def find_seed_folder(folder: Path) -> Path:
-    """Find the folder of the model that an adapter was trained on; of another model, its own.
+    """Find the folder of the model that an adapter was trained on; `folder` if it is no adapter.
+
+    A seed that is named as a repository of the hub is downloaded.
 
     Raises:
         UserError: if adapter_config.json cannot be read, or its seed is neither a folder here nor
@@ -88,12 +90,12 @@ def read_adapter_config(folder: Path) -> dict[str, object]:
 
 
 def check_seed_weights(folder: Path) -> None:
-    """Refuse an adapter whose seed has other weights than it was trained on; others pass.
+    """Refuse an adapter whose seed has other weights than it was trained on.
 
-    Adapters of other programs do not record their seed and pass too.
+    Whole models pass, and adapters of other programs, which do not record the digest of their seed.
 
     Raises:
-        UserError: if the weights differ, or a file is missing or damaged.
+        UserError: if the weights differ, or the seed or a file is missing or damaged.
     """
     if not is_adapter(folder):
         return
@@ -110,5 +112,5 @@ def check_seed_weights(folder: Path) -> None:
 
 
 def compute_seed_digest(seed: Path) -> str:
-    """Compute the digest of the weights in a seed's folder."""
+    """Compute the digest of the weight files in a seed's folder, as adapters record it."""
     return compute_files_digest(list_weight_files(seed))

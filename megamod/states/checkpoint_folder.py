@@ -65,7 +65,11 @@ class TrainState:
     nonfinite_steps: list[int] = field(default_factory=list)
 
     def add_nonfinite(self) -> int:
-        """Record that the last data step was not finite; return how many of the window were."""
+        """Record that the last data step was not finite.
+
+        Returns:
+            number of the last `WINDOW` data steps that were not finite, this one included.
+        """
         first = self.data_step - WINDOW
         self.nonfinite_steps = [step for step in self.nonfinite_steps if step > first]
         self.nonfinite_steps.append(self.data_step)
@@ -102,9 +106,11 @@ class StateRecord:
     """Content of state.json.
 
     Attributes:
+        state: progress of the run.
         optimizer_steps: updates that Adam counts, for its bias correction.
         loss_scaler: numbers of the loss scaler of fp16.
         settings: settings that a resumed run must repeat.
+        world_size: ranks of the run that wrote it.
         branched: True in the first checkpoint of a branch, whose settings are only those that it
             shares with its parent.
     """
@@ -117,7 +123,10 @@ class StateRecord:
     branched: bool = False
 
     def write(self, folder: Path) -> Path:
-        """Write state.json into a folder that has no name yet; returns the file."""
+        """Write state.json into a hidden folder, which is renamed later; return its path.
+
+        Because of that rename the file itself is not written atomically.
+        """
         record = asdict(self)
         if not self.branched:
             del record["branched"]
@@ -146,27 +155,30 @@ def format_checkpoint_name(step: int) -> str:
 
 
 def parse_checkpoint_step(checkpoint: Path) -> int:
-    """Parse the step of a checkpoint from the name of its folder."""
+    """Parse the step of a checkpoint from the name of its folder, `step-N`."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def is_optimizer_file(file: Path) -> bool:
-    """Return True for a file of optimizer fragments."""
+    """Return True if the file name is that of optimizer fragments."""
     return file.name.startswith("optimizer-") and file.suffix == ".safetensors"
 
 
 def build_optimizer_path(folder: Path, rank: int, part: int | None = None) -> Path:
-    """Build the path of a rank's fragments, or of one part of them."""
+    """Build the path of a rank's optimizer fragments in `folder`, or of part `part` of them."""
     return folder / f"optimizer-{rank}{'' if part is None else f'-{part}'}.safetensors"
 
 
 def list_optimizer_files(folder: Path) -> list[Path]:
-    """List all files of optimizer fragments in a checkpoint."""
+    """List the files of optimizer fragments in a checkpoint, sorted by name."""
     return sorted(folder.glob("optimizer-*.safetensors"))
 
 
 def write_fragments(file: Path, fragments: Fragments) -> None:
-    """Write optimizer fragments; parameter names are those that a reader will look for."""
+    """Write optimizer fragments into one file, under the names of their parameters.
+
+    The file is not written atomically; raises OSError if it cannot be written.
+    """
     from megamod.states.weights import write_tensors
 
     tensors = {
@@ -180,7 +192,13 @@ def write_fragments(file: Path, fragments: Fragments) -> None:
 def read_fragments(
     file: Path, is_selected: Callable[[str], bool]
 ) -> Iterator[tuple[str, int, dict[str, "Tensor"]]]:
-    """Read the fragments of selected names in a file: name, offset, tensors by kind."""
+    """Read fragments of a file one by one: parameter name, offset in elements, tensors by kind.
+
+    Args:
+        is_selected: returns True for the names of parameters to read.
+    Raises:
+        SafetensorError, OSError: if the file cannot be read.
+    """
     with safe_open(file, framework="pt") as tensors:
         held = set(tensors.keys())
         # Metadata come in another order in every process, and copies must be equal bit for bit.
@@ -192,7 +210,11 @@ def read_fragments(
 
 
 def read_fragment_ranges(folder: Path) -> dict[str, list[tuple[int, int, Path]]]:
-    """Read the ranges of each parameter in all optimizer files: start, stop, file."""
+    """Read the ranges of each parameter that the optimizer files of a checkpoint store.
+
+    Returns:
+        by name: start and stop in elements of the flattened parameter, and the file.
+    """
     ranges: dict[str, list[tuple[int, int, Path]]] = {}
     for file in list_optimizer_files(folder):
         with safe_open(file, framework="pt") as tensors:
@@ -203,12 +225,16 @@ def read_fragment_ranges(folder: Path) -> dict[str, list[tuple[int, int, Path]]]
 
 
 def make_digest_entry(file: Path, digest: str | None = None) -> dict[str, object]:
-    """Make the entry of a file in the manifest; `digest` if it is known already."""
+    """Make the entry of a file in the manifest: its size in bytes and its SHA-256.
+
+    Args:
+        digest: the SHA-256, if it is known; None: computed from the file.
+    """
     return {"bytes": file.stat().st_size, "sha256": digest or hash_file(file)}
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Mapping[str, object]]) -> None:
-    """Write manifest.json, which makes the folder a valid checkpoint.
+    """Write manifest.json into a folder, which makes it a valid checkpoint.
 
     Args:
         entries: by path below `folder`, see `make_digest_entry`.
@@ -221,8 +247,8 @@ def make_digest_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[s
     return {str(file.relative_to(folder)): make_digest_entry(file) for file in files}
 
 
-def seal_models(folder: Path) -> None:
-    """Write a manifest into every model folder: this one, or those of its subfolders."""
+def write_model_manifests(folder: Path) -> None:
+    """Write a manifest into every model folder at or below `folder`."""
     names = ("config.json", ADAPTER_CONFIG)
     for model in sorted({config.parent for name in names for config in folder.rglob(name)}):
         # The path of an adapter's seed may have to be changed in its configuration.

@@ -35,8 +35,11 @@ def read_config_file(folder: Path) -> dict[str, object]:
 
 
 def check_sizes(fields: Mapping[str, object], where: str) -> None:
-    """Check that sizes are whole numbers of a possible magnitude.
+    """Refuse fields of `SIZES` that are neither whole numbers of a possible size, lists, nor null.
 
+    Args:
+        fields: fields of a config.json.
+        where: the file, for messages.
     Raises:
         UserError: naming `where` and the field.
     """
@@ -49,9 +52,10 @@ def check_sizes(fields: Mapping[str, object], where: str) -> None:
 
 
 def check_claims(fields: Mapping[str, object], folder: Path) -> None:
-    """Check that the weight files can hold as many layers as the configuration claims.
+    """Refuse a configuration with more layers than the weight files in `folder` can hold.
 
-    A file of a few bytes must not make anybody build a model of a billion layers.
+    Otherwise a file of a few bytes could make a command build a model of a billion layers. A folder
+    without weight files passes.
 
     Raises:
         UserError: naming the folder and the field.

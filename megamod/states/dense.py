@@ -15,12 +15,14 @@ from megamod.states.weights import DENSE_FILE
 def make_dense_config(
     config: Mapping[str, object], domains: Sequence[str] | None = None
 ) -> dict[str, object]:
-    """Make the config.json of an ordinary dense model with the shape of this one.
+    """Make the fields of config.json of a dense model with the sizes of a model with experts.
 
-    A stock model with experts gets its stock type and class back.
+    A stock model with experts becomes one of its stock type and class. Other fields are copied.
 
     Args:
-        domains: the model was trained on, if known; stock configurations have no place for them.
+        config: fields of config.json; not changed.
+        domains: training domains of the dense model, None if they are unknown; without effect for
+            stock models, whose configurations have no field for them.
     """
     config = dict(config)
     if config.get("model_type") == HOST_TYPE:
@@ -39,12 +41,15 @@ def make_dense_config(
 def write_dense_model(
     source: Path, member: str | None, folder: Path, skipped_names: Sequence[str] = ()
 ) -> list[Path]:
-    """Write a model, or one expert of it, as a dense model; return its files.
+    """Write a model, or one expert of it, as a dense model folder; return its files, sorted.
+
+    Further files of the source, such as those of the tokenizer, are copied.
 
     Args:
+        source: model folder.
         member: domain of the expert; None for a model without experts.
-        folder: exists and is empty.
-        skipped_names: names of further files of the source that are not copied.
+        folder: an existing empty folder.
+        skipped_names: names of files of the source that are not copied.
     Raises:
         UserError: if weights or the member are missing.
     """

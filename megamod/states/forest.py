@@ -5,9 +5,9 @@
       "start_update": 350, "updates": 700, "tokens": 89600, "gpus": 1,
       "data_digest": "...", "config_digest": "..."}]}
 
-Paths are relative to the folder of forest.json where they lie in it. `path` is a model folder, or
-that of a LoRA adapter; `member` is null for a whole model and, for an expert of a DEMix model, its
-domain in there.
+Paths below the folder of forest.json are relative to it, others are absolute. `path` is the folder
+of a model or of a LoRA adapter. `member` is null for a whole model; for an expert of a DEMix model
+it is the domain of the expert in that model.
 
 Source: Li et al. 2022 (Branch-Train-Merge), section 2, for what a forest is.
 """
@@ -56,6 +56,7 @@ class Parent(Document):
 
 
 def _parse_path(value: object) -> Path:
+    """Return a path; raise ValueError for a value that is no text."""
     if not isinstance(value, str | Path):
         raise ValueError(f"{shorten(value)} is not text")
     return Path(value)
@@ -90,13 +91,20 @@ class Expert(Document):
 
 
 class _ForestFile(Document):
+    """Schema of forest.json."""
+
     format: Literal[1]
     experts: Items[Expert]
 
 
 @dataclass(frozen=True)
 class Forest:
-    """Experts in the order of their file; `path` is that file, or the model folder."""
+    """A forest of checked experts.
+
+    Attributes:
+        path: its forest.json, or the folder of a forest without one.
+        experts: in the order of the file.
+    """
 
     path: Path
     experts: tuple[Expert, ...]
@@ -108,21 +116,22 @@ class Forest:
 
 
 def open_forest(path: str | Path) -> Forest:
-    """Open the forest in a forest.json, in a folder that has one, or in a model folder.
+    """Open a forest: a forest.json, or a folder that holds a forest.
 
-    A DEMix model is a forest whose experts are its members; a folder with a model folder per
-    domain (independent models of one job) is one of whole models, in alphabetical order. Of a run's
-    folder, the model is meant.
+    A folder holds the forest of its forest.json. A DEMix model folder is a forest whose experts are
+    its members. A folder with a model folder per domain (independent models of one job) is a forest
+    of whole models, in alphabetical order. A run's folder stands for the `model` folder in it.
 
     Raises:
-        UserError: if there is none, or an entry, folder or vocabulary is wrong.
+        UserError: if there is no expert, if a name is repeated, if a model folder or a member is
+            missing or malformed, or if vocabularies differ.
     """
     path = Path(path).absolute()
     file = path / FILE if path.is_dir() else path
     if not file.is_file() and (path / "model").is_dir():
         path = path / "model"
     if file.is_file():
-        experts = _read(file)
+        experts = _read_experts(file)
     elif is_model(path):
         experts = _list_members(path)
     else:
@@ -137,16 +146,21 @@ def open_forest(path: str | Path) -> Forest:
 
 
 def resolve_forest_path(path: str | Path) -> Path:
-    """Resolve a path to its forest.json: itself, or the one in the folder; it may not exist."""
+    """Return the absolute path of a forest.json, which need not exist.
+
+    A path that ends in .json is the file itself, any other is the folder that holds it.
+    """
     path = Path(path).absolute()
     return path if path.suffix == ".json" else path / FILE
 
 
 def find_expert(experts: list[Expert], domain: str, forest: str | Path) -> int:
-    """Return the index of a domain's expert among those of a forest.
+    """Find the index of a domain's expert in `experts`.
 
+    Args:
+        forest: the user's path of the forest, for messages.
     Raises:
-        UserError: if there is none.
+        UserError: if no expert has this domain.
     """
     names = [expert.domain for expert in experts]
     if domain not in names:
@@ -160,24 +174,33 @@ def check_new_expert(path: str | Path, expert: Expert, replaced: str | None = No
     """Refuse an expert that cannot be added to a forest; nothing is written.
 
     Args:
-        replaced: domain of the expert that gives way to it; None: it is one more.
+        path: see `resolve_forest_path`.
+        expert: the new expert.
+        replaced: domain of the expert that `expert` replaces; None: it is added to all others.
     Raises:
-        UserError: as `edit_forest`; if weights of the expert are missing; if it is an adapter whose
-            seed has other weights now; or if there is no expert to replace.
+        UserError: if weights of the expert are missing, if it is an adapter whose seed has other
+            weights now, if there is no expert `replaced`, or if the resulting forest would be
+            refused as in `open_forest`.
     """
     file = resolve_forest_path(path)
     for folder in dict.fromkeys((expert.path, find_seed_folder(expert.path))):
         if not has_weights(folder):
             raise UserError(f"{folder}: there are no weights in it")
     check_seed_weights(expert.path)
-    experts = _read(file) if file.exists() else []
+    experts = _read_experts(file) if file.exists() else []
     if replaced is not None:
         del experts[find_expert(experts, replaced, path)]
     _check_experts([*experts, expert], file)
 
 
 def check_editable(path: str | Path) -> None:
-    """Raise UserError if this process cannot replace a forest.json; nothing is written."""
+    """Check that this process may write in the folder of a forest.json; nothing is written.
+
+    Args:
+        path: see `resolve_forest_path`.
+    Raises:
+        UserError: if the folder cannot be written.
+    """
     file = resolve_forest_path(path)
     if not os.access(file.parent, os.W_OK):
         raise UserError(f"{file}: its folder cannot be written, so no expert can be added")
@@ -185,19 +208,23 @@ def check_editable(path: str | Path) -> None:
 
 @contextmanager
 def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
-    """Yield the experts of a forest.json, to be changed in place; an absent file holds none.
+    """Yield the experts of a forest.json as a list, which the block changes in place.
 
-    Other editors wait. When the block ends the file is replaced whole, after the same checks as in
-    `open_forest`; if it raises, nothing changes.
+    The list of an absent file is empty. Its folder is created if needed, and other editors wait.
+    When the block ends, the experts are checked as in `open_forest` and the file is replaced whole.
+    The folder also gets a config.json and the tokenizer of an expert, if it has none. If the block
+    or the check raises, forest.json does not change.
 
+    Args:
+        path: see `resolve_forest_path`.
     Raises:
-        UserError: if the file, or what it became, is wrong.
+        UserError: if the file is malformed, or the changed experts are refused.
     """
     file = resolve_forest_path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file.with_name(f".{file.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        experts = _read(file) if file.exists() else []
+        experts = _read_experts(file) if file.exists() else []
         yield experts
         _check_experts(experts, file)
         for stale in file.parent.glob(f".{file.name}.*.tmp"):
@@ -207,20 +234,20 @@ def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
             write_json(file.parent / "config.json", {"model_type": MODEL_TYPE})
         for expert in experts:  # they share one tokenizer: the first that has it is enough
             copy_tokenizer(find_tokenizer_folder(expert.path), file.parent)
-        record = {"format": 1, "experts": [_entry(e, file.parent) for e in experts]}
+        record = {"format": 1, "experts": [_make_entry(e, file.parent) for e in experts]}
         write_json(file, record)
 
 
-def _read(file: Path) -> list[Expert]:
-    """Read the experts of a forest.json, with absolute paths."""
+def _read_experts(file: Path) -> list[Expert]:
+    """Read the experts of a forest.json, with absolute paths; UserError if it is malformed."""
     return [
         expert.model_copy(update={"path": (file.parent / expert.path).absolute()})
         for expert in read_document(file, _ForestFile).experts
     ]
 
 
-def _entry(expert: Expert, folder: Path) -> dict[str, object]:
-    """Return an expert as forest.json in `folder` has it; paths inside of it are relative."""
+def _make_entry(expert: Expert, folder: Path) -> dict[str, object]:
+    """Make the entry of an expert in the forest.json of `folder`; paths below it are relative."""
     return {
         **expert.model_dump(),
         "path": _make_relative(str(expert.path), folder),
@@ -232,13 +259,16 @@ def _entry(expert: Expert, folder: Path) -> dict[str, object]:
 
 
 def _make_relative(path: str, folder: Path) -> str:
-    """Make a path relative to the folder if it is inside, so that both can be moved together."""
+    """Make a path relative to `folder` if it is below it, so that both can be moved together.
+
+    Any other path is normalised only.
+    """
     plain = Path(os.path.normpath(path))
     return str(plain.relative_to(folder)) if plain.is_relative_to(folder) else str(plain)
 
 
 def _list_members(folder: Path) -> list[Expert]:
-    """List the experts of a DEMix model folder; none for the folder of a forest.
+    """List the experts of a DEMix model folder; empty if its config.json is that of a forest.
 
     Raises:
         UserError: if it is one dense model.
@@ -255,7 +285,10 @@ def _list_members(folder: Path) -> list[Expert]:
 
 
 def _check_experts(experts: list[Expert], where: Path) -> None:
-    """Check that names are unique, folders and members exist, and vocabularies are equal."""
+    """Raise UserError unless names are unique, models and members exist, and vocabularies agree.
+
+    `where` is the forest, for messages.
+    """
     names = [expert.domain for expert in experts]
     for name in names:
         check_name(name, f"{where}, domain")
@@ -289,12 +322,11 @@ def _check_experts(experts: list[Expert], where: Path) -> None:
 
 
 def read_model_config(folder: Path) -> dict[str, object]:
-    """Read config.json of a model folder, with the names of its domains if it has experts.
-
-    Of an adapter, that of its seed.
+    """Read config.json of a model folder; of the seed, if `folder` holds a LoRA adapter.
 
     Raises:
-        UserError: as `read_config_file`, or if it lacks them.
+        UserError: as `find_seed_folder` and `read_config_file`, or if a model with experts does not
+            name its domains.
     """
     config = read_config_file(find_seed_folder(folder))
     domains = config.get("domains")

@@ -30,19 +30,19 @@ def add_expert(
     template_domain: str,
     dense_weights: Mapping[str, Tensor],
 ) -> None:
-    """Write the weights, index and configuration of a model with experts and one more.
+    """Write weight files, index and config.json of a model with experts plus one new expert.
 
-    Weight files of the source get a second name (hard link) in the target where both lie on one
-    file system, else they are copied.
+    Weight files of the source get a second name (hard link) in the target if both are on one file
+    system, else they are copied.
 
     Args:
         source: folder of a model with experts.
-        target: folder to write into.
+        target: existing folder to write into.
         domain: name of the new expert.
-        template_domain: the expert of the source whose parts the new one has, with their element
-            types.
-        dense_weights: its weights, by their names in a dense model; other weights are not looked
-            at.
+        template_domain: an expert of the source. The new expert has the same tensors, with the
+            same shapes and element types.
+        dense_weights: weights of the new expert, by their names in a dense model; other weights
+            have no effect.
     Raises:
         UserError: if the source has no expert `template_domain`, or one named `domain` already, or
             `dense_weights` lacks a weight or has it in another shape.
@@ -99,7 +99,10 @@ def add_expert(
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file that never changes a second name, or where that cannot be, a second copy."""
+    """Create `target` as a hard link to `source`, or as a copy if that is not possible.
+
+    For files that are never changed in place. Raises OSError if `target` cannot be written.
+    """
     try:
         os.link(source.resolve(), target)
     except OSError:

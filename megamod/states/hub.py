@@ -10,14 +10,15 @@ HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
 def is_hub_name(name: str) -> bool:
-    """Return True for `owner/model`, unless that is a path of this machine."""
+    """Return True for `owner/model`, unless it is an existing path; the hub is not asked."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def find_in_hub(name: str) -> tuple[Path | None, str]:
-    """Return the local folder of a repository of the hub, or None and the reason.
+    """Find the local folder of a repository of the hub, which is downloaded if needed.
 
-    The reason is empty if the name is not of the form `owner/model`.
+    Returns:
+        the folder and ""; or None and the reason, which is empty if `is_hub_name` is False.
     """
     if not is_hub_name(name):
         return None, ""
@@ -29,7 +30,10 @@ def find_in_hub(name: str) -> tuple[Path | None, str]:
 
 @cache
 def download_from_hub(name: str) -> Path:
-    """Download a repository of the hub, unless it is here; return its local folder.
+    """Download a repository of the hub into the cache of huggingface_hub; return its local folder.
+
+    Files that are in the cache are not downloaded again. Within a process the hub is asked once for
+    each name.
 
     Raises:
         UserError: with the reason, if there is none or it cannot be reached.

@@ -2,7 +2,7 @@
 
     step-N/manifest.json    {"files": {NAME: {"bytes": ..., "sha256": ...}}}, written last
 
-Written by `megamod.train.checkpoint`; here a folder can be looked at without DeepSpeed.
+`megamod.train.checkpoint` writes checkpoints; here they are checked without DeepSpeed.
 """
 
 import logging
@@ -22,25 +22,31 @@ FULL_CHECK_BYTES = 10**11  # above this, opening a checkpoint checks sizes only;
 THREADS = 8  # that compute digests; they wait for the disk, not for each other
 
 
-class _File(Document):
+class _FileEntry(Document):
+    """Schema of a file's entry: its size and digest."""
+
     bytes: int
     sha256: str
 
 
 class _Manifest(Document):
-    files: dict[str, _File] = Field(min_length=1)
+    """Schema of manifest.json: entries by path in the folder."""
+
+    files: dict[str, _FileEntry] = Field(min_length=1)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoint folders by rising step, valid or not."""
+    """List the checkpoints step-N in `folder` by rising step, valid or not."""
     folders = [path for path in Path(folder).glob("step-*") if path.name[5:].isdigit()]
     return sorted(folders, key=lambda path: int(path.name[5:]))
 
 
 def find_checkpoint(folder: Path, choice: str, below: int | None = None) -> Path | None:
-    """Find the checkpoint that `--resume` means.
+    """Find the checkpoint that a value of `--resume` means; None: start from step 0.
 
     Args:
+        folder: folder of the run's checkpoints.
+        choice: "auto", the valid one with the largest step; "none"; or the path of a checkpoint.
         below: "auto" considers checkpoints of smaller steps only; None: all.
     Raises:
         UserError: if `choice` is a path that is not a valid checkpoint; if it is "auto" and

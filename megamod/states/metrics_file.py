@@ -3,8 +3,8 @@
 import json
 
 
-def read_record(line: bytes) -> dict[str, object] | None:
-    """Read the record of a line; None if the line is damaged."""
+def parse_record(line: bytes) -> dict[str, object] | None:
+    """Parse a line of a metrics.jsonl; None if it is no JSON object with a whole number `step`."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

@@ -11,7 +11,7 @@ from megamod.folder_lock import hold_name
 
 
 def check_new_folder(path: Path) -> None:
-    """Check that `create_new_folder` can create a folder.
+    """Check that `create_new_folder` can create the folder `path`; nothing is written.
 
     Raises:
         UserError: if it exists and is not an empty folder, or lies where nothing can be written.
@@ -28,7 +28,9 @@ def check_new_folder(path: Path) -> None:
 
 @contextmanager
 def create_new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `path` at the end, or removed on an error.
+    """Yield a temporary folder, which is renamed to `path` if the block succeeds, else removed.
+
+    An empty folder at `path` is replaced.
 
     Raises:
         UserError: if `path` exists and is not an empty folder, cannot be written, or another

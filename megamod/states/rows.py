@@ -7,20 +7,21 @@ from torch import Tensor
 
 
 class TensorReader(Protocol):
-    """Reader of tensors with the interface of `ModelFolder`."""
+    """Reader of parts of tensors, such as `ModelFolder`."""
 
     def read_into(self, name: str, start_element: int, buffer: Tensor) -> None:
-        """Fill a buffer with elements from `start_element` on."""
+        """Fill `buffer` with elements of a tensor, from the flat index `start_element` on."""
 
 
 def read_tensor_rows(source: TensorReader, name: str, row_indices: Tensor, output: Tensor) -> None:
-    """Read rows of a tensor; consecutive rows in one read.
+    """Read rows of a matrix into `output`; consecutive rows in one read.
 
     Args:
+        source: reader of the tensor `name`.
         row_indices: [n] int64, numbers of the rows.
         output: [n, elements of a row], contiguous and of the tensor's dtype.
     Raises:
-        UserError: if they cannot be read.
+        UserError: if the rows cannot be read.
     """
     breaks = (row_indices.diff() != 1).nonzero()[:, 0] + 1
     for begin, end in pairwise([0, *breaks.tolist(), len(row_indices)]):

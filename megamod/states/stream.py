@@ -1,7 +1,7 @@
-"""Weights larger than memory: the tensors of a model folder read piece by piece, and written so.
+"""Reading and writing of weights larger than memory, piece by piece.
 
-Nothing is mapped and nothing is held: a reader keeps the headers of its files, a writer one piece.
-What is read is the folder's weight files, sharded or not; an optimizer's state beside them is not.
+No file is mapped into memory. A reader keeps the headers of its files, a writer one piece. Only the
+weight files of a folder are read, sharded or not, and no files of optimizer state.
 """
 
 import json
@@ -61,23 +61,30 @@ class Spec:
 
 @dataclass(frozen=True)
 class _Location:
+    """Place of a tensor's bytes."""
+
     file: Path
     offset: int  # from the start of the file, in bytes
 
 
 class ModelFolder:
-    """The tensors of a model folder, or of one safetensors file, by name; open only inside `with`.
+    """Reader of the tensors of a model folder, or of one safetensors file.
 
-    With a member, the ordinary dense model that the shared weights and that domain's expert make
-    together, under the names it has in a dense model. With `beside_anchor` that of an anchored
-    model: the shared weights with the feed-forwards of a member, or (None) of the anchor.
+    Headers are read at construction; `read` and `read_into` work inside a `with` block only.
 
+    Args:
+        folder: model folder or safetensors file.
+        member: a domain. Only the shared weights and this domain's expert are read, under their
+            names in a dense model. None: all tensors, under their own names.
+        beside_anchor: read an anchored model, whose experts compute beside an anchor, as a dense
+            one: the shared weights with the feed-forwards of `member`, or of the anchor if that is
+            None.
     Attributes:
-        tensors: specification of every tensor, in the order in which they lie in the files.
+        tensors: specification of every tensor by name, in the order of the files.
         files: the weight files that hold them.
     Raises:
-        UserError: if weights or the member are missing, a file is not whole, or a member is asked
-            for that is no dense model because it computes beside an anchor.
+        UserError: if weights or the member are missing, if a file is not whole, or without
+            `beside_anchor` for a member of an anchored model, which is no dense model.
     """
 
     def __init__(self, folder: Path, member: str | None = None, *, beside_anchor: bool = False):
@@ -87,7 +94,7 @@ class ModelFolder:
         self._descriptors: dict[Path, int] = {}
         entries: dict[str, tuple[Spec, _Location]] = {}
         for file, listed_names in _find_weight_files(self.folder).items():
-            file_entries = dict(_read_tensor_locations(file))
+            file_entries = dict(_iterate_tensor_locations(file))
             if listed_names is not None and (missing := sorted(listed_names - file_entries.keys())):
                 raise UserError(f"{self.folder / INDEX_FILE}: {missing[0]} is not in {file.name}")
             entries |= (
@@ -130,10 +137,10 @@ class ModelFolder:
         self._descriptors = {}
 
     def read_into(self, name: str, start_element: int, buffer: Tensor) -> None:
-        """Fill a buffer with elements of a tensor from `start_element` on.
+        """Fill `buffer` with elements of a tensor, from the flat index `start_element` on.
 
         Args:
-            buffer: 1-D, contiguous, of the tensor's dtype.
+            buffer: 1-D, contiguous, of the tensor's dtype, on the CPU.
 
         Raises:
             UserError: if the file ends early or cannot be read.
@@ -151,14 +158,14 @@ class ModelFolder:
             remaining, offset = remaining[count:], offset + count
 
     def read(self, name: str) -> Tensor:
-        """Read a whole tensor into new memory."""
+        """Read a whole tensor into new memory; raises as `read_into`."""
         spec = self.tensors[name]
         flat = torch.empty(spec.numel, dtype=spec.dtype)
         self.read_into(name, 0, flat)
         return flat.view(spec.shape)
 
     def compute_digest(self) -> str:
-        """Compute a digest of the weight files."""
+        """Compute a digest of the weight files, see `compute_files_digest`."""
         return compute_files_digest(self.files)
 
 
@@ -173,7 +180,12 @@ def _name_beside_anchor(name: str, member: str | None) -> str | None:
 
 
 def iterate_pieces(numel: int, itemsize: int = 4) -> Iterator[tuple[int, int]]:
-    """Yield start and stop of the pieces in which a tensor is processed."""
+    """Yield start and stop, in elements, of the pieces in which a tensor is processed.
+
+    Args:
+        numel: elements of the tensor.
+        itemsize: bytes of an element; a piece has at most `PIECE` bytes.
+    """
     step = PIECE // itemsize
     for start in range(0, numel, step):
         yield start, min(start + step, numel)
@@ -183,7 +195,7 @@ def parse_size(text: str, origin: str) -> int:
     """Parse a size in bytes: a number with K, M, G or B (10^9, as in mergekit), or KB, MB, GB.
 
     Raises:
-        UserError: naming `origin`, if it is not that.
+        UserError: naming `origin`, if it is not such a size, or is 0.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGB]?)(B?)", text.strip(), flags=re.IGNORECASE)
     if match is None or float(match[1]) == 0 or (match[3] and match[2] in "bB"):
@@ -194,7 +206,7 @@ def parse_size(text: str, origin: str) -> int:
 def plan_shards(specs: Mapping[str, Spec], max_bytes: int) -> dict[str, list[str]]:
     """Map file names to the tensors in them: one file, or shards of at most `max_bytes` bytes.
 
-    A tensor larger than that has a shard of its own.
+    Tensors keep their order. A tensor larger than `max_bytes` has a shard of its own.
     """
     shards: list[list[str]] = [[]]
     size = 0
@@ -221,18 +233,22 @@ def write_streamed_tensors(
     produce: Callable[[str], Iterable[Tensor]],
     threads: int = 1,
 ) -> list[Path]:
-    """Write safetensors files whose tensors come in pieces, and an index if one is needed.
+    """Write safetensors files whose tensors are produced in pieces.
+
+    An index is written, too, unless the only file is model.safetensors.
 
     Args:
+        folder: existing folder.
         files: file names -> the tensors in them, as from `plan_shards`.
-        produce: called with the name of each tensor; gives its elements in order, as contiguous
-            tensors of its dtype. One piece is held at a time.
-        threads: how many tensors are made at the same time. With one they are made in order, by
-            the caller's thread.
+        specs: specification of each tensor by name.
+        produce: called with the name of each tensor; returns its elements in order, as contiguous
+            tensors of its dtype. One piece per thread is in memory at a time.
+        threads: number of tensors that are produced at the same time. 1 produces them in the order
+            of the files, in the caller's thread.
     Returns:
-        the files.
+        paths of the written files, with that of the index at the end.
     Raises:
-        ValueError: if it gives fewer or more elements than the specification says.
+        ValueError: if `produce` returns fewer or more elements than the specification says.
         OSError: if a file cannot be written.
     """
     with ExitStack() as stack:
@@ -295,9 +311,10 @@ def _write_bytes(descriptor: int, content: memoryview, offset: int) -> None:
 
 
 def _find_weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """Find the weight files, each with its tensors in the index; None where there is no index.
+    """Find the weight files of a folder, or a single file; each with its tensors in the index.
 
-    Raise UserError if a file is missing.
+    Without an index the value is None. Raise UserError if there are no weights in safetensors, or a
+    file of the index is missing.
     """
     if folder.suffix == ".safetensors" and folder.is_file():
         return {folder: None}
@@ -319,8 +336,11 @@ def _find_weight_files(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _read_tensor_locations(file: Path) -> Iterator[tuple[str, tuple[Spec, _Location]]]:
-    """Yield name, specification and file offset of each tensor, by offset; UserError if damaged."""
+def _iterate_tensor_locations(file: Path) -> Iterator[tuple[str, tuple[Spec, _Location]]]:
+    """Yield name, specification and location of each tensor of a file, sorted by offset.
+
+    Raise UserError if the file is damaged, or has a dtype that is not in `DTYPES`.
+    """
     try:
         with safe_open(file, framework="pt"):  # checks every length and offset
             pass

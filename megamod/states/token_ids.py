@@ -1,4 +1,4 @@
-"""The ids of words in the tokenizer files of a model folder, and whether two folders agree on them.
+"""The ids of words in the tokenizer files of a model folder, and their comparison between folders.
 
 Added words count like those of the base vocabulary: tokenizer.json, added_tokens.json and
 tokenizer_config.json (`added_tokens_decoder`) all list some.
@@ -18,7 +18,7 @@ def read_token_ids(folder: Path) -> dict[str, int]:
     """Map every word that the tokenizer files of a folder list to its id; empty without files.
 
     Raises:
-        UserError: naming a file that is not what its name promises.
+        UserError: naming a file that cannot be read, or whose content does not fit its name.
     """
     folder, ids = Path(folder), {}
     for name, read in _READERS.items():
@@ -35,7 +35,8 @@ def read_token_ids(folder: Path) -> dict[str, int]:
 def check_same_ids(first: Path, second: Path, remedy: str = "") -> None:
     """Refuse two folders whose tokenizers give one id to two words, or one word two ids.
 
-    Words that only one of them has are allowed. Folders without tokenizer files pass.
+    Words that only one of them has are allowed. Folders without tokenizer files pass. Files of
+    merges and SentencePiece models must be equal if both folders have them.
 
     Args:
         remedy: further sentence for the message.
@@ -81,6 +82,7 @@ def _have_identical_files(first: Path, second: Path) -> bool:
 
 
 def _have_equal_bytes(first: Path, second: Path) -> bool:
+    """Return True if two files have the same content; raise UserError if one cannot be read."""
     return _read_bytes(first) == _read_bytes(second)
 
 
@@ -93,7 +95,10 @@ def _read_bytes(file: Path) -> bytes:
 
 
 def _read_content(file: Path) -> object:
-    """Read parsed JSON, or the lines of a text file; raise UserError if it is damaged."""
+    """Read a file as parsed JSON, or as a list of lines if its name does not end in .json.
+
+    Raise UserError if it cannot be read, is not UTF-8 or is not JSON.
+    """
     raw = _read_bytes(file)
     try:
         text = raw.decode("utf-8")
@@ -114,7 +119,7 @@ def _parse_tokenizer_json(content: Mapping) -> Iterator[tuple[str, int]]:
 
 
 def _parse_id_mapping(content: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """Yield word and id of a vocabulary; nested vocabularies are skipped."""
+    """Yield word and id of a vocabulary; values that are no whole numbers are skipped."""
     # Some tokenizers nest a vocabulary per language; those ids are not comparable by word.
     for word, number in content.items():
         if type(number) is int:
@@ -128,7 +133,7 @@ def _parse_added_tokens(content: Mapping) -> Iterator[tuple[str, int]]:
 
 
 def _number_lines(content: list[str]) -> Iterator[tuple[str, int]]:
-    """Yield each line with its number from 0."""
+    """Yield word and id of a vocabulary with one word a line: the line and its number from 0."""
     for number, line in enumerate(content):
         yield line.rstrip("\r"), number
 

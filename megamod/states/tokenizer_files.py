@@ -20,12 +20,20 @@ def list_tokenizer_files(folder: Path) -> list[Path]:
 
 
 def find_tokenizer_folder(folder: Path) -> Path:
-    """Find the folder of a model's tokenizer; of an adapter without one, its seed's."""
+    """Return the folder of a model's tokenizer: `folder`, or else the seed's if it is an adapter.
+
+    The folder of a whole model is returned even if it has no tokenizer. Raises as
+    `find_seed_folder`.
+    """
     return folder if list_tokenizer_files(folder) else find_seed_folder(folder)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> list[Path]:
-    """Copy the tokenizer of one folder into another that has none; return the copies."""
+    """Copy the tokenizer files of `source` into `folder`, unless that has a tokenizer.
+
+    Returns:
+        paths of the copies; empty if there was nothing to copy.
+    """
     if list_tokenizer_files(folder):
         return []
     files = list_tokenizer_files(source)

@@ -1,6 +1,7 @@
 """Find faults of runs, checkpoints, models and forests on disk.
 
-Loads neither torch nor DeepSpeed, so that a look takes as long as reading the files.
+Neither torch nor DeepSpeed is loaded, so that a check takes as long as reading the files. Functions
+that yield results do so while they read; nothing on disk is changed.
 """
 
 from collections.abc import Iterator
@@ -25,10 +26,10 @@ CheckResult = tuple[str, list[str]]
 
 
 def check_path(path: Path) -> Iterator[CheckResult]:
-    """Check every group of files below a forest.json, checkpoint, model, run or folder of runs.
+    """Check all files of a forest, checkpoint, model, run or folder of models; yield a result each.
 
     Raises:
-        UserError: if it is nothing of ours.
+        UserError: if `path` holds none of these.
     """
     if path.name == FILE or (path / FILE).is_file():
         yield from check_forest(path)
@@ -44,7 +45,10 @@ def check_path(path: Path) -> Iterator[CheckResult]:
 
 
 def check_forest(path: Path) -> Iterator[CheckResult]:
-    """Check a forest.json, the models of its experts, and the runs of these or next to it."""
+    """Check a forest.json, the models and seeds of its experts, and checkpoints of their runs.
+
+    Runs are the parent folders of the models, and the folders next to forest.json.
+    """
     file = path if path.name == FILE else path / FILE
     try:
         opened = open_forest(file)
@@ -62,7 +66,10 @@ def check_forest(path: Path) -> Iterator[CheckResult]:
 
 
 def check_run(path: Path) -> Iterator[CheckResult]:
-    """Check the checkpoints of a run by rising step, and its models: one, or one per domain."""
+    """Check the checkpoints of a run by rising step, and its models: one, or one per domain.
+
+    Nothing is yielded for a folder that has neither.
+    """
     for folder in (path, path / "checkpoints"):
         yield from check_checkpoints(folder)
     model = path / "model"
@@ -74,7 +81,7 @@ def check_run(path: Path) -> Iterator[CheckResult]:
 
 
 def check_checkpoints(folder: Path) -> Iterator[CheckResult]:
-    """Check the checkpoints of a folder, and the file that names the newest."""
+    """Check the checkpoints of a folder by rising step, and the file that names the newest."""
     checkpoints = list_checkpoints(folder)
     yield from map(check_checkpoint, checkpoints)
     if (folder / LATEST).exists():
@@ -85,16 +92,17 @@ def check_checkpoints(folder: Path) -> Iterator[CheckResult]:
 
 
 def check_checkpoint(path: Path) -> CheckResult:
-    """Check all files of the manifest, with their digests."""
+    """Check the files of a checkpoint against its manifest, digests included."""
     files = [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     return f"{path}: checkpoint, {len(files)} files, {size:,} bytes", find_checkpoint_faults(path)
 
 
 def check_model_files(path: Path) -> CheckResult:
-    """Check that weight files can be opened and hold the tensors of the index; and the digests.
+    """Check the files of a model, or of an adapter and its seed.
 
-    A model folder without a manifest, such as one of another program, has no digests.
+    config.json must be readable, and weight files must open and hold the tensors of the index.
+    Digests are compared if the folder has a manifest, which those of other programs lack.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -128,7 +136,10 @@ def check_model_files(path: Path) -> CheckResult:
 
 
 def _check_adapter_files(path: Path) -> CheckResult:
-    """Check that an adapter can be opened, and that its seed has the weights it was trained on."""
+    """Check that an adapter can be opened, and that its seed has the weights it was trained on.
+
+    Digests are compared if the folder has a manifest.
+    """
     try:
         seed = find_seed_folder(path)
         check_seed_weights(path)

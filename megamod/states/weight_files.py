@@ -15,19 +15,23 @@ ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors
 
 
 def has_weights(folder: Path) -> bool:
-    """Return True if a model folder holds weights, of any format that transformers or peft reads.
+    """Return True if a folder holds the weights of a model or of a LoRA adapter.
 
     Raises:
-        UserError: if a file that an index names is missing.
+        UserError: as `list_weight_files`.
     """
     return bool(list_weight_files(folder)) or (folder / ADAPTER_FILE).is_file()
 
 
 def list_weight_files(folder: Path) -> list[Path]:
-    """List the weight files of a whole model, sorted; empty if there are none.
+    """List the weight files of a whole model, sorted by name; empty if there are none.
+
+    These are the first that exists of model.safetensors, the shards of its index,
+    pytorch_model.bin, and the shards of its index.
 
     Raises:
-        UserError: if a file that an index names is missing.
+        UserError: if an index is malformed, a shard is missing, or there are other weight files
+            without an index.
     """
     whole = (DENSE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
     name = next((name for name in whole if (folder / name).exists()), None)
@@ -47,10 +51,13 @@ def list_weight_files(folder: Path) -> list[Path]:
 
 
 def read_index(folder: Path, name: str = INDEX_FILE) -> dict[str, str]:
-    """Read the index of sharded weights: file names by tensor.
+    """Read the index of sharded weights: tensor name -> file name.
 
+    Args:
+        folder: folder of the index.
+        name: file name of the index.
     Raises:
-        UserError: if it is not such an index, or names files outside of its folder.
+        UserError: if it is missing or malformed, or names no files or files outside of its folder.
     """
     file = folder / name
     try:
@@ -66,9 +73,10 @@ def read_index(folder: Path, name: str = INDEX_FILE) -> dict[str, str]:
 
 
 def compute_files_digest(files: Iterable[Path]) -> str:
-    """Compute a digest of files: SHA-256 over the CRC-32 of every MiB of them.
+    """Compute a digest of files: SHA-256 of their names and of the CRC-32 of each MiB of them.
 
-    At four times the speed of SHA-256 alone. Not proof against somebody who forges weights.
+    It is computed faster than SHA-256 of the content. It reveals damaged or replaced weights, but
+    not weights forged to have the same CRC-32. The order of files counts.
     """
     hashed, buffer = hashlib.sha256(), bytearray(1 << 20)
     for file in files:

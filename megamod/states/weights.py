@@ -37,7 +37,11 @@ DTYPES = {
 
 
 def select_weight_file(name: str, has_experts: bool) -> str:
-    """Select the weight file that holds a parameter."""
+    """Select the name of the weight file that holds the parameter `name`.
+
+    Args:
+        has_experts: True for a model with experts, whose weights are in several files.
+    """
     if not has_experts:
         return DENSE_FILE
     domain = parse_expert_domain(name)
@@ -47,10 +51,13 @@ def select_weight_file(name: str, has_experts: bool) -> str:
 def build_safetensors_header(
     specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[str]]:
-    """Build the header of a safetensors file; also return the order of its tensors.
+    """Build the header of a safetensors file.
 
     Args:
-        specs: element type and shape of each tensor.
+        specs: element type and shape of each tensor by name.
+        metadata: text entries of the header.
+    Returns:
+        the header, and the names in the order in which their tensors must follow it.
     Source: the format is described at https://github.com/huggingface/safetensors.
     """
     # Widest types first, so that every tensor begins at a multiple of its element's size.
@@ -72,13 +79,18 @@ def build_safetensors_header(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file directly from the tensors' memory.
+    """Write one safetensors file from the memory of the tensors, which may be views of one storage.
 
-    The library's own writer copies everything twice first, and refuses views of one storage; both
-    matter for checkpoints, whose optimizer state is views of flat buffers.
+    Unlike the writer of the safetensors library, this does not copy tensors that are contiguous on
+    the CPU, and accepts views: the optimizer state of checkpoints is views of flat buffers. The
+    file is not written atomically.
 
+    Args:
+        path: file to create or replace.
+        tensors: tensors by name, on any device.
+        metadata: text entries of the header.
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
     header, names = build_safetensors_header(
         {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata
@@ -91,7 +103,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def write_weights(folder: Path, state: Mapping[str, Tensor], has_experts: bool) -> list[Path]:
-    """Write a state dict's tensors into the files they belong to; return the files."""
+    """Write tensors into the weight files of `select_weight_file`; return the paths of the files.
+
+    No index is written, see `write_index`. Raises OSError if a file cannot be written.
+    """
     files: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         files.setdefault(select_weight_file(name, has_experts), {})[name] = tensor
@@ -101,7 +116,12 @@ def write_weights(folder: Path, state: Mapping[str, Tensor], has_experts: bool) 
 
 
 def write_index(folder: Path, names: Iterable[str], total_bytes: int) -> Path:
-    """Write the index of a model with experts; return its file."""
+    """Write the index of the weight files of a model with experts; return its path.
+
+    Args:
+        names: names of all tensors.
+        total_bytes: bytes of all tensors.
+    """
     weight_map = {name: select_weight_file(name, has_experts=True) for name in names}
     write_json(
         folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
@@ -110,7 +130,7 @@ def write_index(folder: Path, names: Iterable[str], total_bytes: int) -> Path:
 
 
 def has_index(folder: Path) -> bool:
-    """Return True if the weights are sharded under an index, without a single weight file."""
+    """Return True if a folder has an index of shards and no model.safetensors, which would win."""
     return (folder / INDEX_FILE).exists() and not (folder / DENSE_FILE).exists()
 
 
@@ -135,7 +155,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def find_non_finite_weight(folder: Path) -> str | None:
-    """Name the first tensor with a NaN or an infinity in the weight files of a folder or below."""
+    """Find the first tensor with a NaN or an infinity in the weight files at or below `folder`.
+
+    Only safetensors files are read.
+
+    Returns:
+        name and file of the tensor, for a message; None if all are finite.
+    """
     for file in sorted(folder.rglob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
@@ -145,7 +171,7 @@ def find_non_finite_weight(folder: Path) -> str | None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return True if no element is NaN or infinite."""
+    """Return True if no element is NaN or infinite; True for integers."""
     # A finite sum has finite terms, and is cheaper to compute than a mask of all elements. Only a
     # sum that overflows needs the mask.
     return not tensor.is_floating_point() or bool(
@@ -154,12 +180,13 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
-    """Check weights that were loaded.
+    """Refuse weights with a NaN or an infinity.
 
     Args:
-        where: how the message names their origin.
+        tensors: names and weights.
+        where: origin of the weights, for the message.
     Raises:
-        UserError: if one of them has a NaN or an infinity.
+        UserError: naming the first such tensor.
     """
     bad = next((name for name, tensor in tensors if not is_finite(tensor)), None)
     if bad is not None:
@@ -167,7 +194,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
 
 
 def extract_expert_weights(state: Mapping[str, Tensor], domain: str) -> dict[str, Tensor]:
-    """Extract the weights of the dense model that shared weights and one expert form.
+    """Extract the shared weights and one expert's, by their names in a dense model.
 
     Raises:
         UserError: if the state holds no expert of that domain.
@@ -183,13 +210,17 @@ def extract_expert_weights(state: Mapping[str, Tensor], domain: str) -> dict[str
 
 
 def copy_to_experts(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Copy the weights of a dense model to every expert of a model with experts.
+    """Assign the weights of a dense model to the parameters of a model with experts.
+
+    Every expert gets the same weights. The tensors themselves are shared and not copied.
 
     Args:
-        state: weights of a dense model.
-        names: parameter names of the model to fill.
+        state: weights of the dense model by name.
+        names: parameter names of the model with experts.
+    Returns:
+        a weight for each of `names`.
     Raises:
-        UserError: if the dense model lacks one of them.
+        UserError: if the dense model lacks a weight.
     """
     missing = [name for name in names if to_dense_name(name) not in state]
     if missing:

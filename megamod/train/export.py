@@ -27,7 +27,7 @@ from megamod.dist.topology import DomainTopology
 from megamod.errors import PolicyStop
 from megamod.files import sync_folder, sync_tree
 from megamod.models.lm.adapter import list_adapters, write_adapter
-from megamod.states.checkpoint_folder import seal_models
+from megamod.states.checkpoint_folder import write_model_manifests
 from megamod.states.weights import find_non_finite_weight, write_index, write_weights
 from megamod.version import __version__
 
@@ -248,7 +248,7 @@ def publish_model(export: Callable[[Path], object], folder: Path) -> None:
             bad += 1
         sum_over_ranks(bad)
         if not bad and dist.get_rank() == 0:
-            seal_models(temporary)
+            write_model_manifests(temporary)
             sync_tree(temporary)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
