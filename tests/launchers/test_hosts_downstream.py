@@ -144,6 +144,30 @@ def test_a_forest_of_families_mixes_and_generates(root):
     assert torch.equal(cached, forest.generate(IDS, use_cache=False, **arguments))
 
 
+@torch.no_grad()
+def test_families_without_a_row_are_experts_too(root, tmp_path):
+    """A recurrent model is generated from without a cache, which would not hold its state."""
+    recurrent = dict(state_size=4, intermediate_size=32)
+    stock_folder(tmp_path / "mamba", "mamba", 5, root / "words", **recurrent)
+    stock_folder(tmp_path / "mixtral", "mixtral", 6, root / "words")
+    arguments = dict(max_new_tokens=4, do_sample=False, pad_token_id=1)
+    for name in ("mamba", "mixtral"):
+        for domain, path in (("law", root / "llama"), ("med", tmp_path / name)):
+            add = ("add", "--forest", tmp_path / f"{name}-forest", "--path", path)
+            launch("forest", *add, "--domain", domain)
+        forest = ForestForCausalLM.from_pretrained(tmp_path / f"{name}-forest")
+        forest.set_prior({"med": 1.0})
+        expected = stock_log_probs(tmp_path / name)
+        torch.testing.assert_close(forest(IDS).logits, expected, rtol=0, atol=1e-5)
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        words = stock.generate(IDS, use_cache=False, eos_token_id=None, **arguments)
+        assert torch.equal(forest.generate(IDS, eos_token_id=None, **arguments), words)
+        assert forest.generation_config.use_cache == (name == "mixtral")
+        if name == "mamba":
+            with pytest.raises(ValueError, match="the recurrent state of a mamba"):
+                forest.generate(IDS, use_cache=True, **arguments)
+
+
 def test_scores_and_mixtures(root, capsys):
     common = ("--data", root / "bin", "--max_seq_length", LENGTH)
     launch("eval_lm", "--model", root / "llama", *common, "--output", root / "one.json")

@@ -92,6 +92,12 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         }
         self.set_prior(config.prior if config.domain is None else {str(config.domain): 1.0})
         self.post_init()
+        if self._list_recurrent_parts():
+            self.config.use_cache = self.generation_config.use_cache = False
+
+    def _list_recurrent_parts(self) -> list[str]:
+        """List the model types of parts with a recurrent state, which the cache does not hold."""
+        return [part.config.model_type for part in self.parts if part._is_stateful]
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding table of the first part; the others have tables of their own."""
@@ -235,7 +241,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
             log-probabilities of the mixture; with `shift_labels` these without logits.
         Raises:
             ValueError: if the cache is of another kind than `DynamicCache()`, or was filled by
-                other experts than those in use now.
+                other experts than those in use now, or an expert has a recurrent state.
         """
         shift_labels = more.pop("shift_labels", None)
         check_extra_arguments(self, more)
@@ -245,6 +251,11 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and shift_labels is None
+        if use_cache and (recurrent := self._list_recurrent_parts()):
+            raise ValueError(
+                f"use_cache: the cache of a forest does not hold the recurrent state of a "
+                f"{recurrent[0]}; pass use_cache=False"
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         experts, prior = self._select_experts()
