@@ -73,7 +73,12 @@ def compute_metric(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _compute_correlation(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
-    """Compute a correlation by its name; 0 for constant answers or labels."""
+    """Compute a correlation; 0 where it is undefined: constant answers or labels, or one row.
+
+    Args:
+        name: pearson or spearmanr.
+        answers, labels: [n] values.
+    """
     from scipy import stats
 
     if len(labels) < 2 or np.ptp(answers) == 0 or np.ptp(labels) == 0:

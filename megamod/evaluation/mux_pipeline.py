@@ -225,7 +225,11 @@ class MuxPipeline:
 
 
 def _load_pipeline_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
-    """Load an encoder's tokenizer; raise UserError if there is none or it lacks a padding token."""
+    """Load the tokenizer of an encoder from a folder or the hub.
+
+    Raises:
+        UserError: if there is none, or it lacks a padding token.
+    """
     reason = None
     try:
         tokenizer = load_tokenizer(source).original

@@ -22,7 +22,10 @@ class EntityCounts:
     gold: int = 0
 
     def compute_scores(self) -> dict[str, float]:
-        """Compute precision, recall and F1; 0 without predicted or gold entities."""
+        """Compute "precision", "recall" and "f1".
+
+        Precision is 0 without predicted entities, recall without gold ones, F1 without any entity.
+        """
         precision = self.correct / self.predicted if self.predicted else 0.0
         recall = self.correct / self.gold if self.gold else 0.0
         total = self.predicted + self.gold

@@ -48,7 +48,7 @@ class ExtractedAdapter:
     explained_share: float
 
     def describe(self) -> str:
-        """Return one line on the adapted layers, the whole modules and the explained share."""
+        """Format the adapted layers, the whole modules and the explained share as one line."""
         stored = f", {len(self.whole_modules)} modules stored whole" if self.whole_modules else ""
         return (
             f"{self.adapted_layers} linear layers adapted{stored}; the adapter holds "

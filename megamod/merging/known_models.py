@@ -37,7 +37,10 @@ def build_config(config: Mapping[str, object]) -> PretrainedConfig | None:
 
 
 def _restore_floats(value: object) -> object:
-    """Return a copy of a configuration in which numbers that JSON cannot hold are floats again."""
+    """Return a copy of a configuration in which {"__float__": "Infinity"} and the like are floats again.
+
+    So transformers writes numbers that JSON cannot hold.
+    """
     if isinstance(value, dict):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])

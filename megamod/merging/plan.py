@@ -151,7 +151,7 @@ def make_plan(
 
 
 def _list_scopes(recipe: MergeRecipe) -> list[Scope]:
-    """List every level of the recipe that holds parameters."""
+    """List every level of the recipe that holds parameters; some levels may be listed twice."""
     scopes = [(f"{recipe.origin}, {model}", model.parameters) for model in recipe.inputs]
     for part in recipe.all_parts:
         scopes += [recipe.make_source_scope(part, source) for source in part.sources]
@@ -160,7 +160,10 @@ def _list_scopes(recipe: MergeRecipe) -> list[Scope]:
 
 
 def _warn_of_unused_parameters(recipe: MergeRecipe) -> None:
-    """Log parameters of other methods: they are allowed, as in mergekit, and have no effect."""
+    """Log a warning for each parameter of the recipe that its method does not read.
+
+    Those of other methods are allowed, as in mergekit, and have no effect.
+    """
     method = METHODS[recipe.method]
     used = {*method.per_model, *method.overall, *WITHOUT_EFFECT}
     unused = [

@@ -141,6 +141,7 @@ def _normalise_weights(
     Args:
         evidence: [E, B, T] float64, see `_compute_evidence`, of the tokens before each position.
         prior: [E].
+        temperature: divides the evidence.
         has_history: [B, T], False where no real token precedes: weights are equal there over all
             experts with prior above 0, or with `first_over_all` over all. None: nowhere.
     Raises:

@@ -149,7 +149,10 @@ class _LiveMemoryCounter(TorchDispatchMode):
         return result
 
     def _track_storage(self, storage: torch.UntypedStorage) -> None:
-        """Count the bytes of a storage that is seen for the first time, until it is freed."""
+        """Count the bytes of a storage that is seen for the first time, until it is freed.
+
+        `live_bytes` and `peak` rise at once; a storage that is tracked, or of a weight, is skipped.
+        """
         key, size = id(storage), storage.nbytes()
         if key in self.seen:
             return

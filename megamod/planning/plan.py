@@ -105,7 +105,10 @@ class JobPlan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of one checkpoint on disk: weights, master weights and moments."""
+        """Bytes of one checkpoint on disk: weights, master weights and moments of all ranks.
+
+        An adapter's has no frozen weights. Under Muon a matrix has one momentum, not two moments.
+        """
         setting, sizes = self.job.setting, self.network.trained_sizes
         total, trained = (
             self.network.total_parameters,
@@ -135,7 +138,7 @@ class JobPlan:
         return {u: tokens / rate / 86_400 for u, rate in self.tokens_per_second.items()}
 
     def list_fitting_changes(self) -> list[str]:
-        """List single changes that make the job fit, the nearest first."""
+        """List single changes that make the job fit, the nearest first, with their peak memory."""
         return [
             f"{change}: {needed.peak / 1e9:.2f} GB"
             for change, needed in self._iterate_changes()

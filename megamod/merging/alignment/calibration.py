@@ -78,7 +78,7 @@ def iterate_whole_batches(
 
 
 def _pad_items(items: Sequence[Sequence[int]], pad_id: int, domain: str | None) -> Batch:
-    """Pad items of token ids at the end to a batch of equal lengths."""
+    """Make a batch of items of token ids, padded at the end with `pad_id` to the longest."""
     lengths = torch.tensor([len(item) for item in items])
     ids = torch.full((len(items), int(lengths.max())), pad_id)
     for row, item in zip(ids, items, strict=True):

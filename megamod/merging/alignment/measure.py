@@ -75,7 +75,10 @@ def load_model(name: str, auto: type | None = None) -> PreTrainedModel:
 
 
 def _find_auto_class(config: PreTrainedConfig) -> type:
-    """Return the Auto class that makes the class named in the configuration; else `AutoModel`."""
+    """Find the Auto class that makes the class named first in `architectures`.
+
+    `AutoModel`, which makes models without a head, if none of `_AUTO` does.
+    """
     named = (config.architectures or [None])[0]
     for auto in _AUTO:
         classes = auto._model_mapping.get(type(config), None)

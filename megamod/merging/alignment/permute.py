@@ -214,7 +214,11 @@ def apply_changes(tensor: Tensor, tensor_changes: list[AxisChange]) -> Tensor:
 
 
 def _multiply_blocks(tensor: Tensor, change: AxisChange) -> Tensor:
-    """Multiply entries along an axis by the matrices of a change, in the dtype of the tensor."""
+    """Return a tensor with entries along an axis multiplied by the matrices of a change.
+
+    The dtype is that of the tensor. Entries of no matrix are unchanged; gradients reach tensor and
+    matrices.
+    """
     blocks = change.blocks.to(tensor)
     count, width, _ = blocks.shape
     moved = tensor.movedim(change.axis, 0)

@@ -253,7 +253,13 @@ class Refinement:
         return blocks
 
     def _make_changes(self, blocks: Mapping[Key, Tensor]) -> dict[str, list[AxisChange]]:
-        """Make the changes of each tensor from the matrices by group and role; orders stay."""
+        """Make the changes of each tensor from matrices; orders of features stay.
+
+        Args:
+            blocks: [m, h, h] by group and role.
+        Returns:
+            changes by tensor; tensors of no map have no entry.
+        """
         changes: dict[str, list[AxisChange]] = {}
         for group in self._symmetry.groups.values():
             maps = {role: b for (name, role), b in blocks.items() if name == _name_maps(group)}
@@ -308,7 +314,7 @@ class Refinement:
         return replace(self._alignment, maps=maps)
 
     def _write_state(self, state: _State) -> None:
-        """Write the state to the progress file, if there is one."""
+        """Write the state to the progress file, atomically; do nothing if there is none."""
         if self._file is None:
             return
         kinds = ("parameters", "best", "averages", "squares")

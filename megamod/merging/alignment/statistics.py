@@ -74,7 +74,11 @@ class CrossCovariance:
             self._squares[row] += torch.linalg.vecdot(x, x, dim=0)
 
     def _add_stacked(self, both: Tensor) -> None:
-        """Add the features of both models [2 C, n] as the original program does."""
+        """Add n rows as the original program does: from one product of all features of both models.
+
+        Args:
+            both: [2 C, n], features of the first model, then of the second.
+        """
         size = len(self._product)
         product = both @ both.T
         self._product += product[:size, size:]

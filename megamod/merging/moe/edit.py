@@ -310,7 +310,10 @@ class _Role:
 
 
 def _find_role(family: MoeFamily, name: str) -> _Role:
-    """Find the part that a tensor has in a mixture of the family, by its name in the files."""
+    """Find the part that a tensor has in a mixture of the family, by its name in the files.
+
+    A tensor that is not one of experts or of the router is "shared".
+    """
     in_layer = re.fullmatch(rf"({re.escape(LAYERS)}\.(\d+))\.(.+)", name)
     if in_layer is None:
         return _Role("shared", name)
