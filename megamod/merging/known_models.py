@@ -37,7 +37,7 @@ def build_config(config: Mapping[str, object]) -> PretrainedConfig | None:
 
 
 def _restore_floats(value: object) -> object:
-    """Return a copy of a configuration in which {"__float__": "Infinity"} and the like are floats again.
+    """Return a copy of a configuration with every {"__float__": "Infinity"} as a float again.
 
     So transformers writes numbers that JSON cannot hold.
     """
