@@ -9,6 +9,7 @@ from megamod.version import __version__ as __version__
 
 
 def __getattr__(name: str) -> object:
+    """Import `MuxPipeline` on first use; raise AttributeError for any other name."""
     if name != "MuxPipeline":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from megamod.evaluation.mux_pipeline import MuxPipeline

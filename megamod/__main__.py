@@ -21,7 +21,13 @@ Completion: pip install argcomplete, and in the shell eval "$(register-python-ar
 
 
 def main() -> None:
-    """Print the map, or call the `main` of a verb with the rest of the command line."""
+    """Call the `main` of the verb on the command line with the rest of it in `sys.argv`.
+
+    Without a verb, and with --help or --version, print the map of all verbs or the version.
+
+    Raises:
+        UserError: for an unknown verb, and as the verb's `main`.
+    """
     words = sys.argv[1:]
     if "_ARGCOMPLETE" in os.environ:
         words = _complete_verb()
@@ -55,7 +61,11 @@ def format_map() -> str:
 
 
 def _complete_verb() -> list[str]:
-    """Complete the verb for the shell, or return the words of the line if it has one."""
+    """Print completions of the verb for the shell and end the process.
+
+    If the line of the shell has a verb already, return its words instead: the command completes the
+    rest. Raise UserError if no shell asks.
+    """
     import argcomplete
 
     line, point = os.environ["COMP_LINE"], int(os.environ["COMP_POINT"])

@@ -335,10 +335,10 @@ MIXTURE_FLAGS = ("train", "router_aux_loss_coef")
 def refuse_unused_flags(
     model: ModelArgs, lora: LoraArgs, mux: MuxArgs, data: DataArgs, optim: OptimArgs
 ) -> None:
-    """Check that no flag of a pretraining run is read and ignored.
+    """Refuse flags of a pretraining run that have no effect together with its other flags.
 
     Raises:
-        UserError: for a flag that is not its default and has no effect with the others given.
+        UserError: for such a flag whose value is not the default.
     """
     causal, plain = mux.objective == "causal_lm", mux.num_instances == 1
     named_size = "/" not in model.model and not Path(model.model).is_dir()
@@ -376,7 +376,7 @@ def apply_ds_values(
     origin: str,
     domains_per_rank: int = 1,
 ) -> None:
-    """Set fields of a run to the values of a resolved DeepSpeed JSON.
+    """Set fields of `run` and `optim`, in place, to the values of a resolved DeepSpeed JSON.
 
     Args:
         values: by key path, see `resolve_ds_config`.

@@ -71,11 +71,17 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
 
     def error(self, message: str):
+        """Raise UserError with a message of argparse, instead of ending the process."""
         raise UserError(message)
 
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
+        """Parse the command line; under shell completion, print completions and end the process.
+
+        Raises:
+            UserError: for unknown flags and words, and values that argparse refuses.
+        """
         if "_ARGCOMPLETE" in os.environ:
             import argcomplete
 
@@ -85,6 +91,10 @@ class CommandParser(argparse.ArgumentParser):
         return parsed
 
     def _refuse_unknown_words(self, words: Sequence[str]) -> None:
+        """Raise UserError for the first of the words that argparse left over, if there are any.
+
+        A flag of another program gets the name of ours, another unknown flag the nearest one.
+        """
         flags = [text for action in self._actions for text in action.option_strings]
         for word in words:
             if word.startswith("-"):
@@ -100,12 +110,19 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def complete_with(action: argparse.Action, values: Sequence[str]) -> None:
-    """Let the shell complete these values of a flag whose `choices` are checked later."""
+    """Let the shell complete the values of a flag or argument, which argparse does not check.
+
+    Sets the attribute `completer` of `action`, which argcomplete reads.
+    """
     action.completer = lambda **_: values
 
 
 def make_unknown_error(problem: str, word: str, words: Iterable[str]) -> UserError:
-    """Make the error for an unknown word, with the nearest known one if it is similar."""
+    """Make the error for an unknown word, with the nearest of the known `words` if it is similar.
+
+    Args:
+        problem: beginning of the message, such as "unknown flag".
+    """
     near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.75)
     nearest = f"the nearest is {near[0]!r}, " if near else ""
     return UserError(f"{problem} {word!r}; {nearest}--help lists all")

@@ -48,6 +48,7 @@ class Document(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_keys(cls, value: object) -> object:
+        """Return a mapping with known keys, or an instance; refuse anything else."""
         if isinstance(value, cls):
             return value
         keys = [field.alias or name for name, field in cls.model_fields.items()]
@@ -65,13 +66,15 @@ Item = TypeVar("Item")
 
 
 def read_document(path: str | Path, schema: type[Schema], origin: str | None = None) -> Schema:
-    """Read a file, JSON if its name ends so and else YAML, as an instance of a schema.
+    """Read a file as an instance of a schema: JSON if its name ends in .json, else YAML.
 
     Args:
+        path: the file.
         schema: a subclass of `Document`, or a list or dictionary of them or of plain values.
         origin: name of the file in messages; None: its path.
     Raises:
-        UserError: naming the file, the key, the value and what is allowed.
+        UserError: if the file cannot be read, is too large or malformed, and naming the first key
+            whose value does not fit, with what is allowed.
     """
     path, origin = Path(path), origin or str(path)
     kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
@@ -85,11 +88,14 @@ def read_document(path: str | Path, schema: type[Schema], origin: str | None = N
     return check_document(value, schema, origin)
 
 
-def read_lines(path: str | Path, origin: str) -> dict[str, tuple[object, int]]:
-    """Read the `key: value` lines of a YAML file: value and line number by key.
+def read_yaml_lines(path: str | Path, origin: str) -> dict[str, tuple[object, int]]:
+    """Read the `key: value` lines of a YAML file: value and line number, from 1, by key.
 
+    Args:
+        origin: name of the file in messages.
     Raises:
-        UserError: naming the origin, the line, and the key if its value is malformed.
+        UserError: if the file cannot be read, is too large or no such list, and naming line and key
+            of a malformed value.
     """
     text = _read_text(Path(path), "YAML", origin)
     with _report_malformed("YAML", origin):
@@ -107,10 +113,10 @@ def read_lines(path: str | Path, origin: str) -> dict[str, tuple[object, int]]:
 
 
 def read_object(path: Path) -> dict[str, object]:
-    """Read a JSON object without a schema, whose keys and size another program decides.
+    """Read a JSON object of another program: without a schema and without a limit of its size.
 
     Raises:
-        FileNotFoundError: if there is no such file; callers say which file would do.
+        FileNotFoundError: if there is no such file, so that callers can say which file is needed.
         UserError: if it cannot be read, or is no object.
     """
     try:
@@ -127,22 +133,27 @@ def read_object(path: Path) -> dict[str, object]:
 
 
 def read_run_recipe(folder: Path) -> dict[str, object]:
-    """Read the values of run.yaml in a folder, which any version may have written; empty without.
+    """Read the flags in run.yaml of a run's folder: name -> value; empty if there is no such file.
+
+    Names are not checked, because any version may have written the file.
 
     Raises:
-        UserError: if it is malformed.
+        UserError: if the file is malformed.
     """
     file = folder / "run.yaml"
     return read_document(file, dict[str, Setting]) if file.is_file() else {}
 
 
 def check_document(value: object, schema: type[Schema], origin: str, key: str = "") -> Schema:
-    """Make an instance of a schema from a value that a file holds.
+    """Check a value from a file against a schema, and return it as an instance of the schema.
 
     Args:
-        origin: the file, and `key`: that of the value, for messages.
+        value: parsed value, such as a dictionary.
+        schema: see `read_document`.
+        origin: name of the file in messages.
+        key: key of the value in the file, for messages; "" for the whole content.
     Raises:
-        UserError: naming the origin, the key, the value and what is allowed.
+        UserError: naming the first key whose value does not fit, with what is allowed.
     """
     try:
         return TypeAdapter(schema).validate_python(value)
@@ -151,10 +162,13 @@ def check_document(value: object, schema: type[Schema], origin: str, key: str = 
 
 
 def check_name(name: str, origin: str) -> str:
-    """Return a name that becomes part of a file's name.
+    """Return `name` if it can be part of a file's name.
 
+    Args:
+        origin: origin of the name, for the message.
     Raises:
-        UserError: naming the origin, if it does not consist of allowed characters.
+        UserError: if it has other characters than letters, digits, _ . + and -, starts with a dot,
+            is empty or longer than 100 characters.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"{origin}: {_describe_bad_name(name)}")
@@ -162,10 +176,12 @@ def check_name(name: str, origin: str) -> str:
 
 
 def check_domain(name: str, origin: str) -> str:
-    """Return the name of a domain, which becomes part of the names of files and parameters.
+    """Return `name` if it can be that of a domain, a part of names of files and parameters.
 
+    Args:
+        origin: origin of the name, for the message.
     Raises:
-        UserError: naming the origin, if it does not consist of allowed characters.
+        UserError: if it is not made of 1 to 100 letters, digits, _ and -.
     """
     try:
         return parse_domain(name)
@@ -174,17 +190,21 @@ def check_domain(name: str, origin: str) -> str:
 
 
 def is_domain(name: str) -> bool:
-    """True if the name consists of the characters that names of domains may have."""
+    """Return True if a name is made of 1 to 100 letters, digits, _ and -."""
     return _DOMAIN.fullmatch(name) is not None
 
 
-def check_known_word(word: object, known: Iterable[str], what: str) -> None:
-    """Raise UserError with the nearest known word if the word is not known."""
+def check_known_word(word: object, known: Iterable[str], problem: str) -> None:
+    """Raise UserError if `word` is not among the known ones, with the nearest and all of them.
+
+    Args:
+        problem: beginning of the message, such as "unknown key".
+    """
     known = tuple(known)
     if word not in known:
         nearest = difflib.get_close_matches(str(word), known, n=1, cutoff=0)[0]
         raise UserError(
-            f"{what} {shorten(word)}; the nearest is {nearest!r}, allowed are {', '.join(known)}"
+            f"{problem} {shorten(word)}; the nearest is {nearest!r}, allowed are {', '.join(known)}"
         )
 
 
@@ -195,6 +215,7 @@ def shorten(value: object) -> str:
 
 
 def _describe_bad_name(name: object) -> str:
+    """Describe the fault of a name that `check_name` refuses."""
     return (
         f"{shorten(name)} is not made of letters, digits, _ . + and - (at most 100, the first not "
         "a dot)"
@@ -202,10 +223,12 @@ def _describe_bad_name(name: object) -> str:
 
 
 def parse_name(value: object) -> str:
-    """Return a file's value as a name; YAML reads `1` and `1.5` as numbers.
+    """Return a value from a file as a name; numbers become text, as YAML reads `1` as one.
+
+    For the type `Name`. `check_name` checks names from elsewhere.
 
     Raises:
-        ValueError: if it does not consist of allowed characters.
+        ValueError: if the name cannot be part of a file's name, see `check_name`.
     """
     text = str(value) if type(value) in (int, float) else value
     if not isinstance(text, str) or not _NAME.fullmatch(text):
@@ -214,10 +237,10 @@ def parse_name(value: object) -> str:
 
 
 def parse_domain(name: str) -> str:
-    """Return the name of a domain.
+    """Return `name` if it can be that of a domain; for the type `Domain`, see `check_domain`.
 
     Raises:
-        ValueError: if it does not consist of allowed characters.
+        ValueError: if it is not made of 1 to 100 letters, digits, _ and -.
     """
     if not is_domain(name):
         raise ValueError(f"{shorten(name)} is not made of letters, digits, _ and - (at most 100)")
@@ -225,13 +248,14 @@ def parse_domain(name: str) -> str:
 
 
 def _parse_number(value: object) -> int | float:
+    """Return a finite number unchanged; raise ValueError for any other value."""
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError(f"{shorten(value)} is not a finite number")
     return value
 
 
 def parse_setting(value: object) -> object:
-    """Return the value of a flag, as YAML reads it.
+    """Return a value that a flag may have, as YAML reads it; for the type `Setting`.
 
     Raises:
         ValueError: if it is not text, a number, true, false, null, or a list of these.
@@ -251,7 +275,7 @@ Domain = Annotated[str, AfterValidator(parse_domain)]
 Key = Annotated[str, BeforeValidator(str)]
 """A key that is text, whatever YAML reads it as."""
 Items = Annotated[tuple[Item, ...], BeforeValidator(lambda v: tuple(v) if type(v) is list else v)]
-"""A list."""
+"""A list in a file, as a tuple."""
 Setting = Annotated[Any, AfterValidator(parse_setting)]
 """The value of a flag, with the type that YAML reads."""
 Number = Annotated[Any, AfterValidator(_parse_number)]
@@ -259,9 +283,10 @@ Number = Annotated[Any, AfterValidator(_parse_number)]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without doubled keys."""
+    """Safe loader of YAML that refuses doubled keys."""
 
     def compose_mapping_node(self, anchor):
+        """Compose a mapping; raise MarkedYAMLError for a key that appears twice in it."""
         node = super().compose_mapping_node(anchor)
         keys = set()
         for key, _ in node.value:
@@ -275,6 +300,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _build_mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Build a JSON object from its pairs; raise ValueError for a key that appears twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -283,7 +309,10 @@ def _build_mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _read_text(path: Path, kind: str, origin: str) -> str:
-    """Read a file of bounded size; raise UserError if it is larger or not UTF-8."""
+    """Read a file of the format `kind` as text, without a byte order mark.
+
+    Raise UserError if it cannot be read, is larger than allowed for `kind`, or not UTF-8.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(_LARGEST_FILE[kind] + 1)
@@ -301,7 +330,7 @@ def _read_text(path: Path, kind: str, origin: str) -> str:
 
 @contextmanager
 def _report_malformed(kind: str, origin: str) -> Iterator[None]:
-    """Turn the errors of a parser into UserErrors that name the origin and the line."""
+    """Turn errors of the JSON or YAML parser in the block into UserErrors with origin and line."""
     try:
         yield
     except RecursionError as error:
@@ -318,7 +347,11 @@ _TOO_DEEP = f"is nested more than {_LARGEST_DEPTH} deep"
 
 
 def _check_size(value: object, origin: str) -> None:
-    """Refuse documents with values that no schema means and that later code would fail on."""
+    """Raise UserError for a document that later code would fail on.
+
+    It may not be nested too deep, have too many values, whole numbers of more than 64 bits, or text
+    that cannot be written as UTF-8.
+    """
     pending, count = [(value, 0)], 0
     while pending:
         item, depth = pending.pop()

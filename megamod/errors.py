@@ -45,13 +45,14 @@ class Interrupted(RuntimeError):
 
 @contextmanager
 def report_damage(where: str) -> Iterator[None]:
-    """Turn whatever a damaged file makes its reader raise into a UserError.
+    """Turn any exception of the block into a UserError; UserErrors and interrupts pass unchanged.
 
-    For calls that read files of others by a library: a fault of the file is no fault of the
+    For blocks in which a library reads files of others: a fault of the file is no fault of the
     program, and each library has its own kinds of errors for it.
 
     Args:
-        where: the file and what went wrong, such as "FOLDER cannot be read as a model".
+        where: beginning of the message: the file and the failed action, such as "FOLDER cannot be
+            read as a model".
     """
     try:
         yield
@@ -77,9 +78,11 @@ LOSS_DESCRIBERS: list[Callable[[], str]] = []
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call `main` and end the process with the exit code its outcome has.
+    """Call `main`; if it raises an expected error, print one sentence and end the process.
 
-    `--traceback` anywhere on the command line shows where a user error was raised.
+    Exit codes are those of the module docstring, and 141 if the reader of our output has closed the
+    pipe. Without an error the function returns. Errors of the program itself are raised again.
+    `--traceback` anywhere on the command line also prints the traceback of an expected error.
     """
     try:
         main()
@@ -147,14 +150,18 @@ def is_user_fixable(error: Exception) -> bool:
 
 
 def _is_stdout_closed() -> bool:
-    """Return True if the reader of our output has closed the pipe."""
+    """Return True if standard output is a pipe whose reader has closed it."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _exit_with_message(message: str, exit_code: int) -> None:
-    """Print a message, later on ranks above 0, and end the process with the exit code."""
+    """Print a message to standard error and end the process with `exit_code`.
+
+    A rank above 0 prints three seconds later. Any rank calls `EXIT_CALLS` and exits at once,
+    without unwinding.
+    """
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         # Most mistakes are seen by all ranks at once: leave time for rank 0 to say it alone and for

@@ -16,7 +16,13 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content`: temporary sibling, fsync, rename, fsync of the folder."""
+    """Write `content` to `path` by a temporary sibling, fsync, rename and fsync of the folder.
+
+    An existing file is replaced as a whole. If that fails, it does not change.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     data = content.encode() if isinstance(content, str) else content
@@ -33,14 +39,17 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write indented JSON by `write_atomic`, see `format_json`."""
+    """Write `value` as indented JSON, see `format_json` and `write_atomic`."""
     write_atomic(path, format_json(value, indent=2) + "\n")
 
 
 def format_json(value: object, indent: int | None = None) -> str:
-    """Format JSON text; numbers that are not finite are null, as JSON has no word for them.
+    """Format a value as JSON text, with null for numbers that are not finite.
 
-    Python's own spelling of them (`Infinity`, `NaN`) is refused by every other reader.
+    JSON has no word for them, and other readers refuse Python's spelling (`Infinity`, `NaN`).
+
+    Args:
+        indent: blanks per level of nesting; None: all on one line.
     """
     try:
         return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
@@ -61,7 +70,10 @@ def _replace_non_finite(value: object) -> object:
 
 @contextmanager
 def create_folder_atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder that takes the name `path` if the block succeeds.
+    """Yield a temporary sibling folder, which is renamed to `path` if the block succeeds.
+
+    Before that its content is synced. If the block raises, the folder is removed. Missing parent
+    folders are created.
 
     Raises:
         FileExistsError: if `path` exists already when the block ends.
@@ -83,7 +95,7 @@ def create_folder_atomically(path: Path) -> Iterator[Path]:
 
 
 def sync_file(path: Path) -> None:
-    """Wait until the file's content is on disk."""
+    """Wait until the content of a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -91,7 +103,7 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-sync_folder = sync_file  # a folder is synced the same way: its entries reach the disk
+sync_folder = sync_file  # the same call syncs the entries of a folder
 
 
 def sync_tree(root: Path) -> None:

@@ -20,7 +20,7 @@ from typing import ClassVar, Literal, Union, get_args, get_origin
 import yaml
 
 from megamod.command_line import CommandParser, complete_with, make_unknown_error
-from megamod.documents import read_lines
+from megamod.documents import read_yaml_lines
 from megamod.errors import UserError
 from megamod.files import write_atomic
 
@@ -49,7 +49,7 @@ def option(
 
 
 class Arguments:
-    """Base of the dataclasses: checks types, choices and bounds of all fields.
+    """Base of dataclasses of flags, which checks types, choices and bounds of all fields.
 
     Attributes:
         free_on_resume: fields that may differ in a resumed run because they decide no numbers.
@@ -61,6 +61,7 @@ class Arguments:
     free_on_resume: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self):
+        """Check all fields, and convert whole numbers of float fields to float."""
         for f in fields(self):
             setattr(self, f.name, _check_value(f, getattr(self, f.name), f"--{f.name}"))
 
@@ -68,11 +69,16 @@ class Arguments:
 def parse_args(*classes: type, argv: Sequence[str] | None = None, doc: str | None = None) -> tuple:
     """Parse `[RECIPE.yaml] [--flag value ...]` and the environment into instances of `classes`.
 
+    A flag overrides its environment variable, that overrides the recipe, and that the default.
+    `find_origin` tells the origin of each value.
+
     Args:
+        classes: dataclasses of flags, without common field names.
         argv: arguments without the program's name; None: those of the process.
         doc: docstring of the launcher: its first paragraph heads the help, the rest ends it.
     Raises:
-        UserError: for an unknown flag or key, with the nearest valid one, and for bad values.
+        UserError: for an unknown flag or key, with the nearest valid one, for values that a field
+            does not allow, and for a recipe that cannot be read.
     """
     arguments = [
         re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument)
@@ -118,7 +124,14 @@ def set_values(args: Arguments, values: Mapping[str, object], origin: str) -> No
 
 
 def refuse_changes(args: Arguments, names: Iterable[str], reason: str) -> None:
-    """Raise UserError if one of these fields, which have no effect, differs from its default."""
+    """Refuse values of fields that have no effect in this command, unless they are the defaults.
+
+    Args:
+        names: names of the fields; those of other dataclasses are ignored.
+        reason: clause that says why they have no effect, for the message.
+    Raises:
+        UserError: naming the first such flag.
+    """
     for f in fields(args):
         value = getattr(args, f.name)
         if f.name in names and value != f.default:
@@ -126,14 +139,14 @@ def refuse_changes(args: Arguments, names: Iterable[str], reason: str) -> None:
 
 
 def require_values(args: Arguments, *names: str) -> None:
-    """Raise UserError if one of these fields has no value."""
+    """Raise UserError if one of the named fields is None."""
     for f in fields(args):
         if f.name in names and getattr(args, f.name) is None:
             raise UserError(f"--{f.name} is missing: {f.metadata['help']}")
 
 
 def write_run_recipe(path: Path, *parsed: Arguments) -> None:
-    """Write a recipe that repeats the run, with the origin of each value as a comment."""
+    """Write a recipe of all flags that repeats the run, with the origin of each as a comment."""
     lines = []
     for args in parsed:
         lines.append(f"# {type(args).__doc__.splitlines()[0]}")
@@ -167,9 +180,10 @@ def _format_value(value: object) -> str:
 
 
 def _read_recipe(path: Path, fields_by_name: dict[str, Field]) -> dict[str, tuple[object, str]]:
-    """Read the values of a recipe with their origin, by field name.
+    """Read a recipe: the checked value and its origin by field name.
 
-    Raise UserError for a bad file.
+    Raise UserError if the file cannot be read, or has an unknown key or a value that is not
+    allowed.
     """
     origin, values = f"recipe {path}", {}
     if not path.exists():
@@ -177,7 +191,7 @@ def _read_recipe(path: Path, fields_by_name: dict[str, Field]) -> dict[str, tupl
             f"{origin} cannot be read: there is no such file; `megamod recipes` lists those that "
             "come along"
         )
-    for key, (value, line) in read_lines(path, origin).items():
+    for key, (value, line) in read_yaml_lines(path, origin).items():
         where = f"{origin}, line {line}"
         if key not in fields_by_name:
             raise make_unknown_error(f"{where}: unknown key", key, fields_by_name)
@@ -190,7 +204,10 @@ def _read_recipe(path: Path, fields_by_name: dict[str, Field]) -> dict[str, tupl
 def _parse_flags(
     arguments: list[str], classes: Sequence[type], doc: str | None
 ) -> argparse.Namespace:
-    """Parse the flags on the command line, as text; raise UserError for unknown words."""
+    """Parse the flags on the command line: text, or a list of texts, by spelling.
+
+    Flags that are absent are not in the result. Raise UserError for unknown words.
+    """
     parser = CommandParser(
         doc,
         usage="%(prog)s [RECIPE.yaml] [--flag value ...]",
@@ -222,9 +239,12 @@ def _parse_flags(
 
 
 def _find_spelling(flag_field: Field, flags: dict[str, object]) -> tuple[str, object] | None:
-    """Find spelling and value of a field's flag on the command line; None without one.
+    """Find spelling and text of a field's flag on the command line; None if it is absent.
 
-    Raise UserError if two spellings have different values.
+    Args:
+        flags: see `_parse_flags`.
+    Raises:
+        UserError: if both spellings are there with different values.
     """
     spellings = (flag_field.name, flag_field.metadata["alias"])
     values = {name: flags[name] for name in spellings if flags.get(name) is not None}
@@ -235,7 +255,10 @@ def _find_spelling(flag_field: Field, flags: dict[str, object]) -> tuple[str, ob
 
 
 def _parse_value(flag_field: Field, text: str | list[str], origin: str) -> tuple[object, str]:
-    """Parse the value of a flag or an environment variable; return it, checked, and its origin."""
+    """Parse the text of a flag or an environment variable; return the checked value and `origin`.
+
+    Raise UserError for a value that the field does not allow.
+    """
     kind, _, optional = _inspect_type(flag_field)
     value = None
     if not optional or text not in ("none", ["none"]):

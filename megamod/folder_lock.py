@@ -39,10 +39,14 @@ class Holder:
     """Process that holds a folder.
 
     Attributes:
-        machine: a boot of a kernel, and a name space of process numbers.
-        started: start of the process in clock ticks since boot: numbers of processes are reused.
-        since: for people.
-        token: tells two locks of one process apart.
+        host: name of the machine, for messages.
+        machine: identifier of a boot of the kernel and of a name space of process numbers, in which
+            `pid` is unique.
+        pid: number of the process.
+        started: start of the process in clock ticks since boot, because numbers of processes are
+            reused.
+        since: date and time of the lock, for messages.
+        token: random text that differs between two locks of one process.
     """
 
     host: str
@@ -57,9 +61,9 @@ class Holder:
         """Describe this process as a holder, with a new token."""
         return cls(
             os.uname().nodename,
-            _machine(),
+            _read_machine_id(),
             os.getpid(),
-            _start_of(os.getpid()) or 0,
+            _read_process_start(os.getpid()) or 0,
             time.strftime("%Y-%m-%d %H:%M:%S"),
             secrets.token_hex(8),
         )
@@ -79,15 +83,15 @@ class FolderLock:
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Create the lock file, in place of one whose holder is dead.
+        """Create the lock file, in place of one whose holder is dead, and start to touch it.
 
         Raises:
             UserError: if another process holds the folder, or the file cannot be created.
         """
         text = json.dumps(asdict(self.holder))
         try:
-            while not _create(self.file, text):
-                self._judge()
+            while not _create_lock_file(self.file, text):
+                self._delete_if_dead()
         except OSError as error:
             raise UserError(f"{self.title}: cannot be written: {error.strerror}") from error
         threading.Thread(target=self._beat, name=f"lock {self.file}", daemon=True).start()
@@ -95,17 +99,19 @@ class FolderLock:
     def release(self) -> None:
         """Delete the lock file if it is still that of this process."""
         self._released.set()
-        if self.holder.pid == os.getpid() and _read(self.file) == self.holder:
+        if self.holder.pid == os.getpid() and _read_holder(self.file) == self.holder:
             with suppress(OSError):
                 self.file.unlink()
 
-    def _judge(self) -> None:
-        """Delete the lock file if its holder is dead.
+    def _delete_if_dead(self) -> None:
+        """Delete the lock file if its holder is dead, with a warning.
+
+        This may take `WATCH` seconds, see `_is_alive`.
 
         Raises:
             UserError: if the holder is alive.
         """
-        holder = _read(self.file)
+        holder = _read_holder(self.file)
         if not self.file.exists():
             return
         if self._is_alive(holder):
@@ -115,7 +121,7 @@ class FolderLock:
                 if holder
                 else f"{self.title}: is in use, by {self.file}"
             )
-        _delete(self.file, holder)
+        _delete_lock_file(self.file, holder)
         if holder is not None:
             logger.warning(
                 "%s: the process %d on %s that held it is dead", self.title, holder.pid, holder.host
@@ -128,22 +134,25 @@ class FolderLock:
         seconds.
         """
         if holder is not None and holder.machine == self.holder.machine:
-            return _start_of(holder.pid) == holder.started
-        first = _touched(self.file)
-        if first is None or _now(self.file) - first > STALE:
+            return _read_process_start(holder.pid) == holder.started
+        first = _read_touch_time(self.file)
+        if first is None or _read_file_system_time(self.file) - first > STALE:
             return False
         end = time.monotonic() + WATCH
         while time.monotonic() < end:
             time.sleep(1)
-            touched = _touched(self.file)
+            touched = _read_touch_time(self.file)
             if touched != first:
-                return touched is not None and _read(self.file) == holder
+                return touched is not None and _read_holder(self.file) == holder
         return False
 
     def _beat(self) -> None:
-        """Touch the file until it is released; end the process if somebody else took it."""
+        """Touch the lock file every `BEAT` seconds until the lock is released.
+
+        If another process has taken the lock file, print an error and end this process at once.
+        """
         while not self._released.wait(BEAT):
-            holder = _read(self.file)
+            holder = _read_holder(self.file)
             if holder is not None and holder != self.holder and not self._released.is_set():
                 print(
                     f"DistributedFailure: {self.title}: process {holder.pid} on {holder.host} took "
@@ -160,10 +169,12 @@ _held: dict[Path, FolderLock] = {}
 
 
 @contextmanager
-def hold(folder: Path, title: str | None = None) -> Iterator[None]:
-    """Hold a folder for the time of the block; inside another such block it does nothing.
+def hold_folder(folder: Path, title: str | None = None) -> Iterator[None]:
+    """Lock a folder that a run continues for the time of the block, by `FOLDER/.in_use`.
 
-    The folder is created if needed, and temporary files that killed processes left are deleted.
+    The folder is created if needed, and deleted afterwards if it is new and still empty. Temporary
+    files that killed processes left in it are deleted. If this process holds the folder already,
+    nothing happens.
 
     Args:
         title: names the folder in messages; None: "--output_dir FOLDER".
@@ -175,9 +186,9 @@ def hold(folder: Path, title: str | None = None) -> Iterator[None]:
         yield
         return
     missing = [part for part in (path, *path.parents) if not part.exists()]
-    _make(path, title)
+    _make_folder(path, title)
     try:
-        with _locked(path / ".in_use", title) as _held[path]:
+        with _hold_lock(path / ".in_use", title) as _held[path]:
             for file in path.glob(".*.tmp"):
                 if file.is_file() and re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", file.name):
                     file.unlink(missing_ok=True)
@@ -193,16 +204,17 @@ def hold(folder: Path, title: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def hold_name(path: Path) -> Iterator[None]:
-    """Hold the name of a folder that will appear complete, for the time of the block.
+    """Lock the name of a folder that will appear complete, by `PARENT/.NAME.in_use`, for the block.
 
-    Temporary siblings of `create_folder_atomically` that killed processes left are deleted.
+    The parent is created if needed. Temporary siblings of `create_folder_atomically` that killed
+    processes left are deleted.
 
     Raises:
         UserError: if another process holds it, or its parent cannot be written.
     """
     path, title = Path(path).absolute(), f"--output_dir {path}"
-    _make(path.parent, title)
-    with _locked(path.with_name(f".{path.name}.in_use"), title):
+    _make_folder(path.parent, title)
+    with _hold_lock(path.with_name(f".{path.name}.in_use"), title):
         for left in path.parent.glob(".tmp-*"):
             if re.fullmatch(rf"\.tmp-{re.escape(path.name)}-[0-9a-f]{{8}}", left.name):
                 shutil.rmtree(left, ignore_errors=True)
@@ -210,8 +222,11 @@ def hold_name(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(file: Path, title: str) -> Iterator[FolderLock]:
-    """Yield a lock, held for a `with` block and released too if the process ends at once."""
+def _hold_lock(file: Path, title: str) -> Iterator[FolderLock]:
+    """Hold a `FolderLock` for the block; it is also released if a rank ends at once by an error.
+
+    Raise UserError if another process holds it.
+    """
     lock = FolderLock(file, title)
     lock.acquire()
     EXIT_CALLS.append(lock.release)
@@ -222,15 +237,16 @@ def _locked(file: Path, title: str) -> Iterator[FolderLock]:
         EXIT_CALLS.remove(lock.release)
 
 
-def _make(folder: Path, title: str) -> None:
+def _make_folder(folder: Path, title: str) -> None:
+    """Create a folder and its parents if needed; raise UserError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{title}: cannot be written: {error.strerror}") from error
 
 
-def _create(file: Path, text: str) -> bool:
-    """Create a file with its content in one step; False if it exists."""
+def _create_lock_file(file: Path, text: str) -> bool:
+    """Create a file with its content in one step; return False if it exists."""
     temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -241,14 +257,17 @@ def _create(file: Path, text: str) -> bool:
         except OSError as error:
             if error.errno not in _WITHOUT_LINKS:
                 raise
-            return _create_empty(file, text)
+            return _create_without_link(file, text)
         return True
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _create_empty(file: Path, text: str) -> bool:
-    """Do as `_create`, where a file cannot have two names: it is empty for an instant."""
+def _create_without_link(file: Path, text: str) -> bool:
+    """Create a file on a file system without hard links; return False if it exists.
+
+    The file is empty for an instant.
+    """
     try:
         with open(file, "x", encoding="utf-8") as stream:
             stream.write(text)
@@ -257,21 +276,21 @@ def _create_empty(file: Path, text: str) -> bool:
     return True
 
 
-def _delete(file: Path, holder: Holder | None) -> None:
+def _delete_lock_file(file: Path, holder: Holder | None) -> None:
     """Delete the lock file of a dead holder, and no other that took its place meanwhile."""
     aside = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         os.rename(file, aside)
     except FileNotFoundError:
         return
-    if _read(aside) != holder:
+    if _read_holder(aside) != holder:
         with suppress(OSError):
             os.link(aside, file)
     aside.unlink(missing_ok=True)
 
 
-def _read(file: Path) -> Holder | None:
-    """Read the holder in a lock file; None if there is none, or it is not readable."""
+def _read_holder(file: Path) -> Holder | None:
+    """Read the holder in a lock file; None if there is no such file, or it is malformed."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         return Holder(**{field.name: field.type(record[field.name]) for field in fields(Holder)})
@@ -279,8 +298,11 @@ def _read(file: Path) -> Holder | None:
         return None
 
 
-def _touched(file: Path) -> float | None:
-    """Return the time of the last sign of life; opening the file makes NFS ask its server."""
+def _read_touch_time(file: Path) -> float | None:
+    """Read the time at which a file was last touched; None if it cannot be opened.
+
+    It is opened because this makes NFS ask its server.
+    """
     try:
         with open(file, "rb") as stream:
             return os.fstat(stream.fileno()).st_mtime
@@ -288,8 +310,11 @@ def _touched(file: Path) -> float | None:
         return None
 
 
-def _now(file: Path) -> float:
-    """Return the time of the file system, which need not be that of this machine."""
+def _read_file_system_time(file: Path) -> float:
+    """Return the present time of the file system of `file`, by touching a temporary sibling.
+
+    It need not be the time of this machine.
+    """
     temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.touch()
@@ -298,13 +323,14 @@ def _now(file: Path) -> float:
         temporary.unlink(missing_ok=True)
 
 
-def _machine() -> str:
+def _read_machine_id() -> str:
+    """Return an identifier of this boot of the kernel and the name space of process numbers."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
-def _start_of(pid: int) -> int | None:
-    """Return the start of a process in clock ticks since boot; None if it is not alive."""
+def _read_process_start(pid: int) -> int | None:
+    """Read the start of a process in clock ticks since boot; None if it is not alive."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -20,7 +20,7 @@ ENCODERS = ("ca_mtl", "mux_bert", "mux_electra", "mux_roberta")
 
 
 def main() -> None:
-    """Check the model and hand the command line to the harness.
+    """Check the model on the command line, and run the harness with this command line.
 
     Raises:
         UserError: if the harness is not installed, or the expert of a DEMix model is not named.
@@ -34,10 +34,14 @@ def main() -> None:
 
 
 def check_harness_model(model_args: Mapping[str, object]) -> None:
-    """Refuse an encoder, and a DEMix folder without an expert, before tasks and weights are read.
+    """Refuse an encoder, and a DEMix model of several domains without the name of an expert.
 
+    So that mistakes show before tasks and weights are read. Only local folders are checked.
+
+    Args:
+        model_args: values of --model_args by name.
     Raises:
-        UserError: naming the domains, or the model type.
+        UserError: for such a model, or an expert that it does not have.
     """
     folder, domain = Path(str(model_args.get("pretrained"))), model_args.get("domain")
     if not (folder / "config.json").is_file():

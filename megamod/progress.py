@@ -13,12 +13,16 @@ def progress(
     total: int | None = None,
     unit: str = "batch",
 ) -> tqdm:
-    """Return the items as an iterator with a bar that vanishes at the end.
+    """Return a progress bar on standard error, which is also an iterator over `items`.
+
+    The bar vanishes at the end. Ranks above 0 have none, nor has standard error that is no
+    terminal; the iterator is the same.
 
     Args:
-        items: None: the caller calls `update`.
+        items: items to iterate over; None: the caller counts by calling `update`.
+        title: text before the bar.
         total: number of units; None: that of the items if they have a length, else unknown.
-        unit: "B" counts in kB, MB, ...
+        unit: name of a unit; "B" is shown in kB, MB, ...
     """
     hidden = True if os.environ.get("RANK", "0") != "0" else None
     scaled = unit == "B"

@@ -14,7 +14,7 @@ def format_table(rows: Sequence[Sequence[str]], right_aligned_columns: Collectio
             the left.
 
     Raises:
-        ValueError: rows differ in their number of cells.
+        ValueError: if rows differ in their number of cells.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

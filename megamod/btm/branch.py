@@ -21,7 +21,7 @@ from megamod.dist.scope import parse_expert_domain, to_dense_name
 from megamod.documents import check_name
 from megamod.errors import UserError
 from megamod.files import create_folder_atomically, write_json
-from megamod.folder_lock import hold
+from megamod.folder_lock import hold_folder
 from megamod.merging.merge import average_folders
 from megamod.states.adapter import is_adapter
 from megamod.states.checkpoint_folder import (
@@ -97,7 +97,7 @@ def write_branch_checkpoint(
     ]
     with (
         _remove_new_folders_on_failure(final.parent),
-        hold(run_folder),
+        hold_folder(run_folder),
         create_folder_atomically(final) as folder,
     ):
         base = folder / ".start"

@@ -47,7 +47,7 @@ def main() -> None:
     require_values(args, "study", "output_dir")
     import torch
 
-    from megamod.folder_lock import hold
+    from megamod.folder_lock import hold_folder
     from megamod.runs.node_log import start_logging
     from megamod.runs.studies.barrier import run_study
     from megamod.runs.studies.barrier_recipe import read_study
@@ -60,7 +60,7 @@ def main() -> None:
         raise UserError("--device cuda: torch sees no GPU; use --device cpu")
     start_logging()
     device = torch.device("cuda" if has_gpu and args.device != "cpu" else "cpu")
-    with hold(output):
+    with hold_folder(output):
         print(run_study(study, output, device))
 
 

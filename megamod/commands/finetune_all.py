@@ -44,7 +44,7 @@ def main() -> None:
         arguments = ["--sweep", *arguments]
     (args,) = parse_args(SweepArgs, argv=arguments, doc=__doc__)
     require_values(args, "sweep", "output_dir")
-    from megamod.folder_lock import hold
+    from megamod.folder_lock import hold_folder
     from megamod.runs.node_log import start_logging
     from megamod.runs.studies.sweep import read_sweep, run_sweep
 
@@ -58,7 +58,7 @@ def main() -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output}: not a folder")
     start_logging()
-    with hold(output):
+    with hold_folder(output):
         print(run_sweep(jobs, output, here, args.jobs, launch))
 
 

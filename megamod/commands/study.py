@@ -21,9 +21,9 @@ from pathlib import Path
 
 from megamod.errors import UserError, run_main
 from megamod.flags import Arguments, option, parse_args, require_values
-from megamod.shipped_files import find_folder
+from megamod.shipped_files import find_shipped_folder
 
-STUDIES = find_folder("launchers/recipes") / "studies"
+STUDIES = find_shipped_folder("launchers/recipes") / "studies"
 EVIDENCE = Path("docs") / "evidence"
 
 

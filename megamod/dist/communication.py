@@ -42,6 +42,7 @@ def compute_step_traffic(
 
     Args:
         element_counts: elements of every trained parameter that a rank holds, by name.
+        topology: ranks and domains of the run.
         zero_stage: ZeRO stage. 1 reduces gradients once per step, 2 and 3 after every micro-batch,
             because they store only a part of them; 3 gathers weights instead of storing them.
         micro_steps: micro-batches per rank and step.
@@ -80,9 +81,9 @@ def compute_step_traffic(
 
 
 def _count_elements(parameter_elements: int, ranks: int, zero_stage: int, micro_steps: int) -> int:
-    """Count the elements in all-gathers and reduce-scatters of a step.
+    """Count the elements in all-gathers and reduce-scatters of a step of ZeRO 0, 1 or 2.
 
-    An all-reduce is one of each.
+    An all-reduce counts as one of each.
     """
     if zero_stage == 0:
         return 2 * parameter_elements
@@ -99,8 +100,12 @@ def _count_stage_3_elements(
 ) -> int:
     """Count the elements in all-gathers and reduce-scatters of a step of ZeRO 3.
 
-    Gradients, of `trained`, are scattered after every micro-batch. Weights are gathered
-    `gather_counts` times in it, and those that ZeRO 3 keeps whole once per step.
+    Args:
+        trained: elements of trained parameters, whose gradients are scattered after every
+            micro-batch.
+        weights: elements of all parameters, frozen ones included.
+        gather_counts: number of times that a weight is gathered in a micro-batch; a weight that is
+            absent is kept whole, and gathered once per step.
     """
     padded = {name: _round_up(size, ranks) for name, size in weights.items()}
     gathered = sum(padded[name] * times for name, times in gather_counts.items())
@@ -109,4 +114,5 @@ def _count_stage_3_elements(
 
 
 def _round_up(size: int, multiple: int) -> int:
+    """Round `size` up to a multiple of `multiple`."""
     return -(-size // multiple) * multiple

@@ -8,7 +8,7 @@ on both must agree, and defaults of the run give way to the JSON.
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,13 @@ from megamod.dist.ds_keys import (
     build_key_tree,
     load_block_models,
 )
+from megamod.dist.key_paths import (
+    MISSING,
+    get_key_path,
+    iterate_leaves,
+    remove_nulls,
+    set_key_path,
+)
 from megamod.dist.scope import Sharing
 from megamod.errors import UserError
 
@@ -33,7 +40,6 @@ TOTAL, MICRO, STEPS = (
 )
 BUILT_IN = "the built-in configuration"
 HALF = ("bf16", "fp16")
-MISSING = object()
 
 AUTO = {
     "bf16.enabled": False,
@@ -70,7 +76,7 @@ def resolve_ds_config(
     """Merge a DeepSpeed JSON and the values of the run into one configuration.
 
     Args:
-        path: the JSON; None: the ZeRO stage and precision of `values`, by default 1 and float32.
+        path: the JSON; None: no file, so that all values are those of `values`, or of `AUTO`.
         values: the run's values by key path, such as "optimizer.params.lr"; they replace "auto".
             The three batch sizes and gradient_clipping must be among them.
         origins: source of each value; one that is "default" or missing gives way to the JSON.
@@ -81,12 +87,12 @@ def resolve_ds_config(
     """
     name = path or BUILT_IN
     config = _read_json(Path(path)) if path else {"zero_optimization": {"stage": "auto"}}
-    config = _remove_nulls(config)
+    config = remove_nulls(config)
     _check_keys(name, config, build_key_tree(), allow_unknown)
     _check_refused_keys(name, config)
     _check_scalars(name, config)
     final = _merge_values(name, config, values, origins)
-    auto = [where for where, value in _iterate_leaves(config) if value == "auto"]
+    auto = [where for where, value in iterate_leaves(config) if value == "auto"]
     auto = [where for where in auto if where not in OPTIONAL_AUTO]
     if auto:
         raise UserError(f'{name}: the run has no value for "auto" at {", ".join(auto)}')
@@ -106,7 +112,7 @@ def apply_sharing_rules(config: dict[str, object], sharing: Sharing | str, world
 
     Args:
         config: a resolved configuration; changed in place.
-        sharing: "dense", "demix" or "btm".
+        sharing: parameters that domains share, also by name: "dense", "demix" or "btm".
         world_size: ranks of the run.
     Raises:
         UserError: for a combination that DeepSpeed refuses or silently trains wrongly.
@@ -156,12 +162,20 @@ def apply_sharing_rules(config: dict[str, object], sharing: Sharing | str, world
 
 
 def get_offload_device(zero: Mapping[str, object], state_kind: str) -> str:
-    """Return the device that "optimizer" or "param" is offloaded to: none, cpu or nvme."""
+    """Return the device that a state is offloaded to: "none", "cpu" or "nvme".
+
+    Args:
+        zero: the block zero_optimization.
+        state_kind: "optimizer" or "param".
+    """
     return str((zero.get(f"offload_{state_kind}") or {}).get("device", "none"))
 
 
 def _check_offload(zero: Mapping[str, object]) -> None:
-    """Raise UserError for offloading that the ZeRO stage or this project does not support."""
+    """Raise UserError for offloading that the ZeRO stage or this project does not support.
+
+    `zero` is the block zero_optimization.
+    """
     where = "zero_optimization.offload_"
     optimizer, parameters = get_offload_device(zero, "optimizer"), get_offload_device(zero, "param")
     if optimizer != "none" and zero["stage"] == 0:
@@ -182,9 +196,10 @@ def _check_offload(zero: Mapping[str, object]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, object]:
-    """Read a JSON object.
+    """Read the JSON object in a file.
 
-    Raise UserError for doubled keys, constants such as NaN, or other content.
+    Raise UserError if it cannot be read, for doubled keys, for constants such as NaN, and for
+    content that is no object.
     """
 
     def refuse_doubled_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -218,7 +233,15 @@ def _read_json(path: Path) -> dict[str, object]:
 
 
 def _check_keys(name: str, block: dict, known: dict, allow_unknown: bool, parent: str = "") -> None:
-    """Raise UserError for a removed or unknown key, or a block in place of a value."""
+    """Raise UserError for a removed or unknown key, a block in place of a value, or the reverse.
+
+    Args:
+        name: the file, for messages.
+        block: a block of the configuration, with all blocks in it.
+        known: the tree of its keys, see `build_key_tree`.
+        allow_unknown: let unknown keys pass.
+        parent: key path of the block, with a dot at its end; "" at the top.
+    """
     for key, value in block.items():
         where = f"{parent}{key}"
         if where in REMOVED:
@@ -241,22 +264,22 @@ def _check_keys(name: str, block: dict, known: dict, allow_unknown: bool, parent
 
 
 def _check_refused_keys(name: str, config: dict) -> None:
-    """Raise UserError for a key that cannot be used here, or has a value other than required."""
+    """Raise UserError for a key of `REFUSED` that is not off, or a wrong value of `REQUIRED`."""
     for where, advice in REFUSED.items():
-        value = _get_key_path(config, where)
+        value = get_key_path(config, where)
         if isinstance(value, dict) and value.get("enabled", value.get("device")) in (False, "none"):
             continue
         if value is not MISSING and value not in (False, {}):
             raise UserError(f"{name}: {where} cannot be used here: {advice}")
     for where, (needed, why) in REQUIRED.items():
-        value = _get_key_path(config, where)
+        value = get_key_path(config, where)
         if value not in (MISSING, needed):
             raise UserError(f"{name}: {where} is {value!r}, but {why}")
 
 
 def _check_scalars(name: str, config: dict) -> None:
-    """Raise UserError for a top-level value of the wrong type or range."""
-    for key, value in _iterate_leaves(config):
+    """Raise UserError for a top-level value of a wrong type or range, or any huge integer."""
+    for key, value in iterate_leaves(config):
         if type(value) is int and abs(value) >= 2**62:
             raise UserError(f"{name}: {key} is {value!r:.60}, which no size or interval can be")
     for key, kind in SCALARS.items():
@@ -277,17 +300,22 @@ def _check_scalars(name: str, config: dict) -> None:
 def _merge_values(
     name: str, config: dict, values: Mapping[str, object], origins: Mapping[str, str]
 ) -> dict[str, object]:
-    """Fill `config`; return the final values, which the run must use.
+    """Merge the values of the run into `config`, and return the final values.
 
+    Args:
+        config: content of the file; changed in place: "auto" and missing values are filled.
+        values, origins: see `resolve_ds_config`.
+    Returns:
+        `ResolvedConfig.values`.
     Raises:
-        UserError: listing every pair of values that disagree.
+        UserError: listing all values of the file and the run that disagree.
     """
     conflicts = []
     batch = _resolve_batch_sizes(name, config, values, origins, conflicts)
     merged = {**AUTO, **values, **batch}
     shared = [where for where in values if not where.startswith("zero_optimization.")]
     for where, value in merged.items():
-        file_value = _get_key_path(config, where)
+        file_value = get_key_path(config, where)
         if where not in batch and file_value not in (MISSING, "auto"):
             origin = origins.get(where, "default")
             if origin != "default" and file_value != value:
@@ -295,7 +323,7 @@ def _merge_values(
             if where in values:
                 merged[where] = file_value
         elif file_value == "auto" or (where in shared and value is not False):
-            _set_key_path(config, where, value)
+            set_key_path(config, where, value)
     if conflicts:
         raise UserError(
             f'{name} and the run disagree; change one of each pair, or write "auto" in the file: '
@@ -306,7 +334,7 @@ def _merge_values(
         if key != "torch_adam":  # the run chooses the class of AdamW
             final[f"optimizer.params.{key}"] = value
     return final | {
-        f"{kind}.enabled": _get_key_path(config, f"{kind}.enabled") is True for kind in HALF
+        f"{kind}.enabled": get_key_path(config, f"{kind}.enabled") is True for kind in HALF
     }
 
 
@@ -317,10 +345,17 @@ def _resolve_batch_sizes(
     origins: Mapping[str, str],
     conflicts: list[str],
 ) -> dict[str, int]:
-    """Compute all batch sizes from those set: total = micro-batch x accumulation x ranks.
+    """Compute the three batch sizes: total = micro-batch x accumulation x ranks.
 
+    A size of the file or of a flag is fixed; the others follow from it, or are the run's defaults.
+
+    Args:
+        values, origins: see `resolve_ds_config`.
+        conflicts: a sentence is appended for each size that file and flag set differently.
+    Returns:
+        the sizes by key.
     Raises:
-        UserError: if those set contradict each other.
+        UserError: if the fixed sizes contradict each other, and `conflicts` is empty.
     """
     fixed, source = {}, {}
     for key in (TOTAL, MICRO, STEPS):
@@ -348,7 +383,10 @@ def _resolve_batch_sizes(
 
 
 def _check_optimizer(name: str, block: dict) -> None:
-    """Check the block; the run itself constructs AdamW with its values."""
+    """Raise UserError for an optimizer other than AdamW, or hyperparameters out of range.
+
+    The run constructs AdamW itself, with the values of the block.
+    """
     kind = block.get("type", "AdamW")
     if str(kind).lower() not in ("adam", "adamw"):
         raise UserError(
@@ -367,14 +405,17 @@ def _check_optimizer(name: str, block: dict) -> None:
 
 
 def _check_block_types(name: str, config: dict) -> None:
-    """Raise UserError for a block that DeepSpeed's own model refuses."""
+    """Raise UserError for a block that DeepSpeed's pydantic model refuses.
+
+    Stage and `enabled`, which these models would convert, must have the exact type.
+    """
     exact = {"zero_optimization.stage": int, "bf16.enabled": bool, "fp16.enabled": bool}
     for where, kind in exact.items():
-        value = _get_key_path(config, where)
+        value = get_key_path(config, where)
         if value is not MISSING and type(value) is not kind:
             raise UserError(f"{name}: {where} is {value!r}; it must be a {kind.__name__}")
     for where, model in load_block_models().items():
-        block = _get_key_path(config, where)
+        block = get_key_path(config, where)
         if block is MISSING:
             continue
         try:
@@ -387,41 +428,6 @@ def _check_block_types(name: str, config: dict) -> None:
             raise UserError(f"{name}: {where}: {error}") from error
 
 
-def _remove_nulls(value: object) -> object:
-    """Remove keys whose value is null, which means that they are not set."""
-    if isinstance(value, dict):
-        return {key: _remove_nulls(inner) for key, inner in value.items() if inner is not None}
-    return value
-
-
-def _iterate_leaves(value: object, where: str = "") -> Iterator[tuple[str, object]]:
-    """Yield key path and value of every leaf."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _iterate_leaves(inner, f"{where}.{key}" if where else key)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _iterate_leaves(inner, f"{where}[{index}]")
-    else:
-        yield where, value
-
-
-def _get_key_path(config: Mapping, key_path: str) -> object:
-    """Return the value at a dotted key path; `MISSING` if there is none."""
-    for key in key_path.split("."):
-        if not isinstance(config, Mapping) or key not in config:
-            return MISSING
-        config = config[key]
-    return config
-
-
-def _set_key_path(config: dict, key_path: str, value: object) -> None:
-    """Set the value at a dotted key path; missing blocks are created."""
-    *parents, key = key_path.split(".")
-    for parent in parents:
-        config = config.setdefault(parent, {})
-    config[key] = value
-
-
 def _get_grad_accum_dtype(config: Mapping) -> object:
+    """Return data_types.grad_accum_dtype; None if it is not set."""
     return (config.get("data_types") or {}).get("grad_accum_dtype")

@@ -155,7 +155,7 @@ OPTIONAL_AUTO = {"data_types.keep_in_fp32_modules"}
 
 
 def load_block_models() -> dict[str, type[BaseModel]]:
-    """Load DeepSpeed's pydantic model of each block that has one."""
+    """Import DeepSpeed and return its pydantic model of each block that has one, by key path."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
     from deepspeed.monitor import config as monitor
@@ -187,23 +187,23 @@ def build_key_tree() -> dict[str, object]:
         block = tree
         for parent in parents:
             block = block[parent]
-        block[name] = _list_model_fields(model)
+        block[name] = _build_model_tree(model)
     return tree
 
 
-def _list_model_fields(model: type[BaseModel]) -> dict[str, object]:
-    """Map the fields of a pydantic model, by all their spellings, to their trees."""
+def _build_model_tree(model: type[BaseModel]) -> dict[str, object]:
+    """Build the tree of a pydantic model's fields, under their names and their aliases."""
     keys: dict[str, object] = {}
     for name, info in model.model_fields.items():
-        inner = next(_find_models(info.annotation), None)
+        inner = next(_iterate_models(info.annotation), None)
         for spelling in {name, info.alias or name}:
-            keys[spelling] = _list_model_fields(inner) if inner else None
+            keys[spelling] = _build_model_tree(inner) if inner else None
     return keys
 
 
-def _find_models(annotation: object) -> Iterator[type[BaseModel]]:
+def _iterate_models(annotation: object) -> Iterator[type[BaseModel]]:
     """Yield the pydantic models inside a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in getattr(annotation, "__args__", ()):
-        yield from _find_models(part)
+        yield from _iterate_models(part)

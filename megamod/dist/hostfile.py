@@ -25,7 +25,12 @@ SEPARATORS = "@:"  # of `--include` in DeepSpeed's launcher, so no part of a nam
 
 @dataclass(frozen=True)
 class Host:
-    """Slots of a machine: all of them, or those of a job."""
+    """A machine and some of its slots: all of them, or those of a job.
+
+    Attributes:
+        name: NAME, USER@NAME or an address, as in the hostfile.
+        slots: numbers of the slots, from 0.
+    """
 
     name: str
     slots: tuple[int, ...]
@@ -37,11 +42,11 @@ HostSlots = tuple[Host, ...]
 
 @dataclass(frozen=True)
 class HostfileReport:
-    """A hostfile without faults.
+    """Content of a hostfile without faults, and results of its check.
 
     Attributes:
         hosts: its machines.
-        seconds: duration of the login by ssh to each; None: not tried.
+        ssh_seconds: duration of the login by ssh to each machine; None: not tried.
         experts: ranks of each expert, by its number; None without experts.
     """
 
@@ -50,7 +55,7 @@ class HostfileReport:
     experts: dict[str, range] | None
 
     def list_launcher_limits(self) -> list[str]:
-        """List limits of the launcher that concern names in the file, a line each."""
+        """List notes on names in the file that pdsh or `--include` cannot use, a line each."""
         names = [host.name for host in self.hosts]
         notes = []
         if addresses := [name for name in names if ":" in name]:
@@ -99,7 +104,13 @@ class HostfileFaults(UserError):
 
 @dataclass(frozen=True)
 class _HostLine:
-    """A line that names a machine; 0 slots if these are wrong."""
+    """A line that names a machine.
+
+    Attributes:
+        number: number of the line, from 1.
+        name: see `Host`.
+        slots: number of slots; 0 if the line has a fault there.
+    """
 
     number: int
     name: str
@@ -107,12 +118,12 @@ class _HostLine:
 
 
 def read_hostfile(path: str | Path, *, require_selectable: bool = False) -> HostSlots:
-    """Read a hostfile: lines of `NAME slots=N`, and comments.
+    """Read the machines of a hostfile: lines of `NAME slots=N`, and comments.
 
     Args:
         require_selectable: refuse names that `--include` of DeepSpeed's launcher cannot select.
     Raises:
-        UserError: naming the file and its faults with their lines.
+        UserError: for a name that cannot be selected, or as `check_hostfile`.
     """
     hosts = check_hostfile(path).hosts
     for host in hosts if require_selectable else ():
@@ -133,8 +144,11 @@ def check_hostfile(
         experts: number of experts of a DEMix run; none may cross machines if one can hold it.
         ssh: log in to all machines at once, without a password.
         port: port of ssh; None: as ssh is configured.
+    Returns:
+        the machines and the results of the check.
     Raises:
-        UserError: naming the file and its faults with their lines.
+        UserError: if the file cannot be read, or has one fault.
+        HostfileFaults: with all faults and their lines, if there are several.
     """
     try:
         content = Path(path).read_bytes()
@@ -186,7 +200,11 @@ def format_range(numbers: range) -> str:
 
 
 def _parse_lines(content: bytes) -> tuple[list[_HostLine], list[tuple[int, str]]]:
-    """Parse all lines: those that name machines, each once, and faults with their line numbers."""
+    """Parse the content of a hostfile.
+
+    Returns:
+        the first line of each machine; and faults with their line numbers, 0 for the whole file.
+    """
     lines: dict[str, _HostLine] = {}
     faults: list[tuple[int, str]] = []
     for number, raw in enumerate(content.split(b"\n"), start=1):
@@ -202,7 +220,11 @@ def _parse_lines(content: bytes) -> tuple[list[_HostLine], list[tuple[int, str]]
 
 
 def _parse_line(raw: bytes, number: int) -> tuple[_HostLine | None, list[str]]:
-    """Parse a line: the machine that it names, if any, and its faults."""
+    """Parse a line of a hostfile.
+
+    Returns:
+        the machine that it names, None for a comment or a name that is wrong; and its faults.
+    """
     faults = []
     if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
         raw = raw[3:]
@@ -261,9 +283,14 @@ def _normalise_machine_name(name: str) -> str:
 def _assign_expert_ranks(
     lines: Sequence[_HostLine], experts: int
 ) -> tuple[dict[str, range] | None, list[tuple[int, str]]]:
-    """Assign ranks to experts, as `DomainTopology` does.
+    """Assign the ranks of all slots to experts, as `DomainTopology` does.
 
-    Also return the faults of the placement.
+    Args:
+        lines: the machines.
+        experts: number of experts.
+    Returns:
+        ranks of each expert by its number, None if they cannot be divided evenly; and faults with
+        their line numbers, such as an expert on two machines where one could hold it.
     """
     machines = [line.name for line in lines for _ in range(line.slots)]
     world = len(machines)
@@ -296,7 +323,10 @@ def _assign_expert_ranks(
 
 
 def _raise_faults(path: str | Path, faults: Sequence[tuple[int, str]]) -> None:
-    """Raise an error for faults with their lines, 0 for the whole file, if there are any."""
+    """Raise UserError for one fault, HostfileFaults for several; without faults return.
+
+    `faults` are pairs of a line number, 0 for the whole file, and a text.
+    """
     listed = [f"line {number}: {fault}" if number else fault for number, fault in faults]
     if len(listed) == 1:
         raise UserError(f"hostfile {path}{', ' if faults[0][0] else ': '}{listed[0]}")
@@ -305,7 +335,13 @@ def _raise_faults(path: str | Path, faults: Sequence[tuple[int, str]]) -> None:
 
 
 def _probe_ssh(name: str, port: int | None) -> tuple[float, str]:
-    """Log in by ssh; return the seconds it took and its fault, "" without one."""
+    """Log in to a machine by ssh without a password, and run `true` there.
+
+    Args:
+        port: port of ssh; None: as ssh is configured.
+    Returns:
+        duration in seconds, and the fault as a text, "" without one.
+    """
     command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}"]
     command += [] if port is None else ["-p", str(port)]
     start_time = time.monotonic()

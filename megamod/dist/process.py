@@ -18,9 +18,10 @@ from megamod.errors import PeerError, UserError, is_distributed_failure, is_user
 
 @dataclass(frozen=True)
 class _ProcessStarter:
-    """A program that starts ranks.
+    """A program that starts ranks, and the environment variables that it sets.
 
     Attributes:
+        name: its name in messages.
         presence_variable: is set if the program started this process.
         rank_variable, world_size_variable, local_rank_variable: hold the rank, the number of ranks
             and the rank on the host.
@@ -113,7 +114,9 @@ def _read_rank_numbers(starter: _ProcessStarter) -> tuple[int, int, int] | None:
 
 
 def check_launcher_variables() -> None:
-    """Check the launcher's variables.
+    """Refuse a process that would be alone among several, or could not find the other ranks.
+
+    RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and SLURM_NTASKS are read from the environment.
 
     Raises:
         UserError: if a process without a rank is one of several tasks of Slurm, or one of several
@@ -137,8 +140,11 @@ def check_launcher_variables() -> None:
 def check_device(local_rank: int, device_count: int) -> None:
     """Check that this host has a device for the rank.
 
+    Args:
+        local_rank: rank on the host, from 0.
+        device_count: devices that this process sees.
     Raises:
-        UserError: naming host, rank and devices.
+        UserError: if there are not more than `local_rank` devices.
     """
     if local_rank >= device_count:
         raise UserError(
@@ -149,9 +155,11 @@ def check_device(local_rank: int, device_count: int) -> None:
 
 
 def join_process_group(timeout_seconds: float) -> torch.device:
-    """Join the process group and return this rank's device.
+    """Join the process group and return this rank's device, which becomes the current one.
 
-    A process started by plain `python` is alone in its group; see `set_rank_variables`.
+    RANK, WORLD_SIZE and LOCAL_RANK are set in the environment, see `set_rank_variables`; a process
+    started by plain `python` is alone in its group. A process with a launcher ends after it, and
+    several ranks start their signs of life, see `watch`. The group is left at exit.
 
     Args:
         timeout_seconds: seconds after which a collective without an answer fails.
@@ -209,7 +217,7 @@ def make_control_tensor(values: Sequence[float]) -> torch.Tensor:
 
 
 def is_true_on_all_ranks(condition: bool) -> bool:
-    """Return True if `condition` is true on every rank; collective."""
+    """Return True on every rank if `condition` is true on all of them; collective."""
     flag = make_control_tensor([float(condition)])
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
     return bool(flag.item())
@@ -270,7 +278,10 @@ def check_peers() -> None:
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> None:
-    """Sum a tensor over all ranks in place, inside a `fail_together` block; collective."""
+    """Sum a tensor over all ranks in place, inside a `fail_together` block; collective.
+
+    If another rank failed, the block is left instead, see `check_peers`.
+    """
     check_peers()
     torch.distributed.all_reduce(tensor)
 
@@ -280,6 +291,7 @@ class _PeerFailed(Exception):
 
 
 def _describe_error(error: Exception) -> str:
+    """Return the text of a UserError; of any other error, its type and text."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
@@ -298,12 +310,13 @@ def gather_texts(text: str, max_bytes: int = 255) -> list[str]:
 
 
 def check_ranks_agree(texts_by_name: Mapping[str, str]) -> None:
-    """Check that all ranks were started for the same run; collective.
+    """Check that texts are equal on all ranks, by their CRC-32; collective.
 
     Args:
-        texts_by_name: texts by name that must be equal on all ranks.
+        texts_by_name: texts such as the recipe or digests of data, by name; the same names on all
+            ranks.
     Raises:
-        UserError: on every rank, naming the facts that differ.
+        UserError: on every rank, with the names of the texts that differ.
     """
     digests = make_control_tensor(
         [float(zlib.crc32(text.encode())) for text in texts_by_name.values()]
@@ -324,7 +337,7 @@ def check_ranks_agree(texts_by_name: Mapping[str, str]) -> None:
 
 
 def _destroy_process_group() -> None:
-    """Destroy the process group if there is one."""
+    """Stop the signs of life, and destroy the process group if there is one."""
     stop_heartbeat()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -11,7 +11,7 @@ EXPERTS_COMPONENT = "experts"  # the component of a parameter name that is follo
 
 
 class Scope(Enum):
-    """The group that holds identical copies of a parameter."""
+    """Ranks that hold identical copies of a parameter: all of them, or those of a domain."""
 
     WORLD = "world"
     DOMAIN = "domain"
@@ -26,12 +26,16 @@ class Sharing(Enum):
 
 
 def parse_sharing(untie: str) -> Sharing:
-    """Return the sharing that a value of `--untie` means."""
+    """Return the sharing that a value of `--untie` means: "none", "all", or parts of the model."""
     return {"none": Sharing.DENSE, "all": Sharing.BTM}.get(untie, Sharing.DEMIX)
 
 
 def find_scopes(names: Iterable[str], sharing: Sharing) -> dict[str, Scope]:
-    """Find the scope of every named parameter under a sharing."""
+    """Return the scope of every parameter by name.
+
+    It is the same for all parameters of dense training and of BTM. In DEMix that of an expert's
+    parameters is DOMAIN, and that of all others WORLD.
+    """
     if sharing is not Sharing.DEMIX:
         # Names do not matter here: a stock mixture of experts names its modules `experts` too.
         return dict.fromkeys(names, Scope.DOMAIN if sharing is Sharing.BTM else Scope.WORLD)
@@ -41,14 +45,18 @@ def find_scopes(names: Iterable[str], sharing: Sharing) -> dict[str, Scope]:
 def parse_expert_domain(name: str) -> str | None:
     """Parse the expert's domain from a parameter's name; return None for a shared parameter.
 
-    Only for models with an expert per domain.
+    Names of stock mixtures of experts, whose experts have no domains, must not be passed: their
+    number would be returned as the domain.
     """
     parts = name.split(".")
     return parts[parts.index(EXPERTS_COMPONENT) + 1] if EXPERTS_COMPONENT in parts[:-1] else None
 
 
 def to_dense_name(name: str) -> str:
-    """Return the name of a parameter in a dense model: `x.experts.law.fc1` -> `x.fc1`."""
+    """Return the name that a parameter has in a dense model: `x.experts.law.fc1` -> `x.fc1`.
+
+    The name of a shared parameter is returned unchanged.
+    """
     parts = name.split(".")
     if EXPERTS_COMPONENT in parts[:-1]:
         index = parts.index(EXPERTS_COMPONENT)

@@ -18,11 +18,16 @@ from megamod.tables import format_table
 
 @dataclass(frozen=True)
 class DomainTopology:
-    """Layout of `domains` over `world_size` ranks.
+    """Layout of domains over the ranks of a run.
+
+    Attributes:
+        world_size: number of ranks.
+        domains: names of the domains, whose order decides their ranks.
+        sharing: parameters that the domains share.
 
     Raises:
-        UserError: if there are experts and the world size is neither a multiple nor a divisor of
-            their number; for independent experts (BTM) it must be a multiple.
+        UserError: with DEMix, if the world size is neither a multiple nor a divisor of the number
+            of domains; with BTM, if it is no multiple. Dense training allows any world size.
     """
 
     world_size: int
@@ -30,6 +35,7 @@ class DomainTopology:
     sharing: Sharing
 
     def __post_init__(self) -> None:
+        """Refuse a world size that the sharing does not allow, see the class."""
         ranks, experts = self.world_size, len(self.domains)
         if self.sharing is Sharing.DENSE:
             return
@@ -67,7 +73,11 @@ class DomainTopology:
         return self.domains[first : first + domains_per_rank]
 
     def get_domain_ranks(self, domain: str) -> range:
-        """Return the ranks that hold a domain's expert; every rank in dense training."""
+        """Return the ranks that hold a domain's expert; every rank in dense training.
+
+        Raises:
+            ValueError: for an unknown domain, except in dense training.
+        """
         if self.sharing is Sharing.DENSE:
             return range(self.world_size)
         domains_per_rank = len(self.domains) // self.expert_parallel_size
@@ -79,13 +89,17 @@ class DomainTopology:
         return rank - self.get_domain_ranks(self.get_rank_domains(rank)[0])[0]
 
     def is_group_lead(self, rank: int) -> bool:
-        """Return True for the rank that writes the experts of its domains."""
+        """Return True for the first of the ranks with the same experts, which writes them."""
         return self.get_rank_in_group(rank) == 0
 
     def format_layout(self, hosts: Sequence[str], devices: Sequence[str]) -> str:
         """Format a table of rank, host, device, domains and groups, a line per rank.
 
         A last line warns of experts on several hosts where one host could hold all their ranks.
+
+        Args:
+            hosts: host name of each rank.
+            devices: device of each rank, as text.
         """
         rows = [("rank", "host", "device", "domains", "shared over", "experts over")]
         for rank in range(self.world_size):
@@ -128,19 +142,25 @@ class DomainGroup:
                 self.ranks, self.group = ranks, group
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """Return the process group of this rank's domain."""
         return self.group
 
     def get_data_parallel_world_size(self) -> int:
+        """Return the number of ranks of this rank's domain."""
         return len(self.ranks)
 
     def get_data_parallel_rank(self) -> int:
+        """Return the index of this rank among those of its domain."""
         return self.ranks.index(dist.get_rank())
 
     def get_model_parallel_group(self) -> None:
+        """Return None: models are not split over ranks."""
         return None
 
     def get_model_parallel_world_size(self) -> int:
+        """Return 1: models are not split over ranks."""
         return 1
 
     def get_model_parallel_rank(self) -> int:
+        """Return 0: models are not split over ranks."""
         return 0

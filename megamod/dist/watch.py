@@ -34,10 +34,11 @@ MODULES = (
 
 
 def watch_launcher(grace: float) -> None:
-    """End this process after its launcher, by SIGTERM, in a thread; without a launcher do nothing.
+    """Start a thread that ends this process by SIGTERM after its launcher has ended.
 
-    The launchers of DeepSpeed and torch leave ranks running when they are killed, and that of
-    DeepSpeed also when it is terminated.
+    Nothing happens without a launcher, or if the thread runs already. The launchers of DeepSpeed
+    and torch leave ranks running when they are killed, and that of DeepSpeed also when it is
+    terminated.
 
     Args:
         grace: seconds from the signal until the process is ended at once.
@@ -61,6 +62,7 @@ def is_launcher(command: Sequence[str]) -> bool:
 
 
 def _end_after(parents: Sequence[psutil.Process], grace: float) -> None:
+    """Wait until one of `parents` has ended, then end this process: SIGTERM, exit after `grace`."""
     while all(map(_is_alive, parents)):
         time.sleep(POLL)
     gone = next(parent.pid for parent in parents if not _is_alive(parent))
@@ -71,6 +73,7 @@ def _end_after(parents: Sequence[psutil.Process], grace: float) -> None:
 
 
 def _is_alive(process: psutil.Process) -> bool:
+    """Return True if the process runs; False for a zombie."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -78,10 +81,13 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 class Heartbeat:
-    """Signs of life of all ranks in the store of the process group, from a thread of each rank.
+    """Thread that writes this rank's signs of life and watches those of the others.
+
+    The signs of life are in the store of the process group. Construction starts the thread and
+    registers `describe_lost` for the message of a distributed failure.
 
     Args:
-        timeout: of collectives, in seconds.
+        timeout: seconds after which a collective without an answer fails.
     """
 
     def __init__(self, timeout: float):
@@ -95,28 +101,32 @@ class Heartbeat:
             connection.set_timeout(timedelta(seconds=5 * BEAT))
         self._stop = threading.Event()
         self._beat(0)
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = threading.Thread(target=self._beat_and_report, daemon=True)
         self._thread.start()
         LOSS_DESCRIBERS.append(self.describe_lost)
 
-    def step(self) -> None:
-        """Note that a step of the run has ended."""
+    def note_step(self) -> None:
+        """Note that a step of the run has ended, which the thread sees: the rank is not stalled."""
         self.steps += 1
 
     def stop(self) -> None:
-        """End the thread, and no longer name lost ranks in messages."""
+        """End the thread, and remove `describe_lost` from the messages of failures."""
         self._stop.set()
         self._thread.join(2 * BEAT)
         with suppress(ValueError):
             LOSS_DESCRIBERS.remove(self.describe_lost)
 
     def describe_lost(self) -> str:
-        """Name the ranks without a sign of life, with their hosts; takes some seconds."""
+        """Describe the ranks without a sign of life, with their hosts, for a message.
+
+        The text says so if there is none, or if the store does not answer. This rank is marked as
+        one that ends by itself. Takes some seconds.
+        """
         try:
             self._reader.set(f"failed/{self.rank}", "1")  # it ends, but it is not the reason
-            before = self._read(range(self.world))
+            before = self._read_signs_of_life(range(self.world))
             time.sleep(2.5 * BEAT)
-            after = self._read(range(self.world))
+            after = self._read_signs_of_life(range(self.world))
             silent = [
                 rank
                 for rank in range(self.world)
@@ -129,21 +139,30 @@ class Heartbeat:
         return "no sign of life of " + ", ".join(_format_rank(rank, after[rank]) for rank in silent)
 
     def _beat(self, count: int) -> None:
+        """Write this rank's sign of life: `count`, host and process.
+
+        Raise RuntimeError if the store does not answer.
+        """
         self._writer.set(f"beat/{self.rank}", f"{count} {os.uname().nodename} {os.getpid()}")
 
-    def _read(self, ranks: Iterable[int]) -> list[str]:
-        """Read the last sign of life of ranks: count, host and process; empty if there was none."""
+    def _read_signs_of_life(self, ranks: Iterable[int]) -> list[str]:
+        """Read the last sign of life of each rank, "" for none.
+
+        Raise RuntimeError if the store does not answer.
+        """
         texts = []
         for rank in ranks:
             key = f"beat/{rank}"
             texts.append(self._reader.get(key).decode() if self._reader.check([key]) else "")
         return texts
 
-    def _run(self) -> None:
-        """Loop of the thread: beat, report silent ranks on rank 0, print stacks of a stalled rank.
+    def _beat_and_report(self) -> None:
+        """Run the thread until `stop`: write signs of life, and report silent and stalled ranks.
 
-        A rank is stalled if no step ends for `STALLED` of the timeout; its stacks are printed to
-        standard error once. Returns when the store is gone.
+        Every `BEAT` seconds the sign of life of this rank is written. Rank 0 reports other ranks
+        that are silent, see `_report_silent_ranks`. If no step of this rank has ended for the share
+        `STALLED` of the timeout, its stacks are printed to standard error, once per stall. The
+        thread ends without a message when the store is gone.
         """
         count, seen, reported = 0, [("", time.monotonic())] * self.world, set()
         steps, since, dumped = self.steps, time.monotonic(), False
@@ -152,7 +171,7 @@ class Heartbeat:
             try:
                 self._beat(count)
                 if self.rank == 0 and count % REPORT_EVERY == 0:
-                    self._report(seen, reported)
+                    self._report_silent_ranks(seen, reported)
             except RuntimeError:
                 return  # the store is gone: collectives fail, and the error there names rank 0
             now = time.monotonic()
@@ -168,10 +187,15 @@ class Heartbeat:
                 )
                 faulthandler.dump_traceback(all_threads=True)
 
-    def _report(self, seen: list[tuple[str, float]], reported: set[int]) -> None:
-        """Report ranks that were silent for a while, once each."""
+    def _report_silent_ranks(self, seen: list[tuple[str, float]], reported: set[int]) -> None:
+        """Print the ranks without a new sign of life for `SILENCE` seconds, once per silence.
+
+        Args:
+            seen: last sign of life of each rank, and the time it was first read; updated in place.
+            reported: ranks that are silent and were printed; updated in place.
+        """
         now = time.monotonic()
-        for rank, text in enumerate(self._read(range(self.world))):
+        for rank, text in enumerate(self._read_signs_of_life(range(self.world))):
             if text != seen[rank][0]:
                 seen[rank] = text, now
                 reported.discard(rank)
@@ -182,7 +206,7 @@ class Heartbeat:
 
 
 def _format_rank(rank: int, text: str) -> str:
-    """Format a rank with host and process, from its last sign of life."""
+    """Format a rank with host and process from its last sign of life; alone if that is empty."""
     words = text.split()
     return f"rank {rank} on {words[1]} (process {words[2]})" if len(words) == 3 else f"rank {rank}"
 
@@ -191,14 +215,18 @@ _heartbeat: Heartbeat | None = None
 
 
 def start_heartbeat(timeout: float) -> None:
-    """Start the signs of life of this rank, if there are others; `stop_heartbeat` ends them."""
+    """Start the `Heartbeat` of this process, unless it runs or this rank is alone.
+
+    Args:
+        timeout: see `Heartbeat`.
+    """
     global _heartbeat
     if dist.get_world_size() > 1 and _heartbeat is None:
         _heartbeat = Heartbeat(timeout)
 
 
 def stop_heartbeat() -> None:
-    """End the signs of life, before the process group is left."""
+    """Stop the `Heartbeat` of this process, if it runs, before the process group is left."""
     global _heartbeat
     if _heartbeat is not None:
         _heartbeat.stop()
@@ -206,6 +234,6 @@ def stop_heartbeat() -> None:
 
 
 def note_step() -> None:
-    """Note that a step has ended: without one for long, stacks are printed."""
+    """Tell the `Heartbeat` of this process, if it runs, that a step has ended."""
     if _heartbeat is not None:
-        _heartbeat.step()
+        _heartbeat.note_step()

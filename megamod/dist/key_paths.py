@@ -1,0 +1,42 @@
+"""Values in nested blocks of a JSON object, by dotted key paths such as `optimizer.params.lr`."""
+
+from collections.abc import Iterator, Mapping
+
+MISSING = object()
+"""Result of `get_key_path` for a path without a value."""
+
+
+def remove_nulls(value: object) -> object:
+    """Return a copy without keys whose value is null, which means that they are not set."""
+    if isinstance(value, dict):
+        return {key: remove_nulls(inner) for key, inner in value.items() if inner is not None}
+    return value
+
+
+def iterate_leaves(value: object, where: str = "") -> Iterator[tuple[str, object]]:
+    """Yield key path, such as `a.b[0]`, and value of everything that is no block and no list."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from iterate_leaves(inner, f"{where}.{key}" if where else key)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from iterate_leaves(inner, f"{where}[{index}]")
+    else:
+        yield where, value
+
+
+def get_key_path(config: Mapping, key_path: str) -> object:
+    """Return the value at a dotted key path; `MISSING` if there is none."""
+    for key in key_path.split("."):
+        if not isinstance(config, Mapping) or key not in config:
+            return MISSING
+        config = config[key]
+    return config
+
+
+def set_key_path(config: dict, key_path: str, value: object) -> None:
+    """Set the value at a dotted key path, in place; missing blocks are created."""
+    *parents, key = key_path.split(".")
+    for parent in parents:
+        config = config.setdefault(parent, {})
+    config[key] = value
