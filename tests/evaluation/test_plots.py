@@ -19,7 +19,7 @@ def size_of(png: Path) -> tuple[int, int]:
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are drawn, still open after they were saved."""
-    pyplot = plots._import_pyplot()
+    pyplot = plots.import_pyplot()
     drawn, close = [], pyplot.close
     monkeypatch.setattr(pyplot, "close", drawn.append)
     yield drawn
@@ -98,9 +98,9 @@ def test_curves_of_a_run_that_logged_nothing(tmp_path):
 
 
 def test_many_domains_keep_their_colours_apart():
-    pyplot = plots._import_pyplot()
+    pyplot = plots.import_pyplot()
     for count in (1, 8, 16, 30):
-        assert len(set(plots._select_colours(pyplot, count))) == count
+        assert len(set(plots.select_colours(pyplot, count))) == count
 
 
 def test_heat_map_colours_are_ratios_to_the_best(tmp_path, figures):
