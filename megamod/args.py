@@ -55,6 +55,7 @@ class RunArgs(Arguments):
     )
 
     def __post_init__(self):
+        """Check all fields; refuse --global_batch_size together with an accumulation."""
         super().__post_init__()
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise UserError(
@@ -94,6 +95,7 @@ class SafetyArgs(Arguments):
     allow_unknown_ds_keys: bool = option(False, "accept unknown keys of the DeepSpeed JSON")
 
     def __post_init__(self):
+        """Check all fields; refuse a spike factor from 0 to 1, and flags without effect."""
         super().__post_init__()
         if 0 < self.spike_factor <= 1:
             raise UserError(f"--spike_factor: {self.spike_factor} is not 0 (off) or above 1")
@@ -131,6 +133,7 @@ class OptimArgs(Arguments):
     max_grad_norm: float = option(0.1, "gradients are clipped to this norm; 0: off", least=0)
 
     def __post_init__(self):
+        """Check all fields; refuse flags without effect, and Muon with a rate of 0."""
         super().__post_init__()
         if self.warmup_steps is not None:
             steps = f"--warmup_steps is {self.warmup_steps}"
@@ -190,6 +193,7 @@ class ModelArgs(Arguments):
     )
 
     def __post_init__(self):
+        """Check all fields; refuse an anchor without its experts, and heads that do not fit."""
         super().__post_init__()
         if self.anchor is not None and self.untie != "feedforward":
             raise UserError(
@@ -221,6 +225,7 @@ class LoraArgs(Arguments):
     )
 
     def __post_init__(self):
+        """Check all fields; refuse flags of an adapter without --lora_rank."""
         super().__post_init__()
         if self.lora_rank is None:
             names = [f.name for f in fields(self) if f.name != "lora_rank"]
@@ -232,7 +237,7 @@ class LoraArgs(Arguments):
         return {f.name.removeprefix("lora_"): getattr(self, f.name) for f in fields(self)}
 
     def check_model(self, model: ModelArgs) -> None:
-        """Refuse a model whose parts an adapter cannot have.
+        """Refuse flags of a model that an adapter cannot have; without --lora_rank all pass.
 
         Raises:
             UserError: naming the flag of the model.
@@ -282,6 +287,7 @@ class MuxArgs(Arguments):
     disc_loss_weight: float = option(50.0, "weight of the discriminator's loss", least=0)
 
     def __post_init__(self):
+        """Check all fields; refuse objectives, losses and generators that do not fit each other."""
         super().__post_init__()
         if self.generator != "none" and (self.num_instances == 1 or self.objective == "masked_lm"):
             raise UserError(
@@ -319,6 +325,7 @@ class DataArgs(Arguments):
     verify_data: Literal["size", "sample", "full"] = option("sample", VERIFY_DATA)
 
     def __post_init__(self):
+        """Check all fields; refuse flags that exclude each other, and bad or repeated domains."""
         super().__post_init__()
         if self.mask_documents and self.domain_token:
             raise UserError("--mask_documents would hide the token of --domain_token; give one")

@@ -330,7 +330,7 @@ def _read_text(path: Path, kind: str, origin: str) -> str:
 
 @contextmanager
 def _report_malformed(kind: str, origin: str) -> Iterator[None]:
-    """Turn errors of the JSON or YAML parser in the block into UserErrors with origin and line."""
+    """Raise errors of the JSON or YAML parser in the block as UserErrors with origin and line."""
     try:
         yield
     except RecursionError as error:

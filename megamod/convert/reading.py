@@ -367,6 +367,7 @@ class _StandIn:
         return type(name.rpartition(".")[2], (cls,), {})
 
     def __new__(cls, *arguments: object) -> "_StandIn":
+        """Create an instance that keeps the arguments of its construction."""
         instance = super().__new__(cls)
         instance.__dict__["arguments"] = arguments
         return instance

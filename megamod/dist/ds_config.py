@@ -203,6 +203,7 @@ def _read_json(path: Path) -> dict[str, object]:
     """
 
     def refuse_doubled_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        """Build a block from its pairs; raise UserError for a doubled key."""
         names = [key for key, _ in pairs]
         doubled = next((key for key in names if names.count(key) > 1), None)
         if doubled is not None:

@@ -98,6 +98,7 @@ def find_checkpoint_faults(path: Path, check_digests: bool = True) -> list[str]:
         return [str(error)]
 
     def find_fault(name: str) -> str | None:
+        """Describe the first fault of a file of the manifest; None without one."""
         file, size, digest = path / name, listed[name].bytes, listed[name].sha256
         if not file.is_file():
             return f"{file} is missing"

@@ -266,6 +266,7 @@ def write_streamed_tensors(
         failed = threading.Event()
 
         def write_tensor(descriptor: int, offset: int, name: str) -> None:
+            """Produce a tensor and write it at `offset`; stop early if another thread failed."""
             left = specs[name].nbytes
             for piece in produce(name):
                 if failed.is_set():

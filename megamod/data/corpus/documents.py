@@ -51,6 +51,9 @@ class Decoding:
     Attributes:
         errors: "strict" refuses them, "replace" replaces them with U+FFFD.
         replaced: characters replaced so far.
+
+    Raises:
+        UserError: for another value of `errors`.
     """
 
     errors: str = "strict"

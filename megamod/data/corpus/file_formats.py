@@ -148,6 +148,7 @@ def parse_json_object(line: str, where: str, key: str | None = None) -> dict[str
     """
 
     def refuse_doubled_key(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        """Build an object of the line; raise ValueError if `key` occurs twice in it."""
         if sum(name == key for name, _ in pairs) > 1:
             raise ValueError(f"the key {key!r} occurs twice in one object")
         return dict(pairs)
@@ -165,6 +166,7 @@ def parse_json_object(line: str, where: str, key: str | None = None) -> dict[str
 
 
 def _strip_compression_ending(path: Path) -> str:
+    """Return the name of a file without the ending of its compression, if it has one."""
     return path.stem if path.suffix.lower() in COMPRESSIONS else path.name
 
 

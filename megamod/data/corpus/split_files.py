@@ -50,17 +50,24 @@ def write_split(
 ) -> dict:
     """Encode the items of a split and write its two token files; return its header entry.
 
+    Each item ends with eos. Existing files are replaced at the end.
+
     Args:
         texts: the items.
+        tokenizer: the tokenizer that `encode` uses; its bos, eos and vocabulary size count here.
+        add_bos: start each item with bos.
         prefix: path of the files without ending.
         encode: see `open_encoder`.
         report_bytes: called with the number of bytes of text since its last call.
+    Returns:
+        fields of `SplitHeader`.
     """
     tally = ItemCounter()
     start = [tokenizer.bos_id] if add_bos else []
     tokens, largest, reported = 0, tokenizer.eos_id, 0
 
     def count_items() -> Iterator[str]:
+        """Yield the items, and count each of them."""
         for text in texts:
             tally.add_item(text)
             yield text

@@ -70,6 +70,7 @@ class Tokenizer:
         return {**vars(self), "backend": self.backend.to_str(), "files": {}, "original": None}
 
     def __setstate__(self, state: dict) -> None:
+        """Restore the state of `__getstate__`, with a backend from its JSON."""
         from tokenizers import Tokenizer as Backend
 
         vars(self).update(state, backend=Backend.from_str(state["backend"]))

@@ -405,6 +405,7 @@ def _map_to_inside_labels(labels: Sequence[str]) -> dict[str, str]:
 
 
 def _flatten_rows(rows: Sequence[Sequence[int]], kind: type) -> np.ndarray:
+    """Concatenate rows of numbers into one array of the element type `kind`."""
     return np.fromiter((value for row in rows for value in row), dtype=kind)
 
 
