@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from tqdm import tqdm
 
 
-def progress(
+def show_progress(
     items: Iterable | None = None,
     title: str | None = None,
     *,

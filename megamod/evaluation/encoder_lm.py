@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from megamod.progress import progress
+from megamod.progress import show_progress
 
 Losses = Callable[[nn.Module, dict[str, object]], Mapping[str, Tensor]]
 """From a model and a batch to sums and counts [2] by name."""
@@ -41,7 +41,7 @@ def score_encoder(
     training, sums = model.training, {}
     model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for batch in progress(batches, "evaluating"):
+        for batch in show_progress(batches, "evaluating"):
             weight = float(batch.get("weight", 1.0))
             torch.manual_seed(batch["number"])
             for name, pair in losses(model, batch).items():

@@ -22,7 +22,7 @@ from megamod.mixture.ensemble import (
     estimate_prior,
 )
 from megamod.mixture.prior import Prior, restrict_to_top_k
-from megamod.progress import progress
+from megamod.progress import show_progress
 
 BatchRecord = dict[str, object]
 """Record of a batch in the format of the DEMix release: ppl of all tokens so far, posterior of the
@@ -207,7 +207,7 @@ def _score_text(
         _make_leave_one_out_mixtures(names, prior, protocol) if protocol.removal_test else {}
     )
     batches = source.iterate_batches(text, names, protocol.batch)
-    for log_probs, mask in progress(batches, f"mixing on {text.domain}"):
+    for log_probs, mask in show_progress(batches, f"mixing on {text.domain}"):
         for mode, mixture in mixtures.items():
             mixed = mixture.mix_batch(log_probs, mask)
             if mode != protocol.mode:

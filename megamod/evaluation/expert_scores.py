@@ -36,7 +36,7 @@ from megamod.evaluation.saved import (
 from megamod.files import hash_file, write_atomic
 from megamod.models.lm.configuration import get_default_sequence_length, read_lm_config
 from megamod.models.lm.forest_experts import LoadedExpert, load_experts
-from megamod.progress import progress
+from megamod.progress import show_progress
 from megamod.states.adapter import find_seed_folder, get_config_file, is_adapter
 from megamod.states.forest import Expert, Forest
 from megamod.states.stream import ModelFolder
@@ -242,7 +242,7 @@ class SequentialScores:
             for text in missing[expert.domain]:
                 title = f"{expert.domain} on {text.domain}, {text.split}"
                 log_probs = self.experts.iterate_log_probs(expert, text)
-                scores = torch.cat(list(progress(log_probs, title)))
+                scores = torch.cat(list(show_progress(log_probs, title)))
                 if self.cache_dir is None:
                     self._scores[text, expert.domain] = scores
                 else:
@@ -348,7 +348,7 @@ class ParallelScores:
             self._loaded = [by_domain[domain] for domain in mine]
         masks = self.experts.load_target_masks(text)
         streams = [self.experts.iterate_log_probs(expert, text) for expert in self._loaded]
-        bar = progress(None, f"{text.domain}, {text.split}", total=len(masks), unit="sequence")
+        bar = show_progress(None, f"{text.domain}, {text.split}", total=len(masks), unit="sequence")
         first = 0
         while first < len(masks):
             own_scores = [next(stream) for stream in streams]

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megamod.data.lm.blocks import IGNORE
 from megamod.mixture.ensemble import compute_perplexity
-from megamod.progress import progress
+from megamod.progress import show_progress
 from megamod.tables import format_table
 
 Batch = dict[str, object]
@@ -91,7 +91,7 @@ class DomainEvaluation:
                 domain_argument = expert if self.takes_domain else None
                 sums[row, column] = sum_batch_nll(
                     self.model,
-                    progress(own_batches, f"{expert} on {domain}"),
+                    show_progress(own_batches, f"{expert} on {domain}"),
                     domain_argument,
                     self.device,
                 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megamod.data.tasks.classification import EncodedRows, HeldOutBatch
-from megamod.progress import progress
+from megamod.progress import show_progress
 
 
 class Predictor:
@@ -64,7 +64,7 @@ class Predictor:
         try:
             # With parameters divided over the ranks (ZeRO 3) all of them must run equally often.
             padded = -(-len(batches) // self.parts) * self.parts
-            for number in progress(range(self.part, padded, self.parts), "predicting"):
+            for number in show_progress(range(self.part, padded, self.parts), "predicting"):
                 batch = batches[min(number, len(batches) - 1)]
                 logits = self.compute_logits(batch)
                 if answers is None:

@@ -19,7 +19,7 @@ from megamod.errors import UserError
 from megamod.files import sync_file, sync_folder
 from megamod.merging.methods.statistics import INPUT_FIRST
 from megamod.merging.recipe import InputModel, MergeRecipe
-from megamod.progress import progress
+from megamod.progress import show_progress
 from megamod.states.forest import read_model_config
 from megamod.states.stream import ModelFolder
 from megamod.states.weights import write_tensors
@@ -261,4 +261,4 @@ def _compute_model_statistics(
         {"input_ids": batch.input_ids, "attention_mask": batch.mask}
         for batch in read_calibration_batches(str(parent.path), model.config, calibration)
     )
-    return _STATISTICS[method](model, progress(batches, f"statistics of {parent.path}"))
+    return _STATISTICS[method](model, show_progress(batches, f"statistics of {parent.path}"))

@@ -41,7 +41,7 @@ from megamod.documents import check_domain, read_document
 from megamod.errors import UserError
 from megamod.files import format_json, hash_file, sync_folder, sync_tree, write_atomic, write_json
 from megamod.folder_lock import hold_name
-from megamod.progress import progress
+from megamod.progress import show_progress
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +245,7 @@ def _count_items(name: str, source: DocumentSource, item_unit: str) -> dict[str,
     Raise UserError for content that cannot be read, and for a split without text.
     """
     tallies = {split: ItemCounter() for split in SPLITS}
-    for split, text in progress(
+    for split, text in show_progress(
         _iterate_items(source, item_unit), f"reading {name}", unit=item_unit
     ):
         tallies[split].add_item(text)
@@ -329,7 +329,7 @@ def _write_splits(
     total = sum(tally.bytes for counters in tallies.values() for tally in counters.values())
     with (
         open_encoder(tokenizer, workers) as encode,
-        progress(total=total, unit="B") as bar,
+        show_progress(total=total, unit="B") as bar,
     ):
         for name, source in sources.items():
             folder = work / "databin" / name

@@ -27,7 +27,7 @@ from megamod.merging.alignment.groups import Group, Hook
 from megamod.merging.alignment.options import Options
 from megamod.merging.alignment.statistics import CrossCovariance
 from megamod.models.pretrained import load_pretrained
-from megamod.progress import progress
+from megamod.progress import show_progress
 
 _AUTO = (
     AutoModelForMaskedLM,
@@ -114,7 +114,7 @@ def measure_covariances(
     sums = {group.name: CrossCovariance(group.size, device, stacked) for group in groups}
     row_count = 0
     with _switch_to_evaluation(first), _switch_to_evaluation(second):
-        for number, batch in enumerate(progress(batches, "comparing features")):
+        for number, batch in enumerate(show_progress(batches, "comparing features")):
             _check_batch(batch, number, first, domains)
             rows = _RowSelection(batch, options, device, getattr(first.config, "num_instances", 1))
             for domain in [batch.domain] if batch.domain or not domains else domains:

@@ -45,7 +45,7 @@ from megamod.merging.alignment.permute import (
 )
 from megamod.merging.alignment.record import Alignment
 from megamod.merging.alignment.symmetry import Symmetry
-from megamod.progress import progress
+from megamod.progress import show_progress
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class Refinement:
             UserError: if a loss is not finite, or the progress file is damaged.
         """
         state = self._load_or_make_state()
-        with progress(total=steps, title="refining maps", unit="step") as bar:
+        with show_progress(total=steps, title="refining maps", unit="step") as bar:
             bar.update(state.step)
             while state.step < steps:
                 self._make_step(state)

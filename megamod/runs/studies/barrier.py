@@ -57,7 +57,7 @@ from megamod.merging.alignment.permute import (
 from megamod.merging.alignment.symmetry import find_symmetry
 from megamod.merging.compatibility import describe_config_differences, refuse_quantised_model
 from megamod.models.classifier_inputs import list_input_fields
-from megamod.progress import progress
+from megamod.progress import show_progress
 from megamod.runs.finetune.args import RowArgs
 from megamod.runs.finetune.one_task import select_head_class
 from megamod.runs.finetune.source import load_matching_tokenizer
@@ -128,7 +128,7 @@ def run_study(study: BarrierStudy, output: Path, device: torch.device) -> str:
         for name in study.variants
         for pair in study.pairs
     ]
-    with progress(total=len(jobs) * study.points, unit="point") as bar:
+    with show_progress(total=len(jobs) * study.points, unit="point") as bar:
         for task, name, pair in jobs:
             path = _find_curve_path(output, task, name, pair)
             if path.exists():

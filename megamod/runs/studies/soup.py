@@ -25,7 +25,7 @@ from megamod.merging.alignment.measure import load_model
 from megamod.merging.merge import SHARD_BYTES, merge
 from megamod.merging.plan import MergePlan
 from megamod.merging.recipe import GREEDY_SOUP, MergeRecipe
-from megamod.progress import progress
+from megamod.progress import show_progress
 from megamod.runs.studies.barrier import HEADS, open_held_out
 from megamod.runs.studies.barrier_recipe import CLM, MLM, Evaluation
 
@@ -109,7 +109,7 @@ def select_models(
     """
     alone = [
         _compute_mean_loss(losses, load_model(path, auto).to(device).eval())
-        for path in progress(paths, "single models", unit="model")
+        for path in show_progress(paths, "single models", unit="model")
     ]
     order = sorted(range(len(paths)), key=lambda number: (alone[number], number))
     if not math.isfinite(alone[order[0]]):
@@ -117,7 +117,7 @@ def select_models(
     candidates: list[Candidate] = []
     soup: Mapping[str, Tensor] = {}
     best, count = math.inf, 0
-    for number in progress(order, "soup", unit="model"):
+    for number in show_progress(order, "soup", unit="model"):
         model = load_model(paths[number], auto).to(device).eval()
         updated = _add_to_mean(soup, model.state_dict(), count)
         if count:
