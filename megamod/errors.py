@@ -159,8 +159,8 @@ def _is_stdout_closed() -> bool:
 def _exit_with_message(message: str, exit_code: int) -> None:
     """Print a message to standard error and end the process with `exit_code`.
 
-    A rank above 0 prints three seconds later. Any rank calls `EXIT_CALLS` and exits at once,
-    without unwinding.
+    A rank above 0 prints three seconds later. A process that a launcher started (RANK is set) calls
+    `EXIT_CALLS` and exits at once, without unwinding.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":

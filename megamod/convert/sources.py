@@ -90,7 +90,7 @@ def is_model_source(name: str) -> bool:
 
 
 def has_weights(name: str) -> bool:
-    """Return True for a folder with weights, whole or sharded, and for any name of no folder.
+    """Return True for a folder with weights, whole or sharded, and for a name that is no folder.
 
     Such a name is taken as that of a model on the hub, which has weights.
 

@@ -157,9 +157,10 @@ def check_device(local_rank: int, device_count: int) -> None:
 def join_process_group(timeout_seconds: float) -> torch.device:
     """Join the process group and return this rank's device, which becomes the current one.
 
-    RANK, WORLD_SIZE and LOCAL_RANK are set in the environment, see `set_rank_variables`; a process
-    started by plain `python` is alone in its group. A process with a launcher ends after it, and
-    several ranks start their signs of life, see `watch`. The group is left at exit.
+    If no launcher has set RANK, WORLD_SIZE and LOCAL_RANK, they are set in the environment, see
+    `set_rank_variables`; a process started by plain `python` is alone in its group. A process with
+    a launcher ends after it, and several ranks start their signs of life, see `megamod.dist.watch`.
+    The group is left at exit.
 
     Args:
         timeout_seconds: seconds after which a collective without an answer fails.

@@ -45,8 +45,8 @@ def find_scopes(names: Iterable[str], sharing: Sharing) -> dict[str, Scope]:
 def parse_expert_domain(name: str) -> str | None:
     """Parse the expert's domain from a parameter's name; return None for a shared parameter.
 
-    Names of stock mixtures of experts, whose experts have no domains, must not be passed: their
-    number would be returned as the domain.
+    Names of stock mixtures of experts, whose experts have no domains, must not be passed: what
+    follows `experts` in them would be returned as the domain.
     """
     parts = name.split(".")
     return parts[parts.index(EXPERTS_COMPONENT) + 1] if EXPERTS_COMPONENT in parts[:-1] else None
