@@ -185,21 +185,14 @@ def hold_folder(folder: Path, title: str | None = None) -> Iterator[None]:
     if path in _held and _held[path].holder.pid == os.getpid():
         yield
         return
-    missing = [part for part in (path, *path.parents) if not part.exists()]
-    _make_folder(path, title)
-    try:
-        with _hold_lock(path / ".in_use", title) as _held[path]:
-            for file in path.glob(".*.tmp"):
-                if file.is_file() and re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", file.name):
-                    file.unlink(missing_ok=True)
-            try:
-                yield
-            finally:
-                del _held[path]
-    finally:
-        for part in missing:  # a run that wrote nothing leaves no empty folder
-            with suppress(OSError):
-                part.rmdir()
+    with _make_while_used(path, title), _hold_lock(path / ".in_use", title) as _held[path]:
+        for file in path.glob(".*.tmp"):
+            if file.is_file() and re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", file.name):
+                file.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            del _held[path]
 
 
 @contextmanager
@@ -213,8 +206,10 @@ def hold_name(path: Path) -> Iterator[None]:
         UserError: if another process holds it, or its parent cannot be written.
     """
     path, title = Path(path).absolute(), f"--output_dir {path}"
-    _make_folder(path.parent, title)
-    with _hold_lock(path.with_name(f".{path.name}.in_use"), title):
+    with (
+        _make_while_used(path.parent, title),
+        _hold_lock(path.with_name(f".{path.name}.in_use"), title),
+    ):
         for left in path.parent.glob(".tmp-*"):
             if re.fullmatch(rf"\.tmp-{re.escape(path.name)}-[0-9a-f]{{8}}", left.name):
                 shutil.rmtree(left, ignore_errors=True)
@@ -237,12 +232,24 @@ def _hold_lock(file: Path, title: str) -> Iterator[FolderLock]:
         EXIT_CALLS.remove(lock.release)
 
 
-def _make_folder(folder: Path, title: str) -> None:
-    """Create a folder and its parents if needed; raise UserError if that fails."""
+@contextmanager
+def _make_while_used(folder: Path, title: str) -> Iterator[None]:
+    """Create a folder and its parents if needed; delete those that are empty after the block.
+
+    Raises:
+        UserError: if it cannot be created.
+    """
+    missing = [part for part in (folder, *folder.parents) if not part.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{title}: cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        for part in missing:
+            with suppress(OSError):
+                part.rmdir()
 
 
 def _create_lock_file(file: Path, text: str) -> bool:

@@ -1,6 +1,7 @@
 """Environment of the whole suite: CPU, one thread, no network; what tests of kernels need."""
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
@@ -88,3 +89,36 @@ def poisoned(monkeypatch):
     poison(torch, "empty")
     poison(torch, "empty_like")
     poison(torch.Tensor, "new_empty")
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """A warm process for drills, see drills/warm.py."""
+    from drills.warm import warm_process
+
+    with warm_process() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """Folder with the inputs of all commands of drills/commands.py."""
+    from drills.commands import make_inputs
+
+    return make_inputs(tmp_path_factory.mktemp("drill") / "in")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(warm, inputs, tmp_path_factory):
+    """From a command to the digests of what it writes, and the number of its sites."""
+    from drills.commands import COMMANDS, make_workplace, read_tree
+    from drills.warm import Command
+
+    @functools.cache
+    def run(name: str) -> tuple[dict[str, str], int]:
+        folder = make_workplace(tmp_path_factory.mktemp("undisturbed") / name, inputs)
+        outcome = warm.run(Command(COMMANDS[name], str(folder)))
+        assert outcome.code == 0, outcome.text
+        return read_tree(folder / "out"), outcome.sites
+
+    return run

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from megamod.command_line import CommandParser
 from megamod.errors import UserError, run_main
+from megamod.folder_lock import hold_folder
 from megamod.tables import format_table
 
 
@@ -141,13 +142,14 @@ def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> st
         )
     if options.sample_lines < 1:
         raise UserError(f"--sample_lines {options.sample_lines}: at least 1 is needed")
-    counts = sample_lines(
-        inputs,
-        options.sample_lines,
-        options.output_dir,
-        encoding_errors=options.encoding_errors,
-        seed=options.seed,
-    )
+    with hold_folder(options.output_dir):
+        counts = sample_lines(
+            inputs,
+            options.sample_lines,
+            options.output_dir,
+            encoding_errors=options.encoding_errors,
+            seed=options.seed,
+        )
     return "\n".join(
         f"{options.output_dir / name}.txt: {options.sample_lines} lines of each of {used} files, "
         f"{skipped} files have fewer"

@@ -20,7 +20,10 @@ from megamod.errors import UserError
 from megamod.merging.compatibility import check_configs_match
 from megamod.merging.methods.table import METHODS
 from megamod.merging.model_folder import (
+    RECORD,
     find_commonest_chat_template,
+    has_merge,
+    make_merge_record,
     write_files_besides_weights,
     write_merge_record,
 )
@@ -109,16 +112,32 @@ def merge(
         quiet: no progress bar.
         record: further entries of merge.json; `note`: text for the model card.
     Returns:
-        the plan that was carried out.
+        the plan that was carried out, now or before: an equal merge is not written again.
     Raises:
         UserError: as `average_folders`.
     """
-    if output is not None:
+    repeated = output is not None and (output / RECORD).is_file() and has_recorded_inputs(recipe)
+    if output is not None and not repeated:
         check_new_folder(output)
     with ExitStack() as stack:
         plan = open_plan(recipe, shard_bytes, stack)
         if dry_run:
             return plan
+        tokenizer = plan.folders[recipe.tokenizer].folder if copy_tokenizer else None
+        make_record = partial(
+            make_merge_record,
+            recipe,
+            plan.compute_shares(),
+            tuple(plan.files),
+            seed=seed,
+            tokenizer=tokenizer,
+            entries=record or {},
+        )
+        if repeated:
+            content = make_record([folder.compute_digest() for folder in plan.folders])
+            if has_merge(output, content, update_tie_setting(plan.specs, plan.config, output)):
+                return replace(plan, is_written=True)
+            check_new_folder(output)
         files = find_or_compute_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
         statistics = [file and stack.enter_context(ModelFolder(file)) for file in files]
         plan = replace(plan, statistics=statistics)
@@ -133,17 +152,8 @@ def merge(
             quiet=quiet,
         )
         plan = replace(plan, config=update_tie_setting(plan.specs, plan.config, folder))
-        write_config_and_tokenizer(plan, folder, copy_tokenizer)
-        write_merge_record(
-            folder,
-            recipe,
-            plan.compute_shares(),
-            digests,
-            plan.config,
-            seed,
-            record or {},
-            note,
-        )
+        write_config_and_tokenizer(plan, folder, tokenizer)
+        write_merge_record(folder, recipe, make_record(digests), plan.config, note)
     return plan
 
 
@@ -216,16 +226,24 @@ def write_weights_and_hash_sources(
         hashing.shutdown(cancel_futures=True)
 
 
-def write_config_and_tokenizer(plan: MergePlan, folder: Path, copy_tokenizer: bool) -> None:
-    """Write config.json, generation settings and, if `copy_tokenizer`, the tokenizer of a result.
+def has_recorded_inputs(recipe: MergeRecipe) -> bool:
+    """Return True if merge.json has digests of all inputs; text and statistics have none."""
+    return not (recipe.align or recipe.calibration) and not any(
+        model.statistics or model.calibration for model in recipe.inputs
+    )
+
+
+def write_config_and_tokenizer(plan: MergePlan, folder: Path, tokenizer: Path | None) -> None:
+    """Write config.json, generation settings and the tokenizer of a result.
 
     The chat template is that of most models where the recipe copies it.
 
+    Args:
+        tokenizer: folder that has it; None: the result gets none.
     Raises:
         UserError: if a JSON file of a model cannot be read.
     """
     recipe = plan.recipe
-    tokenizer = plan.folders[recipe.tokenizer].folder if copy_tokenizer else None
     chat = (
         find_commonest_chat_template([model.path for model in recipe.inputs])
         if recipe.copy_chat_template

@@ -1,20 +1,24 @@
 """Files of a merged model besides its weights: configuration, tokenizer, card and record."""
 
+import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from megamod.documents import read_object
-from megamod.files import write_atomic, write_json
+from megamod.errors import UserError
+from megamod.files import format_json, write_atomic, write_json
 from megamod.merging.layer_settings import LayerOrigin, build_stacked_config
 from megamod.merging.recipe import MergeRecipe, RecipePart
 from megamod.merging.vocabulary import FILE as VOCABULARY
 from megamod.merging.vocabulary import UNION, Vocabulary
 from megamod.states.dense import make_dense_config
 from megamod.states.forest import read_model_config
-from megamod.states.tokenizer_files import PATTERNS, VOCABULARIES
+from megamod.states.manifest import find_checkpoint_faults
+from megamod.states.tokenizer_files import PATTERNS, VOCABULARIES, list_tokenizer_files
+from megamod.states.weight_files import compute_files_digest
 from megamod.version import __version__
 
 RECORD = "merge.json"
@@ -184,24 +188,25 @@ def _read_chat_template(folder: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def write_merge_record(
-    folder: Path,
+def make_merge_record(
     recipe: MergeRecipe,
     shares: Sequence[float | None],
+    files: Iterable[str],
     digests: Sequence[str],
-    config: Mapping[str, object],
+    *,
     seed: int,
+    tokenizer: Path | None,
     entries: Mapping[str, object],
-    note: str,
-) -> None:
-    """Write merge.json and the model card README.md into the folder of the result.
+) -> dict[str, object]:
+    """Make the content of merge.json.
 
     Args:
         shares: weight of each model; None: differs between tensors.
+        files: names of the weight files of the result.
         digests: of the weights of each model.
-        config: of the result; `seed`: of the merge.
-        entries: further entries of merge.json, or replacements.
-        note: text for the card.
+        seed: of all draws.
+        tokenizer: folder that has it; None: the result has none.
+        entries: further entries, or replacements.
     """
     parents = [
         {
@@ -234,17 +239,51 @@ def write_merge_record(
     if recipe.parts:
         key = "slices" if recipe.is_stacked else "modules"
         record[key] = [_make_part_record(part) for part in recipe.parts]
-    record["megamod"] = __version__
-    write_json(folder / RECORD, {**record, **entries})
+    record["files"] = sorted(files)
+    record["copied_tokenizer"] = tokenizer and compute_files_digest(list_tokenizer_files(tokenizer))
+    return {**record, "megamod": __version__, **entries}
+
+
+def has_merge(folder: Path, record: Mapping[str, object], config: Mapping[str, object]) -> bool:
+    """Return True if a folder holds the whole result of the merge that a record describes.
+
+    Args:
+        record: see `make_merge_record`.
+        config: of the result.
+    """
+    try:
+        stored = [read_object(folder / name) for name in (RECORD, "config.json")]
+    except (OSError, UserError):
+        return False
+    expected = [json.loads(format_json(content)) for content in (record, config)]
+    return stored == expected and not find_checkpoint_faults(folder)
+
+
+def write_merge_record(
+    folder: Path,
+    recipe: MergeRecipe,
+    record: Mapping[str, object],
+    config: Mapping[str, object],
+    note: str,
+) -> None:
+    """Write merge.json and the model card.
+
+    Args:
+        record: see `make_merge_record`.
+        note: text for the card.
+    """
+    write_json(folder / RECORD, record)
+    parents = record["parents"]
     rows = "\n".join(
-        f"| {'by tensor' if share is None else format(share, '.6g')} | {model} | {digest} |"
-        for model, share, digest in zip(recipe.inputs, shares, digests, strict=True)
+        f"| {'by tensor' if parent['weight'] is None else format(parent['weight'], '.6g')} "
+        f"| {model} | {parent['digest']} |"
+        for model, parent in zip(recipe.inputs, parents, strict=True)
     )
     ours = str(config.get("model_type", "")).startswith("demix")
     text = _CARD.format(
         library="megamod" if ours else "transformers",
         model_type=config.get("model_type", "unknown"),
-        method=entries.get("merge_method", recipe.method),
+        method=record["merge_method"],
         count=len(parents),
         version=__version__,
         rows=rows,

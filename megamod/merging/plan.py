@@ -34,6 +34,7 @@ class MergePlan:
         specs: of the tensors to write; `files`: names of the tensors in each file.
         config: configuration to write.
         vocabulary: that the folders are read with; None: each has its own.
+        is_written: True if the output folder holds the result already.
     """
 
     recipe: MergeRecipe
@@ -44,6 +45,7 @@ class MergePlan:
     files: dict[str, list[str]]
     config: dict[str, object]
     vocabulary: Vocabulary | None = None
+    is_written: bool = False
 
     def describe(self) -> str:
         """Format the models with their weights, and the size of the result, one line each."""

@@ -77,7 +77,7 @@ def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
     else:
         plan = merge(recipe, output, seed=args.random_seed, **args.make_options())
         lines = [plan.describe()]
-    args.report(*lines)
+    args.report(*lines, is_new=not plan.is_written)
 
 
 def _extract_lora(args: MergeArgs, recipe_file: Path | None) -> None:

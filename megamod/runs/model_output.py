@@ -41,8 +41,13 @@ class ModelOutputArgs(Arguments):
             "quiet": self.quiet,
         }
 
-    def report(self, *lines: str) -> None:
-        """Print lines about the result and its folder, unless --quiet."""
+    def report(self, *lines: str, is_new: bool = True) -> None:
+        """Print lines about the result and its folder, unless --quiet.
+
+        Args:
+            is_new: False if the folder had the result before.
+        """
         if not self.quiet:
-            end = "nothing was written" if self.dry_run else f"written to {self.output_dir}"
+            done = "written to" if is_new else "done already, in"
+            end = "nothing was written" if self.dry_run else f"{done} {self.output_dir}"
             print(*lines, end, sep="\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.files import create_folder_atomically
 from megamod.folder_lock import hold_name
+from megamod.states.checkpoint_folder import write_model_manifests
 
 
 def check_new_folder(path: Path) -> None:
@@ -32,6 +33,8 @@ def create_new_folder(path: Path) -> Iterator[Path]:
 
     An empty folder at `path` is replaced.
 
+    A model in it gets a manifest with the digests of its files.
+
     Raises:
         UserError: if `path` exists and is not an empty folder, cannot be written, or another
             process is writing it.
@@ -41,6 +44,7 @@ def create_new_folder(path: Path) -> Iterator[Path]:
     try:
         with hold_name(path), create_folder_atomically(path) as folder:
             yield folder
+            write_model_manifests(folder)
             if path.exists():
                 path.rmdir()
     except OSError as error:

@@ -61,11 +61,11 @@ def read_index(folder: Path, name: str = INDEX_FILE) -> dict[str, str]:
     """
     file = folder / name
     try:
-        weight_map = {**read_object(file)["weight_map"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: is not the index of a model: {error!r:.300}") from error
-    if not weight_map:
-        raise UserError(f"{file}: names no files")
+        weight_map = read_object(file).get("weight_map")
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{file}: has no `weight_map` that names the file of each tensor")
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not shard or Path(shard).name != shard:
             raise UserError(f"{file}: {tensor} is in {shard!r:.80}, not a file of this folder")

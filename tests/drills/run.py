@@ -1,14 +1,18 @@
-"""Run the drills: kills, cuts, lost ranks, NaN, damaged files, two jobs in one folder.
+"""Run the drills: kills, cuts, lost ranks, NaN, damaged files, full disks, two jobs in one folder.
 
     python tests/drills/run.py                          all, in the size of every push
-    python tests/drills/run.py kills damage             some
+    python tests/drills/run.py K F                      some
     python tests/drills/run.py --size nightly           all, hours
+    python tests/drills/run.py K --size nightly --seed 3
 
-Each drill is some files of the suite; `nightly` adds those that take long, and more kills. A drill
-has failed if one of its tests has; exit code 1 then.
+Each drill is some files of the suite, where `make test` runs them in the size of a push. The table
+has a row for each: its tests and how many failed, the cases in them (kills, files, flipped bits,
+steps) and how many lost something, which must be none. --table adds the rows to a JSON file as they
+come, and shows all that are in it.
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -19,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+from megamod.files import write_json
 from megamod.tables import format_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-KILLS = {"push": "8", "nightly": "200"}
+HEAD = ("drill", "shows", "size", "seed", "tests", "failed", "cases", "lost", "seconds")
 
 
 @dataclass(frozen=True)
@@ -35,36 +40,61 @@ class Drill:
 
 
 DRILLS = {
-    "kills": Drill(
-        "kill -9, and a fault at every write",
-        ("tests/train/test_checkpoint.py::test_kills_lose_nothing_that_was_committed",),
+    "K": Drill(
+        "kill -9 at any call and instant",
+        (
+            "tests/drills/test_kills.py",
+            "tests/train/test_checkpoint.py::test_kills_lose_nothing_that_was_committed",
+        ),
         ("tests/train/test_checkpoint.py", "tests/btm/test_kill_drill.py"),
     ),
-    "resume": Drill(
+    "R": Drill(
         "a resumed run equals the straight one",
         ("tests/train/test_old_checkpoint.py",),
-        ("tests/train/test_resume.py", "tests/train/test_failed_evaluation.py"),
+        (
+            "tests/train/test_resume.py",
+            "tests/train/test_failed_evaluation.py",
+            "tests/runs/test_encoder_lm.py",
+            "tests/runs/test_multitask.py",
+            "tests/runs/test_adapt.py",
+        ),
     ),
-    "ranks": Drill(
+    "D": Drill(
         "lost ranks and launchers",
         ("tests/dist/test_watch.py",),
-        ("tests/drills/test_two_hosts.py",),
+        ("tests/dist/test_process.py", "tests/drills/test_two_hosts.py"),
     ),
-    "nonfinite": Drill(
-        "NaN, infinity and spikes", ("tests/train/test_diverged.py",), ("tests/train/test_loop.py",)
+    "N": Drill(
+        "NaN, infinity and spikes",
+        ("tests/train/test_diverged.py",),
+        ("tests/train/test_loop.py",),
     ),
-    "damage": Drill(
-        "damaged files and flipped bits",
-        ("tests/states/test_damaged_files.py", "tests/data/test_verify_data.py"),
-        ("tests/data/test_tasks_fuzz.py", "tests/launchers/test_verify.py"),
+    "F": Drill(
+        "damaged files of every format",
+        ("tests/drills/test_malformed.py",),
+        ("tests/states/test_damaged_files.py", "tests/data/test_tasks_fuzz.py"),
     ),
-    "hostile": Drill("files that would run code", ("tests/convert/test_reading.py",)),
-    "folders": Drill("two jobs in one folder", ("tests/test_folder_lock.py",)),
+    "V": Drill(
+        "flipped bits",
+        ("tests/drills/test_flips.py", "tests/data/test_verify_data.py"),
+        ("tests/launchers/test_verify.py",),
+    ),
+    "S": Drill(
+        "files that would run code",
+        ("tests/drills/test_hostile.py",),
+        ("tests/convert/test_reading.py",),
+    ),
+    "C": Drill(
+        "two jobs in one folder", ("tests/drills/test_one_holder.py", "tests/test_folder_lock.py")
+    ),
+    "Q": Drill("full disks and read-only folders", ("tests/drills/test_full_disk.py",)),
+    "L": Drill("memory and files of a long run", ("tests/drills/test_soak.py",)),
 }
 
 
-def run_drill(drill: Drill, size: str) -> tuple[int, int, float]:
-    """Run a drill; return its tests, the failed ones and seconds."""
+def run_drill(name: str, size: str, seed: int) -> tuple[str, ...]:
+    """Run a drill; return its row of the table."""
+    drill = DRILLS[name]
     tests = dict.fromkeys((*drill.push, *(drill.nightly if size == "nightly" else ())))
     whole = {test for test in tests if "::" not in test}
     tests = [test for test in tests if test in whole or test.partition("::")[0] not in whole]
@@ -75,12 +105,18 @@ def run_drill(drill: Drill, size: str) -> tuple[int, int, float]:
         subprocess.run(
             [*command, f"--junitxml={report}", *tests],
             cwd=REPOSITORY,
-            env={**os.environ, "MEGAMOD_DRILL_KILLS": KILLS[size]},
+            env={**os.environ, "MEGAMOD_DRILL_SIZE": size, "MEGAMOD_DRILL_SEED": str(seed)},
             check=False,
         )
-        suite = ElementTree.parse(report).getroot().find("testsuite").attrib
-    failed = int(suite["failures"]) + int(suite["errors"])
-    return int(suite["tests"]), failed, time.monotonic() - began
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+    failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])
+    sums = {"cases": 0, "lost": 0}
+    for item in suite.iter("property"):
+        if item.attrib["name"] in sums:
+            sums[item.attrib["name"]] += int(item.attrib["value"])
+    seconds = f"{time.monotonic() - began:.0f}"
+    counts = (suite.attrib["tests"], str(failed), str(sums["cases"]), str(sums["lost"]), seconds)
+    return name, drill.title, size, str(seed), *counts
 
 
 def main() -> None:
@@ -89,15 +125,21 @@ def main() -> None:
     parser.add_argument(
         "names", nargs="*", choices=[[], *DRILLS], metavar="NAME", help=", ".join(DRILLS)
     )
-    parser.add_argument("--size", choices=tuple(KILLS), default="push", help="default: push")
+    parser.add_argument("--size", choices=("push", "nightly"), default="push", help="default: push")
+    parser.add_argument("--seed", type=int, default=1, help="of all draws (default: 1)")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="JSON file of rows to add to")
     options = parser.parse_args()
-    rows, lost = [("drill", "shows", "tests", "failed", "seconds")], 0
+    rows: dict[str, tuple[str, ...]] = {}
+    if options.table is not None and options.table.exists():
+        rows = {row[0]: tuple(row) for row in json.loads(options.table.read_text())}
+    failed = 0
     for name in options.names or DRILLS:
-        tests, failed, seconds = run_drill(DRILLS[name], options.size)
-        rows.append((name, DRILLS[name].title, str(tests), str(failed), f"{seconds:.0f}"))
-        lost += failed
-    print(format_table(rows, (2, 3, 4)))
-    sys.exit(1 if lost else 0)
+        rows[name] = run_drill(name, options.size, options.seed)
+        failed += int(rows[name][5])
+        if options.table is not None:
+            write_json(options.table, list(rows.values()))
+    print(format_table([HEAD, *rows.values()], range(3, 9)))
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -220,6 +220,6 @@ def test_tokenizers_travel_in_both_directions(tmp_path, monkeypatch, way):
     arguments = ("--format", name, "--input", tmp_path / "there", "--output_dir", tmp_path / "here")
     assert convert_here(monkeypatch, *arguments, *way) == ""
     files = {file.name for file in (tmp_path / "here").iterdir()}
-    assert files == {"config.json", "model.safetensors", "vocab.txt"}
+    assert files == {"config.json", "model.safetensors", "vocab.txt", "manifest.json"}
     if not way:
         assert AutoTokenizer.from_pretrained(tmp_path / "here")("b a")["input_ids"] == [2, 6, 5, 3]

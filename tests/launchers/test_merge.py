@@ -10,6 +10,7 @@ import torch
 from saved_models import DOMAINS, make_model
 
 from megamod.errors import UserError
+from megamod.states.verify import check_path
 from megamod.states.weights import extract_expert_weights, read_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -69,6 +70,36 @@ def test_flags_and_recipe_do_the_same(tmp_path, elms, monkeypatch, capsys):
     assert len(list((tmp_path / "recipe").glob("model-*.safetensors"))) > 1
     same = read_weights(tmp_path / "recipe")
     assert all(torch.equal(same[k], t) for k, t in read_weights(tmp_path / "flags").items())
+
+
+def test_an_equal_merge_is_not_written_again(tmp_path, elms, monkeypatch, capsys):
+    output = tmp_path / "out"
+    flags = ["--models", *elms[:2], "--weights", "1", "2", "--output_dir", output]
+    assert not merge_here(monkeypatch, *flags)
+    ((_, faults),) = check_path(output)
+    assert faults == [] and "merge.json" in (output / "manifest.json").read_text()
+    times = {file: file.stat().st_mtime_ns for file in output.iterdir()}
+    capsys.readouterr()
+    assert not merge_here(monkeypatch, *flags)
+    assert f"done already, in {output}" in capsys.readouterr().out
+    assert times == {file: file.stat().st_mtime_ns for file in output.iterdir()}
+
+    exists = f"--output_dir {output}: exists already"
+    flags[5] = "3"  # another weight
+    assert merge_here(monkeypatch, *flags).startswith(exists)
+    flags[5] = "2"
+    assert merge_here(monkeypatch, *flags, "--copy_tokenizer", "false").startswith(exists)
+    content = bytearray((elms[0] / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (elms[0] / "model.safetensors").write_bytes(content)  # another model under the same name
+    assert merge_here(monkeypatch, *flags).startswith(exists)
+    content[-1] ^= 1
+    (elms[0] / "model.safetensors").write_bytes(content)
+    assert not merge_here(monkeypatch, *flags)
+    (output / "README.md").write_text("changed")
+    ((_, faults),) = check_path(output)
+    assert "README.md" in faults[0]
+    assert merge_here(monkeypatch, *flags).startswith(exists)
 
 
 def test_flags_of_the_merge_itself(tmp_path, elms, monkeypatch, capsys):
@@ -191,4 +222,6 @@ def test_the_command_itself(tmp_path, elms):
     assert done.returncode == 0 and "written to" in done.stdout, done.stderr
     assert done.stderr == ""  # no progress bar where nobody looks
     again = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
-    assert again.returncode == 2 and again.stderr.startswith("UserError: --output_dir")
+    assert again.returncode == 0 and "done already" in again.stdout, again.stderr
+    other = subprocess.run([*command, str(elms[0])], capture_output=True, text=True)
+    assert other.returncode == 2 and other.stderr.startswith("UserError: --output_dir")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drills.sizes import SEED, pick, report
 from ranks import on_ranks
 from train.tiny_runs import build_tiny, masters, run_tiny
 
@@ -24,7 +25,7 @@ from megamod.states.manifest import find_checkpoint, find_checkpoint_faults, lis
 from megamod.train.checkpoint import Checkpoints
 from megamod.train.fragments import iterate_fragments
 
-KILLS = int(os.environ.get("MEGAMOD_DRILL_KILLS", "30"))
+KILLS = pick(8, 200)
 
 
 class Crash(BaseException):
@@ -338,7 +339,7 @@ def save_for_ever(root: Path, write: int) -> None:
 
 def kill_drill(root: Path, results) -> None:
     """Fork from this process, which has all imports behind it, and kill; once and again."""
-    random_, rows, committed = random.Random(1), [], 0
+    random_, rows, committed = random.Random(SEED), [], 0
     silent = os.open(os.devnull, os.O_WRONLY)
     for number in range(KILLS):
         read, write = os.pipe()
@@ -373,14 +374,16 @@ def kill_drill(root: Path, results) -> None:
 
 
 @pytest.mark.slow
-def test_kills_lose_nothing_that_was_committed(tmp_path):
+@pytest.mark.timeout(2000)
+def test_kills_lose_nothing_that_was_committed(tmp_path, record_property):
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
     parent = context.Process(target=kill_drill, args=(tmp_path, results), daemon=False)
     parent.start()
-    rows = results.get(timeout=540)
+    rows = results.get(timeout=1800)
     parent.join(10)
     assert len(rows) == KILLS
+    report(record_property, KILLS, 0)
     for killed, committed, newest, count in rows:
         assert killed
         # A kill between the rename and the report leaves one step more than was reported.

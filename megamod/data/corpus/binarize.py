@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from megamod.data.corpus.documents import DocumentSource, open_document_source
@@ -101,7 +101,32 @@ def binarize(
         raise UserError(f"--items {item_unit}: allowed are {' and '.join(ITEMS)}")
     if workers is not None and not 1 <= workers <= MOST_WORKERS:
         raise UserError(f"--workers {workers}: allowed are 1 to {MOST_WORKERS}")
-    existing = _read_existing_header(output)
+    with ExitStack() as stack:
+        existing = _read_existing_header(output)
+        if existing is None:
+            stack.enter_context(hold_name(output))
+            existing = _read_existing_header(output)  # another process may just have written it
+        return _binarize_held(
+            *(inputs, tokenizer, output, existing, item_unit, add_bos, text_column),
+            *(encoding_errors, seed, workers, streaming, do_lower_case),
+        )
+
+
+def _binarize_held(
+    inputs: Mapping[str, str | Path | Sequence[str]],
+    tokenizer: str | Path | Tokenizer,
+    output: Path,
+    existing: dict | None,
+    item_unit: str | None,
+    add_bos: bool,
+    text_column: str,
+    encoding_errors: str,
+    seed: int,
+    workers: int | None,
+    streaming: bool,
+    do_lower_case: bool | None,
+) -> dict:
+    """Do as `binarize` while the output folder is held, or exists already as `existing` says."""
     sources = {
         name: open_document_source(
             spec,
@@ -151,7 +176,7 @@ def binarize(
         total = sum(tally.bytes for counters in tallies.values() for tally in counters.values())
         workers = min(os.cpu_count() or 1, 1 + total // BYTES_PER_WORKER)
     try:
-        with _lock_work_folder(output, key) as work:
+        with _open_work_folder(output, key) as work:
             header["domains"] = _write_splits(
                 sources, tallies, tokenizer, item_unit, add_bos, workers, work
             )
@@ -274,28 +299,26 @@ def _iterate_train_sample(
 
 
 @contextmanager
-def _lock_work_folder(output: Path, key: str) -> Iterator[Path]:
+def _open_work_folder(output: Path, key: str) -> Iterator[Path]:
     """Create and yield a work folder: `.NAME.partial` next to `output`; remove it on success.
 
-    The name of `output` is locked meanwhile. If a killed run with the same `key` left the folder,
-    its content is kept, else it is emptied. If the block raises, the folder stays.
+    If a killed run with the same `key` left the folder, its content is kept, else it is emptied. If
+    the block raises, the folder stays.
 
     Args:
+        output: held by this process.
         key: identity of the data-bin, see `_compute_identity`; run.json records it.
-    Raises:
-        UserError: if another run holds the name.
     """
     work = output.with_name(f".{output.name}.partial")
-    with hold_name(output):
-        (work / "parts").mkdir(parents=True, exist_ok=True)
-        record, content = work / "run.json", format_json({"key": key}, indent=2) + "\n"
-        if not record.exists() or record.read_text(encoding="utf-8") != content:
-            for folder in ("parts", "databin"):
-                shutil.rmtree(work / folder, ignore_errors=True)
-            (work / "parts").mkdir()
-            write_atomic(record, content)
-        yield work
-        shutil.rmtree(work, ignore_errors=True)
+    (work / "parts").mkdir(parents=True, exist_ok=True)
+    record, content = work / "run.json", format_json({"key": key}, indent=2) + "\n"
+    if not record.exists() or record.read_text(encoding="utf-8") != content:
+        for folder in ("parts", "databin"):
+            shutil.rmtree(work / folder, ignore_errors=True)
+        (work / "parts").mkdir()
+        write_atomic(record, content)
+    yield work
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_splits(
@@ -319,7 +342,7 @@ def _write_splits(
         tallies: counter of each domain and split from the first reading.
         item_unit: "document" or "line".
         workers: number of processes that encode.
-        work: see `_lock_work_folder`.
+        work: see `_open_work_folder`.
     Returns:
         entries by domain and split, as in `DataBinHeader.domains`.
     Raises:

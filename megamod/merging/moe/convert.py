@@ -73,7 +73,8 @@ def convert_to_moe(
             folder, plan.files, plan.specs, produce, dense.folders, threads=threads, quiet=quiet
         )
         config = update_tie_setting(plan.specs, plan.config, folder)
-        write_config_and_tokenizer(replace(dense, config=config), folder, copy_tokenizer)
+        tokenizer = dense.folders[recipe.tokenizer].folder if copy_tokenizer else None
+        write_config_and_tokenizer(replace(dense, config=config), folder, tokenizer)
         shares = dense.compute_shares() if plan.shared == "averaged" else [None] * plan.experts
         experts = tuple(
             ExpertRecord(

@@ -64,16 +64,17 @@ def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
     run, safety, _, stage, _ = parsed[:5]
     output = Path(run.output_dir)
     _set_batch_sizes(run, model)
-    if stage.do_train:
-        records = _train_with_seeds(model, parsed)
-        if records is None:
-            return
-    else:
-        device = join_process_group(safety.dist_timeout)
-        with hold_output(output):
+    if safety.print_groups:
+        _train_once(model, parsed, output)
+        return
+    device = join_process_group(safety.dist_timeout)
+    with hold_output(output):
+        if stage.do_train:
+            records = _train_with_seeds(model, parsed)
+        else:
             records = {run.seed: _score_and_predict(model, parsed, device)}
-    if read_launcher_rank() == 0:
-        print(_write_results(model, records, output, stage))
+        if read_launcher_rank() == 0:
+            print(_write_results(model, records, output, stage))
 
 
 def _score_and_predict(
