@@ -48,7 +48,7 @@ from megamod.runs.studies.barrier import untie_output_matrix
 from megamod.runs.studies.language_models import count_parameters, train_or_resume
 from megamod.runs.studies.records import Figures
 from megamod.runs.studies.study_file import Cell, Study
-from megamod.runs.studies.texts import StudyText
+from megamod.runs.studies.texts import open_study_text
 
 PREFIX = "align_"
 SETTINGS = ("circle", "calibration_rows", "descent_rounds", "held_out_rows", "points")
@@ -67,8 +67,13 @@ def run_barrier_cell(
         UserError: for settings that are missing or not allowed.
     """
     spec = study.file.text
-    text = StudyText(
-        inputs / "domains", work, spec.domains, spec.novel, spec.tokenizer, spec.held_out_bytes
+    text = open_study_text(
+        inputs / "domains",
+        work,
+        tuple(spec.domains),
+        tuple(spec.novel),
+        spec.tokenizer,
+        spec.held_out_bytes,
     )
     settings = cell.settings
     extras = {name: settings.get(name) for name in SETTINGS}

@@ -52,7 +52,7 @@ from megamod.runs.studies.forest_scores import (
 )
 from megamod.runs.studies.records import Figures
 from megamod.runs.studies.study_file import Cell, Settings, Study
-from megamod.runs.studies.texts import StudyText
+from megamod.runs.studies.texts import StudyText, open_study_text
 from megamod.states.checkpoint_folder import StateRecord, parse_checkpoint_step
 from megamod.states.forest import edit_forest, open_forest
 from megamod.states.manifest import list_checkpoints
@@ -76,8 +76,13 @@ def run_language_model_cell(
         the figures, and the digest of the data.
     """
     spec = study.file.text
-    text = StudyText(
-        inputs / "domains", work, spec.domains, spec.novel, spec.tokenizer, spec.held_out_bytes
+    text = open_study_text(
+        inputs / "domains",
+        work,
+        tuple(spec.domains),
+        tuple(spec.novel),
+        spec.tokenizer,
+        spec.held_out_bytes,
     )
     extras = {name: cell.settings.get(name) for name in OWN_SETTINGS}
     flags = {k: v for k, v in cell.settings.items() if k not in extras} | {"seed": cell.seed}

@@ -9,7 +9,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from megamod.data.corpus.binarize import binarize
@@ -112,6 +112,19 @@ class StudyText:
         return (
             text for _, text in open_document_source(self.source / name).iterate_documents(split)
         )
+
+
+@cache
+def open_study_text(
+    source: Path,
+    work: Path,
+    domains: tuple[str, ...],
+    novel: tuple[str, ...],
+    tokenizer: str,
+    held_out_bytes: int | None,
+) -> StudyText:
+    """Return the text of a study, see `StudyText`; cells of one process share its data-bins."""
+    return StudyText(source, work, domains, novel, tokenizer, held_out_bytes)
 
 
 def _take_documents(documents: Iterable[str], limit: int | None) -> Iterator[str]:
