@@ -39,8 +39,8 @@ def align_folder_views(
         if options.compat.scale or alignment.maps:
             views[0] = PermutedFolder(folders[0], alignment, reference=True)
         extra = sorted(view.tensors.keys() - folder.tensors.keys())
-        # Folded norms untie the reference as well, so its result is whole.
-        if extra and not (view.tensors.keys() <= views[0].tensors.keys()):
+        # Maps untie the reference as well.
+        if extra and not alignment.maps:
             raise UserError(
                 f"{origin}: aligned so, {extra[0]} is no longer tied; leave head_follow_residual "
                 "on and head off in align"
