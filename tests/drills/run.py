@@ -5,7 +5,7 @@
     python tests/drills/run.py --size nightly           all, hours
     python tests/drills/run.py K --size nightly --seed 3
 
-Each drill is some files of the suite, where `make test` runs them in the size of a push. The table
+Each drill is some files; `make test` runs those named test_*.py in the size of a push. The table
 has a row for each: its tests and how many failed, the cases in them (kills, files, flipped bits,
 steps) and how many lost something, which must be none. --table adds the rows to a JSON file as they
 come, and shows all that are in it.
@@ -71,24 +71,24 @@ DRILLS = {
     ),
     "F": Drill(
         "damaged files of every format",
-        ("tests/drills/test_malformed.py",),
+        ("tests/drills/drill_malformed.py",),
         ("tests/states/test_damaged_files.py", "tests/data/test_tasks_fuzz.py"),
     ),
     "V": Drill(
         "flipped bits",
-        ("tests/drills/test_flips.py", "tests/data/test_verify_data.py"),
+        ("tests/drills/drill_flips.py", "tests/data/test_verify_data.py"),
         ("tests/launchers/test_verify.py",),
     ),
     "S": Drill(
         "files that would run code",
-        ("tests/drills/test_hostile.py",),
+        ("tests/drills/drill_hostile.py",),
         ("tests/convert/test_reading.py",),
     ),
     "C": Drill(
         "two jobs in one folder", ("tests/drills/test_one_holder.py", "tests/test_folder_lock.py")
     ),
     "Q": Drill("full disks and read-only folders", ("tests/drills/test_full_disk.py",)),
-    "L": Drill("memory and files of a long run", ("tests/drills/test_soak.py",)),
+    "L": Drill("memory and files of a long run", ("tests/drills/drill_soak.py",)),
 }
 
 
