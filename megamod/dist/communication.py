@@ -21,10 +21,12 @@ class Traffic:
     Attributes:
         world: in collectives over all ranks, for shared parameters.
         domain: in collectives over the ranks of the domain, for its experts.
+        expert: in collectives over the ranks with the same experts of a mixture, for these.
     """
 
     world: float
     domain: float
+    expert: float = 0.0
 
 
 def compute_step_traffic(
@@ -37,6 +39,8 @@ def compute_step_traffic(
     live_limit: int = 10**9,
     tied_names: Collection[str] = (),
     frozen: Mapping[str, int] = MappingProxyType({}),
+    experts: Collection[str] = (),
+    expert_ranks: int = 1,
 ) -> Traffic:
     """Compute the bytes that one rank sends in a step.
 
@@ -53,14 +57,18 @@ def compute_step_traffic(
             for the backward pass.
         tied_names: parameters used by two modules; a model beyond the limit gathers them for each.
         frozen: elements of every frozen parameter, which only ZeRO 3 sends.
+        experts: parameters with a rank's share of the experts of a mixture; `expert_ranks`: how
+            many ranks have the same share. The exchange of tokens is `compute_exchange_traffic`.
     Source: Rajbhandari et al. 2020 (ZeRO), section 7; Gururangan et al. 2022 (DEMix), section 3.2.
     """
-    parameter_scopes = find_scopes({**element_counts, **frozen}, topology.sharing)
+    parameter_scopes = find_scopes({**element_counts, **frozen}, topology.sharing, experts)
     sent_bytes = {}
     for scope in Scope:
         ranks = topology.world_size
         if scope is Scope.DOMAIN:
             ranks = topology.ranks_per_domain
+        elif scope is Scope.EXPERT:
+            ranks = expert_ranks
         scope_counts = {
             name: size for name, size in element_counts.items() if parameter_scopes[name] is scope
         }
@@ -77,7 +85,22 @@ def compute_step_traffic(
         else:
             elements = _count_elements(sum(scope_counts.values()), ranks, zero_stage, micro_steps)
         sent_bytes[scope] = (ranks - 1) / ranks * elements * element_bytes
-    return Traffic(sent_bytes[Scope.WORLD], sent_bytes[Scope.DOMAIN])
+    return Traffic(*(sent_bytes[scope] for scope in (Scope.WORLD, Scope.DOMAIN, Scope.EXPERT)))
+
+
+def compute_exchange_traffic(
+    assignments: float, parallel: int, layers: int, width: int, element_bytes: int
+) -> float:
+    """Compute the bytes that a rank sends in a step to exchange tokens with the experts' ranks.
+
+    A state of `width` features goes to the rank of its expert and the result comes back, in the
+    forward and again in the backward pass; with even loads (n-1)/n of them leave the rank.
+
+    Args:
+        assignments: tokens of a rank's micro-batches in the step, times the experts per token.
+        parallel: number n of ranks that the experts are spread over.
+    """
+    return 4 * layers * assignments * (parallel - 1) / parallel * width * element_bytes
 
 
 def _count_elements(parameter_elements: int, ranks: int, zero_stage: int, micro_steps: int) -> int:

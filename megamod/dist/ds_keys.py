@@ -77,7 +77,7 @@ BLOCKS: dict[str, object] = {
         ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")
     ),
     "datastates_ckpt": ANY,
-    "expert_parallel": ANY,
+    "expert_parallel": dict.fromkeys(("enabled", "autoep_size", "use_grouped_mm")),
     "flops_profiler": dict.fromkeys(
         (
             "enabled",
@@ -124,7 +124,6 @@ REFUSED = {
     "bf16.bf16_master_weights_and_grads": _MASTERS,
     "checkpoint.load_universal": "the run reads its own checkpoints, see --resume; remove it",
     "data_efficiency": "the order of data is decided by --sampler and --seed; remove it",
-    "expert_parallel": "experts are chosen by --untie; remove it",
     "fp16.fp16_master_weights_and_grads": _MASTERS,
     "hybrid_engine": "it serves training by reinforcement only; remove it",
     "pipeline": _PARALLEL,

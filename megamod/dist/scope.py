@@ -4,7 +4,7 @@ Dense training, DEMix and Branch-Train-Merge differ in nothing else. The scope f
 of the parameter, which for an expert contains its domain: `...experts.<domain>...`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import Enum
 
 EXPERTS_COMPONENT = "experts"  # the component of a parameter name that is followed by a domain
@@ -15,6 +15,7 @@ class Scope(Enum):
 
     WORLD = "world"
     DOMAIN = "domain"
+    EXPERT = "expert"  # the ranks with the same share of a mixture's experts
 
 
 class Sharing(Enum):
@@ -30,15 +31,21 @@ def parse_sharing(untie: str) -> Sharing:
     return {"none": Sharing.DENSE, "all": Sharing.BTM}.get(untie, Sharing.DEMIX)
 
 
-def find_scopes(names: Iterable[str], sharing: Sharing) -> dict[str, Scope]:
+def find_scopes(
+    names: Iterable[str], sharing: Sharing, experts: Collection[str] = ()
+) -> dict[str, Scope]:
     """Return the scope of every parameter by name.
 
-    It is the same for all parameters of dense training and of BTM. In DEMix that of an expert's
-    parameters is DOMAIN, and that of all others WORLD.
+    It is the same for all parameters of dense training and of BTM, but for `experts`. In DEMix that
+    of an expert's parameters is DOMAIN, and that of all others WORLD.
+
+    Args:
+        experts: parameters with a rank's share of the experts of a mixture; their scope is EXPERT.
     """
     if sharing is not Sharing.DEMIX:
         # Names do not matter here: a stock mixture of experts names its modules `experts` too.
-        return dict.fromkeys(names, Scope.DOMAIN if sharing is Sharing.BTM else Scope.WORLD)
+        scope = Scope.DOMAIN if sharing is Sharing.BTM else Scope.WORLD
+        return {name: Scope.EXPERT if name in experts else scope for name in names}
     return {name: Scope.DOMAIN if parse_expert_domain(name) else Scope.WORLD for name in names}
 
 

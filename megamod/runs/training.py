@@ -40,6 +40,7 @@ from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.flags import Arguments, write_run_recipe
 from megamod.folder_lock import hold_folder
+from megamod.models.lm.routing import is_mixture
 from megamod.runs.node_log import node_log
 from megamod.states.checkpoint_folder import TrainState
 from megamod.train.checkpoint import Checkpoints
@@ -50,6 +51,11 @@ from megamod.train.deepspeed_settings import (
     resolve_settings,
 )
 from megamod.train.engine import build_engine
+from megamod.train.expert_parallel import (
+    compute_parallel_exchange,
+    count_expert_ranks,
+    list_expert_names,
+)
 from megamod.train.export import Card, ModelExport, publish_model
 from megamod.train.loop import SelectBatches, train
 from megamod.train.monitor import Monitor, find_peak_flops, write_environment
@@ -117,6 +123,7 @@ class RunSpec:
         settings: further values that a resumed run must agree on.
         make_choice: from the device to the selection of a step's data, see `train.loop.train`;
             None: all data.
+        tokens_per_sample: of a language model.
         write_model: writes OUT/model, from the exporter and the folder; collective. None: the model
             of the checkpoints.
     """
@@ -138,6 +145,7 @@ class RunSpec:
     settings: dict[str, object] | None = None
     make_choice: Callable[[torch.device], SelectBatches] | None = None
     write_model: Callable[[ModelExport, Path], object] | None = None
+    tokens_per_sample: int | None = None
 
 
 def execute_run(
@@ -166,7 +174,14 @@ def execute_run(
     )
     topology, output = recipe.topology, Path(run.output_dir)
     # Mistakes of the user are found before any process waits for another.
-    settled = resolve_settings(run, optim, safety, topology, recipe.config.hidden_size)
+    settled = resolve_settings(
+        run,
+        optim,
+        safety,
+        topology,
+        recipe.config.hidden_size,
+        mixture=recipe.config if is_mixture(recipe.config) else None,
+    )
     parsed, ds_config = settled.replace_arguments(parsed), settled.ds_config
     if compiled:
         check_compile_stage(ds_config)
@@ -246,7 +261,10 @@ def _train(
         logger.info("%s: resumes at step %d of %d", output, state.step, run.max_steps)
     record_run(output, ds_config, parsed)
     with node_log(output, table, state.step):
-        monitor = make_monitor(run, recipe.groups, recipe.unit, engine, topology, flops, state.step)
+        tokens = settled.global_batch // dist.get_world_size() * (recipe.tokens_per_sample or 0)
+        monitor = make_monitor(
+            run, recipe.groups, recipe.unit, engine, topology, flops, state.step, tokens
+        )
         running = ActiveRun(engine, device, monitor, export, output, state)
         train(
             engine,
@@ -317,8 +335,13 @@ def make_monitor(
     topology: DomainTopology,
     flops_per_token: float | None,
     first_step: int,
+    tokens: int,
 ) -> Monitor:
-    """Build the monitor of a run; log the bytes that a step will send."""
+    """Build the monitor of a run; log the bytes that a step will send.
+
+    Args:
+        tokens: of this rank in a step, of a language model.
+    """
     trained, frozen = {}, {}
     for name, parameter in engine.module.named_parameters():
         sizes = trained if parameter.requires_grad else frozen
@@ -330,13 +353,23 @@ def make_monitor(
         engine.gradient_accumulation_steps(),
         next(engine.module.parameters()).element_size(),
         frozen=frozen,
+        experts=list_expert_names(engine.module),
+        expert_ranks=count_expert_ranks(engine.module),
     )
+    exchange = compute_parallel_exchange(engine.module, tokens)
+    experts = ""
+    if exchange:
+        experts = (
+            f", {traffic.expert / 1e6:.2f} MB over ranks with the same experts, and about "
+            f"{exchange / 1e6:.2f} MB of tokens between experts"
+        )
     logger.info(
         "%s trained parameters on this rank; on the wire per step and rank: %.2f MB over all "
-        "ranks, %.2f MB inside a domain",
+        "ranks, %.2f MB inside a domain%s",
         f"{sum(trained.values()):,}",
         traffic.world / 1e6,
         traffic.domain / 1e6,
+        experts,
     )
     on_gpu = engine.device.type == "cuda"
     return Monitor(

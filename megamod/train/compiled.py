@@ -23,8 +23,13 @@ def check_compile_stage(config: Mapping[str, object]) -> None:
     Args:
         config: resolved DeepSpeed configuration.
     Raises:
-        UserError: for ZeRO stage 3.
+        UserError: for ZeRO stage 3, and for expert parallelism.
     """
+    if "expert_parallel" in config:
+        raise UserError(
+            "--torch_compile with expert_parallel: ranks exchange tokens inside of each block; "
+            "leave one of the two out"
+        )
     if config["zero_optimization"]["stage"] == 3:
         raise UserError(
             "--torch_compile with ZeRO stage 3: weights are gathered around every single layer, "

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from megamod.args import OptimArgs, RunArgs, SafetyArgs, apply_ds_values
 from megamod.data.batches import BatchDivision
 from megamod.dist.ds_config import apply_sharing_rules, get_offload_device, resolve_ds_config
@@ -15,6 +17,7 @@ from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.flags import Arguments, find_origin
 from megamod.train.batch_size import count_domains_per_rank, count_micro_steps
+from megamod.train.expert_parallel import apply_expert_parallel_rules
 from megamod.train.loop import Plan
 from megamod.train.optim import SCHEDULES
 
@@ -68,15 +71,21 @@ class ResolvedSettings:
 
 
 def resolve_settings(
-    run: RunArgs, optim: OptimArgs, safety: SafetyArgs, topology: DomainTopology, hidden_size: int
+    run: RunArgs,
+    optim: OptimArgs,
+    safety: SafetyArgs,
+    topology: DomainTopology,
+    hidden_size: int,
+    mixture: PreTrainedConfig | None = None,
 ) -> ResolvedSettings:
     """Resolve flags and DeepSpeed file into one consistent set of settings; nothing is changed.
 
     Args:
         hidden_size: hidden size of the model, for bucket sizes that are "auto".
+        mixture: configuration of the mixture of experts that is trained; None: another model.
     Raises:
-        UserError: see `resolve_ds_config`, `apply_sharing_rules`, `apply_muon_rules` and
-            `make_loop_plan`.
+        UserError: see `resolve_ds_config`, `apply_sharing_rules`, `apply_muon_rules`,
+            `apply_expert_parallel_rules` and `make_loop_plan`.
     """
     run, optim = copy.copy(run), copy.copy(optim)
     steps = count_micro_steps(run, topology)
@@ -118,6 +127,7 @@ def resolve_settings(
         count_domains_per_rank(topology),
     )
     apply_sharing_rules(resolved.config, topology.sharing, topology.world_size)
+    apply_expert_parallel_rules(resolved.config, mixture, optim, topology.world_size)
     if optim.optim == "muon":
         apply_muon_rules(resolved.config)
     plan = make_loop_plan(run, optim, safety, topology)

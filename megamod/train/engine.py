@@ -1,6 +1,6 @@
 """DeepSpeed engine of a model, with the process groups of a topology.
 
-Only this file and `train/fragments.py` use DeepSpeed's internals.
+Only this file, `fragments.py` and `expert_parallel.py` use internals of DeepSpeed.
 """
 
 import copy
@@ -19,6 +19,7 @@ from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainGroup, DomainTopology
 from megamod.errors import PolicyStop, UserError
 from megamod.nn.demix import DomainExperts, iterate_domain_experts
+from megamod.train.expert_parallel import get_parallel_layers, is_expert_parallel
 from megamod.train.hidden_matrices import mark_hidden_matrices
 
 MakeOptimizer = Callable[[list[dict[str, object]]], torch.optim.Optimizer]
@@ -83,11 +84,27 @@ def build_engine(
         group_name = _mark_deepspeed_experts(model, topology)
         parameters = split_params_into_different_moe_groups_for_optimizer(parameters)
         parameters = [group for group in parameters if group["params"]]
+    if is_expert_parallel(config):
+        if not all(parameter.requires_grad for parameter in model.parameters()):
+            raise UserError(
+                "expert_parallel is for runs that train all weights, and this one (--train router) "
+                "does not: remove the block"
+            )
+
+        def make_after_replacement(_: object) -> torch.optim.Optimizer:
+            parts = _make_parameter_groups(model, decay_vectors, muon)
+            parts = split_params_into_different_moe_groups_for_optimizer(parts)
+            return make_optimizer([part for part in parts if part["params"]])
+
+        # DeepSpeed replaces the sparse blocks first, and then calls this.
+        optimizer = {"optimizer": make_after_replacement, "model_parameters": model.parameters()}
+    else:
+        optimizer = {"optimizer": make_optimizer(parameters)}
     groups.mpu = mpu  # DeepSpeed sets it, but never back, so a second engine would inherit it
     try:
         engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=make_optimizer(parameters),
+            **optimizer,
             config=config,
             mpu=mpu,
             dist_init_required=False,
@@ -159,8 +176,11 @@ def get_loss_group(engine: deepspeed.DeepSpeedEngine) -> dist.ProcessGroup | Non
 
 
 def runs_forward_together(engine: deepspeed.DeepSpeedEngine) -> bool:
-    """Return True if ranks must run forward passes together: ZeRO 3 gathers weights in them."""
-    return dist.get_world_size() > 1 and engine.zero_optimization_stage() == 3
+    """Return True if ranks must run forward passes together: ZeRO 3 gathers weights in them, and
+    expert parallelism exchanges tokens.
+    """
+    spread = engine.zero_optimization_stage() == 3 or bool(get_parallel_layers(engine.module))
+    return dist.get_world_size() > 1 and spread
 
 
 def finish_micro_step(engine: deepspeed.DeepSpeedEngine, max_grad_norm: float) -> float | None:

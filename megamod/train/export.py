@@ -29,6 +29,7 @@ from megamod.files import sync_folder, sync_tree
 from megamod.models.lm.adapter import list_adapters, write_adapter
 from megamod.states.checkpoint_folder import write_model_manifests
 from megamod.states.weights import find_non_finite_weight, write_index, write_weights
+from megamod.train.expert_parallel import gather_experts, list_expert_names, list_stock_names
 from megamod.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,12 @@ class ModelExport:
             not is_unpartitioned
         ):  # the last forward pass may have prefetched weights that were never used
             self.engine.empty_partition_cache()
-        for name, parameter in self.engine.module.named_parameters():
+        module = self.engine.module
+        names, experts = list_stock_names(module), list_expert_names(module)
+        for path, parameter in module.named_parameters():
+            if path in experts:
+                continue
+            name = names.get(path, path)
             if self.is_adapter and not parameter.requires_grad:
                 continue
             if is_unpartitioned:
@@ -164,7 +170,9 @@ class ModelExport:
             with deepspeed.zero.GatheredParameters([parameter]):
                 if keep_copies:
                     state[name] = parameter.detach().cpu().clone()
-        return state if self.is_adapter else state | _collect_persistent_buffers(self.engine.module)
+        if self.is_adapter:
+            return state
+        return state | gather_experts(module, keep_copies) | _collect_persistent_buffers(module)
 
     def _write_expert_index(self, folder: Path, state: dict[str, Tensor]) -> list[Path]:
         """Write the index of all domains' weights; return its path."""

@@ -15,6 +15,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from megamod.train.expert_parallel import divide_by_stock_names, get_parallel_layers
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -50,7 +52,10 @@ def iterate_fragment_shards(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[
         if parameter.requires_grad
     }
     optimizer = engine.optimizer
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+    if get_parallel_layers(engine.module):
+        fragments = list(_iterate_stage_1_2_fragments(optimizer, names))
+        yield from divide_by_stock_names(engine.module, fragments)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         yield from _iterate_stage_3_shards(optimizer, names)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         yield list(_iterate_stage_1_2_fragments(optimizer, names))

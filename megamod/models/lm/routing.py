@@ -1,6 +1,6 @@
 """Routers of a stock mixture of experts: their outputs in a forward pass, and the load balance."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,8 +40,16 @@ def is_mixture(config: PreTrainedConfig) -> bool:
 def find_routers(model: nn.Module) -> list[nn.Module]:
     """Return the routers of a mixture, one per layer."""
     family: MoeFamily = MOE_FAMILIES[model.config.model_type]
-    path = f"{family.module}.{family.router}"
-    return [layer.get_submodule(path) for layer in model.get_submodule(LAYERS)]
+    blocks = [layer.get_submodule(family.module) for layer in model.get_submodule(LAYERS)]
+    return [
+        block.router if _is_expert_parallel(block) else block.get_submodule(family.router)
+        for block in blocks
+    ]
+
+
+def _is_expert_parallel(block: nn.Module) -> bool:
+    """Return True for a layer of DeepSpeed that took the place of a sparse block."""
+    return getattr(block, "_is_autoep_layer", False)
 
 
 @contextmanager
@@ -52,11 +60,24 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     """
     family: MoeFamily = MOE_FAMILIES[model.config.model_type]
     recorded: list[Routing] = []
+    parallel_logits: dict[nn.Module, Tensor] = {}
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
-        recorded.append(Routing(*(outputs[position] for position in family.outputs)))
+        if module in parallel_logits:  # the router of DeepSpeed's layer returns no logits
+            recorded.append(Routing(parallel_logits.pop(module), outputs[0], outputs[1]))
+        else:
+            recorded.append(Routing(*(outputs[position] for position in family.outputs)))
 
-    handles = [router.register_forward_hook(hook) for router in find_routers(model)]
+    def hook_gate(router: nn.Module) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda gate, inputs, logits: parallel_logits.update({router: logits})
+
+    routers = find_routers(model)
+    handles = [router.register_forward_hook(hook) for router in routers]
+    handles += [
+        router.gate.register_forward_hook(hook_gate(router))
+        for router in routers
+        if isinstance(getattr(router, "gate", None), nn.Linear)
+    ]
     try:
         yield recorded
     finally:

@@ -159,6 +159,7 @@ def pretrain(
         ),
         flops_per_token=lambda module: compute_flops_per_token(config, module, data.block_size),
         write_model=partial(write_mixture, model) if is_mixture(config) else None,
+        tokens_per_sample=data.block_size,
     )
     done = execute_run(
         recipe,

@@ -1,0 +1,201 @@
+"""Experts of a mixture spread over ranks by DeepSpeed: the numbers of a run that spreads none."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from models.tiny_hosts import VOCAB, tiny_stock_config
+from ranks import on_ranks
+from runs.test_host_pretrain import DOMAINS, seed_folder, start, words_of
+from safetensors.torch import load_file
+from tiny_runs import RECIPE, ds_config
+from transformers import AutoModelForCausalLM
+from wire_counter import counted
+
+from megamod.data.corpus.binarize import binarize
+from megamod.dist.communication import compute_step_traffic
+from megamod.dist.scope import Sharing
+from megamod.dist.topology import DomainTopology
+from megamod.errors import UserError
+from megamod.runs.to_moe import MoeArgs, run_to_moe
+
+SIZES = {"plain": None, "one": 1, "two": 2}
+FAMILIES = {"llama": "mixtral", "olmo2": "flex_olmo", "qwen2": "qwen2_moe"}
+
+
+def make_folder(root: Path) -> Path:
+    """Mixtures of four experts of each family, data, and DeepSpeed files."""
+    texts = {domain: words_of(domain) for domain in DOMAINS}
+    every = [text for some in texts.values() for text in some]
+    for family in FAMILIES:
+        models = [seed_folder(root / f"{family}{n}", family, every, n) for n in range(4)]
+        args = MoeArgs(models=list(map(str, models)), output_dir=str(root / family), quiet=True)
+        run_to_moe(args)
+    binarize(texts, str(root / "llama0"), root / "bin")
+    for name, size in SIZES.items():
+        for stage in (1, 2):
+            block = {"expert_parallel": {"enabled": True, "autoep_size": size}} if size else {}
+            config = {"zero_optimization": {"stage": stage}, **block}
+            (root / f"{name}{stage}.json").write_text(json.dumps(config))
+    return root
+
+
+def run(root: Path, output: str, file: str, *flags: object, family: str = "llama") -> None:
+    """Three steps with plain gradients of a mixture."""
+    common = ("--model", root / family, "--learning_rate", 0.01, "--adam_epsilon", 1.0)
+    start(root, output, *common, "--deepspeed", root / f"{file}.json", *flags)
+
+
+def train_alone(rank: int, root: Path) -> None:
+    for family in FAMILIES:
+        run(root, f"alone-{family}", "plain1", family=family)
+
+
+def train(rank: int, root: Path) -> None:
+    """All runs of one of two ranks."""
+    for family in FAMILIES:
+        run(root, f"spread-{family}", "two1", family=family)
+    run(root, "spread-stage2", "two2", "--gradient_checkpointing", "true")
+    for name, before, after in (
+        ("halves", "two1", "two1"),
+        ("joined", "two1", "plain2"),
+        ("divided", "plain1", "two2"),
+        ("moved", "one1", "two1"),
+    ):
+        run(root, name, before, "--stop_step", 2)
+        run(root, name, after)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    root = make_folder(tmp_path_factory.mktemp("spread"))
+    on_ranks(1, train_alone, root)
+    on_ranks(2, train, root)
+    return root
+
+
+def weights(trained: Path, run: str) -> dict[str, torch.Tensor]:
+    return load_file(trained / run / "model" / "model.safetensors")
+
+
+def farthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def read_last_step(run: Path) -> dict:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if "loss" in record][-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_equal_one_process(trained, family):
+    alone, spread = weights(trained, f"alone-{family}"), weights(trained, f"spread-{family}")
+    assert farthest(alone, spread) <= 1e-6
+    before = load_file(trained / family / "model.safetensors")
+    assert farthest(alone, before) > 1e-4
+    lines = [read_last_step(trained / f"{kind}-{family}") for kind in ("alone", "spread")]
+    for name in ("loss", "grad_norm", "balance_loss"):
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-5), name
+    model = AutoModelForCausalLM.from_pretrained(trained / f"spread-{family}" / "model")
+    assert model.config.model_type == FAMILIES[family]
+
+
+@pytest.mark.parametrize("run", ["spread-stage2", "joined", "divided", "moved"])
+def test_checkpoints_move_between_stages_and_sizes(trained, run):
+    assert farthest(weights(trained, run), weights(trained, "alone-llama")) <= 1e-6
+
+
+def test_resumed_run_has_the_same_bits(trained):
+    assert farthest(weights(trained, "halves"), weights(trained, "spread-llama")) == 0.0
+
+
+def count_bytes(rank: int, stage: int) -> tuple[Counter, float, float, float, float]:
+    """Two steps on four ranks, two with each half of the experts; the second is counted."""
+    from megamod.models.lm.load import build_lm
+    from megamod.train.engine import build_engine, finish_micro_step
+    from megamod.train.expert_parallel import (
+        compute_parallel_exchange,
+        count_expert_ranks,
+        list_expert_names,
+    )
+    from megamod.train.optim import make_adamw
+
+    # Every token goes to all four experts, so that loads are even.
+    model = build_lm(
+        tiny_stock_config("mixtral", num_local_experts=4, num_experts_per_tok=4), seed=0
+    )
+    topology = DomainTopology(4, ("law",), Sharing.DENSE)
+    config = ds_config(stage, 2, 0.5)
+    config["expert_parallel"] = {"enabled": True, "autoep_size": 2}
+    engine = build_engine(model, lambda groups: make_adamw(groups, **RECIPE), config, topology)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    exchanged, original = Counter(), dist.all_to_all_single
+
+    def exchange(*args, input, input_split_sizes=None, group=None, **kwargs):
+        peers = dist.get_world_size(group)
+        splits = input_split_sizes or [len(input) // peers] * peers
+        sent = sum(splits) - splits[dist.get_rank(group)]
+        kind = "states" if input.is_floating_point() else "counts"
+        exchanged[kind] += sent * input[:1].numel() * input.element_size()
+        splits = {"input_split_sizes": input_split_sizes}
+        return original(*args, input=input, group=group, **splits, **kwargs)
+
+    ids = torch.randint(3, VOCAB, (2, 8), generator=torch.Generator().manual_seed(rank))
+    for step in range(2):
+        with counted() as sent:
+            dist.all_to_all_single = exchange if step else original
+            for _ in range(2):
+                engine.backward(engine(ids, shift_labels=ids).loss)
+                finish_micro_step(engine, 0.5)
+            dist.all_to_all_single = original
+    by_ranks = Counter()
+    for (_, ranks), size in sent["payload"].items():
+        by_ranks[len(ranks)] += size
+    expected = compute_step_traffic(
+        sizes,
+        topology,
+        stage,
+        2,
+        4,
+        experts=list_expert_names(model),
+        expert_ranks=count_expert_ranks(model),
+    )
+    exchange_bytes = compute_parallel_exchange(model, 2 * ids.numel())
+    return by_ranks, exchanged["states"], expected.world, expected.expert, exchange_bytes
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bytes_are_those_of_the_closed_form(stage):
+    for by_ranks, exchanged, world, expert, exchange in on_ranks(4, count_bytes, stage):
+        assert by_ranks[4] == pytest.approx(world, rel=1e-2)
+        assert by_ranks[2] == pytest.approx(expert, rel=1e-2)
+        assert exchanged == exchange > 0
+
+
+REFUSED = {
+    "divides": ({"autoep_size": 3}, {}, "must divide the 4 experts and the 2 ranks"),
+    "stage": ({}, {"zero_optimization": {"stage": 3}}, "with ZeRO stage 3 is not supported"),
+    "key": ({"comm_backend": "deepep"}, {}, "unknown key expert_parallel.comm_backend"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_files(tmp_path, case):
+    from megamod.args import OptimArgs, RunArgs, SafetyArgs
+    from megamod.train.deepspeed_settings import resolve_settings
+
+    block, more, message = REFUSED[case]
+    config = {"expert_parallel": {"enabled": True, "autoep_size": 2, **block}, **more}
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(config | ({} if more else {"zero_optimization": {"stage": 1}})))
+    topology = DomainTopology(2, DOMAINS, Sharing.DENSE)
+    args = (RunArgs(), OptimArgs(), SafetyArgs(deepspeed=str(file)), topology, 16)
+    with pytest.raises(UserError, match=message):
+        resolve_settings(*args, mixture=tiny_stock_config("mixtral", num_local_experts=4))
+    if case == "divides":
+        with pytest.raises(UserError, match="is no mixture of experts"):
+            resolve_settings(*args)
