@@ -166,11 +166,11 @@ def gather_experts(module: nn.Module, keep: bool) -> dict[str, Tensor]:
     state = {}
     for path, layer in get_parallel_layers(module).items():
         experts = layer.experts
-        own = {
+        parts_of_rank = {
             f"{path}.experts.gate_up_proj": torch.cat([experts.w1, experts.w3], dim=1),
             f"{path}.experts.down_proj": experts.w2.detach(),
         }
-        for name, tensor in own.items():
+        for name, tensor in parts_of_rank.items():
             parts = [torch.empty_like(tensor) for _ in range(layer.ep_size)]
             dist.all_gather(parts, tensor.detach().contiguous(), group=layer.ep_group)
             if keep:
