@@ -9,9 +9,8 @@ w1, w2, w3 [E/n, ...] of DeepSpeed's layer are the gate, down and up projections
 experts; the stock class has `gate_up_proj` [E, 2F, D], gate before up, and `down_proj` [E, D, F].
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -25,9 +24,6 @@ from megamod.dist.ds_config import get_offload_device
 from megamod.errors import UserError
 from megamod.models.lm.moe_families import LAYERS, MOE_FAMILIES
 from megamod.models.lm.routing import is_mixture
-
-if TYPE_CHECKING:
-    from megamod.train.fragments import Fragment
 
 KEY = "expert_parallel"
 DESCRIPTIONS: dict[str, dict[str, object]] = {
@@ -179,7 +175,7 @@ def gather_experts(module: nn.Module, keep: bool) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Consecutive elements of a parameter, and their place in a tensor of the stock class."""
 
     start: int
@@ -188,10 +184,10 @@ class _Piece:
     stock_start: int
 
 
-def _list_pieces(module: nn.Module) -> dict[str, list[_Piece]]:
+def list_pieces(module: nn.Module) -> dict[str, list[Piece]]:
     """List the pieces of every parameter with another name or cut than in the stock class."""
     pieces = {
-        name: [_Piece(0, module.get_parameter(name).numel(), stock, 0)]
+        name: [Piece(0, module.get_parameter(name).numel(), stock, 0)]
         for name, stock in list_stock_names(module).items()
     }
     for path, layer in get_parallel_layers(module).items():
@@ -204,7 +200,7 @@ def _list_pieces(module: nn.Module) -> dict[str, list[_Piece]]:
             parameter = getattr(layer.experts, part)
             size, first = parameter[0].numel(), layer.ep_rank * layer.num_local_experts
             pieces[f"{path}.experts.{part}"] = [
-                _Piece(
+                Piece(
                     number * size,
                     size,
                     f"{path}.experts.{stock}",
@@ -213,34 +209,3 @@ def _list_pieces(module: nn.Module) -> dict[str, list[_Piece]]:
                 for number in range(layer.num_local_experts)
             ]
     return pieces
-
-
-def divide_by_stock_names(
-    module: nn.Module, fragments: "Sequence[Fragment]"
-) -> "Iterator[list[Fragment]]":
-    """Divide fragments of a rank into ranges of the tensors of the stock class.
-
-    Yields:
-        lists in which no tensor occurs twice, as a file of fragments needs it.
-    """
-    pieces = _list_pieces(module)
-    lists: list[list] = []
-    seen: dict[str, int] = {}
-    for fragment in fragments:
-        size = next(iter(fragment.tensors.values())).numel()
-        whole = [_Piece(fragment.start, size, fragment.name, fragment.start)]
-        for piece in pieces.get(fragment.name, whole):
-            low = max(piece.start, fragment.start)
-            high = min(piece.start + piece.size, fragment.start + size)
-            if low >= high:
-                continue
-            tensors = {
-                kind: tensor.narrow(0, low - fragment.start, high - low)
-                for kind, tensor in fragment.tensors.items()
-            }
-            number = seen.get(piece.name, 0)
-            seen[piece.name] = number + 1
-            lists.extend([] for _ in range(number + 1 - len(lists)))
-            start = piece.stock_start + low - piece.start
-            lists[number].append(replace(fragment, name=piece.name, start=start, tensors=tensors))
-    yield from lists

@@ -5,9 +5,9 @@ same world could read a checkpoint of those buffers. Here the share of a rank is
 named parameters, which any world size and stage can read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import deepspeed
 import torch
@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from megamod.train.expert_parallel import divide_by_stock_names, get_parallel_layers
+from megamod.train.expert_parallel import Piece, get_parallel_layers, list_pieces
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def iterate_fragment_shards(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[
     optimizer = engine.optimizer
     if get_parallel_layers(engine.module):
         fragments = list(_iterate_stage_1_2_fragments(optimizer, names))
-        yield from divide_by_stock_names(engine.module, fragments)
+        yield from _divide_by_stock_names(engine.module, fragments)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         yield from _iterate_stage_3_shards(optimizer, names)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
@@ -187,6 +187,37 @@ def _iterate_stage_3_fragments(
             yield _make_fragment(
                 names[parameter], start, flat.data, optimizer, flat, offset, numel, muon
             )
+
+
+def _divide_by_stock_names(
+    module: nn.Module, fragments: Sequence[Fragment]
+) -> Iterator[list[Fragment]]:
+    """Divide fragments of a rank into ranges of the tensors of the stock class.
+
+    Yields:
+        lists in which no tensor occurs twice, as a file of fragments needs it.
+    """
+    pieces = list_pieces(module)
+    lists: list[list[Fragment]] = []
+    seen: dict[str, int] = {}
+    for fragment in fragments:
+        size = next(iter(fragment.tensors.values())).numel()
+        whole = [Piece(fragment.start, size, fragment.name, fragment.start)]
+        for piece in pieces.get(fragment.name, whole):
+            low = max(piece.start, fragment.start)
+            high = min(piece.start + piece.size, fragment.start + size)
+            if low >= high:
+                continue
+            tensors = {
+                kind: tensor.narrow(0, low - fragment.start, high - low)
+                for kind, tensor in fragment.tensors.items()
+            }
+            number = seen.get(piece.name, 0)
+            seen[piece.name] = number + 1
+            lists.extend([] for _ in range(number + 1 - len(lists)))
+            start = piece.stock_start + low - piece.start
+            lists[number].append(replace(fragment, name=piece.name, start=start, tensors=tensors))
+    yield from lists
 
 
 @contextmanager
