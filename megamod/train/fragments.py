@@ -190,7 +190,7 @@ def _iterate_stage_3_fragments(
 
 
 def _divide_by_stock_names(
-    module: nn.Module, fragments: Sequence[Fragment]
+    module: torch.nn.Module, fragments: Sequence[Fragment]
 ) -> Iterator[list[Fragment]]:
     """Divide fragments of a rank into ranges of the tensors of the stock class.
 
