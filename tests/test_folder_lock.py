@@ -99,7 +99,7 @@ def test_a_lock_that_took_the_place_of_a_dead_one_stays(tmp_path):
     lock_of(tmp_path / "out")
     file = tmp_path / "out" / ".in_use"
     before = file.read_text()
-    folder_lock._delete(file, replace(Holder.here(), token="dead"))
+    folder_lock._delete_lock_file(file, replace(Holder.here(), token="dead"))
     assert file.read_text() == before
 
 
