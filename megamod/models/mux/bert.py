@@ -18,7 +18,7 @@ from megamod.nn.retrieval import IGNORED, build_row_pairs, score_tokens
 
 
 class MuxBertModel(MuxBareModel):
-    """Hidden states of every instance."""
+    """MUX-BERT without a head: multiplexer, encoder and demultiplexer."""
 
     config: MuxBertConfig
 
@@ -41,7 +41,11 @@ class MuxMaskedLM(MuxPreTrainedModel):
     )
 
     def align_labels(self, labels: Tensor) -> Tensor:
-        """Align labels with the columns of their tokens, after the prefix: [R, S] -> [B * N, S]."""
+        """Align labels with the columns of the mixed sequence: [R, S] -> [B * N, S].
+
+        A prefix moves every label right by its length, and the last labels are dropped. Columns of
+        the prefix, and rows that fill up the last group, have label -100.
+        """
         length, rows = self.config.prefix_length, len(labels)
         added = -rows % self.config.num_instances
         return F.pad(labels, (length, -length, 0, added), value=IGNORED)
@@ -74,10 +78,11 @@ class MuxMaskedLM(MuxPreTrainedModel):
             output_logits: False: with labels, compute no logits, which is faster; None: as the
                 configuration says.
         Returns:
-            `MuxOutput` with logits [R, S, V], 0 at columns that were dropped. A term of the loss
-            whose coefficient is 0 is not computed.
+            `MuxOutput` (a tuple if `return_dict` is False), with logits [R, S, V], 0 at columns
+            that were dropped. A term of the loss whose coefficient is 0 is not computed.
         Raises:
-            ValueError: if the rows are too long.
+            ValueError: if there are no rows, if they are too long or, with labels, too short for a
+                prefix, or if the model does not take an argument of `more`.
         """
         check_extra_arguments(self, more)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids)
@@ -106,7 +111,14 @@ class MuxMaskedLM(MuxPreTrainedModel):
         return format_output(self, output, return_dict)
 
     def _pad_for_prefix(self, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Append padding to inputs [R, S] for the prefix to replace, as positions allow."""
+        """Append columns of padding, which the prefix then drops in place of tokens.
+
+        As many as the prefix is long, or fewer if the position table ends before.
+
+        Args:
+            inputs: ids, attention mask, token types and positions, [R, S] each; all but the ids may
+                be None, and stay so.
+        """
         config, columns = self.config, inputs[0].shape[1]
         room = config.max_position_embeddings - config.first_position - columns
         added = max(0, min(config.prefix_length, room))
@@ -123,7 +135,14 @@ class MuxMaskedLM(MuxPreTrainedModel):
         logits: Tensor | None,
         num_items: Tensor | float | None,
     ) -> Tensor:
-        """Compute the mean loss (nats) of `labels` [R, S], from `logits` if they are given."""
+        """Compute the cross entropy (nats) of the labels, summed and divided by `num_items`.
+
+        Args:
+            hidden: mixed states; used where `logits` is None, and then no logits are stored.
+            labels: [R, S], -100 where there is none.
+            logits: [R, S, V] of these labels, or None.
+            num_items: the divisor; None for the number of labels.
+        """
         aligned_labels = self.align_labels(labels)
         selected = aligned_labels != IGNORED
         targets = aligned_labels[selected]
@@ -144,7 +163,7 @@ class MuxMaskedLM(MuxPreTrainedModel):
 class MuxBertForMaskedLM(MuxMaskedLM):
     """MUX-BERT's masked language model, its matrix tied to the embeddings.
 
-    The warm-up is `task_loss_coeff` 0 and `retrieval_loss_coeff` 1.
+    For the retrieval warm-up set `task_loss_coeff` 0 and `retrieval_loss_coeff` 1.
     Source: Murahari et al. 2023, section 3.2.
     """
 
@@ -157,7 +176,10 @@ class MuxBertForMaskedLM(MuxMaskedLM):
 
 
 class MuxBertForSequenceClassification(MuxSequenceClassifier):
-    """A linear layer over the first state of every instance; segments are ignored by default."""
+    """A linear layer over the first state of every instance.
+
+    Token types are ignored unless the configuration has `use_token_type_ids`.
+    """
 
     config: MuxBertConfig
 

@@ -14,7 +14,7 @@ from megamod.nn.retrieval import IGNORED
 
 
 class MuxBareModel(MuxPreTrainedModel):
-    """Hidden states of every instance."""
+    """Model without a head: from rows of ids to hidden states of every row."""
 
     def forward(
         self,
@@ -25,7 +25,18 @@ class MuxBareModel(MuxPreTrainedModel):
         return_dict: bool | None = None,
         **more: object,
     ) -> BaseModelOutput | tuple:
-        """Map ids [R, S] to `last_hidden_state` [R, S, D]; arguments as of the classifiers."""
+        """Compute the demultiplexed states of any number of rows.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids: as in
+                `MuxSequenceClassifier.forward`.
+        Returns:
+            `BaseModelOutput` with `last_hidden_state` [R, S, D], without the prefix; a tuple if
+            `return_dict` is False.
+        Raises:
+            ValueError: if there are no ids or no rows, if rows are too long, or if the model does
+                not take an argument of `more`.
+        """
         check_extra_arguments(self, more)
         batch = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
         states = self.demultiplex(self.encode(batch), slice(self.config.prefix_length, None))
@@ -34,7 +45,11 @@ class MuxBareModel(MuxPreTrainedModel):
 
 
 class MuxSequenceClassifier(MuxPreTrainedModel):
-    """Classification or regression of rows. Subclasses define the head."""
+    """Classification or regression of rows.
+
+    A subclass creates the head: the modules `dropout` and `classifier`, or a `compute_class_logits`
+    of its own.
+    """
 
     masks_instances: ClassVar[bool] = True
 
@@ -67,13 +82,19 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
             input_ids: [R, S].
             attention_mask: [R, S]; used only by contextual multiplexers and with `mask_padding`.
             token_type_ids: [R, S]; used only if the configuration says so.
-            position_ids: [1, T] or [B, T], of the mixed sequence.
-            labels: [R] classes, or values if num_labels is 1.
+            position_ids: [1, T] or [B, T], of the mixed sequence, prefix included; in families with
+                `sees_segments` [R, T], of the rows. None: consecutive, and in RoBERTa padding is
+                not counted.
+            labels: [R] classes, or values if num_labels is 1; with labels there is a loss.
             num_items_in_batch, num_retrieval_items: divisors of the summed losses; None for the
                 numbers of items in this batch.
             retrieval_slots: [B, T], see `draw_retrieved_instances`; None to draw them.
         Returns:
-            `MuxOutput` with logits [R, C].
+            `MuxOutput` with logits [R, C]; a tuple if `return_dict` is False.
+        Raises:
+            ValueError: if there are no ids or no rows, if rows are too long, if the loss of
+                retrieval was switched on after the model was made, or if the model does not take an
+                argument of `more`.
         """
         check_extra_arguments(self, more)
         batch = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
@@ -98,14 +119,22 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
 
 
 class MuxTokenClassifier(MuxPreTrainedModel):
-    """Classification of tokens. Subclasses define the head."""
+    """Classification of tokens.
+
+    A subclass creates the head: the modules `dropout` and `classifier`, or a `compute_class_logits`
+    of its own.
+    """
 
     def compute_class_logits(self, states: Tensor) -> Tensor:
         """Compute logits of states: [..., D] -> [..., C]."""
         return self.classifier(self.dropout(states))
 
     def compute_token_logits(self, hidden: MixedStates, selected: Tensor | None) -> Tensor:
-        """Map mixed states [B, T, D] to logits [B * N, S, C], 0 where not selected."""
+        """Compute logits of tokens: mixed states [B, T, D] -> [B * N, S, C].
+
+        Args:
+            selected: [B * N, S] bool, tokens to compute logits for, 0 elsewhere; None: all.
+        """
         start, N = self.config.prefix_length, self.config.num_instances
         if selected is None:
             states = self.demultiplex(hidden, slice(start, None))
@@ -129,13 +158,17 @@ class MuxTokenClassifier(MuxPreTrainedModel):
         return_dict: bool | None = None,
         **more: object,
     ) -> MuxOutput | tuple:
-        """Classify the tokens of any number of rows; arguments as of `MuxSequenceClassifier`.
+        """Classify the tokens of any number of rows.
 
         Args:
-            labels: [R, S] classes, -100 at tokens without a label.
+            labels: [R, S] classes, -100 at tokens without a label. All other arguments are those of
+                `MuxSequenceClassifier.forward`.
         Returns:
-            `MuxOutput` with logits [R, S, C]. Logits of padding without labels are 0 in training,
-            and in evaluation if `padding_logits` is off.
+            `MuxOutput` with logits [R, S, C]; a tuple if `return_dict` is False. With an attention
+            mask, logits of padding without labels are 0 in training, and in evaluation if
+            `padding_logits` is off.
+        Raises:
+            ValueError: as in `MuxSequenceClassifier.forward`.
         """
         check_extra_arguments(self, more)
         batch = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)

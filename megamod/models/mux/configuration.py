@@ -15,10 +15,13 @@ class MuxConfig(PreTrainedConfig):
 
     Args:
         num_instances: N, rows that share a forward pass.
-        muxing_variant: how instances become one sequence.
-        demuxing_variant: how they are told apart again: "index_pos" (RSA), "index" (prefix tokens),
-            "mlp" (a network per instance, RoBERTa only).
-        num_hidden_demux_layers: L, layers the RSA demultiplexer shares with the retrieval head.
+        muxing_variant: the multiplexer, which makes one sequence of N instances; a name in
+            `MULTIPLEXERS`, and not every family has every one.
+        demuxing_variant: the demultiplexer, which computes the states of each instance from mixed
+            ones: "index_pos" (RSA), "index" (prefix tokens), or "mlp" (a network per instance,
+            RoBERTa only).
+        num_hidden_demux_layers: L, layers the RSA demultiplexer shares with the retrieval head; at
+            least 2.
         gaussian_hadamard_norm: length of a key.
         binary_hadamard_epsilon: overlap of the chunks of binary keys, 0 to 1.
         learn_muxing: whether the keys are trained.
@@ -34,13 +37,14 @@ class MuxConfig(PreTrainedConfig):
         kernels: what runs multiplexer and demultiplexer: "triton", "reference" (plain torch), or
             "auto", which is Triton on a GPU.
         output_logits: False: a masked LM that is given labels computes no logits.
-        cls_token_id: what column 0 is overwritten with, and the end of a prefix.
-        mask_token_id: what the replaced-token model replaces.
+        cls_token_id: id that overwrites column 0 of a row, and ends a prefix.
+        mask_token_id: id of the tokens that the replaced-token model replaces.
         prefix_fill_token_id: fills a prefix.
         prefix_first_token_id: marks instance 0 in a prefix, one less instance 1, and so on.
     Raises:
-        ValueError: for a variant that does not exist or is not possible here, L < 2, or ids
-            outside the vocabulary.
+        ValueError: for a name that does not exist or that the family does not have, a size or share
+            out of its range, heads that do not divide the hidden size, more instances than a
+            multiplexer can divide the features among, or special ids outside the vocabulary.
     """
 
     multiplexers = KEYED
@@ -120,7 +124,7 @@ class MuxConfig(PreTrainedConfig):
 
     @property
     def prefix_length(self) -> int:
-        """Tokens of the demultiplexer before each row."""
+        """Number of tokens before each row: N + 1 with demuxing_variant "index", else 0."""
         return self.num_instances + 1 if self.demuxing_variant == "index" else 0
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
@@ -132,7 +136,7 @@ class MuxConfig(PreTrainedConfig):
             )
 
     def _check_ids(self) -> None:
-        """Raise ValueError for a special id outside the vocabulary."""
+        """Raise ValueError if `cls_token_id`, or an id of the prefix, is not in the vocabulary."""
         ids = {"cls_token_id": self.cls_token_id}
         if self.demuxing_variant == "index":
             ids["prefix_fill_token_id"] = self.prefix_fill_token_id
@@ -148,7 +152,10 @@ class MuxConfig(PreTrainedConfig):
 
 @strict
 class MuxBertConfig(MuxConfig):
-    """MUX-BERT: see `MuxConfig`. Source: Murahari et al. 2023."""
+    """MUX-BERT: fields of `MuxConfig`, and one contextual multiplexer more.
+
+    Source: Murahari et al. 2023.
+    """
 
     model_type = "mux_bert"
     multiplexers = (*MuxConfig.multiplexers, "gaussian_attention_v2")
@@ -156,13 +163,18 @@ class MuxBertConfig(MuxConfig):
 
 @strict
 class MuxElectraConfig(MuxConfig):
-    """MUX-ELECTRA: see `MuxConfig`.
+    """MUX-ELECTRA; its other fields are those of `MuxConfig`.
 
     Args:
-        embedding_size: width of the embeddings.
-        generator: what replaces tokens in pretraining: "none" (chance), "plain" or "multiplexed".
+        embedding_size: width of the embeddings. The multiplexers whose keys are matrices
+            ("random_ortho", "random_ortho_low_rank") need it to equal `hidden_size`.
+        generator: source of the replaced tokens in pretraining: "none" (drawn uniformly from the
+            vocabulary), "plain" (a stock generator) or "multiplexed".
         generator_config: fields in which the generator differs; by default it is of the same size.
         gen_loss_weight, disc_loss_weight: weights of the losses of generator and discriminator.
+    Raises:
+        ValueError: as `MuxConfig`; for an unknown `generator`; for a multiplexer with matrices and
+            embeddings of another width than the states.
     Source: Murahari et al. 2023; Clark et al. 2020 (ELECTRA).
     """
 
@@ -191,14 +203,18 @@ class MuxElectraConfig(MuxConfig):
         super().__post_init__(**kwargs)
 
     def get_text_config(self, *args: object, **kwargs: object) -> "MuxElectraConfig":
-        """Return this configuration, for which transformers would take `generator`."""
+        """Return this configuration itself.
+
+        transformers would take the field `generator` for a configuration, and return that.
+        """
         return self
 
     def make_generator_config(self) -> "MuxElectraConfig":
-        """Make the configuration of the generator.
+        """Make the generator's configuration: this one with the changes of `generator_config`.
 
         Raises:
-            ValueError: if `generator_config` names a field that does not exist.
+            ValueError: if `generator_config` names a field that does not exist, or its values do
+                not fit the others.
         """
         fields = {k: v for k, v in self.to_dict().items() if k not in ("model_type", "generator")}
         changed = self.generator_config or {}
@@ -209,7 +225,10 @@ class MuxElectraConfig(MuxConfig):
 
 @strict
 class MuxRobertaConfig(MuxConfig):
-    """DataMUX on RoBERTa: see `MuxConfig`. Source: Murahari et al. 2022."""
+    """DataMUX on RoBERTa: fields of `MuxConfig` with RoBERTa's defaults.
+
+    A negative `prefix_first_token_id` stands for `vocab_size` - 2. Source: Murahari et al. 2022.
+    """
 
     model_type = "mux_roberta"
     multiplexers = ("gaussian_hadamard", "binary_hadamard", "random_ortho")

@@ -18,13 +18,16 @@ from megamod.models.mux.types import MuxOutput, PreparedBatch
 
 
 def mark_default_initialisation(linear: nn.Linear) -> nn.Linear:
-    """Mark a layer to keep torch's own initialisation, as in the release."""
+    """Mark a layer in place, so that `initialise_weights` keeps torch's own initialisation.
+
+    The release initialises these layers so. Returns the layer.
+    """
     linear.default_initialisation = True
     return linear
 
 
 class MuxElectraPreTrainedModel(MuxPreTrainedModel):
-    """Differences of the family from MUX-BERT."""
+    """Settings in which MUX-ELECTRA differs from MUX-BERT."""
 
     config: MuxElectraConfig
     base_model_prefix = "electra"
@@ -39,7 +42,7 @@ class MuxElectraPreTrainedModel(MuxPreTrainedModel):
 
 
 class MuxElectraModel(MuxElectraPreTrainedModel, MuxBareModel):
-    """Hidden states of every instance."""
+    """MUX-ELECTRA without a head: multiplexer, encoder and demultiplexer."""
 
     def __init__(self, config: MuxElectraConfig):
         super().__init__(config)
@@ -82,6 +85,7 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
         self._finish_init()
 
     def _finish_init(self) -> None:
+        """Run `post_init`; a subclass creates its further modules before."""
         self.post_init()
 
     def forward(
@@ -97,18 +101,21 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
         return_dict: bool | None = None,
         **more: object,
     ) -> MuxOutput | tuple:
-        """Score any number of rows.
+        """Detect the replaced tokens of any number of rows.
 
         Args:
             input_ids: [R, S].
             attention_mask: [R, S]; the loss counts tokens where it is not 0.
-            labels: [R, S], 1 where a token was replaced.
+            token_type_ids, position_ids: [R, S], of the tokens.
+            labels: [R, S], 1 where a token was replaced; with labels there is a loss.
             num_items_in_batch, num_retrieval_items, retrieval_slots: see `MuxMaskedLM.forward`.
         Returns:
-            `MuxOutput` with logits [R, S]; with a prefix [R, S - N - 1], of the tokens that are not
-            dropped.
+            `MuxOutput` (a tuple if `return_dict` is False), with logits [R, S], positive where a
+            token seems replaced; with a prefix [R, S - N - 1], of the tokens that are not dropped.
+            With labels and `task_loss_coeff` 0 there are no logits.
         Raises:
-            ValueError: if the rows are too long.
+            ValueError: if there are no ids or no rows, if rows are too long or too short for a
+                prefix, or if the model does not take an argument of `more`.
         """
         check_extra_arguments(self, more)
         batch = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
@@ -125,7 +132,17 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
         retrieved_instances: Tensor | None,
         num_retrieval_items: Tensor | float | None,
     ) -> MuxOutput:
-        """Run the discriminator on a prepared batch; arguments and result as of `forward`."""
+        """Detect the replaced tokens of a prepared batch.
+
+        Args:
+            batch: result of `prepare_batch`; its attention mask selects the tokens that count.
+            labels: [R, S], 1 where a token was replaced; None: no loss.
+            num_items, num_retrieval_items: divisors of the summed losses of detection and of
+                retrieval; None for the numbers of items in this batch.
+            retrieved_instances: [B, T], see `draw_retrieved_instances`; None to draw them.
+        Returns:
+            the same output as `forward`, never as a tuple.
+        """
         hidden = self.encode(batch)
         needs_logits = labels is None or self.config.task_loss_coeff > 0
         output = MuxOutput()
@@ -181,6 +198,7 @@ class MuxElectraForSequenceClassification(MuxElectraPreTrainedModel, MuxSequence
         self.post_init()
 
     def compute_class_logits(self, states: Tensor) -> Tensor:
+        """Compute logits of states: [..., D] -> [..., C]; `classifier` applies the dropout."""
         return self.classifier(states)
 
 

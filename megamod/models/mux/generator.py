@@ -1,7 +1,7 @@
 """MUX-ELECTRA with the replacement of tokens: random, by a plain or by a multiplexed generator.
 
-Names of a generator's weights begin with `generator.`; those of the discriminator are as without a
-generator, so that classifiers load from either.
+Names of a generator's weights begin with `generator.`; the discriminator's weights have the same
+names as in a model without a generator, so that classifiers load from both.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ class MuxElectraOutput(MuxOutput):
 
     Attributes:
         loss: weighted sum of the two losses below.
-        generator_loss, discriminator_loss: weighted sum of task and retrieval loss of each.
+        generator_loss, discriminator_loss: weighted sum of task and retrieval loss of each; a plain
+            generator has no retrieval loss, and without a generator `generator_loss` is None.
         input_ids: [R, S] with replaced tokens.
         corrupted: [R, S] bool, True at tokens that the discriminator must detect.
     """
@@ -43,7 +44,8 @@ class MuxElectraForMaskedLM(MuxMaskedLM):
     """A multiplexed generator, or a masked language model with ELECTRA's retrieval head.
 
     Args:
-        own_embeddings: False to use the embeddings of a discriminator, passed to each call.
+        own_embeddings: False for a generator without embeddings; the discriminator's are then
+            passed to `compute_decoder_inputs`.
     """
 
     config: MuxElectraConfig
@@ -69,9 +71,14 @@ class MuxElectraForMaskedLM(MuxMaskedLM):
     def compute_decoder_inputs(
         self, batch: PreparedBatch, selected: Tensor, embeddings: EncoderEmbeddings | None
     ) -> tuple[Tensor, MixedStates]:
-        """Compute inputs of `decoder` at the chosen tokens, bool [R, S].
+        """Compute the inputs of `decoder` at selected tokens.
 
-        Also return all mixed states.
+        Args:
+            batch: result of `prepare_batch`.
+            selected: [R, S] bool, the tokens in the caller's columns, before the prefix.
+            embeddings: used in place of the model's own; None: its own.
+        Returns:
+            the inputs [C, D] of C selected tokens, and the mixed states of the batch.
         """
         hidden = self.encode(batch, embeddings=embeddings)
         length = self.config.prefix_length
@@ -81,7 +88,11 @@ class MuxElectraForMaskedLM(MuxMaskedLM):
 
 
 class PlainGenerator(nn.Module):
-    """ELECTRA's generator, one row at a time, with padding masked."""
+    """ELECTRA's generator, which does not multiplex rows; attention masks padding.
+
+    Args:
+        own_embeddings: False if embeddings are passed to `compute_decoder_inputs`.
+    """
 
     def __init__(self, config: MuxElectraConfig, own_embeddings: bool):
         super().__init__()
@@ -106,7 +117,16 @@ class PlainGenerator(nn.Module):
         selected: Tensor,
         embeddings: EncoderEmbeddings | None,
     ) -> Tensor:
-        """Compute inputs of `decoder` at the chosen tokens: ids [R, S], bool [R, S] -> [C, D]."""
+        """Compute the inputs of `decoder` at selected tokens.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids: [R, S]; all but the ids may be
+                None.
+            selected: [R, S] bool.
+            embeddings: used in place of the generator's own; None: its own.
+        Returns:
+            [C, D'] of C selected tokens, D' the width of the embeddings.
+        """
         embed = embeddings or self.electra.embeddings
         mask = make_key_mask(attention_mask) if attention_mask is not None else None
         hidden = self.electra.encode(embed(input_ids, token_type_ids, position_ids), mask)[selected]
@@ -115,9 +135,10 @@ class PlainGenerator(nn.Module):
 
 
 class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
-    """Discriminator with the replacement of tokens.
+    """Discriminator that replaces the masked tokens itself, at random or by a generator.
 
-    Generator and discriminator share embeddings if these have the same size.
+    Generator and discriminator share embeddings if width, vocabulary, position table and token
+    types have equal sizes.
 
     Source: Murahari et al. 2023, section 3.2; Clark et al. 2020, section 2.
     """
@@ -125,7 +146,11 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
     _keys_to_ignore_on_load_unexpected = (r"position_ids$",)
 
     def _finish_init(self) -> None:
-        """Create the generator and tie its matrix, then finish as every model."""
+        """Create the generator that the configuration names, if any; then run `post_init`.
+
+        The matrix of a plain generator is tied to the word embeddings it uses, if the configuration
+        ties them.
+        """
         config = self.config
         if config.generator != "none":
             settings = config.make_generator_config()
@@ -143,10 +168,11 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         self.post_init()
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
-        """Resize as every model does, without a generator.
+        """Resize the vocabulary, see `VocabularyAccess.resize_token_embeddings`.
 
         Raises:
-            ValueError: if there is one, whose vocabulary would stay as it is.
+            ValueError: if a new size is given and the model has a generator, whose vocabulary would
+                keep its size.
         """
         changes = bool(args) or kwargs.get("new_num_tokens") is not None
         if changes and self.config.generator != "none":
@@ -172,8 +198,12 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
     ) -> MuxElectraOutput | tuple:
         """Replace the masked tokens and detect the replaced ones.
 
+        Without a generator every masked token counts as replaced, also by its own id; with one,
+        only those whose new id differs from the label.
+
         Args:
             input_ids: [R, S] with `mask_token_id` at the tokens to replace.
+            attention_mask, token_type_ids, position_ids: [R, S], of the tokens, or None.
             labels: [R, S] the original tokens, -100 where the generator is not scored; not needed
                 without a generator.
             random_ids: [R, S] replacements of the masks; None to draw them.
@@ -182,9 +212,10 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
                 generator; None for the numbers of items in this batch.
             retrieval_slots, generator_slots: [B, T], see `draw_retrieved_instances`; None: drawn.
         Returns:
-            `MuxElectraOutput`.
+            `MuxElectraOutput`; a tuple if `return_dict` is False.
         Raises:
-            ValueError: if the generator needs labels and there are none; as the discriminator.
+            ValueError: if a model with a generator gets no labels; and as in
+                `MuxElectraForPreTraining.forward`.
         """
         check_extra_arguments(self, more)
         fields = (attention_mask, token_type_ids, position_ids)
@@ -237,7 +268,15 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         retrieved_instances: Tensor | None,
         num_retrieval_items: Tensor | float | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the generator's loss, and ids [R, S] with its tokens in place of the masks."""
+        """Return the generator's loss, and ids [R, S] with its tokens in place of the masks.
+
+        Args:
+            fields: input_ids, attention_mask, token_type_ids, position_ids, as in `forward`.
+            masked: [R, S] bool, the tokens to replace.
+            num_items, num_retrieval_items: divisors of the summed losses, or None.
+            labels, random_ids, retrieved_instances: `labels`, `random_ids` and `generator_slots` of
+                `forward`.
+        """
         generator, embeddings = self.generator, None
         if self.shares_embeddings:
             embeddings = self.backbone.embeddings
@@ -273,7 +312,10 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
 
 @torch.no_grad()
 def sample_tokens(states: Tensor, decoder: nn.Linear) -> Tensor:
-    """Draw tokens from softmax(decoder(states)), chunk by chunk: [R, D] -> [R] int64."""
+    """Draw tokens from softmax(decoder(states)): [R, D] -> [R] int64, without gradient.
+
+    Rows are scored in chunks, so that logits of all of them never exist at once.
+    """
     rows = max(1, _SAMPLED_TOGETHER // decoder.out_features)
     sampled = [
         torch.multinomial(decoder(part).float().softmax(-1), 1)[:, 0]

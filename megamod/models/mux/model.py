@@ -62,6 +62,12 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         residual_retrieval: the retrieval head adds its input and uses all layers (ELECTRA).
         retrieval_start: first column of an RSA model with a retrieval target.
         retrieves_padding: padding is a target of retrieval.
+        takes_prefix_with_context: a prefix goes with the multiplexer gaussian_attention_v2.
+        multiplexers_of_others: values of `muxing_variant` that only other classes have.
+    Args:
+        own_embeddings: False for an encoder without embeddings; they are passed to `encode`.
+    Raises:
+        ValueError: for a multiplexer that the class does not have, alone or with a prefix.
     """
 
     config: MuxConfig
@@ -110,7 +116,13 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
 
     @classmethod
     def from_pretrained(cls, *args: object, **kwargs: object) -> "MuxPreTrainedModel | tuple":
-        """Load as every model does, and keep frozen keys frozen."""
+        """Load as `PreTrainedModel` does, then freeze `instance_embedding` again.
+
+        With `learn_muxing` it is trained instead.
+
+        Raises:
+            UserError: as `CheckedLoading.from_pretrained`.
+        """
         loaded = super().from_pretrained(*args, **kwargs)
         # Loading creates new parameters, all of them trainable.
         for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
@@ -120,16 +132,22 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Read by Trainer, whose count of labels is not that of the retrieval loss."""
+        """Whether Trainer may pass its count of labels as `num_items_in_batch`.
+
+        False with a retrieval loss, whose items are not those labels.
+        """
         return self.config.retrieval_loss_coeff == 0
 
     @property
     def backbone(self) -> EncoderModel:
-        """Embeddings and encoder."""
+        """Module with embeddings and encoder; its attribute is `base_model_prefix`."""
         return getattr(self, self.base_model_prefix)
 
     def add_demultiplexer(self) -> None:
-        """Create the modules of the demultiplexer."""
+        """Create the modules of the demultiplexer that `demuxing_variant` names.
+
+        `demultiplexer`, and for RSA `demux_module`, whose layers the retrieval head shares.
+        """
         config = self.config
         size, eps = config.hidden_size, config.layer_norm_eps
         if config.demuxing_variant == "index_pos":
@@ -146,7 +164,10 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             self.add_retrieval_head()
 
     def add_retrieval_head(self) -> None:
-        """Create the retrieval head; in BERT its matrix is tied to the embeddings."""
+        """Create `retrieval_head`, and `demux_module` if RSA is used and it does not exist.
+
+        With `ties_vocabulary` and `tie_word_embeddings` its matrix is that of the word embeddings.
+        """
         config = self.config
         if config.tie_word_embeddings and self.ties_vocabulary:
             source = f"{self.base_model_prefix}.embeddings.word_embeddings.weight"
@@ -171,6 +192,8 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             input_ids: [B * N, S] of whole groups; not changed.
         Returns:
             [B * N, T]; T is S, or S + N + 1 for classifiers with a prefix.
+        Raises:
+            ValueError: in pretraining, if a prefix would leave no token.
         """
         config, length = self.config, self.config.prefix_length
         if not length:
@@ -193,10 +216,18 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> PreparedBatch:
-        """Fill up the last group with copies of rows, and check that the batch fits the model.
+        """Fill up the last group with copies of rows, add prefixes, and check the length.
 
+        The copies are of the first rows in order, or of random ones with `filler` "random".
+
+        Args:
+            input_ids, attention_mask: [R, S].
+            token_type_ids: [R, S]; dropped if the class and the configuration do not use them.
+            position_ids: see the class's `forward`; rows are copied if they are of the tokens.
+        Returns:
+            the batch of B * N rows, N instances in each of B groups.
         Raises:
-            ValueError: for a batch that is missing, empty or too long.
+            ValueError: for a batch that is missing, empty or too long, or too short for a prefix.
         """
         if input_ids is None:
             raise ValueError(f"{type(self).__name__} needs input_ids")
@@ -235,11 +266,14 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         queries: int | None = None,
         embeddings: EncoderEmbeddings | None = None,
     ) -> MixedStates:
-        """Compute mixed hidden states of a batch, [B, queries or T, D].
+        """Embed, multiplex and encode a batch.
 
         Args:
             queries: number of first columns to compute; None for all.
-            embeddings: replace the model's own.
+            embeddings: used in place of the model's own; None: its own.
+        Returns:
+            mixed states [B, queries or T, D]. Where the kernels of RSA can apply the encoder's last
+            LayerNorm, it is not yet applied, see `MixedStates`.
         """
         embeddings = embeddings or self.backbone.embeddings
         mask, attended = self._make_encoder_mask(batch), None
@@ -272,7 +306,15 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     def demultiplex(
         self, hidden: MixedStates, columns: slice, pairs: Pairs | None = None
     ) -> Tensor:
-        """Demultiplex states of instances: [R, D] for pairs, else [B, N, columns, D]."""
+        """Compute the states of instances from mixed states [B, T, D].
+
+        Args:
+            columns: columns of all instances to compute; not used with pairs.
+            pairs: R single positions and instances to compute instead; positions count all columns,
+                the prefix included.
+        Returns:
+            [R, D] for pairs, else [B, N, columns, D].
+        """
         if self.config.prefix_length:
             return self.demultiplexer(
                 hidden.apply_norm(), self.config.num_instances, columns, pairs
@@ -282,7 +324,10 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return self.demultiplexer(self.demux_module, *inputs)
 
     def compute_vocabulary_states(self, hidden: MixedStates, pairs: Pairs | None) -> Tensor:
-        """Compute inputs of the retrieval head's decoder for all columns, or for `pairs` only."""
+        """Compute inputs of the retrieval head's decoder from mixed states [B, T, D].
+
+        [R, D] for R pairs; without pairs [B, N, T, D], of all instances and columns.
+        """
         if self.config.prefix_length:
             return self.retrieval_head(hidden.apply_norm(), self.config.num_instances, pairs)
         return self.retrieval_head(self.demux_module, hidden.apply_norm(), pairs)
@@ -295,15 +340,18 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         retrieved_instances: Tensor | None,
         num_items: Tensor | float | None,
     ) -> None:
-        """Retrieve one token per mixed position; set loss and counts of `output` in place.
+        """Retrieve one token per mixed position, and set the results in `output`.
 
-        Raise ValueError if the model has no retrieval head.
+        These are `retrieval_loss`, `retrieval_correct` and `retrieval_count`.
 
         Args:
+            output: changed in place.
             hidden: states [B, T, D].
             ids: [B * N, T] as embedded.
             retrieved_instances: [B, T], instance of each position; None to draw them.
             num_items: divisor of the summed loss; None for the number of targets.
+        Raises:
+            ValueError: if the model has no retrieval head.
         """
         if not hasattr(self, "retrieval_head"):
             raise ValueError(
@@ -334,7 +382,10 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     def combine_losses(
         self, task_loss: Tensor | None, retrieval_loss: Tensor | None
     ) -> Tensor | None:
-        """Sum both terms times their coefficients, without terms that are None."""
+        """Sum both terms times their coefficients, without terms that are None.
+
+        None if both are.
+        """
         terms = (
             (self.config.task_loss_coeff, task_loss),
             (self.config.retrieval_loss_coeff, retrieval_loss),
@@ -371,18 +422,29 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return torch.cat([prefix, tokens[:, :kept_columns]], 1)
 
     def _select_positions(self, batch: PreparedBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Select the position ids of both embeddings; None for consecutive ones."""
+        """Return the positions of the instances and of the mixed sequence, None: consecutive.
+
+        The caller's positions are those of the instances if `sees_segments`, else of the other.
+        """
         return (batch.position_ids, None) if self.sees_segments else (None, batch.position_ids)
 
     def _first_block_takes_embeddings(self, queries: int | None) -> bool:
-        """Return True if the first block takes the embeddings as they are, from every column."""
+        """Return True if embedding and the first block's attention can be one operation.
+
+        That is, if nothing projects the embeddings, the block's projections were not replaced, and
+        the block computes all columns (`queries` are those of the last block).
+        """
         backbone, layers = self.backbone, self.backbone.encoder.layer
         narrow = hasattr(backbone, "embeddings_project")
         plain = is_plain(*layers[0].attention["self"].values())
         return not narrow and plain and (queries is None or len(layers) > 1)
 
     def _multiplex(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Multiplex embeddings: [B, N, T, D] -> [B, T, D]."""
+        """Multiplex embeddings by the configured variant: [B, N, T, D] -> [B, T, D].
+
+        Args:
+            mask: attention mask [B * N, T] or None; only gaussian_attention_v2 uses it.
+        """
         variant, key = self.config.muxing_variant, self.instance_embedding
         if variant == "gaussian_attention_v2":
             blocks = (self.muxing_attention, self.muxing_attention_2)
@@ -394,7 +456,10 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return MULTIPLEXERS[variant].mix(x, key, self.config.kernels)
 
     def _make_encoder_mask(self, batch: PreparedBatch) -> Tensor | None:
-        """Make a mask, bool [B, 1, 1, T], False where all instances are padding; None if unused."""
+        """Make a mask, bool [B, 1, 1, T], False where all instances are padding.
+
+        None without `mask_padding` or without an attention mask. A prefix is never masked.
+        """
         if not self.config.mask_padding or batch.mask is None:
             return None
         mask = batch.mask != 0
@@ -409,7 +474,10 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         super()._initialize_weights(module, is_custom_code=False)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise as BERT and draw the keys, from torch's global generator."""
+        """Initialise a module as BERT does, and draw its keys, from torch's global generator.
+
+        Keys that were loaded from a file do not change.
+        """
         initialise_weights(module, self.config.initializer_range)
         if isinstance(module, SharedDemux):
             nn.init.normal_(module.demux_instance_embedding)

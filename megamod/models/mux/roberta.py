@@ -19,7 +19,7 @@ from megamod.nn.retrieval import IGNORED, MlpRetrievalHead, score_tokens
 
 
 class PrefixSequenceHead(PrefixDemultiplexer):
-    """Prefix demultiplexer with classifier: out_proj(gelu(dense z))."""
+    """Prefix demultiplexer with classifier: out_proj(gelu(dense z)) of its output z."""
 
     def __init__(self, config: MuxRobertaConfig):
         super().__init__(config.hidden_size, config.layer_norm_eps)
@@ -32,7 +32,7 @@ class PrefixSequenceHead(PrefixDemultiplexer):
 
 
 class PrefixTokenHead(PrefixDemultiplexer):
-    """Prefix demultiplexer with classifier."""
+    """Prefix demultiplexer with classifier: decoder(z)."""
 
     def __init__(self, config: MuxRobertaConfig):
         super().__init__(config.hidden_size, config.layer_norm_eps)
@@ -64,7 +64,10 @@ class MlpHead(nn.Module):
 
 
 class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
-    """Differences of the family from MUX-BERT."""
+    """Methods and settings in which DataMUX on RoBERTa differs from MUX-BERT.
+
+    The demultiplexer holds the classifier too, and may be a network per instance ("mlp").
+    """
 
     config: MuxRobertaConfig
     base_model_prefix = "roberta"
@@ -74,15 +77,21 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
     def demultiplex(
         self, hidden: MixedStates, columns: slice, pairs: Pairs | None = None
     ) -> Tensor:
+        """Demultiplex states: [R, D] for pairs, else [B, N, columns, D].
+
+        The networks of "mlp" compute all instances, of which pairs then select.
+        """
         if self.config.demuxing_variant == "index":
             return super().demultiplex(hidden, columns, pairs)
         states = self.demultiplexer(hidden.apply_norm()[:, columns])
         return states if pairs is None else states[pairs.group, pairs.instance, pairs.position]
 
     def compute_class_logits(self, states: Tensor) -> Tensor:
+        """Compute logits of states: [..., D] -> [..., C]."""
         return self.demultiplexer.classify(states)
 
     def add_retrieval_head(self) -> None:
+        """Create the retrieval head of the demultiplexer's kind, with a matrix of its own."""
         config = self.config
         if config.demuxing_variant == "index":
             super().add_retrieval_head()
@@ -98,6 +107,10 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
     def _score_retrieval(
         self, hidden: MixedStates, retrieved_instances: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Return the summed retrieval loss (nats) and the number of correct tokens, scalars.
+
+        `retrieved_instances` and `targets` are [B, T].
+        """
         if self.config.demuxing_variant == "index":
             return super()._score_retrieval(hidden, retrieved_instances, targets)
         has_target = targets != IGNORED
@@ -106,6 +119,7 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
         return score_tokens(states, decoder, labels, return_logits=not self.training)[:2]
 
     def _select_positions(self, batch: PreparedBatch) -> tuple[Tensor | None, Tensor | None]:
+        """Return positions of the instances, padding not counted, and None for the mixed ones."""
         if batch.position_ids is not None:
             return batch.position_ids, None
         return compute_padding_aware_positions(batch.ids, self.config.pad_token_id), None

@@ -12,7 +12,7 @@ class MuxOutput(ModelOutput):
 
     Attributes:
         loss: sum of the two terms below times their coefficients.
-        logits: see the model.
+        logits: shape as in the `forward` of the model's class.
         task_loss: summed loss of the task divided by its items, nats.
         retrieval_loss: summed loss of token retrieval divided by its items, nats.
         retrieval_correct, retrieval_count: numbers of correctly retrieved and of all target tokens.
@@ -28,14 +28,14 @@ class MuxOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """A batch of whole groups, with the prefix if the model has one.
+    """A batch of whole groups, with the prefix if the model has one: B groups of N rows.
 
     Attributes:
         rows: rows of the caller's batch; later ones only fill up the last group.
         ids: [B * N, T].
         mask: attention mask of the caller's columns [B * N, S], or None.
         token_type_ids: [B * N, T] or None.
-        position_ids: as passed by the caller.
+        position_ids: as passed by the caller, rows that fill up the last group included; or None.
     """
 
     rows: int

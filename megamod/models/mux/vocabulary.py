@@ -24,7 +24,10 @@ class VocabularyAccess:
         self.retrieval_head.decoder = value
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
-        """Resize as every model does; a retrieval head that is not tied gets as many rows."""
+        """Resize the word embeddings as `PreTrainedModel` does, and return them.
+
+        A retrieval head that is not tied to them gets as many rows.
+        """
         table = super().resize_token_embeddings(*args, **kwargs)
         head, rows = self.get_output_embeddings(), table.weight.shape[0]
         if head is not None and head.weight.shape[0] != rows:
