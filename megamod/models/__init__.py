@@ -76,6 +76,10 @@ class _RegisterAfterImport(MetaPathFinder):
     """Calls a registration function right after the first import of its module."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Find a module of `_ON_IMPORT` by the other finders, and wrap its loader.
+
+        None for other modules, which the other finders then serve.
+        """
         if name not in _ON_IMPORT:
             return None
         sys.meta_path.remove(self)  # else find_spec would call this finder again
@@ -89,6 +93,8 @@ class _RegisterAfterImport(MetaPathFinder):
 
 
 class _RegisteringLoader(Loader):
+    """Loader that runs another one, and then calls `register` with the module."""
+
     def __init__(self, loader: Loader, register: Callable[[ModuleType], None]):
         self.loader = loader
         self.register = register

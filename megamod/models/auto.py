@@ -25,8 +25,14 @@ from megamod.states.weight_files import has_weights
 def resolve_model_folder(model: str, flag: str = "--model") -> Path | None:
     """Resolve a model to its folder, or to the local copy of a hub repository; None for a preset.
 
+    A preset of that name comes first, then a folder with config.json, then the hub, from which a
+    missing copy is downloaded.
+
+    Args:
+        model: value of the option `flag`.
+        flag: name of the option, for messages.
     Raises:
-        UserError: if the name is no preset and no folder, and the hub has no such repository.
+        UserError: if it is none of the three, or the folder of a LoRA adapter.
     """
     if model in PRESETS["demix"]:
         return None
@@ -55,8 +61,13 @@ def find_start_folder(
     --init_from wins; else it is the folder of --model, unless --from_scratch is given or the folder
     holds nothing but a configuration.
 
+    Args:
+        model, init_from: values of the two options.
+        config: configuration of the model to train.
     Raises:
-        UserError: if the folder's model is another one, or a weight file is missing.
+        UserError: if the model in the folder is of another family, has a smaller vocabulary or
+            experts by another --untie, or lacks the expert of a domain; or if its configuration or
+            weight files are missing or damaged.
     """
     flag = "--model" if init_from is None else "--init_from"
     if init_from is None and from_scratch:
@@ -105,13 +116,21 @@ def make_lm_config(
     Args:
         model: a preset, or the folder or hub name of a model.
         vocab_size, special_ids: of the data; the latter bos_token_id, pad_token_id, eos_token_id.
+        domains: names of the data's domains, in the order of their numbers.
+        untie: value of --untie; "all" (an independent model per domain) makes a dense one.
         max_positions: tokens per sequence.
         attn_implementation: None for the best that the class supports.
-        overrides: fields that replace the preset's, where not None.
+        overrides: fields that replace the preset's, where not None; not for a folder.
         vocab_multiple: the vocabulary of a stock model is padded to a multiple of this.
-        anchored: experts compute beside the frozen feed-forwards of the model.
+        anchored: experts compute beside the frozen feed-forwards of the model; only stock models
+            have such experts.
+    Returns:
+        a `DemixConfig`, a stock configuration, or for a stock model with experts one of
+        `make_host_classes`.
     Raises:
-        UserError: if the preset or folder is unknown, or does not fit the data.
+        UserError: if the preset or folder is unknown, does not fit the data, or cannot have experts
+            by `untie`; if a stock model is quantised; for `overrides` of a folder, and for
+            `vocab_multiple` with the project's GPT.
     """
     changes = {field: value for field, value in overrides.items() if value is not None}
     untie = "none" if untie == "all" else untie
@@ -156,7 +175,10 @@ def _check_folder_fits_data(
     special_ids: Mapping[str, int],
     max_positions: int,
 ) -> None:
-    """Raise UserError if a folder's model cannot read the data."""
+    """Raise UserError if a folder's model lacks ids or positions that the data need.
+
+    The project's GPT needs the vocabulary of the data exactly; a stock model may have more ids.
+    """
     ours, limit = config.model_type == DemixConfig.model_type, get_max_sequence_length(config)
     fits = config.vocab_size == vocab_size if ours else config.vocab_size >= vocab_size
     if not fits or max_positions > (limit or max_positions):
@@ -171,10 +193,13 @@ def _check_folder_fits_data(
 def check_vocabulary_fits(
     where: str, config: PreTrainedConfig, vocab_size: int, special_ids: Mapping[str, int]
 ) -> None:
-    """Refuse data whose ids a stock model does not have, or whose texts end otherwise.
+    """Refuse data whose ids a stock model does not have, or whose texts end with another id.
 
-    Its vocabulary may be longer, as output matrices are padded.
+    The model's vocabulary may be larger than the data's, as output matrices are padded.
 
+    Args:
+        where: beginning of the message: the model and the option that named it.
+        vocab_size, special_ids: of the data; "eos_token_id" is read.
     Raises:
         UserError: with both numbers.
     """
@@ -252,7 +277,10 @@ def check_document_masking(config: PreTrainedConfig) -> None:
 
 
 def check_host_family(where: str, config: PreTrainedConfig) -> None:
-    """Raise UserError if the feed-forwards of a stock model are not known or not dense."""
+    """Raise UserError if the feed-forwards of a stock model are not known or not dense.
+
+    `where` begins the message: an option, or the model's folder.
+    """
     if getattr(config, "host", config.model_type) in HOSTS:
         return
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -74,10 +74,13 @@ def make_encoder_config(
     """Make the configuration of an encoder of a named size, stock if `num_instances` is 1.
 
     Args:
-        changed_fields: fields of `SHAPE` that replace the preset's, where not None.
+        preset: a size of the objective's family in `PRESETS`.
+        changed_fields: fields of `SHAPE` that replace the preset's, where not None; embeddings are
+            never wider than a changed hidden size.
         sequence_length: tokens of a sequence; the model gets at least 512 positions.
     Raises:
-        UserError: for an unknown size, or fields that do not fit each other.
+        UserError: for an unknown size, or fields of a multiplexed encoder that do not fit each
+            other.
     """
     sizes = PRESETS[FAMILIES[flags.objective]]
     if preset not in sizes:
@@ -128,9 +131,10 @@ def make_multiplexed_config(
 
 
 def _make_generator_fields(shape: Mapping[str, object], flags: EncoderFlags) -> dict[str, object]:
-    """Make the configuration fields of the generator, or of chance in its place.
+    """Make the fields of `MuxElectraConfig` that describe the source of replaced tokens.
 
-    A generator has `generator_size` of the model's width.
+    A generator has the head size of the model, and `generator_size` times its heads (rounded, at
+    least 1) and its feed-forward width. With `generator` "none" there is no generator.
     """
     names = ("generator", "gen_loss_weight", "disc_loss_weight")
     fields = {name: getattr(flags, name) for name in names}
@@ -149,9 +153,10 @@ def make_bert_config(preset: str, vocab_size: int, **multiplexing: object) -> Pr
 
     Args:
         preset: of `PRESETS["bert"]`.
-        multiplexing: fields of `MuxBertConfig`; a stock BERT without, or with one instance.
+        multiplexing: fields of `MuxBertConfig`. Without `num_instances`, or with one instance, the
+            result is a stock `BertConfig` and the other fields have no effect.
     Raises:
-        UserError: for values that do not fit each other.
+        UserError: for multiplexing fields that do not fit each other.
     """
     shape = PRESETS["bert"][preset] | {"vocab_size": vocab_size}
     if multiplexing.get("num_instances") in (None, 1):
@@ -163,7 +168,14 @@ def make_bert_config(preset: str, vocab_size: int, **multiplexing: object) -> Pr
 
 
 def select_pretraining_class(config: PreTrainedConfig, objective: str) -> type:
-    """Select the Auto class that pretrains this configuration; set `architectures` of ELECTRA."""
+    """Select the Auto class that pretrains this configuration.
+
+    Sets `config.architectures` of a multiplexed ELECTRA, by which the Auto class then builds the
+    model that replaces tokens.
+
+    Args:
+        objective: "masked_lm" or "replaced_token".
+    """
     if isinstance(config, MuxElectraConfig):
         # ELECTRA has two heads for pretraining; this one replaces tokens by itself.
         config.architectures = ["MuxElectraForReplacedTokens"]
@@ -173,5 +185,12 @@ def select_pretraining_class(config: PreTrainedConfig, objective: str) -> type:
 def build_encoder(
     config: PreTrainedConfig, objective: str, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Build an encoder with new weights from torch's global generator; none on the meta device."""
+    """Build an encoder with new weights, drawn from torch's global generator.
+
+    On the meta device there are no weights. `config.architectures` of a multiplexed ELECTRA is set.
+
+    Args:
+        objective: "masked_lm" or "replaced_token".
+        dtype: of the weights; None: as `from_config` chooses.
+    """
     return select_pretraining_class(config, objective).from_config(config, dtype=dtype)

@@ -30,9 +30,13 @@ def check_extra_arguments(model: PreTrainedModel, extra_arguments: Mapping[str, 
 def format_output(
     model: PreTrainedModel, output: ModelOutput, return_dict: bool | None
 ) -> ModelOutput | tuple:
-    """Return the output with its fields in order, or as a tuple if asked for.
+    """Return a copy of an output with its fields in the order of the class, or a tuple of them.
 
-    Fields that are set after construction come last otherwise, and order matters in a tuple.
+    Without the copy, fields that were set after construction would come last.
+
+    Args:
+        return_dict: False for a tuple of the fields that are not None; None: as the model's
+            configuration says.
     """
     output = type(output)(**output)
     wants_dict = model.config.return_dict if return_dict is None else return_dict
@@ -78,7 +82,15 @@ class BoundedGeneration(GenerationMixin):
     def _prepare_generated_length(
         self, generation_config: GenerationConfig, **prompt: object
     ) -> GenerationConfig:
-        """Set the lengths as every model does, then cut them at the last position."""
+        """Set the lengths as `GenerationMixin` does, then lower them to the last position.
+
+        Logs a warning, once, if a longer text was asked for.
+
+        Args:
+            prompt: further arguments of the method that this one replaces, by name.
+        Returns:
+            the generation configuration, whose `max_length` and `min_length` are changed.
+        """
         settled = super()._prepare_generated_length(generation_config, **prompt)
         length, limit = prompt["input_ids_length"], self.config.max_position_embeddings
         if prompt["model_input_name"] == "inputs_embeds":

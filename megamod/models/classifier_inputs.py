@@ -7,7 +7,10 @@ OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "lo
 
 
 def list_input_fields(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the fields of a batch that the model takes."""
+    """List the fields of a batch that a classifier takes.
+
+    Ids and attention mask; token types too if its configuration has more than one.
+    """
     types = getattr(config, "type_vocab_size", 0) > 1
     return ("input_ids", "attention_mask", *(("token_type_ids",) if types else ()))
 
@@ -18,7 +21,11 @@ def needs_fixed_length(config: PreTrainedConfig) -> bool:
 
 
 def compute_max_row_tokens(config: PreTrainedConfig) -> int:
-    """Compute how many tokens of a row the model has positions for, special ones included."""
+    """Compute how many tokens of a row the model has positions for, special ones included.
+
+    Positions of padding (RoBERTa) and of a multiplexing prefix are not for tokens. For a
+    configuration without a limit of positions it is 2 ** 20.
+    """
     room = getattr(config, "max_position_embeddings", 1 << 20)
     if config.model_type in OFFSET_POSITIONS:
         room -= config.pad_token_id + 1

@@ -5,6 +5,7 @@ SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediat
 
 
 def _make_sizes(**shapes: tuple[int, ...]) -> dict[str, dict[str, int]]:
+    """Make the fields of named sizes from tuples in the order of `SHAPE`."""
     return {name: dict(zip(SHAPE, shape, strict=True)) for name, shape in shapes.items()}
 
 

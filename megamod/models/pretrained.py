@@ -32,10 +32,15 @@ class CheckedLoading(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, source: object, *args: object, **kwargs: object) -> object:
-        """Load as in transformers; also takes the folder of a bare stock encoder.
+        """Load as `PreTrainedModel` does; also takes the folder of a bare stock encoder.
 
+        Args:
+            source: folder or hub name.
+        Returns:
+            the model; with `output_loading_info` the model and transformers' loading report.
         Raises:
-            UserError: if more than a tenth of the stock encoder's weights is missing.
+            UserError: if more than a tenth of the stock encoder's weights is missing, or one has
+                another shape.
         """
         wants_report = kwargs.pop("output_loading_info", False)
         model, report = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
@@ -51,7 +56,7 @@ def load_pretrained(
     Args:
         auto: an Auto class or model class of transformers.
         flag: option or key that named the source, for messages.
-        options: of `from_pretrained`.
+        options: further arguments of `from_pretrained`.
     Returns:
         the model and transformers' loading report.
     Raises:
@@ -87,9 +92,10 @@ def check_missing_weights(
 
     Args:
         report: of `from_pretrained`.
-        source: how the message names the weights.
+        source: name of the weights in the message.
     Raises:
-        UserError: if more than a tenth of the elements that a stock encoder has are missing.
+        UserError: if more than a tenth of the elements that a stock encoder has are missing, or one
+            of its tensors has another shape in the file.
     """
     missing, mismatched = set(report["missing_keys"]), report["mismatched_keys"]
     if not missing and not mismatched:
@@ -111,9 +117,13 @@ def check_missing_weights(
 
 
 def check_all_weights_loaded(report: Mapping[str, Iterable], source: str) -> None:
-    """Refuse a model with weights drawn at random, a head for example, that nobody will train.
+    """Refuse a model that is used as it is and has weights drawn at random, a head for example.
 
-    Args, Raises: as `check_missing_weights`.
+    Args:
+        report: of `from_pretrained`.
+        source: name of the weights in the message.
+    Raises:
+        UserError: if a single weight is missing or of another shape.
     """
     missing = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     if missing:
@@ -128,7 +138,14 @@ def check_foreign_weights(
 ) -> None:
     """Refuse weights of a model that has parts which no model of this type has.
 
-    Args, Raises: as `check_missing_weights`.
+    A type that transformers has no classes for passes, as nothing is known about its parts.
+
+    Args:
+        report: of `from_pretrained`.
+        source: name of the weights in the message.
+    Raises:
+        UserError: if more than two of the file's tensors, and more than `MAX_FOREIGN` of them, have
+            names that no stock class of this type has.
     """
     unused = set(report["unexpected_keys"])
     if not unused:
@@ -149,7 +166,8 @@ def check_foreign_weights(
 def list_backbone_names(model: PreTrainedModel) -> set[str]:
     """List the parameters of the stock encoder by their names in the model, without its pooler.
 
-    Of a type that has no stock encoder, all names after the base model prefix.
+    For a type that transformers has no encoder for, list all names that begin with the model's base
+    prefix; none if it has no such part.
     """
     prefix, stock = model.base_model_prefix, make_stock_config(model.config)
     start = f"{prefix}." if isinstance(getattr(model, prefix or " ", None), nn.Module) else ""
@@ -160,7 +178,11 @@ def list_backbone_names(model: PreTrainedModel) -> set[str]:
 
 
 def list_stock_names(config: PreTrainedConfig) -> set[str]:
-    """List all tensors of the stock classes that checkpoints of this type are written by."""
+    """List the tensors of all stock classes that write checkpoints of this type.
+
+    These are the classes of `architectures` and of three Auto classes; the set is empty for a type
+    that none of them knows.
+    """
     stock = make_stock_config(config)
     classes = {getattr(transformers, name, None) for name in config.architectures or ()}
     autos = ("AutoModel", "AutoModelForPreTraining", "AutoModelForMaskedLM")
@@ -178,7 +200,10 @@ def _find_stock_classes(stock: PreTrainedConfig, autos: Iterable[str]) -> set[ty
 
 
 def _list_tensor_names(classes: Iterable[type | None], stock: PreTrainedConfig) -> set[str]:
-    """List the names of all tensors of these classes; no memory is allocated."""
+    """List the names of all tensors of these classes; no memory is allocated.
+
+    Entries that are no class, or are a class of another configuration, are passed over.
+    """
     names: set[str] = set()
     with torch.device("meta"):
         for kind in classes:
@@ -188,7 +213,10 @@ def _list_tensor_names(classes: Iterable[type | None], stock: PreTrainedConfig) 
 
 
 def make_stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Make the configuration of the stock encoder inside a model; a stock model's is its own."""
+    """Make the configuration of the stock encoder inside a model of `STOCK_TYPES`.
+
+    For every other type return `config` itself.
+    """
     if config.model_type not in STOCK_TYPES:
         return config
     stock = transformers.AutoConfig.for_model(STOCK_TYPES[config.model_type])

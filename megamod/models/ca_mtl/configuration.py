@@ -25,7 +25,9 @@ class CaMtlConfig(PreTrainedConfig):
             divide the hidden size (not with "plain").
         classifier_dropout: before the heads.
     Raises:
-        ValueError: for values that contradict each other.
+        ValueError: for an unknown variant, activation or kind of task; for sizes that do not divide
+            or exceed each other; for an odd number of layers with "base"; for tasks without a kind
+            or labels, named twice, or with a number of labels that the kind does not have.
     Source: Pilault et al. 2021 (CA-MTL).
     """
 
@@ -90,9 +92,10 @@ class CaMtlConfig(PreTrainedConfig):
         """Make a configuration with the encoder's sizes, rates and constants.
 
         Args:
+            encoder: configuration of a stock BERT.
             more: fields that the encoder does not have, or that replace its own.
         Raises:
-            ValueError: see the class.
+            ValueError: for values that contradict each other.
         """
         same = {
             name: getattr(encoder, name)
@@ -103,7 +106,7 @@ class CaMtlConfig(PreTrainedConfig):
 
     @property
     def task_sizes(self) -> list[int]:
-        """Outputs of each task's head."""
+        """Number of outputs of each task's head: its labels, or 1 for a regression."""
         return [len(labels) or 1 for labels in self.task_labels]
 
     def _check_tasks(self) -> None:

@@ -64,7 +64,12 @@ class ConditionalBert(nn.Module):
         token_type_ids: Tensor | None,
         row_task_ids: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Map ids [B, L] to states [B, L, D] and pooled state [B, D]."""
+        """Map ids [B, L] to states [B, L, D] and pooled state [B, D].
+
+        Args:
+            attention_mask, token_type_ids: [B, L], or None for no padding and one segment.
+            row_task_ids: [B], task of each row; of no effect with the variant "plain".
+        """
         x = self.embeddings(input_ids, token_type_ids)
         mask = None if attention_mask is None else make_key_mask(attention_mask)
         if self.plain:
@@ -129,8 +134,12 @@ class CaMtlForMultiTask(CheckedLoading):
             more: `token_labels` [B, S], with labels [B] in a batch of both kinds of tasks. It is
                 no parameter of its own, because Trainer takes every parameter with "label" in its
                 name for a field that all batches have.
+        Returns:
+            `CaMtlOutput` (a tuple if `return_dict` is False); loss, totals and items only with
+            labels.
         Raises:
-            ValueError: if the rows are too long, or their tasks are not known.
+            ValueError: if there are no ids, if rows are too long, if a model of several tasks gets
+                no task ids, or if the model does not take an argument of `more`.
         """
         token_labels = more.pop("token_labels", None)
         check_extra_arguments(self, more)
@@ -177,7 +186,15 @@ class CaMtlForMultiTask(CheckedLoading):
     def _split_logits_by_task(
         self, row_logits: Tensor, token_logits: Tensor | None, row_task_ids: Tensor
     ) -> tuple[Tensor, ...]:
-        """Split logits [B, C] or [B, L, C] into a tensor per task."""
+        """Split logits into a tensor per task, of its rows and its outputs only.
+
+        Args:
+            row_logits: [B, C], for tasks with labels of rows.
+            token_logits: [B, L, C], for tasks with labels of tokens; None if there is no such task.
+            row_task_ids: [B], task of each row.
+        Returns:
+            [rows, outputs] or [rows, L, outputs] of each task.
+        """
         logits = []
         for task, (size, kind) in enumerate(zip(self.heads.sizes, self.heads.kinds, strict=True)):
             source = token_logits if kind == "token" else row_logits
@@ -185,7 +202,10 @@ class CaMtlForMultiTask(CheckedLoading):
         return tuple(logits)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise as BERT, the conditioning layers too, from torch's global generator."""
+        """Initialise a module as BERT does, conditioning layers too, from torch's generator.
+
+        Conditional norms start as plain ones, and weights of the attention bias at 0.
+        """
         initialise_weights(module, self.config.initializer_range)
         if isinstance(module, TaskHeads):
             module.initialise(self.config.initializer_range)
@@ -204,7 +224,11 @@ class SingleTaskModel(nn.Module):
         self.model, self.task = model, task
 
     def forward(self, input_ids: Tensor, **fields: Tensor) -> CaMtlOutput:
-        """Map ids [B, L] to `logits` [B, C], or [B, L, C] for labels of tokens."""
+        """Map ids [B, L] to `logits` [B, C], or [B, L, C] for labels of tokens.
+
+        Args:
+            fields: further arguments of `CaMtlForMultiTask.forward`; labels give no loss here.
+        """
         task_ids = torch.full((len(input_ids),), self.task, device=input_ids.device)
         output = self.model(input_ids, task_ids=task_ids, **fields)
         return CaMtlOutput(logits=output.logits[self.task])
@@ -217,12 +241,14 @@ def load_from_encoder(
 
     Args:
         source: folder or name on the hub, of BERT or of a CA-MTL model.
-        load_last_block: load the last block too. The release of CA-MTL does not, because under
-            "base" its names differ.
+        load_last_block: False: with the variant "base" draw the last block's weights anew, as the
+            release does, where the names of that block do not match BERT's.
     Returns:
-        the model in float32; names of parameters by "loaded", "new" and "unused".
+        the model in float32; names of parameters by "loaded", "new" and "unused" (in the file
+        only).
     Raises:
-        UserError: if the weights are missing or have other shapes.
+        UserError: if the source cannot be read, lacks weights or has other shapes, holds weights
+            that are not finite, or holds those of another kind of model.
     """
     model, report = load_pretrained(CaMtlForMultiTask, source, "--model", config=config)
     new_names = set(report["missing_keys"])
@@ -249,7 +275,10 @@ def freeze_blocks(
 ) -> Mapping[str, int]:
     """Freeze embeddings and blocks `first_block` to `last_block`, except their conditioning layers.
 
+    The model is changed in place: frozen parameters require no gradient.
+
     Args:
+        first_block, last_block: numbers from 0, both included.
         as_released: freeze the layer of the attention bias too, as the release does against the
             paper; it keeps its initial weights.
     Returns:

@@ -132,7 +132,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether Trainer may pass its count of labels as `num_items_in_batch`.
+        """True if Trainer may pass its count of labels as `num_items_in_batch`.
 
         False with a retrieval loss, whose items are not those labels.
         """
