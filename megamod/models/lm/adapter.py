@@ -45,7 +45,9 @@ def make_lora_fields(
 
     Args:
         model: may be on the meta device.
+        rank: r, the rank of the updates.
         alpha: updates are scaled by alpha / rank; None: 2 * rank.
+        dropout: share of an update's inputs that is set to 0 in training.
         targets: names of linear layers, or their last parts; None: all of the decoder layers.
         seed_name: folder or hub name of the model that is adapted, written into the fields.
     Raises:
@@ -195,7 +197,7 @@ def add_empty_adapter(model: PreTrainedModel, name: str, fields: Mapping[str, ob
 
 
 def list_adapter_fields(model: PreTrainedModel) -> dict[str, dict[str, object]]:
-    """Return, for each adapter by name, the JSON fields of its `LoraConfig`."""
+    """List the JSON fields of each adapter's `LoraConfig`, by its name; the model must have one."""
     return {name: _plain(config.to_dict()) for name, config in model.peft_config.items()}
 
 

@@ -86,8 +86,9 @@ class DemixConfig(PreTrainedConfig):
 class ForestConfig(PreTrainedConfig):
     """Several language models that predict the next token together.
 
-    The config.json of a forest's folder needs no more than the model type: what the experts are is
-    then read from forest.json and the experts' own folders.
+    The config.json of a forest's folder needs no more than the model type; the experts are then
+    read from forest.json and their own folders. Vocabulary, length and special ids are set from the
+    parts.
 
     Args:
         parts: fields of the configuration of each model that is held, `model_type` among them
@@ -161,7 +162,8 @@ class ForestConfig(PreTrainedConfig):
 def get_default_sequence_length(config: PreTrainedConfig) -> int:
     """Return the tokens per sequence where no option says how many.
 
-    The longest of the project's GPT. Stock models allow far longer ones than anyone evaluates.
+    For the project's GPT the longest that the model allows. For a stock model at most `SEQUENCE`,
+    as many allow far longer ones than anyone evaluates.
     """
     longest = get_max_sequence_length(config)
     if config.model_type == DemixConfig.model_type:
@@ -170,8 +172,10 @@ def get_default_sequence_length(config: PreTrainedConfig) -> int:
 
 
 def make_part_config(fields: Mapping[str, object]) -> PreTrainedConfig:
-    """Make the configuration of a part of a forest.
+    """Make the configuration of a part of a forest, without its adapters.
 
+    Args:
+        fields: an entry of `ForestConfig.parts`; "demix" if there is no `model_type`.
     Raises:
         ValueError: for an unknown model type.
     """
@@ -190,10 +194,15 @@ def _find_config_class(kind: object) -> type[PreTrainedConfig]:
 
 
 def read_lm_config(folder: Path, flag: str | None = None) -> PreTrainedConfig:
-    """Read the configuration of a causal language model from its folder; of an adapter, its seed's.
+    """Read the configuration of a causal language model from its folder.
 
+    For the folder of a LoRA adapter it is the configuration of the seed model that it names.
+
+    Args:
+        flag: option that named the folder, for messages; None: the folder alone is named.
     Raises:
-        UserError: if it is of another kind, or needs code that is not part of transformers.
+        UserError: if config.json is missing or damaged, belongs to another kind of model, or needs
+            code that is not part of transformers.
     """
     where = str(folder) if flag is None else f"{flag} {folder}"
     with report_damage(f"{where}: config.json cannot be used"):
@@ -209,7 +218,13 @@ def read_lm_config(folder: Path, flag: str | None = None) -> PreTrainedConfig:
 
 
 def _check_is_causal_lm(where: str, kind: object, fields: Mapping[str, object]) -> None:
-    """Raise UserError unless a model type is that of a causal language model."""
+    """Raise UserError unless a model type is that of a causal language model.
+
+    Args:
+        where: beginning of the message.
+        kind: `model_type` of config.json, or None.
+        fields: all of config.json.
+    """
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -256,7 +271,12 @@ def get_max_sequence_length(config: PreTrainedConfig) -> int | None:
 
 
 def has_own_feed_forward(untie: str, layer_index: int, layer_count: int) -> bool:
-    """Return True if the layer has a feed-forward per domain and shares the rest."""
+    """Return True if the layer has a feed-forward per domain and shares the rest.
+
+    Args:
+        untie: see `UNTIE`; the values for whole blocks or matrices give False.
+        layer_index: number of the layer, from 0.
+    """
     return (
         untie == "feedforward"
         or (untie == "feedforward_every_other" and layer_index % 2 == 1)

@@ -58,14 +58,15 @@ class OutputHead(nn.Linear):
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits [B, L, V] of states [B, L, D]; with labels, what scores them.
+        """Compute logits of states, or with labels their loss without storing all logits.
 
         Args:
+            hidden: [B, L, D].
             labels: [B, L], one for each state (already shifted); -100 is not scored.
 
         Returns:
-            with labels: the summed loss in nats, and the labels' log-probabilities [B, L], without
-            gradient and 0 where the label is -100.
+            without labels: logits [B, L, V]. With labels: the summed loss in nats, and the labels'
+            log-probabilities [B, L], without gradient and 0 where the label is -100.
         """
         if labels is None:
             return super().forward(hidden)
@@ -77,6 +78,11 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
 
     Source: Gururangan et al. 2022 (DEMix); Li et al. 2022 (Branch-Train-Merge). The arithmetic is
     that of fairseq's `transformer_lm_gpt3` presets.
+
+    Args:
+        local_domains: domains whose experts this process holds; None: all of `config.domains`.
+    Raises:
+        UserError: if `config.domain` names a domain without an expert here.
     """
 
     document_end: int | None = None  # with `shift_labels` no attention across this id
@@ -173,19 +179,24 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         return_dict: bool | None = None,
         **more: object,
     ) -> DemixOutput | tuple:
-        """Run one forward pass; shapes as in `DemixModel.forward`.
+        """Predict the next token of every position; other arguments as in `DemixModel.forward`.
 
         Args:
             labels: [B, L] the input itself, -100 where ignored; shifted by one inside.
-            num_items_in_batch: what the summed loss is divided by; None for the number of labels.
-            domain: name of the expert to use from now on; see `set_domain`.
+            num_items_in_batch: divisor of the summed loss; None for the number of labels.
+            domain: name of the expert that this and all following calls use; None: as before.
+            use_cache: None: as the configuration says, but not in training or with labels.
             logits_to_keep: compute logits for the last so many positions only; 0 for all. A tensor:
                 at these positions. Not used with labels.
             more: `shift_labels` [B, L], the token that follows each position: in place of labels,
                 for a loss without logits. It is no parameter of its own, because Trainer takes
                 every parameter with "label" in its name for a field that all batches have.
         Returns:
-            `DemixOutput`: logits, with labels also the loss (nats) and log-probabilities.
+            `DemixOutput`: logits [B, L, V]; with labels also the loss (nats) and log-probabilities;
+            with `shift_labels` these alone. A tuple if `return_dict` is False.
+        Raises:
+            UserError: if this process does not hold the expert of `domain`.
+            ValueError: as in `DemixModel.forward`.
         """
         shift_labels = more.pop("shift_labels", None)
         check_extra_arguments(self, more)
@@ -251,7 +262,10 @@ def shift_labels_left(labels: Tensor) -> Tensor:
 
 
 def get_loss_divisor(labels: Tensor, num_items: Tensor | float | None) -> Tensor | float:
-    """Return the divisor of a summed loss: `num_items`, or the number of labels except -100."""
+    """Return the divisor of a summed loss.
+
+    `num_items`, or if that is None the number of labels except -100, at least 1.
+    """
     return (labels != -100).sum().clamp(min=1) if num_items is None else num_items
 
 
@@ -261,8 +275,12 @@ def score_labels(
     shift_labels: Tensor,
     num_items_in_batch: Tensor | float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Score labels of hidden states [B, L, D]; the other arguments as in `forward`.
+    """Compute the loss of labels from the states before the output matrix.
 
+    Args:
+        hidden: [B, L, D].
+        shift_labels: [B, L], the token that follows each position; -100 is not scored.
+        num_items_in_batch: divisor of the summed loss; None for the number of labels.
     Returns:
         the loss in nats per item, and the log-probabilities [B, L], 0 where the label is -100.
     """
@@ -275,7 +293,9 @@ def draw_lm_weights(model: DemixForCausalLM, seed: int) -> None:
     """Draw every weight as a pure function of the seed and the module's name in a dense model.
 
     All experts of a domain-wise module start equal, and every rank starts with the same shared
-    weights, whichever experts it holds (the DEMix release gets this from one seed everywhere).
+    weights, whichever experts it holds (the DEMix release gets this from one seed everywhere). An
+    output matrix that is not tied starts as a copy of the embeddings. The model is changed in
+    place.
     """
     for name, module in model.named_modules():
         weight_name = to_dense_name(f"{name}.weight").encode()

@@ -12,7 +12,10 @@ from megamod.nn.transformer import Embeddings, FeedForward
 def draw_module_weights(
     module: nn.Module, config: DemixConfig, generator: torch.Generator | None
 ) -> None:
-    """Initialise one module as fairseq does, its children left alone.
+    """Initialise one module as fairseq does, in place.
+
+    Attention, feed-forwards, embeddings and norms are initialised whole; other modules, and their
+    children, are left alone. The embedding of padding is 0, unless it was loaded from a file.
 
     Args:
         generator: None for torch's global one.

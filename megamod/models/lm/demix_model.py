@@ -41,7 +41,7 @@ class DemixPreTrainedModel(PreTrainedModel):
         super()._initialize_weights(module, is_custom_code=False)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw a module's weights from the global generator, then level the experts.
+        """Draw a module's weights from the global generator; all experts get those of the first.
 
         Weights that were loaded from a file stay as they are.
         """
@@ -123,19 +123,24 @@ class DemixModel(DemixPreTrainedModel):
         """Compute hidden states after the final norm [B, L, D].
 
         Args:
-            input_ids: [B, L] int64.
+            input_ids: [B, L] int64; or `inputs_embeds` in their place.
             attention_mask: [B, S] nonzero at real tokens, S = cached + L; without it (and without
                 position_ids) padding is recognised by its id. Or [B, 1, L, S] bool with
                 position_ids, True where attention is allowed.
             position_ids: [B, L], 0 first. Given without a mask they promise that nothing is
                 padded, which spares the search for padding.
             inputs_embeds: [B, L, D] rows of the embedding table, in place of input_ids.
-            use_cache: make a cache if none is given. With gradient checkpointing there is none.
+            past_key_values: cache of earlier tokens, extended in place.
+            use_cache: True: make a cache if there is none; False: do not return one. With gradient
+                checkpointing, training neither reads nor makes one.
+            output_hidden_states: None: as the configuration says.
         Returns:
-            The states; with output_hidden_states also those before each block and the final ones.
+            the states and the cache; with output_hidden_states also the states before each block
+            and the final ones. A tuple if `return_dict` is False.
         Raises:
             ValueError: if there are not either ids or embeddings, if there are more tokens than
-                positions, or for a cache of fixed size.
+                positions, for a cache of fixed size, or if the model does not take an argument of
+                `more`.
         """
         check_extra_arguments(self, more)
         if (input_ids is None) == (inputs_embeds is None):
@@ -194,7 +199,14 @@ class DemixModel(DemixPreTrainedModel):
     def _make_mask(
         attention_mask: Tensor | None, tokens: Tensor, cached_length: int
     ) -> Tensor | None:
-        """Make the attention mask [B, 1, L, S] bool; None for causal attention without a cache."""
+        """Make the attention mask [B, 1, L, S] bool; None for causal attention without a cache.
+
+        Args:
+            attention_mask: [B, S] nonzero at real tokens, S = cached + L; or [B, 1, L, S], which is
+                returned as it is; or None.
+            tokens: ids [B, L] or embeddings [B, L, D], for the shape.
+            cached_length: tokens in the cache.
+        """
         if attention_mask is None and cached_length == 0:
             return None
         if attention_mask is not None and attention_mask.dim() == 4:

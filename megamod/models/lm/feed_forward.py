@@ -28,7 +28,10 @@ def list_feed_forward_names(model: nn.Module) -> set[str]:
 
 
 def freeze_all_but_experts(model: nn.Module) -> None:
-    """Let training change the experts of an anchored model and their rows alone."""
+    """Freeze every parameter of an anchored model but its experts, in place.
+
+    The router row of an expert is one of its parameters, so it is trained too.
+    """
     model.requires_grad_(False)
     for part in model.modules():
         if isinstance(part, AnchoredExperts):

@@ -34,7 +34,11 @@ def count_active_parameters(config: LmConfig, module: nn.Module) -> tuple[float,
     """Count the trained and the frozen parameters that one token is multiplied with.
 
     Not counted: learned positions, an input embedding that is a matrix of its own (both are
-    lookups), and the experts that a token does not pass through.
+    lookups), and the experts that a token does not pass through. Experts of a stock mixture count
+    by the share that a token passes through, so numbers may be fractions.
+
+    Args:
+        module: the model; of its domain experts only the first counts.
     """
     excluded_ids = {id(weight) for weight in _find_lookup_tables(config, module)}
     share, has_experts = _compute_active_expert_share(config), get_untie(config) != "none"
@@ -50,7 +54,11 @@ def count_active_parameters(config: LmConfig, module: nn.Module) -> tuple[float,
 
 
 def _find_lookup_tables(config: LmConfig, module: nn.Module) -> list[nn.Parameter]:
-    """Find the tables that are read by row."""
+    """Find the tables that are read by row and take part in no matrix product.
+
+    Learned positions, and in a stock model the input embedding unless the output matrix is tied to
+    it.
+    """
     tables = [p for name, p in module.named_parameters() if ".positions." in name]
     host = HOSTS.get(getattr(config, "host", config.model_type))
     if host is not None:

@@ -196,7 +196,8 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
     def _select_experts(self) -> tuple[list[int], Tensor]:
         """Select the experts with a prior above 0, `topk` at most.
 
-        Return their indices and prior [E]; raise ValueError if `topk` is set without a prior.
+        Return their indices in ascending order, and their prior [E], normalised to sum 1. Raise
+        ValueError if `topk` is set without a prior.
         """
         prior = self.config.prior
         count = len(self.domains)
@@ -241,7 +242,9 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
             log-probabilities of the mixture; with `shift_labels` these without logits.
         Raises:
             ValueError: if the cache is of another kind than `DynamicCache()`, or was filled by
-                other experts than those in use now, or an expert has a recurrent state.
+                other experts than those in use now; if a cache is used and an expert has a
+                recurrent state; if `topk` is set without a prior; or if the model does not take an
+                argument of `more`.
         """
         shift_labels = more.pop("shift_labels", None)
         check_extra_arguments(self, more)
@@ -303,8 +306,14 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         position_ids: Tensor | None,
         shift_labels: Tensor | None,
     ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-        """Run every expert, without logits.
+        """Run the experts in use, without logits, and add their evidence to the caches.
 
+        Args:
+            expert_indices: positions in `config.experts`.
+            expert_caches: of the same experts, in the same order.
+            input_ids, position_ids: [B, L], the new tokens.
+            attention_mask: [B, S], cached tokens included; None if all are real.
+            shift_labels: [B, L], the token to score after each position, -100 for none; or None.
         Returns:
             The states before the output matrix, [B, L, D] of each expert; the log-probability of
             each token so far after those before it [E, B, S], 0 for the first; and with labels
@@ -350,9 +359,15 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         log_weights: Tensor,
         logits_to_keep: int | Tensor,
     ) -> Tensor:
-        """Compute log sum_j w_j softmax_j [B, keep, V].
+        """Compute the log-probabilities of the mixture, log sum_j w_j softmax_j: [B, kept, V].
 
         At most two experts' logits exist at a time.
+
+        Args:
+            expert_indices: positions in `config.experts`.
+            hidden: states before the output matrix, [B, L, D] of each of these experts.
+            log_weights: [E, B, L], logarithms of w_j.
+            logits_to_keep: see `select_logit_states`.
         """
         mixed = None
         for number, expert in enumerate(expert_indices):

@@ -14,7 +14,12 @@ class ExpertCache:
     The evidence is a layer too. Its keys are the states before the output matrix [B, 1, S, D], of
     which the last gives the next token's probability once that token is known. Its values
     [B, 1, S, 2] are the log-probability of each token after those before it, and 1 where a token
-    is real. Without a cache nothing is kept.
+    is real.
+
+    Args:
+        cache: the cache of all experts; None: nothing is kept.
+        first_layer: index in it of the expert's first layer.
+        layer_count: layers of the expert, the evidence not counted.
     """
 
     def __init__(self, cache: Cache | None, first_layer: int, layer_count: int):
@@ -23,7 +28,7 @@ class ExpertCache:
         self.layers = layer_count
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Return the number of cached tokens."""
+        """Return the number of cached tokens; 0 without a cache."""
         return self.cache.get_seq_length(self.first + layer) if self.cache is not None else 0
 
     # Stock models ask these before they build their masks: every layer keeps all positions, and
@@ -60,7 +65,13 @@ class ExpertCache:
         return self._get_evidence_layer().values[:, 0, :, 1] > 0
 
     def add_evidence(self, states: Tensor, log_probs: Tensor, real_tokens: Tensor) -> Tensor:
-        """Add the evidence of new tokens ([B, L, D], [B, L], [B, L]); log_probs of all [B, S]."""
+        """Add the evidence of L new tokens; return the log-probabilities of all tokens [B, S].
+
+        Args:
+            states: [B, L, D] before the output matrix.
+            log_probs: [B, L], of each token after those before it.
+            real_tokens: [B, L], nonzero where a token is not padding.
+        """
         values = torch.stack([log_probs, real_tokens.to(log_probs.dtype)], dim=-1)
         _, values = self.update(states[:, None], values[:, None], self.layers)
         return values[:, 0, :, 0]
@@ -70,8 +81,11 @@ class ExpertCache:
 
 
 def split_cache(cache: Cache | None, layer_counts: Sequence[int]) -> list[ExpertCache]:
-    """Split a cache into each expert's part; `layer_counts` are their numbers of layers.
+    """Split a cache into the parts of the experts, in their order.
 
+    Args:
+        cache: an empty one, or one that the same experts filled; None: parts that keep nothing.
+        layer_counts: number of layers of each expert, without its layer of evidence.
     Raises:
         ValueError: if the cache cannot grow, or was filled by other experts.
     """
@@ -97,9 +111,20 @@ def fill_mask_and_positions(
     expert_cache: ExpertCache,
     pad_id: int | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return mask [B, S] and positions [B, L] as models take them, made where they are None.
+    """Complete the attention mask and the positions of a pass.
 
-    Padding is then recognised by its id in the first pass, and remembered by the cache.
+    Without a mask, padding is recognised by its id in the first pass, and remembered by the cache
+    in later ones, whose new tokens all count as real.
+
+    Args:
+        input_ids: [B, L], the new tokens.
+        attention_mask: [B, S], S cached and new tokens, or None.
+        position_ids: [B, L] or None. If they are passed without a mask and nothing is cached,
+            nothing is taken for padding.
+        pad_id: None: no id is padding.
+    Returns:
+        the mask [B, S], None if all tokens are real; and the positions [B, L], None if the models
+        are to derive them from the mask.
     """
     if attention_mask is None and expert_cache.get_seq_length():
         real_tokens = torch.ones_like(input_ids, dtype=torch.bool)

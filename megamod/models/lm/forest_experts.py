@@ -79,10 +79,15 @@ class ModelReader:
         self._model: LanguageModel | None = None
 
     def read(self, folder: Path, members: Sequence[str] = ()) -> LanguageModel:
-        """Read a model, its adapter selected; of one with experts, those of `members`, empty: all.
+        """Read a model folder; for the folder of an adapter, its seed with the adapter selected.
 
+        The model that was returned before may be the same object with another adapter selected.
+
+        Args:
+            members: domains whose experts to read; empty: all, or if the folder is the one read
+                last, those that it was read with.
         Raises:
-            UserError: if it cannot be read.
+            UserError: if a folder cannot be read, or the adapter does not fit its seed.
         """
         seed = find_seed_folder(folder).resolve()
         if self._model is None or members or seed != self._folder:
@@ -98,10 +103,14 @@ class ModelReader:
 def load_lm_for_scoring(
     folder: Path, members: Sequence[str] | None = None, **kwargs: object
 ) -> LanguageModel:
-    """Load a model folder for scoring, with the experts of these domains; None or empty for all.
+    """Load a model folder for scoring, in evaluation mode.
 
+    Args:
+        members: domains whose experts to load; domains that the model does not have are passed
+            over, and if none is left all experts are loaded.
+        kwargs: passed to `from_pretrained`, such as dtype.
     Raises:
-        UserError: if it is not one of our language models, or lacks weights.
+        UserError: as `load_lm`.
     """
     domains = get_domains(read_lm_config(folder))
     known = [domain for domain in members or () if domain in domains]
@@ -123,7 +132,16 @@ def check_member(expert: Expert, config: PreTrainedConfig) -> None:
 
 
 def add_member(model: LanguageModel, expert: Expert, experts: Sequence[Expert]) -> str | None:
-    """Return the name that selects an expert in the model of its folder; add it if an adapter."""
+    """Return the name that selects an expert in the model that holds it, None if it is the model.
+
+    An adapter is added to the model first. `SEED` selects the seed itself, if adapters of it are
+    among the experts; otherwise the name is the expert's `member`.
+
+    Args:
+        experts: all experts in use.
+    Raises:
+        UserError: as `add_adapter`.
+    """
     if is_adapter(expert.path):
         return add_adapter(model, expert.path)
     folder = expert.path.resolve()

@@ -71,6 +71,7 @@ class HostMixin:
 
     @property
     def _family(self) -> str:
+        """Model type of the stock class."""
         return getattr(self.config, "host", self.config.model_type)
 
     @property
@@ -195,6 +196,9 @@ class HostMixin:
             others: `shift_labels` [B, L], labels shifted by the caller, as in
                 `DemixForCausalLM.forward`; the rest goes to the stock class.
 
+        Returns:
+            the output of the stock class; with `shift_labels` a `DemixOutput` with loss (nats) and
+            log-probabilities only. A tuple if `return_dict` is False.
         Raises:
             UserError: if this process does not hold the domain's expert.
         """
@@ -394,4 +398,5 @@ def _get_logit_scale(config: PreTrainedConfig, host: Host) -> float:
 
 
 def _get_softcap(config: PreTrainedConfig, host: Host) -> float | None:
+    """Return the bound of the logits in the configuration; None if they are not bounded."""
     return None if host.softcap is None else getattr(config, host.softcap)

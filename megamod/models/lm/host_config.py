@@ -12,7 +12,12 @@ class DemixHostConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs: object) -> PreTrainedConfig:
-        """Return a configuration of the class that `make_host_classes` makes for `host`."""
+        """Return a configuration of the class that `make_host_classes` makes for `host`.
+
+        Raises:
+            ValueError: if the field `host` is missing or names no family of `HOSTS`, or a value of
+                `untie`, `domains` or `anchored` is not allowed.
+        """
         # Imported late: AutoConfig registers this class while transformers is still being imported.
         from megamod.models.lm.host import make_host_classes
 

@@ -35,7 +35,13 @@ class LanguageModel(Protocol):
         domain: str | None = None,
     ) -> DemixOutput: ...
 
-    def set_domain(self, domain: str) -> None: ...
+    def set_domain(self, domain: str) -> None:
+        """Select the expert, or the adapter, that this and all following calls use.
+
+        Raises:
+            UserError: if this process does not hold it.
+        """
+        ...
 
     def compute_hidden_states(
         self,
@@ -43,11 +49,24 @@ class LanguageModel(Protocol):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Compute the states [B, L, D] that `compute_logits` and `score_states` take.
 
-    def compute_logits(self, hidden: Tensor) -> Tensor: ...
+        They are logits [B, L, V] for a family that is not in `HOSTS`.
+        """
+        ...
 
-    def score_states(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Compute logits [..., V] of the result of `compute_hidden_states`."""
+        ...
+
+    def score_states(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Score labels [B, L] of states, already shifted; -100 is not scored.
+
+        Returns:
+            the summed loss (nats), and the log-probabilities [B, L], 0 where the label is -100.
+        """
+        ...
 
 
 def build_lm(
@@ -172,7 +191,13 @@ def load_lm(
 
 
 def check_same_family(where: str, saved: LmConfig, config: LmConfig) -> None:
-    """Raise UserError if a folder's model cannot start one with this configuration."""
+    """Raise UserError if a folder's model is of another family than the model to start from it.
+
+    Args:
+        where: beginning of the message: the folder and the option that named it.
+        saved: configuration of the folder.
+        config: configuration of the model to start.
+    """
     theirs, ours = (getattr(c, "host", c.model_type) for c in (saved, config))
     if theirs != ours:
         raise UserError(f"{where} is a {theirs}, the model of this run a {ours}")

@@ -27,18 +27,21 @@ class Routing:
 
     @property
     def shares(self) -> Tensor:
-        """[N, E] weight of every expert, zero where it was not selected."""
+        """Weight of every expert for each token, [N, E] float32; 0 where it was not selected."""
         shares = torch.zeros_like(self.logits, dtype=torch.float32)
         return shares.scatter_add_(1, self.experts, self.weights.float())
 
 
 def is_mixture(config: PreTrainedConfig) -> bool:
-    """Return True for a configuration of a class in the table of mixtures."""
+    """Return True for a mixture of experts of a type in `MOE_FAMILIES`."""
     return config.model_type in MOE_FAMILIES
 
 
 def find_routers(model: nn.Module) -> list[nn.Module]:
-    """Return the routers of a mixture, one per layer."""
+    """Return the routers of a mixture, one per layer, in the order of the layers.
+
+    `model.config` must be of a type in `MOE_FAMILIES`.
+    """
     family: MoeFamily = MOE_FAMILIES[model.config.model_type]
     blocks = [layer.get_submodule(family.module) for layer in model.get_submodule(LAYERS)]
     return [
@@ -110,7 +113,7 @@ def compute_balance_losses(layers: Sequence[Routing], mask: Tensor | None = None
 
 
 def freeze_all_but_routers(model: nn.Module) -> None:
-    """Let training change the routers' rows of a mixture alone."""
+    """Freeze every parameter of a mixture but the weights [E, D] of its routers, in place."""
     rows = {id(router.weight) for router in find_routers(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in rows)
@@ -119,6 +122,9 @@ def freeze_all_but_routers(model: nn.Module) -> None:
 def check_router_training(where: str, config: PreTrainedConfig) -> None:
     """Refuse to train the router alone where the loss does not depend on it.
 
+    Args:
+        where: beginning of the message: the option or the folder.
+        config: of a mixture in `MOE_FAMILIES`.
     Raises:
         UserError: if a token has one expert whose weight is always 1.
     """

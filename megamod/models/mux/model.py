@@ -64,10 +64,8 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         retrieves_padding: padding is a target of retrieval.
         takes_prefix_with_context: a prefix goes with the multiplexer gaussian_attention_v2.
         multiplexers_of_others: values of `muxing_variant` that only other classes have.
-    Args:
-        own_embeddings: False for an encoder without embeddings; they are passed to `encode`.
-    Raises:
-        ValueError: for a multiplexer that the class does not have, alone or with a prefix.
+    With `own_embeddings` False the embeddings are passed to `encode`.
+    Raises ValueError for a multiplexer that the class does not have, alone or with a prefix.
     """
 
     config: MuxConfig
@@ -116,13 +114,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
 
     @classmethod
     def from_pretrained(cls, *args: object, **kwargs: object) -> "MuxPreTrainedModel | tuple":
-        """Load as `PreTrainedModel` does, then freeze `instance_embedding` again.
-
-        With `learn_muxing` it is trained instead.
-
-        Raises:
-            UserError: as `CheckedLoading.from_pretrained`.
-        """
+        """Load as `CheckedLoading` does; freeze `instance_embedding` unless `learn_muxing`."""
         loaded = super().from_pretrained(*args, **kwargs)
         # Loading creates new parameters, all of them trainable.
         for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
@@ -132,10 +124,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """True if Trainer may pass its count of labels as `num_items_in_batch`.
-
-        False with a retrieval loss, whose items are not those labels.
-        """
+        """False with a retrieval loss, as Trainer's count of labels is not that of its items."""
         return self.config.retrieval_loss_coeff == 0
 
     @property
@@ -144,10 +133,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return getattr(self, self.base_model_prefix)
 
     def add_demultiplexer(self) -> None:
-        """Create the modules of the demultiplexer that `demuxing_variant` names.
-
-        `demultiplexer`, and for RSA `demux_module`, whose layers the retrieval head shares.
-        """
+        """Create `demultiplexer`, and for RSA `demux_module` with the layers that it shares."""
         config = self.config
         size, eps = config.hidden_size, config.layer_norm_eps
         if config.demuxing_variant == "index_pos":
@@ -164,10 +150,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             self.add_retrieval_head()
 
     def add_retrieval_head(self) -> None:
-        """Create `retrieval_head`, and `demux_module` if RSA is used and it does not exist.
-
-        With `ties_vocabulary` and `tie_word_embeddings` its matrix is that of the word embeddings.
-        """
+        """Create `retrieval_head`, for RSA on `demux_module`; tie its matrix if settings do."""
         config = self.config
         if config.tie_word_embeddings and self.ties_vocabulary:
             source = f"{self.base_model_prefix}.embeddings.word_embeddings.weight"
@@ -192,8 +175,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             input_ids: [B * N, S] of whole groups; not changed.
         Returns:
             [B * N, T]; T is S, or S + N + 1 for classifiers with a prefix.
-        Raises:
-            ValueError: in pretraining, if a prefix would leave no token.
+        Raise ValueError in pretraining if a prefix would leave no token.
         """
         config, length = self.config, self.config.prefix_length
         if not length:
@@ -218,14 +200,10 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     ) -> PreparedBatch:
         """Fill up the last group with copies of rows, add prefixes, and check the length.
 
-        The copies are of the first rows in order, or of random ones with `filler` "random".
-
         Args:
-            input_ids, attention_mask: [R, S].
-            token_type_ids: [R, S]; dropped if the class and the configuration do not use them.
-            position_ids: see the class's `forward`; rows are copied if they are of the tokens.
-        Returns:
-            the batch of B * N rows, N instances in each of B groups.
+            input_ids, attention_mask, token_type_ids: [R, S]; token types are dropped if neither
+                the class nor the configuration uses them.
+            position_ids: see the class's `forward`.
         Raises:
             ValueError: for a batch that is missing, empty or too long, or too short for a prefix.
         """
@@ -270,10 +248,9 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
 
         Args:
             queries: number of first columns to compute; None for all.
-            embeddings: used in place of the model's own; None: its own.
+            embeddings: used in place of the model's own.
         Returns:
-            mixed states [B, queries or T, D]. Where the kernels of RSA can apply the encoder's last
-            LayerNorm, it is not yet applied, see `MixedStates`.
+            [B, queries or T, D], the last norm pending if the kernels of RSA apply it.
         """
         embeddings = embeddings or self.backbone.embeddings
         mask, attended = self._make_encoder_mask(batch), None
@@ -306,14 +283,9 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     def demultiplex(
         self, hidden: MixedStates, columns: slice, pairs: Pairs | None = None
     ) -> Tensor:
-        """Compute the states of instances from mixed states [B, T, D].
+        """Compute states of instances: [B, N, columns, D], or with R pairs only those, [R, D].
 
-        Args:
-            columns: columns of all instances to compute; not used with pairs.
-            pairs: R single positions and instances to compute instead; positions count all columns,
-                the prefix included.
-        Returns:
-            [R, D] for pairs, else [B, N, columns, D].
+        Positions of pairs count all columns, the prefix included.
         """
         if self.config.prefix_length:
             return self.demultiplexer(
@@ -324,10 +296,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return self.demultiplexer(self.demux_module, *inputs)
 
     def compute_vocabulary_states(self, hidden: MixedStates, pairs: Pairs | None) -> Tensor:
-        """Compute inputs of the retrieval head's decoder from mixed states [B, T, D].
-
-        [R, D] for R pairs; without pairs [B, N, T, D], of all instances and columns.
-        """
+        """Compute inputs of the retrieval head's decoder: [R, D] for pairs, else [B, N, T, D]."""
         if self.config.prefix_length:
             return self.retrieval_head(hidden.apply_norm(), self.config.num_instances, pairs)
         return self.retrieval_head(self.demux_module, hidden.apply_norm(), pairs)
@@ -340,12 +309,10 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         retrieved_instances: Tensor | None,
         num_items: Tensor | float | None,
     ) -> None:
-        """Retrieve one token per mixed position, and set the results in `output`.
-
-        These are `retrieval_loss`, `retrieval_correct` and `retrieval_count`.
+        """Retrieve one token per mixed position.
 
         Args:
-            output: changed in place.
+            output: gets `retrieval_loss`, `retrieval_correct` and `retrieval_count`, in place.
             hidden: states [B, T, D].
             ids: [B * N, T] as embedded.
             retrieved_instances: [B, T], instance of each position; None to draw them.
@@ -382,10 +349,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     def combine_losses(
         self, task_loss: Tensor | None, retrieval_loss: Tensor | None
     ) -> Tensor | None:
-        """Sum both terms times their coefficients, without terms that are None.
-
-        None if both are.
-        """
+        """Sum the terms that are not None, times their coefficients; None if both are None."""
         terms = (
             (self.config.task_loss_coeff, task_loss),
             (self.config.retrieval_loss_coeff, retrieval_loss),
@@ -429,11 +393,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return (batch.position_ids, None) if self.sees_segments else (None, batch.position_ids)
 
     def _first_block_takes_embeddings(self, queries: int | None) -> bool:
-        """Return True if embedding and the first block's attention can be one operation.
-
-        That is, if nothing projects the embeddings, the block's projections were not replaced, and
-        the block computes all columns (`queries` are those of the last block).
-        """
+        """Return True if the first block attends to plain embeddings, and from every column."""
         backbone, layers = self.backbone, self.backbone.encoder.layer
         narrow = hasattr(backbone, "embeddings_project")
         plain = is_plain(*layers[0].attention["self"].values())
@@ -456,10 +416,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return MULTIPLEXERS[variant].mix(x, key, self.config.kernels)
 
     def _make_encoder_mask(self, batch: PreparedBatch) -> Tensor | None:
-        """Make a mask, bool [B, 1, 1, T], False where all instances are padding.
-
-        None without `mask_padding` or without an attention mask. A prefix is never masked.
-        """
+        """Make a mask, bool [B, 1, 1, T], False where all instances are padding; None if unused."""
         if not self.config.mask_padding or batch.mask is None:
             return None
         mask = batch.mask != 0
@@ -474,10 +431,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         super()._initialize_weights(module, is_custom_code=False)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise a module as BERT does, and draw its keys, from torch's global generator.
-
-        Keys that were loaded from a file do not change.
-        """
+        """Initialise a module as BERT does, and draw its keys, from torch's global generator."""
         initialise_weights(module, self.config.initializer_range)
         if isinstance(module, SharedDemux):
             nn.init.normal_(module.demux_instance_embedding)
