@@ -7,15 +7,16 @@ from megamod.dist.topology import DomainTopology
 
 
 def count_domains_per_rank(topology: DomainTopology) -> int:
-    """Count the domains that take turns on a rank; 1 if a micro-batch may be of any."""
+    """Count the domains that take turns on a rank; 1 if micro-batches may mix all domains."""
     return 1 if topology.sharing is Sharing.DENSE else len(topology.get_rank_domains(0))
 
 
 def count_micro_steps(run: RunArgs, topology: DomainTopology) -> int:
     """Count the micro-batches of a rank in a step.
 
-    Without --global_batch_size, --gradient_accumulation_steps counts micro-batches per domain: a
-    rank with several domains takes that many of each.
+    With --global_batch_size the ranks share its rows evenly. Without,
+    --gradient_accumulation_steps counts micro-batches per domain: a rank with several domains takes
+    that many of each.
 
     Raises:
         UserError: if --global_batch_size is not a whole number of micro-batches.

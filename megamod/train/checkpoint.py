@@ -107,7 +107,7 @@ class Checkpoints:
         """Prepare to save and load.
 
         Args:
-            settings: to be repeated by a resumed run.
+            settings: values that a resumed run must repeat.
             keep_count: number of checkpoints to keep; None: all.
             defaults: values of settings that an older checkpoint does not have.
         """
@@ -120,9 +120,12 @@ class Checkpoints:
         self.defaults = defaults
 
     def save(self, state: TrainState, history: History | None = None) -> bool:
-        """Write a checkpoint; collective. False if any rank could not write its part.
+        """Write a checkpoint; collective. True if all ranks wrote it, and False, logged, if not.
 
-        Beyond the number to keep older ones are deleted, but never the last sound one.
+        Then delete older ones beyond the number to keep, but never the last sound one.
+
+        Args:
+            history: steps since the last checkpoint; None: nothing is known of them.
         """
         final = self.folder / format_checkpoint_name(state.step)
         nonce = broadcast_from_rank_0(secrets.randbits(32))
@@ -149,14 +152,15 @@ class Checkpoints:
         return written
 
     def resume(self, choice: str) -> TrainState | None:
-        """Load a checkpoint into the engine; collective.
+        """Load a checkpoint into the engine, and delete unfinished ones; collective.
 
         Args:
             choice: "auto" (the newest valid one, if any was ever written), "none", or a path.
         Returns:
             the state of the run, or None to start afresh.
         Raises:
-            UserError: if checkpoints exist but none is valid, or were made with other settings.
+            UserError: if there is no such valid checkpoint, if checkpoints exist and `choice` is
+                "none", or as `load`.
         """
         path = self._select_checkpoint(choice)
         state = None if path is None else self.load(path)
@@ -169,7 +173,7 @@ class Checkpoints:
     def load(self, path: Path) -> TrainState:
         """Load the checkpoint in `path` into the engine; collective.
 
-        Raise UserError if it was made with other settings.
+        Raise UserError if it was made with other settings or another model, or is damaged.
         """
         folder = self._get_state_folder(path)
         if not (folder / STATE).is_file():
@@ -228,11 +232,14 @@ class Checkpoints:
         return bool(broadcast_from_rank_0(due))
 
     def find_newest(self, below: int | None = None) -> Path | None:
-        """Find the newest valid checkpoint of this run, of a step `below` a limit; collective."""
+        """Find the newest valid checkpoint of this run, of a step `below` a limit; collective.
+
+        None if there is no checkpoint; raise UserError if there are some and none is valid.
+        """
         return self._select_checkpoint("auto", below)
 
     def _select_checkpoint(self, choice: str, below: int | None = None) -> Path | None:
-        """Select a checkpoint on rank 0 and return it on every rank; collective."""
+        """Select a checkpoint on rank 0, see `find_checkpoint`; return or raise on every rank."""
         step, fault = -1, None
         if dist.get_rank() == 0:
             try:
@@ -249,7 +256,7 @@ class Checkpoints:
         return self.folder / format_checkpoint_name(step) if choice == "auto" else Path(choice)
 
     def _make_folder(self, folder: Path) -> bool:
-        """Create the folder; collective, so that with ZeRO 3 no rank gathers weights alone."""
+        """Create the folder; False on every rank if one cannot, so that none writes alone."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return is_true_on_all_ranks(True)
@@ -344,7 +351,7 @@ class Checkpoints:
         write_atomic(self.folder / LATEST, final.name + "\n")  # syncs both names
 
     def _delete_older(self, final: Path, history: History) -> None:
-        """Delete checkpoints beyond the number to keep, see `save`."""
+        """Record the sound checkpoint; delete those beyond the number to keep, see `save`."""
         if history.sound is not None:
             write_atomic(self.folder / SOUND, f"{history.sound}\n")
         if not self.keep:
@@ -379,7 +386,12 @@ class Checkpoints:
 
 
 def _check_branched_model(folder: Path, config: PreTrainedConfig) -> None:
-    """Check that weights of another run have the shape and the meaning that this run expects."""
+    """Raise UserError if weights of another run differ in shape or meaning from this run's.
+
+    Args:
+        folder: model folder in the checkpoint of the other run.
+        config: of this run's model.
+    """
     saved, current = read_lm_config(folder).to_dict(), config.to_dict()
     names = (
         SHARED_GPT_FIELDS

@@ -65,7 +65,10 @@ class ResolvedSettings:
         return BatchDivision(micro_batch, self.global_batch, rank, self.topology.world_size)
 
     def replace_arguments(self, parsed: Sequence[Arguments]) -> tuple[Arguments, ...]:
-        """Return all arguments of a run, with `run` and `optim` of this object."""
+        """Return the arguments of a run in their order, `RunArgs` and `OptimArgs` replaced.
+
+        Their places take `run` and `optim` of this object.
+        """
         settled = {type(self.run): self.run, type(self.optim): self.optim}
         return tuple(settled.get(type(args), args) for args in parsed)
 
@@ -206,12 +209,17 @@ def make_loop_plan(
 
 
 def get_offload_folder(run: RunArgs) -> Path:
-    """Return the folder that replaces "auto" as nvme_path of an offloaded optimizer."""
+    """Return the folder that replaces "auto" as nvme_path of an offloaded optimizer.
+
+    It is `offload` in --output_dir, or in the current folder without one.
+    """
     return Path(run.output_dir or ".") / "offload"
 
 
 def remove_offload_files(run: RunArgs, config: Mapping[str, object]) -> None:
-    """Delete the files of an offloaded optimizer from `get_offload_folder`; collective.
+    """Delete the files of an offloaded optimizer; collective.
+
+    Nothing is deleted unless the optimizer was offloaded to `get_offload_folder`.
 
     Args:
         config: resolved DeepSpeed configuration.

@@ -55,7 +55,7 @@ def build_engine(
     decay_vectors: bool = True,
     muon: bool = False,
 ) -> deepspeed.DeepSpeedEngine:
-    """Wrap a model for training; parameters that require no gradient stay as they are.
+    """Wrap a model, in place, for training; parameters that require no gradient do not change.
 
     Dense models share every parameter over the world. In a DEMix model, parameters inside
     `DomainExperts` are reduced over the ranks of their domain only, summed and divided by the world
@@ -68,6 +68,8 @@ def build_engine(
         decay_vectors: False for no weight decay of norms and biases.
         muon: True if `make_optimizer` makes Muon, which needs hidden matrices in a group of theirs.
     Raises:
+        UserError: if the device does not support the precision, or expert parallelism is used and
+            a parameter is frozen.
         AssertionError: if DeepSpeed groups other ranks together than `topology` does.
     """
     mpu = DomainGroup(topology) if topology.sharing is Sharing.BTM else None
@@ -124,7 +126,12 @@ def build_engine(
 def _make_parameter_groups(
     model: nn.Module, decay_vectors: bool, muon: bool
 ) -> list[dict[str, object]]:
-    """Make groups of the trained parameters with their settings, none of them empty."""
+    """Make groups of the trained parameters with their settings, none of them empty.
+
+    Args:
+        decay_vectors: False: norms and biases are a group without weight decay.
+        muon: hidden matrices are a group of their own; sets `use_muon` of every parameter.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, object]] = []
     if muon:
@@ -160,7 +167,10 @@ def _mark_deepspeed_experts(model: nn.Module, topology: DomainTopology) -> str:
 
 
 def _check_expert_groups(name: str, topology: DomainTopology) -> None:
-    """Check that experts are averaged over exactly the ranks that read their domain's data."""
+    """Check that experts are averaged over exactly the ranks that read their domain's data.
+
+    `name` is DeepSpeed's name of the group. Raise AssertionError otherwise.
+    """
     rank = dist.get_rank()
     averaged = dist.get_process_group_ranks(groups._get_expert_data_parallel_group(name))
     expected = list(topology.get_domain_ranks(topology.get_rank_domains(rank)[0]))
@@ -176,8 +186,9 @@ def get_loss_group(engine: deepspeed.DeepSpeedEngine) -> dist.ProcessGroup | Non
 
 
 def runs_forward_together(engine: deepspeed.DeepSpeedEngine) -> bool:
-    """Return True if ranks must run forward passes together: ZeRO 3 gathers weights in them, and
-    expert parallelism exchanges tokens.
+    """Return True if ranks must run forward passes together.
+
+    With several ranks ZeRO 3 gathers weights in them, and expert parallelism exchanges tokens.
     """
     spread = engine.zero_optimization_stage() == 3 or bool(get_parallel_layers(engine.module))
     return dist.get_world_size() > 1 and spread
@@ -188,6 +199,9 @@ def finish_micro_step(engine: deepspeed.DeepSpeedEngine, max_grad_norm: float) -
 
     Every expert counts once in the norm. (The DEMix release counts it once per rank with it.)
 
+    Args:
+        max_grad_norm: largest norm of the gradient without ZeRO, 0 for no limit; with ZeRO the
+            engine's configuration has it.
     Returns:
         the gradient norm before clipping; None before the last micro-step, and if the update was
         skipped because the norm is not finite.
@@ -215,7 +229,7 @@ def finish_micro_step(engine: deepspeed.DeepSpeedEngine, max_grad_norm: float) -
 
 
 def _step(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Call the engine's step, whose bare exception about the loss scale gets a type."""
+    """Call the engine's step; raise PolicyStop if the smallest fp16 loss scale overflows."""
     try:
         engine.step()
     except Exception as error:

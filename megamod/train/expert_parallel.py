@@ -49,6 +49,8 @@ def apply_expert_parallel_rules(
 ) -> None:
     """Check the block `expert_parallel` of a DeepSpeed file, and complete it.
 
+    A block that is not enabled is removed, so that the key is present only where it has an effect.
+
     Args:
         config: a resolved configuration; changed in place.
         model: configuration of the mixture that is trained; None: the run has none.
@@ -98,7 +100,10 @@ def is_expert_parallel(config: Mapping[str, object]) -> bool:
 
 
 def get_parallel_layers(module: nn.Module) -> dict[str, AutoEPMoELayer]:
-    """Return DeepSpeed's layers by the path of the block whose place they took."""
+    """Return DeepSpeed's layers by the path of the block whose place they took.
+
+    Empty for a model that is no mixture, or whose experts are not spread over ranks.
+    """
     config = getattr(module, "config", None)
     if config is None or not is_mixture(config):
         return {}
@@ -124,6 +129,8 @@ def count_expert_ranks(module: nn.Module) -> int:
 def compute_parallel_exchange(module: nn.Module, tokens: int) -> float:
     """Compute the bytes that a rank sends in a step to exchange tokens with experts, evenly loaded.
 
+    0 if the experts of the model are not spread over ranks.
+
     Args:
         tokens: of the rank's micro-batches in a step.
     """
@@ -141,8 +148,9 @@ def compute_parallel_exchange(module: nn.Module, tokens: int) -> float:
 
 
 def list_stock_names(module: nn.Module) -> dict[str, str]:
-    """Map parameters of DeepSpeed's layers that are those of the stock class to their names there;
-    experts are not among them.
+    """Map names in DeepSpeed's layers to names in the stock class, of equal parameters only.
+
+    These are routers and shared experts; the experts themselves are cut otherwise.
     """
     names = {}
     for path, layer in get_parallel_layers(module).items():
@@ -157,7 +165,9 @@ def gather_experts(module: nn.Module, keep: bool) -> dict[str, Tensor]:
     """Gather the experts of all ranks under their stock names; collective.
 
     Args:
-        keep: return them; False on ranks that need none.
+        keep: False on ranks that take part without keeping the result.
+    Returns:
+        name -> tensor of all E experts; empty without `keep`, or if nothing is spread over ranks.
     """
     state = {}
     for path, layer in get_parallel_layers(module).items():

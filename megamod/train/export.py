@@ -102,9 +102,14 @@ class ModelExport:
         companions: Sequence[Path] = (),
         seed_digest: str = "",
     ):
-        """`config`: of the whole model, all domains. `tokenizer`: folder to copy; None: none.
+        """Prepare to write; nothing is written yet.
 
-        `companions`: further files to copy. `seed_digest`: of the weights that an adapter needs.
+        Args:
+            config: of the whole model, all domains.
+            tokenizer: folder whose files are copied; None: none.
+            run_file: the run's recipe, copied.
+            companions: further files to copy.
+            seed_digest: digest of the weights that an adapter was trained on.
         """
         self.engine = engine
         self.config = config
@@ -119,8 +124,9 @@ class ModelExport:
     def __call__(self, folder: Path) -> list[Path]:
         """Write this rank's part of the model folder; collective.
 
-        The first rank of a group writes its experts (with `BTM` its whole model, in a folder of its
-        domain), rank 0 the shared weights and all other files.
+        The first rank of a group writes its experts, rank 0 the shared weights and all other files.
+        Of independent models (BTM) the first rank of each writes all of it, into a subfolder named
+        as its domain.
 
         Returns:
             the files that this rank wrote.
@@ -149,7 +155,14 @@ class ModelExport:
         return files
 
     def _gather_weights(self, keep_copies: bool) -> dict[str, Tensor]:
-        """Gather weights by name, tied ones once; under ZeRO 3 one by one."""
+        """Gather weights by their names in the stock class, tied ones once; collective.
+
+        Under ZeRO 3 they are gathered one by one and copied to the CPU. Of a model with an adapter
+        only the trained weights are gathered.
+
+        Args:
+            keep_copies: False on ranks that write nothing: those need no copies under ZeRO 3.
+        """
         state = {}
         is_unpartitioned = self.engine.zero_optimization_stage() < 3
         if (
@@ -175,7 +188,11 @@ class ModelExport:
         return state | gather_experts(module, keep_copies) | _collect_persistent_buffers(module)
 
     def _write_expert_index(self, folder: Path, state: dict[str, Tensor]) -> list[Path]:
-        """Write the index of all domains' weights; return its path."""
+        """Write the index of all domains' weights; return its path.
+
+        Args:
+            state: weights of rank 0, whose first expert stands for those of all domains.
+        """
         local_domain = self.topology.get_rank_domains(0)[0]
         names, size = [], 0
         for name, tensor in state.items():
@@ -193,7 +210,10 @@ class ModelExport:
     def _write_whole_model(
         self, folder: Path, config: PreTrainedConfig, state: dict[str, Tensor]
     ) -> list[Path]:
-        """Write weights and companion files of a model without experts; return the files."""
+        """Write a model without experts into a folder, created if needed; return the files.
+
+        Of a model with an adapter: the adapter, without config.json.
+        """
         folder.mkdir(exist_ok=True)
         if self.is_adapter:
             files = write_adapter(self.engine.module, state, self.seed_digest, folder)
@@ -203,7 +223,10 @@ class ModelExport:
         )
 
     def _write_companion_files(self, folder: Path, config: PreTrainedConfig) -> list[Path]:
-        """Write configuration, tokenizer, model card and the run's recipe; return the files."""
+        """Write configuration, tokenizer, model card and the run's recipe; return the files.
+
+        Sets `architectures` and `dtype` of `config`.
+        """
         config.architectures = [type(self.engine.module).__name__]
         config.dtype = next(self.engine.module.parameters()).dtype
         config.save_pretrained(folder)
@@ -231,12 +254,14 @@ def _collect_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def publish_model(export: Callable[[Path], object], folder: Path) -> None:
-    """Write the model folder after the checkpoints, whole or not at all; collective.
+    """Write the final model folder, whole or not at all; collective.
 
-    It gets a manifest with the digests of its files, as a checkpoint has.
+    A folder of that name is replaced. Every model folder in it gets a manifest with the digests of
+    its files, as a checkpoint has.
 
     Args:
         export: a `ModelExport`, or another function that writes into a folder on every rank.
+        folder: the model folder.
     Raises:
         UserError: on every rank, if one of them cannot write.
         PolicyStop: on every rank, if a weight is not finite: nothing is published then.

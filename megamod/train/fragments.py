@@ -83,7 +83,10 @@ def iterate_fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
 
 
 def copy_masters_to_weights(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Copy the masters to the module's weights."""
+    """Copy the masters to the module's weights, in place.
+
+    Without ZeRO the masters are the weights, and nothing happens.
+    """
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         for group in range(len(optimizer.fp16_groups)):
@@ -99,13 +102,19 @@ def copy_masters_to_weights(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def read_optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Read the number of updates that Adam counts: the exponent of its bias correction."""
+    """Read the number of updates that Adam counts, the exponent of its bias correction.
+
+    0 before the first update, and if every group is trained by Muon.
+    """
     states = _unwrap_optimizer(engine).state.values()
     return max((float(state["step"]) for state in states if "step" in state), default=0.0)
 
 
 def set_optimizer_steps(engine: deepspeed.DeepSpeedEngine, steps: float) -> None:
-    """Inverse of `optimizer_steps`; call it after `fragments` created the state."""
+    """Set the number of updates that Adam counts, see `read_optimizer_steps`.
+
+    Call it after `iterate_fragments` created the optimizer's state: there is no count before.
+    """
     for state in _unwrap_optimizer(engine).state.values():
         if "step" in state:  # Muon counts none
             state["step"].fill_(steps)
@@ -120,7 +129,7 @@ def _unwrap_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimize
 def _iterate_stage_1_2_fragments(
     zero: DeepSpeedZeroOptimizer, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[Fragment]:
-    """Yield this rank's fragments of ZeRO stage 1 and 2."""
+    """Yield this rank's fragments of ZeRO stage 1 and 2; `names` are those of the parameters."""
     for group, flat in enumerate(zero.single_partition_of_fp32_groups):
         momenta = _get_whole_momenta(zero, group, flat)
         for parameter in zero.bit16_groups[group]:
@@ -222,7 +231,10 @@ def _divide_by_stock_names(
 
 @contextmanager
 def _swap_group_in(zero: DeepSpeedZeroOptimizer_Stage3, group_index: int) -> Iterator[None]:
-    """Swap masters and moments of a group in from disk, and out again."""
+    """Hold masters and moments of a group in memory within the block, if they are on a disk.
+
+    They are written back at its end.
+    """
     swapped = zero._swappable_optimizer_subgroup(group_index)
     if swapped:
         zero._optimizer_states_and_gradient_swap_in(group_index)
@@ -245,7 +257,12 @@ def _make_fragment(
 ) -> Fragment:
     """Make a fragment of elements [offset, offset + size) of the flat masters and moments.
 
-    Moments that do not exist yet become 0.
+    Moments that do not exist yet are created in the optimizer's state, at 0.
+
+    Args:
+        start: offset of the fragment in the parameter `name`.
+        optimized_tensor: key of the moments in the optimizer's state.
+        muon: True if Muon trains the parameter, whose only moment is a momentum.
     """
     state = optimizer.state[optimized_tensor]
     if muon:

@@ -6,7 +6,7 @@ from megamod.models.lm.demix import OutputHead
 
 
 def mark_hidden_matrices(model: nn.Module) -> None:
-    """Set `use_muon` of every parameter, which DeepSpeed reads.
+    """Set the attribute `use_muon` of every parameter of a language model, which DeepSpeed reads.
 
     True for parameters of two or more dimensions outside the embeddings (tables of positions among
     them) and the output head.

@@ -45,7 +45,18 @@ OpenBatches = Callable[[int], Iterator[Batch]]
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings of the training loop. An interval of 0 steps means "only at the end"."""
+    """Settings of the training loop. An interval of 0 steps means "only at the end".
+
+    Attributes:
+        max_steps, stop_step: last step of the schedule, and of this run.
+        micro_steps: micro-batches of a rank in a step.
+        schedule: from finished steps to the learning rate of the next step.
+        max_grad_norm: largest gradient norm; 0: no limit.
+        nonfinite: policy for a loss or gradient that is not finite: "stop", "skip" or "rollback".
+        max_nonfinite_steps: so many of the last `WINDOW` steps may be skipped or rolled back.
+        spike_factor: a loss of more than so many running means counts as not finite; 0: off.
+        save_failure: "continue" or "stop" if a checkpoint cannot be written.
+    """
 
     max_steps: int
     stop_step: int
@@ -87,6 +98,8 @@ def train(
     when the evaluation fails. A resumed run repeats an evaluation that did not end.
 
     Args:
+        open_batches: called with `state.data_step`, and again after a rollback.
+        state: changed in place, and returned.
         evaluate: called on every rank with the number of finished steps. Its collectives must be
             those that `megamod.dist.process.fail_together` allows.
         select_batches: selects the data of a step to train on; None: all of them.
@@ -191,7 +204,12 @@ def _evaluate_or_save(
     saver: "_Saver",
     engine: deepspeed.DeepSpeedEngine,
 ) -> None:
-    """Evaluate; if that fails on any rank, save the steps before the error goes on."""
+    """Evaluate, and delete the record that the evaluation is due.
+
+    If it fails on any rank, save a checkpoint first, except where forward passes run together (it
+    is saved already) or ranks are lost. Then raise UserError if a user can mend the cause, else the
+    error itself.
+    """
     try:
         with fail_together(exchange_errors=not runs_forward_together(engine)):
             evaluate(state.step)
@@ -225,6 +243,10 @@ def _take_step(
 
     The engine averages over micro-batches and ranks. Dividing each summed loss by this share of its
     items gives the gradient of the mean over all items, however ragged the batches are.
+
+    Args:
+        item_totals: items of the step, over all ranks of the group, for each term of the loss.
+        state: its running mean of the loss is updated.
     """
     micro_batch_count = len(micro_batches) * dist.get_world_size(group)
     item_shares = [count / micro_batch_count for count in item_totals]
@@ -247,7 +269,10 @@ def _take_step(
 def _is_loss_spike(
     scores: Sequence[BatchScore], plan: Plan, state: TrainState, group: dist.ProcessGroup | None
 ) -> bool:
-    """Return True if the loss is a spike; else add it to the mean; collective."""
+    """Return True if a step's loss is a spike or not finite; collective.
+
+    Any other loss is added to the running mean in `state`.
+    """
     sums = torch.stack([torch.stack((s.total.sum(), s.items.sum())) for s in scores]).sum(0)
     dist.all_reduce(sums, group=group)
     loss = float(sums[0] / sums[1])
@@ -259,7 +284,11 @@ def _is_loss_spike(
 
 
 def _handle_skipped_step(plan: Plan, state: TrainState, saver: "_Saver") -> Stop:
-    """Apply the policy for a skipped step."""
+    """Apply the policy for a skipped step; return the reason to stop, if any.
+
+    A rollback loads an older checkpoint into the engine and `state` (except for the position in the
+    data and the counts of skipped steps), and deletes later checkpoints.
+    """
     logger.warning(
         "step %d: loss or gradient not finite, update skipped (policy: %s)",
         state.step,

@@ -36,11 +36,16 @@ name; the first match counts."""
 class Monitor:
     """Collects the steps between two log lines and writes a record of them.
 
+    Records of steps after `first_step` are dropped from the log first. Files and console are
+    written by rank 0 only.
+
     Args:
+        folder: of the run; gets metrics.jsonl and, for TensorBoard, `tb`.
         groups: names of the losses that are logged separately, such as domains.
         unit: items that a loss is the mean over: "tokens" or "examples".
         flops_per_token: of a forward and backward pass; None where that is not defined.
         peak_flops: FLOP/s of one device; None if unknown, and then no MFU is printed.
+        first_step: finished steps of a resumed run, else 0.
     """
 
     def __init__(
@@ -93,7 +98,13 @@ class Monitor:
         data_seconds: float,
         step_seconds: float,
     ) -> None:
-        """Add a step without reading anything back from the device."""
+        """Add a step without reading anything back from the device.
+
+        Args:
+            scores: of the step's micro-batches on this rank.
+            grad_norm: None if the update was skipped.
+            data_seconds, step_seconds: time until the batches were there, and until the end.
+        """
         self.scored += scores
         self.norm, self.rate = grad_norm, learning_rate
         self.steps += 1
@@ -103,7 +114,10 @@ class Monitor:
             self.bar.update()
 
     def write_record(self, state: TrainState) -> None:
-        """Sum over all ranks, write one record, and add the tokens to `state`; collective."""
+        """Write one record of the collected steps, summed over all ranks; collective.
+
+        Adds the interval's items to `state.tokens` on every rank, and discards the steps.
+        """
         sums = torch.stack([torch.stack((s.total, s.items)) for s in self.scored]).double().sum(0)
         dist.all_reduce(sums)
         further_metrics = self._reduce_further_metrics()
@@ -139,7 +153,16 @@ class Monitor:
     def log_scores(
         self, step: int, scores: Mapping[str, float], split: str, kind: str = "perplexity"
     ) -> None:
-        """Log one kind of score, by domain or task."""
+        """Log the scores of an evaluation, whose time does not count in the interval.
+
+        At `first_step` they replace those of the same split and kind, as a resumed run repeats an
+        evaluation.
+
+        Args:
+            scores: by domain or task.
+            split: name of the evaluated data, such as "valid".
+            kind: name of the score.
+        """
         if get_rank() == 0:
             if step == self.first_step:
                 self._drop_evaluation(step, split, kind)
@@ -159,7 +182,7 @@ class Monitor:
         self.metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Close the progress bar and TensorBoard; metrics.jsonl is flushed after every record."""
         if self.bar is not None:
             self.bar.close()
         if self.writer is not None:
@@ -230,7 +253,10 @@ def find_peak_flops(device_name: str) -> float | None:
 
 
 def write_environment(path: Path) -> None:
-    """Write versions and hardware of a run; of the environment only harmless variables."""
+    """Write versions and hardware of a run to a JSON file.
+
+    Of the environment it holds only three variables, which cannot be secrets.
+    """
     packages = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "triton", "megamod")
     versions = {}
     for package in packages:
@@ -261,7 +287,10 @@ def write_environment(path: Path) -> None:
 
 
 def _drop_records(path: Path, drop: Callable[[dict], bool]) -> None:
-    """Drop records from a log; damaged lines go to a file of their own, as a log stops no run."""
+    """Drop the records for which `drop` is True from a log; a missing log is passed over.
+
+    Damaged lines are moved to PATH.damaged, and a disk error is logged: a log stops no run.
+    """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
         kept, damaged = [], []

@@ -30,9 +30,11 @@ def make_muon(
 ) -> Muon:
     """Make Muon for the groups with `use_muon`, AdamW for the others.
 
+    On a CPU, DeepSpeed's update is replaced by its uncompiled functions, for the whole process.
+
     Args:
-        groups: parameter groups, each with `use_muon`.
-        scale: learning rate of Muon as a multiple of AdamW's, which `set_learning_rate` is told.
+        groups: parameter groups, each with `use_muon`; their settings are set in place.
+        scale: learning rate of Muon as a multiple of AdamW's; `set_learning_rate` applies it.
         weight_decay: decoupled weight decay of both.
         adamw: further arguments of `torch.optim.AdamW`.
     """

@@ -45,7 +45,10 @@ class Objective(Protocol):
     def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
-        """Run the model; the summed loss of each term is divided by its number in `item_totals`."""
+        """Run the model on a micro-batch.
+
+        The summed loss of each term is divided by its number in `item_totals`.
+        """
         ...
 
 
@@ -63,11 +66,13 @@ class CausalLMObjective:
         self.selects_expert = selects_expert
 
     def count_items(self, batch: Batch) -> Sequence[float]:
+        """Count the target tokens."""
         return (batch["tokens"],)
 
     def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
+        """Run the model; `total` and `items` are by domain."""
         labels = batch["labels"].to(self.device, non_blocking=True)
         input_ids = batch["input_ids"].to(self.device, non_blocking=True)
         mask = batch.get("attention_mask")
@@ -117,6 +122,7 @@ class MixtureLMObjective(CausalLMObjective):
     def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
     ) -> BatchScore:
+        """Run the model, and add the weighted load-balance loss to its loss."""
         with record_routing(engine.module) as layers:
             scored = super().compute_loss(engine, batch, items)
         is_target = (batch["labels"] != -100).to(self.device, non_blocking=True)
@@ -177,6 +183,7 @@ class ClassificationObjective:
         self.retrieved_per_token = retrieved_per_token
 
     def count_items(self, batch: Batch) -> Sequence[float]:
+        """Count the labels, and with retrieval the expected number of retrieved tokens."""
         if not self.retrieved_per_token:
             return (batch["items"],)
         # The expected number, because the model draws the tokens that it retrieves.
@@ -185,6 +192,7 @@ class ClassificationObjective:
     def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
+        """Run the model; without retrieval the loss is computed here, from its logits."""
         fields = {
             name: batch[name].to(self.device, non_blocking=True)
             for name in (*self.inputs, "labels")
@@ -211,7 +219,10 @@ class ClassificationObjective:
     def _score_with_retrieval(
         self, output: "MuxOutput", item_total: float, count: Tensor
     ) -> BatchScore:
-        """Score a batch from the task loss and the retrieval loss that the model computed."""
+        """Score a batch from the losses that the model computed.
+
+        `item_total` divided the task loss; `count` [1] is the number of labels in the batch.
+        """
         total = (output.task_loss.detach() * item_total)[None]
         right = torch.stack((output.retrieval_correct, output.retrieval_count)).float()
         return BatchScore(output.loss, total, count, {"retrieval_accuracy": right})
@@ -237,11 +248,13 @@ class MultiTaskObjective:
         self.reduction = reduction
 
     def count_items(self, batch: Batch) -> Sequence[float]:
+        """Count the items of each task: rows or labelled tokens."""
         return batch["items"]
 
     def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
+        """Run the model; further metrics are each task's share of the rows, `share/TASK`."""
         names = (*self.inputs, "task_ids", "labels")
         names += ("token_labels",) if "token_labels" in batch else ()
         fields = {name: batch[name].to(self.device, non_blocking=True) for name in names}
@@ -277,11 +290,13 @@ class EncoderObjective:
         self.main_loss = main_loss
 
     def count_items(self, batch: Batch) -> Sequence[float]:
+        """Read the numbers of items from the fields `item_fields`."""
         return tuple(batch[name] for name in self.item_fields)
 
     def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
+        """Run the model; losses besides `main_loss` become further metrics."""
         losses = self.compute_losses(engine, batch, item_totals)
         shown = losses[self.main_loss]
         further = {n: pair for n, pair in losses.items() if n not in ("loss", self.main_loss)}
@@ -390,7 +405,12 @@ def _collect_loss_terms(
     task_divisor_and_count: tuple[float, float],
     retrieval_divisor: float,
 ) -> dict[str, Tensor]:
-    """Collect sums and counts, [2] float32, of the terms that the model computed."""
+    """Collect sums and counts, [2] float32, of the terms that the model computed.
+
+    Args:
+        task_divisor_and_count: divisor of `output.task_loss`, and the items of this batch.
+        retrieval_divisor: divisor of `output.retrieval_loss`.
+    """
     losses = {}
     if output.task_loss is not None:
         losses["task_loss"] = _stack_sum_and_count(

@@ -62,7 +62,10 @@ def make_linear_schedule(peak_rate: float, warmup_steps: int, max_steps: int) ->
 
 
 def make_constant_schedule(peak_rate: float, warmup_steps: int, max_steps: int) -> Schedule:
-    """Make a schedule: linear from 0 to peak over the warm-up, then constant."""
+    """Make a schedule: linear from 0 to peak over the warm-up, then constant.
+
+    `max_steps` has no effect; it is a parameter because all schedules are made alike.
+    """
     return lambda finished: peak_rate * min(1.0, finished / warmup_steps if warmup_steps else 1.0)
 
 

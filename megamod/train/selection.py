@@ -90,7 +90,8 @@ class UncertaintySelector:
     Args:
         mixture: source of the candidates and of the selected rows.
         inputs: names of the fields of a batch that the model takes.
-        kinds: of the tasks.
+        tasks, kinds: names and kinds of all tasks, in the order of their numbers.
+        device: that of the model.
         scope: "local" or "global".
         dropout: score with dropout, as the release does.
         rule, regression: see `score_uncertainty`.
@@ -117,7 +118,14 @@ class UncertaintySelector:
     def __call__(
         self, engine: deepspeed.DeepSpeedEngine, micro_batches: Sequence[Batch]
     ) -> list[Batch]:
-        """Select the micro-batches to train on; collective with "global"."""
+        """Select the micro-batches to train on; collective with "global".
+
+        Args:
+            engine: scores the candidates; it is in training mode afterwards.
+            micro_batches: candidates, `division.micro_batch` rows of each task.
+        Returns:
+            as many micro-batches, of `division.micro_batch` rows each.
+        """
         entropy = torch.stack([self._compute_entropy(engine, batch) for batch in micro_batches])
         row_task_ids, rows = (
             torch.stack([batch[name] for batch in micro_batches]).to(self.device)
@@ -150,7 +158,7 @@ class UncertaintySelector:
         ]
 
     def _score_rows(self, entropy: Tensor, row_task_ids: Tensor) -> Tensor:
-        """Score the candidates of a micro-batch, see `score_uncertainty`."""
+        """Score candidates, [B] and [B] -> [B], by the rules of this selector."""
         return score_uncertainty(
             entropy,
             row_task_ids,
