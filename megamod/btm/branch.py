@@ -62,21 +62,26 @@ def write_branch_checkpoint(
     in_one_job: bool = False,
     learning_rate: float | None = None,
 ) -> Path:
-    """Write the first checkpoint of an expert, and branch.json with its parents.
+    """Write the first checkpoint of an expert, RUN/checkpoints/step-N, and RUN/branch.json.
+
+    A single parent that is a checkpoint with optimizer state gives its step N, optimizer and
+    schedule; else N is 0 and the optimizer is new. RUN/branch.json names the parents with their
+    shares. If the checkpoint cannot be written, folders that were created for it are deleted.
 
     Args:
         parents: one parent, or several to be averaged.
-        weights: weight of each parent in the average.
+        weights: weight of each parent in the average; they are divided by their sum.
         domains: the new expert's domain; several only with `in_one_job`.
-        run_folder: folder of the new run.
+        run_folder: folder of the new run, created if needed.
         in_one_job: write the layout of independent models in one job (`--untie all`).
-        learning_rate: peak of the new run's schedule; None: the parent's. The place in the schedule
-            stays.
+        learning_rate: peak of the new run's schedule, at the same place in it; None: that of the
+            parent. Without effect if the optimizer is new.
     Returns:
-        the checkpoint.
+        the folder of the checkpoint.
     Raises:
-        UserError: if a domain's name cannot be a folder's, the run has checkpoints already, or the
-            parents are not compatible.
+        UserError: if a domain's name cannot be a folder's, there are several without `in_one_job`,
+            the run has checkpoints already or is in use, the parents are not compatible, or the
+            parent's optimizer lacks the state of some weights.
     """
     run_folder = Path(run_folder)
     if list_checkpoints(run_folder / "checkpoints"):
@@ -128,7 +133,10 @@ def write_branch_checkpoint(
 
 @contextmanager
 def _remove_new_folders_on_failure(folder: Path) -> Iterator[None]:
-    """Remove the folders created on the way to `folder` if the block fails."""
+    """If the block fails, remove `folder` and those of its parents that did not exist before.
+
+    Folders that are not empty stay. The error of the block is raised again.
+    """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
@@ -144,8 +152,13 @@ def _write_start_model(
 ) -> None:
     """Write the start model as a dense folder.
 
-    It is the average of several parents by `weights`, in float32, or a copy of the only one; an
-    adapter is merged into its seed.
+    It is the average of several parents by `weights`, in float32, or a copy of the only one; a
+    parent that is an adapter is merged into its seed, in float32.
+
+    Args:
+        start_folder: created; must not exist.
+    Raises:
+        UserError: if weights are missing, or the parents are not compatible.
     """
     if len(parents) > 1 or is_adapter(parents[0].model):
         # In float32, because the optimizer's master weights are copied from it.
@@ -163,13 +176,17 @@ def _write_start_model(
 
 
 def _format_parent_name(source: ParentModel) -> str:
-    """Format a parent's absolute path, with the selected expert after it."""
+    """Format a parent's absolute path, followed by the expert in parentheses if one is selected."""
     path = str(source.model.absolute())
     return f"{path} ({source.member})" if source.member else path
 
 
 def _link_model(start_folder: Path, target: Path, domain: str) -> None:
-    """Link or copy the start model into `target`, and write its configuration for the domain."""
+    """Link or copy the files of the start model into the existing folder `target`.
+
+    Its config.json names `domain` as the only training domain; README.md and merge.json are not
+    copied.
+    """
     for file in start_folder.iterdir():
         if file.name not in ("config.json", "README.md", "merge.json"):
             link_or_copy(file, target / file.name)
@@ -177,7 +194,14 @@ def _link_model(start_folder: Path, target: Path, domain: str) -> None:
 
 
 def _read_parent_state(source: ParentModel) -> StateRecord:
-    """Return a parent's state with its data position reset and only the schedule settings."""
+    """Read the state of a parent's checkpoint as that of the first checkpoint of a branch.
+
+    Kept are the step, the optimizer's numbers and the settings in `SCHEDULE` and `OPTIMIZER`; the
+    position in the data and the token counts start at 0.
+
+    Raises:
+        UserError: if state.json is missing or malformed.
+    """
     record = StateRecord.read(source.model)
     settings = {name: record.settings.get(name) for name in SCHEDULE}
     settings |= {name: record.settings[name] for name in OPTIMIZER if name in record.settings}
@@ -187,7 +211,16 @@ def _read_parent_state(source: ParentModel) -> StateRecord:
 
 
 def _copy_optimizer(source: ParentModel, folder: Path, number: int, prefix: str) -> None:
-    """Copy the parent's master weights and moments under the new expert's names."""
+    """Copy the parent's master weights and moments to optimizer files of the new checkpoint.
+
+    Copied are the parameters that all experts share and those of the selected expert, under their
+    names in a dense model.
+
+    Args:
+        folder: the new checkpoint.
+        number: index of the new expert, in the names of the files.
+        prefix: precedes every name: "DOMAIN:" for independent models in one job, else "".
+    """
     source_prefix = f"{source.world}:" if source.world else ""
 
     def belongs(name: str) -> bool:
@@ -205,7 +238,16 @@ def _copy_optimizer(source: ParentModel, folder: Path, number: int, prefix: str)
 def _check_optimizer_complete(
     source: ParentModel, start_folder: Path, folder: Path, prefix: str
 ) -> None:
-    """Refuse a parent that trained only some of its weights: the others have no optimizer state."""
+    """Check that the copied optimizer state in `folder` covers all floating-point weights.
+
+    A parent that trained only some of its weights has no optimizer state for the others.
+
+    Args:
+        start_folder: folder of the start model.
+        prefix: see `_copy_optimizer`.
+    Raises:
+        UserError: naming the first weight that lacks state.
+    """
     sizes = {
         name: sum(stop - start for start, stop, _ in ranges)
         for name, ranges in read_fragment_ranges(folder).items()
@@ -220,7 +262,13 @@ def _check_optimizer_complete(
 
 
 def _write_new_optimizer(start_folder: Path, path: Path, prefix: str) -> None:
-    """Write the weights as master weights; a run takes the moments, which are missing, as zero."""
+    """Write the weights of the start model as float32 master weights to the optimizer file `path`.
+
+    Moments are not written: a run that resumes takes missing ones as zero.
+
+    Args:
+        prefix: see `_copy_optimizer`.
+    """
     fragments = {}
     for name, weight in read_weights(start_folder).items():
         if weight.is_floating_point():

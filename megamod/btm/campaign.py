@@ -90,19 +90,24 @@ class Campaign:
         return tuple(domain for round_ in self.rounds for domain in round_)
 
     def get_first_step(self, round_index: int) -> int:
-        """Return the first step of the experts of a round.
+        """Return the step at which the experts of a round start: that of the seed, or 0.
 
-        In later rounds they start from an average, which has no optimizer state, so from step 0;
-        and so do adapters.
+        It is 0 for adapters and in rounds after the first, whose experts start from an average,
+        because neither has an optimizer state to continue. Rounds count from 0.
         """
         return 0 if round_index or self.adapters else self.seed_steps
 
     def get_last_step(self, round_index: int) -> int:
-        """Return the last step of the experts of a round."""
+        """Return the last step of the experts of a round (from 0).
+
+        Every expert trains for `total_steps - seed_steps` steps.
+        """
         return self.total_steps - self.seed_steps + self.get_first_step(round_index)
 
     def format_token_counts(self) -> str:
-        """Format the tokens of seed and experts, and of the dense run of equal cost, as text."""
+        """Format the tokens of seed and experts as a table, and below it their sum and the tokens
+        of the dense run of equal cost.
+        """
         rows = []
         if self.seed_steps:
             rows.append(("seed", self.seed_steps, self.batch))
@@ -128,10 +133,11 @@ Parsed = tuple[BtmArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, Dat
 
 
 def build_campaign(parsed: Parsed) -> Campaign:
-    """Build a campaign from checked arguments.
+    """Build a campaign from parsed arguments; reads the domains of the data-bin and writes nothing.
 
     Raises:
-        UserError: naming the flag and what is allowed.
+        UserError: for a value that is missing or not allowed, flags that contradict each other, or
+            batches that the experts cannot share equally; naming the flag and what is allowed.
     """
     btm, run, _, model, lora, _, data = parsed
     require_values(run, "output_dir")
@@ -211,7 +217,11 @@ def check_campaign_data(campaign: Campaign, parsed: Parsed) -> None:
 
 
 def _refuse_unsupported_flags(parsed: Parsed) -> None:
-    """Refuse flags that the driver sets itself or that independent jobs cannot use."""
+    """Refuse flags that the driver sets itself or that independent jobs cannot use.
+
+    Raises:
+        UserError: naming the first such flag.
+    """
     _, run, safety, model, _, _, data = parsed
     for args, name in ((run, "stop_step"), (safety, "resume"), (safety, "print_groups")):
         if find_origin(args, name) != "default":
@@ -231,9 +241,13 @@ def _refuse_unsupported_flags(parsed: Parsed) -> None:
 def _parse_rounds(
     btm: BtmArgs, data: DataArgs, available: Sequence[str]
 ) -> tuple[tuple[str, ...], ...]:
-    """Parse the rounds from the flags.
+    """Return the domains of each round: --rounds, else one round of --domains, else one of all.
 
-    Raise UserError for unknown, repeated or reserved domains.
+    Args:
+        available: domains of the data-bin.
+    Raises:
+        UserError: for an empty round, unknown, repeated or reserved domains, or if --domains names
+            others than --rounds.
     """
     if btm.rounds is None:
         rounds: tuple[tuple[str, ...], ...] = (tuple(data.domains or available),)

@@ -10,10 +10,16 @@ from megamod.states.forest import Expert, edit_forest
 
 
 def add_round_to_forest(campaign: Campaign, round_index: int, in_one_world: bool = False) -> None:
-    """Add the experts of round `round_index` to OUT/forest.json, in the order of the recipe.
+    """Add the experts of round `round_index` (from 0) to OUT/forest.json, in the order of the
+    recipe.
 
     They are added together, once the round has ended, because until then the experts of the round
-    start from the forest before it. Entries of an earlier call are replaced.
+    start from the forest before it. Entries of the same domains are replaced.
+
+    Args:
+        in_one_world: the round was trained in one job of independent models, in OUT/experts/world.
+    Raises:
+        UserError: if the run of an expert has no model, or the forest is malformed.
     """
     new_experts = [
         _make_world_expert(campaign, domain)
@@ -27,7 +33,11 @@ def add_round_to_forest(campaign: Campaign, round_index: int, in_one_world: bool
 
 
 def _make_world_expert(campaign: Campaign, domain: str) -> Expert:
-    """Build the forest entry of an expert that was trained in one job with the others."""
+    """Make the forest entry of an expert that was trained in one job with the others.
+
+    Raises:
+        UserError: if the last checkpoint of the job lacks the state of this expert.
+    """
     run = get_expert_folder(campaign, WORLD)
     checkpoint = run / "checkpoints" / format_checkpoint_name(campaign.get_last_step(0))
     saved = StateRecord.read(checkpoint / domain)

@@ -49,8 +49,18 @@ class RunningTask:
     """A task and its present state.
 
     Attributes:
+        row: its row in the table of progress.
+        stage: the program that was started last; None: none yet.
+        process: the running program, started by this driver; None: none.
+        adopted: an earlier driver started the program that runs.
+        placement: slots of that program.
+        port: TCP port of its launcher.
+        log_start: size of the log in bytes when it was started.
+        not_before: time of `time.monotonic` before which a crashed task is not restarted, and an
+            adopted one not checked again.
+        ended: nothing is left to run, because all is done or a program failed.
         code: exit code of the program that failed; None if none failed.
-        fault: the reason in words.
+        fault: the reason in words; "" if none failed.
     """
 
     task: Task
@@ -80,6 +90,11 @@ class Driver:
         launchers: folder of the launchers.
         output: output folder of the campaign.
         hosts: hosts with their slots.
+        hostfile: the file that names them; None: this machine.
+        max_restarts: largest number of restarts of a job that crashes.
+        screen: shows the progress.
+        signals: number of signals to stop that were received.
+        finished: rows of earlier calls of `run`, shown above the running tasks.
     """
 
     launchers: Path
@@ -117,7 +132,11 @@ class Driver:
         _raise_failures([job for job in jobs if job.fault])
 
     def handle_signal(self, signal_number: int, frame: object) -> None:
-        """Handle a signal: the first lets jobs write checkpoints, the second kills them."""
+        """Count a signal to stop; the arguments are those of a handler and have no effect.
+
+        After the first one `run` starts nothing more and asks its jobs to write checkpoints and
+        end; after the second it kills them.
+        """
         self.signals += 1
 
     def _get_process_mark(self, task: Task) -> str:
@@ -130,7 +149,11 @@ class Driver:
         return self.output / "logs" / f"{task.name}.log"
 
     def _adopt_if_running(self, job: RunningTask) -> None:
-        """Adopt the task if an earlier driver left it running."""
+        """Adopt a task that an earlier driver left running, with the slots written in its lock
+        file.
+
+        If the lock is free, `job` does not change. The lock file is created if it is missing.
+        """
         lock = acquire_lock(self._get_lock_path(job.task))
         if lock is not None:
             _close_lock(lock)
@@ -142,7 +165,15 @@ class Driver:
         job.row.slots = format_include(job.placement)
 
     def _start_next_stage(self, job: RunningTask, jobs: Sequence[RunningTask]) -> None:
-        """Start the next program of a task if one is left, its pause is over and slots are free."""
+        """Start the next unfinished program of a task, once its pause after a crash is over.
+
+        If all programs have finished, the task ends as done; if no slots are free, it waits; if
+        another process holds its lock, it is adopted. Processes that an earlier program left are
+        killed first. The slots are written into the lock file. `job` is updated.
+
+        Args:
+            jobs: all tasks, whose slots and ports are in use if they are active.
+        """
         if time.monotonic() < job.not_before:
             return
         stage = job.task.find_next_stage()
@@ -171,7 +202,16 @@ class Driver:
         job.process = start_process(command, variables, lock, self._get_process_mark(job.task), log)
 
     def _check_job(self, job: RunningTask, jobs: Sequence[RunningTask]) -> None:
-        """Check whether a task's program has ended; handle its exit code and update the job."""
+        """Check whether a task's program has ended, and handle its exit code; `job` is updated.
+
+        After a success the next program starts. Exit codes of user errors and policy stops, and
+        crashes after `max_restarts` restarts, end the task as failed. After another crash, or a
+        success that left the program unfinished, it restarts after a pause that doubles each time.
+        If a signal was received, the job is asked to stop and nothing more is started.
+
+        Args:
+            jobs: see `_start_next_stage`.
+        """
         if self.signals:
             self._stop_job(job)
         if job.adopted:
@@ -201,7 +241,11 @@ class Driver:
             job.not_before = time.monotonic() + min(pause, LONGEST_PAUSE)
 
     def _check_adopted(self, job: RunningTask) -> None:
-        """Release an adopted job once its lock is free; wait for the time of the next check."""
+        """Release an adopted job once its lock is free; do nothing within `ADOPTED_POLL_SECONDS` of
+        the last check.
+
+        The exit code of its program is unknown, so its files decide what is run next.
+        """
         if time.monotonic() < job.not_before:
             return
         job.not_before = time.monotonic() + ADOPTED_POLL_SECONDS
@@ -213,7 +257,9 @@ class Driver:
             job.row.state = "stopped" if self.signals else "waiting"
 
     def _stop_job(self, job: RunningTask) -> None:
-        """Ask a job to stop and mark it so; kill it at the second signal."""
+        """Ask a job to stop and mark it as stopping; if it is marked already, kill it from the
+        second signal on.
+        """
         if job.row.state != "stopping":
             job.row.state = "stopping"
             request_stop(self._get_process_mark(job.task))
@@ -221,7 +267,9 @@ class Driver:
             kill_processes(self._get_process_mark(job.task))
 
     def _record_failure(self, job: RunningTask, exit_code: int, reason: str) -> None:
-        """Mark a job as failed with the end of its log, and print the reason."""
+        """Mark a job as failed, with the reason and the end of its log as its fault; print the
+        reason.
+        """
         job.ended, job.code, job.row.state = True, exit_code, "failed"
         log = self._get_log_path(job.task)
         job.fault = (
@@ -240,11 +288,16 @@ class Driver:
 def run_campaign(parsed: Parsed, launchers: Path) -> None:
     """Run a campaign: seed, rounds of experts, averaging and evaluation.
 
+    Writes the runs, logs and OUT/forest.json below --output_dir (see `megamod.btm.tasks`) and
+    prints progress and scores. With --dry_run only the jobs are printed.
+
     Args:
         parsed: all arguments, `BtmArgs` first.
         launchers: folder of the launchers.
     Raises:
-        UserError: if the campaign cannot run, before anything is written; else as `Driver.run`.
+        UserError: if the campaign cannot run, before anything is written; if another process holds
+            the output folder; or if a job failed by a user error.
+        PolicyStop, DistributedFailure, Interrupted: see `Driver.run`.
     """
     btm = parsed[0]
     campaign = build_campaign(parsed)
@@ -269,7 +322,10 @@ def run_campaign(parsed: Parsed, launchers: Path) -> None:
 
 
 def _run_waves(campaign: Campaign, waves: "Sequence[Wave]", driver: Driver) -> None:
-    """Run the waves one after the other; signals go to the driver meanwhile."""
+    """Print the token counts, then run the waves one after the other and call the function of each.
+
+    Meanwhile SIGTERM and SIGINT go to the driver. Raises what `Driver.run` raises.
+    """
     print(campaign.format_token_counts(), flush=True)
     before = {n: signal.signal(n, driver.handle_signal) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -286,10 +342,13 @@ Wave = tuple[list[Task], Callable[[], None]]
 
 
 def plan_waves(campaign: Campaign, parsed: Parsed, hosts: HostSlots) -> list[Wave]:
-    """Order all tasks into waves.
+    """Divide all tasks into waves that run one after the other; nothing is started.
+
+    They are the seed, each round of experts (with --in_one_world one job of all experts), and, if
+    the flags ask for them, the average and the evaluation.
 
     Raises:
-        UserError: if a job does not fit the hosts.
+        UserError: if a job does not fit the hosts, or the seed's slots do not divide its batch.
     """
     btm, run = parsed[0], parsed[1]
     waves: list[Wave] = []
@@ -348,7 +407,11 @@ def describe_waves(
 
 
 def _count_usable_slots(sequence_count: int, hosts: HostSlots) -> int:
-    """Return the largest number of slots that divides `sequence_count` and fits the hosts."""
+    """Return the largest number of slots that divides `sequence_count` and fits the hosts.
+
+    Args:
+        sequence_count: micro-batches of a step, which the slots share equally.
+    """
     total = sum(len(host.slots) for host in hosts)
     return next(
         n for n in range(total, 0, -1) if sequence_count % n == 0 and allocate_slots(hosts, (), n)
@@ -356,7 +419,13 @@ def _count_usable_slots(sequence_count: int, hosts: HostSlots) -> int:
 
 
 def _raise_failures(failed_jobs: Sequence[RunningTask]) -> None:
-    """Raise the exception of the worst kind of failure, with the reasons of all failed jobs."""
+    """Raise one exception for all failed jobs, with their reasons; return if there are none.
+
+    Raises:
+        UserError: if a program ended with the exit code of a user error.
+        PolicyStop: else, if one ended with that of a policy stop.
+        DistributedFailure: otherwise.
+    """
     if not failed_jobs:
         return
     codes = {job.code for job in failed_jobs}

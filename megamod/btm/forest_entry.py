@@ -24,7 +24,7 @@ WITHOUT_EFFECT = ("output_dir", "data", "deepspeed", "report_to", "logging_steps
 
 
 class BranchRecord(Document):
-    """Content of branch.json."""
+    """Content of branch.json: parents of a branched run, and the step that it starts at."""
 
     format: Literal[1] = 1
     parents: Items[Parent]
@@ -42,13 +42,16 @@ def read_branch(run: Path) -> BranchRecord | None:
 
 
 def make_forest_entry(path: Path, domain: str | None = None, member: str | None = None) -> Expert:
-    """Build the forest entry of a run or of a bare model folder.
+    """Make the forest entry of a run or of a bare model folder; the forest is not changed.
 
     Args:
-        domain: name in the forest; None: the domain that the model was trained on.
-        member: expert to take from a model with experts.
+        path: folder of a run, whose `model` is entered, or of a model.
+        domain: name in the forest; None: `member`, or the only domain that the model was trained
+            on.
+        member: expert to take from a model with experts; without effect for a dense model.
     Raises:
-        UserError: if the folder has no model, or its domain is ambiguous.
+        UserError: if the folder has no model, `member` is none of its experts, its domain is
+            ambiguous or unknown, or a file of the run is malformed.
     """
     path = Path(path).absolute()
     model = path / "model" if is_model(path / "model") else path
@@ -72,14 +75,22 @@ def make_forest_entry(path: Path, domain: str | None = None, member: str | None 
 
 
 def list_seed_parents(model: Path) -> tuple[Parent, ...]:
-    """List the seed of an adapter as its only parent; empty for another model."""
+    """List the seed of an adapter as its only parent; empty for a model that is no adapter.
+
+    Raises:
+        UserError: if the adapter names no seed that can be found.
+    """
     return (Parent(path=str(find_seed_folder(model)), weight=1.0),) if is_adapter(model) else ()
 
 
 def _read_training_domains(folder: Path) -> list[str]:
-    """Read the domains of a run from run.yaml in its folder or model folder; empty if unknown.
+    """Read the training domains of a run from run.yaml in `folder`; empty if it does not name them.
 
-    Of independent models trained in one job, the domain after which the folder is named.
+    For one of several independent models (`untie: all`), whose folder is named after its domain, it
+    is that domain alone.
+
+    Raises:
+        UserError: if run.yaml is malformed.
     """
     settings = read_run_recipe(folder)
     names = settings.get("domains")
@@ -88,7 +99,10 @@ def _read_training_domains(folder: Path) -> list[str]:
 
 
 def format_forest(forest: Forest) -> str:
-    """Format the experts as a table; the size of a member includes its shared weights."""
+    """Format the experts as a table, with the sizes of their weight files.
+
+    The size of an expert in a model with experts includes the weights that all of them share.
+    """
     rows = [("domain", "model", "parents", "from", "steps", "tokens", "bytes")]
     for expert in forest.experts:
         size = sum(file.stat().st_size for file in _list_expert_files(expert))
@@ -100,7 +114,7 @@ def format_forest(forest: Forest) -> str:
 
 
 def _list_expert_files(expert: Expert) -> list[Path]:
-    """List the weight files that an expert is read from."""
+    """List the weight files of an expert; of a member they are its own and the shared ones."""
     expert_file = f"expert_{expert.member}.safetensors"
     return [
         file
@@ -113,9 +127,12 @@ def _list_expert_files(expert: Expert) -> list[Path]:
 
 
 def _read_training_record(run: Path) -> dict[str, object]:
-    """Read the training record of a run from its branch record, last checkpoint and run.yaml.
+    """Read fields of `Expert` from branch.json, the last checkpoint and run.yaml of a run.
 
-    A file that is missing leaves its fields out; of a bare model the record is empty.
+    A missing file leaves its fields out, so a bare model folder has none.
+
+    Raises:
+        UserError: if a file is malformed.
     """
     record: dict[str, object] = {}
     if branched := read_branch(run):

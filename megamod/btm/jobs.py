@@ -26,7 +26,12 @@ TAIL_BYTES = 20_000
 
 
 def acquire_lock(lock_path: Path) -> int | None:
-    """Acquire the lock of a job; return its descriptor, or None if the job runs."""
+    """Acquire the lock of a job without waiting, by its file, which is created if missing.
+
+    Returns:
+        the descriptor that holds the lock until it and all copies in other processes are closed;
+        None if the job runs.
+    """
     descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,7 +46,15 @@ def build_command(
 ) -> tuple[list[str], dict[str, str]]:
     """Build the command of a stage on its slots, and its environment variables.
 
-    One slot of this machine needs no launcher; otherwise DeepSpeed's launcher is used.
+    A stage without ranks, or on one slot of this machine, is started by python alone; any other by
+    DeepSpeed's launcher.
+
+    Args:
+        launchers: folder of the launchers.
+        hostfile: file with the hosts of `placement`; None: they are this machine.
+        port: free TCP port for DeepSpeed's launcher.
+    Returns:
+        the words of the command, and variables that are added to the environment of this process.
     """
     program = [str(launchers / stage.launcher), *stage.arguments]
     gpus = sum(len(host.slots) for host in placement)
@@ -71,9 +84,16 @@ def start_process(
     process_mark: str,
     log_path: Path,
 ) -> subprocess.Popen[bytes]:
-    """Start a program in a new session.
+    """Start a program in a new session; its output is appended to the log after the command itself.
 
-    It inherits `lock_descriptor`, which is closed in this process.
+    Args:
+        variables: added to the environment of this process, without its MEGAMOD_ variables.
+        lock_descriptor: lock of the job; the program inherits it and it is closed in this process,
+            also if the start fails.
+        process_mark: value of the variable `MARK`, by which `find_processes` knows the job.
+        log_path: file in an existing folder.
+    Raises:
+        OSError: if the log cannot be written or the program cannot be started.
     """
     # Variables MEGAMOD_<FLAG> are already in the flags, and some do not exist in this program.
     environment = {
@@ -97,7 +117,10 @@ def start_process(
 
 
 def find_processes(process_mark: str) -> Iterator[psutil.Process]:
-    """Iterate over all processes of a job on this machine, by the mark in their environment."""
+    """Iterate over all processes of a job on this machine, by the mark in their environment.
+
+    Processes whose environment is hidden, as those of other users, are skipped.
+    """
     for process in psutil.process_iter():
         # The environment of other users' processes is hidden, and any process may end meanwhile.
         with contextlib.suppress(psutil.Error, OSError):
@@ -122,14 +145,19 @@ def request_stop(process_mark: str) -> None:
 
 
 def kill_processes(process_mark: str) -> None:
-    """Kill the remaining processes of a job on this machine by SIGKILL; none need be left."""
+    """Kill all processes of a job on this machine by SIGKILL, if there are any."""
     for process in find_processes(process_mark):
         with contextlib.suppress(psutil.Error):
             process.kill()
 
 
 def read_log_tail(log_path: Path, first_byte: int, max_lines: int = 12) -> str:
-    """Return the last lines of a log after byte `first_byte`."""
+    """Read the end of a log: at most `max_lines` lines that are not blank.
+
+    Args:
+        first_byte: offset of the first byte to read; of a longer text only the last `TAIL_BYTES`
+            are read.
+    """
     with open(log_path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(first_byte, size - TAIL_BYTES))

@@ -47,10 +47,12 @@ def find_parent(
     Args:
         path: a run, one of its checkpoints, or a model folder.
         step: select the run's checkpoint nearest to this step; -1 or None: the last.
-        step_share: select the checkpoint nearest to this fraction of the last step.
+        step_share: select the checkpoint nearest to this fraction of the last step; wins over
+            `step`.
         member: a domain, for models with experts and for independent models of one job.
     Raises:
-        UserError: if the path is none of these, or the checkpoint is incomplete.
+        UserError: if the path is none of these, the checkpoint is incomplete, `step` or
+            `step_share` is given for a path that is no run, or `member` does not fit the model.
     """
     path = Path(path)
     checkpoint = select_checkpoint(path, step=step, step_share=step_share)
@@ -79,9 +81,12 @@ def find_parent(
 
 
 def _read_step(checkpoint: Path) -> int | None:
-    """Read the step of a checkpoint whose optimizer an expert can keep; None for an adapter's.
+    """Read the step of a checkpoint whose optimizer an expert can keep; None if it is an adapter's.
 
     The optimizer of an adapter has a state for the adapter alone, and an expert is a whole model.
+
+    Raises:
+        UserError: if state.json is missing or malformed.
     """
     return None if is_adapter(checkpoint) else StateRecord.read(checkpoint).state.step
 
@@ -89,10 +94,12 @@ def _read_step(checkpoint: Path) -> int | None:
 def select_checkpoint(
     path: Path, *, step: int | None = None, step_share: float | None = None
 ) -> Path | None:
-    """Select a checkpoint of a run; `path` itself if it is one; None for a model folder.
+    """Select a checkpoint of a run; `path` itself if it is one; None if it has no checkpoints
+    folder.
 
-    Ties go to the earlier checkpoint, for a share above one half to the later one.
-
+    Args:
+        step, step_share: see `find_parent`. Of two checkpoints that are equally near the earlier
+            one is selected, for a share above one half the later one.
     Raises:
         UserError: if the run has no checkpoint, or `path` is a checkpoint and step or share is set.
     """
@@ -129,11 +136,15 @@ def select_forest_parents(
     """Select experts of a forest as parents, with their weights in an average.
 
     Args:
-        only_domains: domains; None for all.
-        weights: in the same order; None: those of the file `prior`, or equal ones.
-        topk: keep only the experts with the largest weights; 0 for all. Weights of 0 are dropped.
+        only_domains: domains of the experts; None for all.
+        weights: in the order of the domains; None: equal ones. Without effect if `prior` is given.
+        prior: file with the weights, see `read_prior`.
+        topk: keep only the experts with the largest weights; 0 for all.
+    Returns:
+        the parents without those of weight 0, and their weights as they are, not scaled to sum 1.
     Raises:
-        UserError: if a domain is not in the forest, or the number of weights is wrong.
+        UserError: if the forest or the prior cannot be read, a domain is not in the forest, the
+            weights do not fit, or `topk` is above the number of experts.
     """
     opened = open_forest(forest)
     experts = {expert.domain: expert for expert in opened.experts}
@@ -154,7 +165,10 @@ def select_forest_parents(
 
 
 def select_largest_weights(weights: Sequence[float], count: int = 0) -> list[int]:
-    """Return the indices of the `count` largest weights, ascending; 0 for all, without zeros."""
+    """Return the ascending indices of the `count` largest weights; weights of 0 are skipped.
+
+    Of equal weights the earlier one is selected. A `count` of 0 selects all.
+    """
     largest = sorted(range(len(weights)), key=lambda i: -weights[i])[: count or None]
     return [i for i in sorted(largest) if weights[i]]
 
@@ -175,9 +189,13 @@ def check_parent_weights(weights: Sequence[float] | None, count: int) -> list[fl
 
 
 def _check_member(folder: Path, path: Path, member: str | None) -> str | None:
-    """Return the member to select.
+    """Return `member`, or None for a dense model.
 
-    Raise UserError if the model has no such expert, or none at all.
+    Args:
+        folder: of the model.
+        path: as the user named it, for messages.
+    Raises:
+        UserError: if the model has no such expert, or is dense and a member is named.
     """
     config = read_model_config(folder)
     if config.get("untie", "none") == "none":

@@ -16,12 +16,12 @@ LOCAL = "localhost"
 
 
 def list_local_slots(slot_count: int | None) -> HostSlots:
-    """List the slots of this machine: its visible GPUs, or one CPU slot without any.
+    """List the slots of this machine: its visible GPUs, or slots without a GPU if it has none.
 
     Args:
-        slot_count: number of slots to use; None: all.
+        slot_count: number of slots to use; None: all GPUs, or one slot without a GPU.
     Raises:
-        UserError: if the machine has fewer GPUs.
+        UserError: if the machine has fewer GPUs, or as `list_local_gpus`.
     """
     gpus = list_local_gpus()
     if gpus and slot_count is not None and slot_count > len(gpus):
@@ -31,7 +31,10 @@ def list_local_slots(slot_count: int | None) -> HostSlots:
 
 
 def list_local_gpus() -> tuple[int, ...]:
-    """List the indices of this machine's GPUs; empty if the accelerator is the CPU.
+    """List the indices of this machine's visible GPUs.
+
+    Empty if DS_ACCELERATOR is "cpu"; else those that CUDA_VISIBLE_DEVICES names; without it all
+    devices in /dev.
 
     Raises:
         UserError: if CUDA_VISIBLE_DEVICES holds anything but indices.
@@ -49,8 +52,10 @@ def list_local_gpus() -> tuple[int, ...]:
 
 
 def check_job_fits(hosts: HostSlots, slot_count: int, flag: str) -> None:
-    """Check that a job of `slot_count` slots can run at all.
+    """Check that a job of `slot_count` slots can run on the hosts once all their slots are free.
 
+    Args:
+        flag: option that decides the number of slots, for the message.
     Raises:
         UserError: naming the flag and the slots of each host.
     """
@@ -65,11 +70,14 @@ def check_job_fits(hosts: HostSlots, slot_count: int, flag: str) -> None:
 def allocate_slots(
     hosts: HostSlots, busy_hosts: Iterable[Host], slot_count: int
 ) -> HostSlots | None:
-    """Allocate free slots to a job; None if it has to wait.
+    """Select free slots for a job; None if there are not enough now.
 
     A job that fits one host is never split, and goes to the host where it leaves the fewest free
     slots, so that whole hosts stay free for larger jobs. A larger job takes whole hosts of equal
     size.
+
+    Args:
+        busy_hosts: hosts with those of their slots that are in use.
     """
     busy_slots = {(host.name, slot) for host in busy_hosts for slot in host.slots}
     free = [Host(h.name, tuple(s for s in h.slots if (h.name, s) not in busy_slots)) for h in hosts]
@@ -105,7 +113,7 @@ def is_local_host(host: Host) -> bool:
 
 
 def find_free_port(used_ports: Iterable[int]) -> int:
-    """Return a free TCP port of this machine that is not in `used_ports`."""
+    """Return a TCP port of this machine that is free now and not in `used_ports`."""
     used_ports = set(used_ports)
     while True:
         with socket.socket() as probe:

@@ -17,7 +17,18 @@ COLUMNS = ("job", "state", "step", "loss", "tokens/s", "ppl", "restarts", "slots
 
 @dataclass
 class Row:
-    """A job's row of the table; None: not known yet."""
+    """A job's row of the table; None: not known yet.
+
+    Attributes:
+        name: name of the job.
+        state: one word, such as "waiting" or the title of the running program.
+        last: last step of its run; 0: it has no steps.
+        step: finished steps.
+        loss: training loss, in nats per token.
+        rate: tokens per second.
+        perplexity: mean over domains of the last evaluation.
+        slots: hosts and slots as in `format_include`; "" while it waits.
+    """
 
     name: str
     state: str
@@ -38,7 +49,13 @@ class Row:
 
 
 def read_progress(folder: Path | None, row: Row) -> None:
-    """Fill step, loss, rate and perplexity from the end of a run's metrics.jsonl."""
+    """Set step, loss, rate and perplexity of `row` from the end of a run's metrics.jsonl.
+
+    Values that the last `TAIL_BYTES` of the file do not contain are left as they are.
+
+    Args:
+        folder: of the run; None, or a folder without the file: the row does not change.
+    """
     path = folder / "metrics.jsonl" if folder else None
     if path is None or not path.exists():
         return
@@ -66,7 +83,12 @@ def format_jobs(rows: Sequence[Row]) -> str:
 
 
 class Screen:
-    """Shows the table: redrawn in place on a terminal, elsewhere one line per change."""
+    """Shows the table: redrawn in place on a terminal, elsewhere one line per change.
+
+    Args:
+        stream: file that it is written to.
+        redraw_seconds: shortest time between two drawings on a terminal.
+    """
 
     def __init__(self, stream: TextIO = sys.stdout, redraw_seconds: float = 1.0):
         self.stream = stream
@@ -76,7 +98,12 @@ class Screen:
         self.shown: dict[str, tuple[str, int]] = {}
 
     def show_jobs(self, rows: Sequence[Row], redraw_now: bool = False) -> None:
-        """Show the rows; on a terminal at most once in `every` seconds, unless `redraw_now`."""
+        """Show the rows: on a terminal as a table, elsewhere a line for each change of state or
+        restarts.
+
+        Args:
+            redraw_now: draw the table even if the last drawing is less than `redraw_seconds` ago.
+        """
         if not self.stream.isatty():
             for row in rows:
                 if self.shown.get(row.name) != (row.state, row.restarts):

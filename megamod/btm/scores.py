@@ -14,8 +14,13 @@ Scores = Mapping[str, float | None]
 
 
 def format_campaign_scores(campaign: Campaign, in_one_world: bool) -> str:
-    """Format the perplexities that the jobs of a campaign have written; a column without any is
-    left out.
+    """Format the perplexities that the jobs of a campaign have written, as a table by domain.
+
+    The columns are the seed, each domain's own expert, the mixture and the average, with the scored
+    split; a column without any score is left out.
+
+    Args:
+        in_one_world: the experts are in one run, OUT/experts/world.
     """
     seed = _read(campaign.output / SEED / SCORES)
     mixture = _read(campaign.output / EVALUATION / "mixture.json")
@@ -45,7 +50,7 @@ def format_campaign_scores(campaign: Campaign, in_one_world: bool) -> str:
 
 
 def _read(path: Path) -> dict:
-    """Read a file of scores; an empty object if the job has not written one."""
+    """Read a file of scores; an empty object if it is missing or cannot be read."""
     try:
         return read_object(path)
     except (OSError, UserError):
@@ -53,5 +58,5 @@ def _read(path: Path) -> dict:
 
 
 def _take_row(rows: Mapping) -> Mapping:
-    """Return the first value, the only row of a model without experts."""
+    """Return the first value: the scores of a model without experts; empty if there is none."""
     return next(iter(rows.values()), {})

@@ -73,7 +73,12 @@ class Task:
 
 
 def make_seed_task(campaign: Campaign, parsed: Parsed, slot_count: int) -> Task:
-    """Build the task that trains the seed, the dense model from which the first round branches."""
+    """Make the task that trains the seed, the dense model from which the first round branches.
+
+    Args:
+        parsed: arguments of the campaign, from which those of the program follow.
+        slot_count: slots of the job.
+    """
     folder, steps = campaign.output / SEED, campaign.seed_steps
     train = _make_train_stage(
         parsed,
@@ -89,7 +94,15 @@ def make_seed_task(campaign: Campaign, parsed: Parsed, slot_count: int) -> Task:
 
 
 def make_expert_task(campaign: Campaign, parsed: Parsed, round_index: int, domain: str) -> Task:
-    """Build the task that branches and trains the expert of a domain of round `round_index`."""
+    """Make the task of an expert: estimate a prior, branch, train.
+
+    In rounds after the first (`round_index` 0) a prior over the earlier experts is estimated and
+    the expert branches from them. In the first round it branches from the seed; without a seed, or
+    as an adapter, it is trained without branching.
+
+    Args:
+        parsed: arguments of the campaign, from which those of the programs follow.
+    """
     folder, last = get_expert_folder(campaign, domain), campaign.get_last_step(round_index)
     prior = campaign.output / PRIORS / f"{domain}.json"
     branched = partial(_has_checkpoint, folder)
@@ -130,7 +143,10 @@ def make_expert_task(campaign: Campaign, parsed: Parsed, round_index: int, domai
 
 
 def make_world_task(campaign: Campaign, parsed: Parsed) -> Task:
-    """Build the task that trains all experts in one job of independent models."""
+    """Make the task that trains all experts of the first round in one job of independent models.
+
+    They are branched from the seed before, unless there is none or they are adapters.
+    """
     folder, domains = get_expert_folder(campaign, WORLD), campaign.rounds[0]
     stages: list[Stage] = []
     changes = _select_seed_model(campaign)
@@ -147,7 +163,10 @@ def make_world_task(campaign: Campaign, parsed: Parsed) -> Task:
 
 
 def make_final_tasks(campaign: Campaign, parsed: Parsed) -> list[Task]:
-    """Build the tasks that average and score the forest, in this order."""
+    """Make the tasks that average (--average) and score (--evaluate) the forest, in this order.
+
+    Without these flags the list is empty.
+    """
     btm, data = parsed[0], parsed[-1]
     forest, average = ("--forest", str(campaign.output)), campaign.output / AVERAGE
     tasks = []
@@ -175,7 +194,9 @@ def get_expert_folder(campaign: Campaign, domain: str) -> Path:
 
 
 def has_finished(folder: Path, step: int) -> bool:
-    """Return True if a run has ended at `step`; its scores are written last."""
+    """Return True if a run has ended at `step`: its scores, which are written last, are of that
+    step.
+    """
     try:
         scores = read_object(folder / "perplexity.json")
     except (OSError, UserError):
@@ -188,7 +209,9 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def _select_seed_model(campaign: Campaign) -> dict[str, object]:
-    """Select the flags that let adapters start from the campaign's seed; none for whole models."""
+    """Return flags by which adapters start from the campaign's seed; empty for experts that are
+    whole models, or without a seed.
+    """
     if not (campaign.adapters and campaign.seed_steps):
         return {}
     return {"model": str(campaign.output / SEED / "model"), "init_from": None} | SHAPE_OF_FOLDER
@@ -201,7 +224,15 @@ def _list_seed_arguments(campaign: Campaign) -> tuple[str, ...]:
 def _make_train_stage(
     parsed: Parsed, folder: Path, last_step: int, title: str = "train", **changes: object
 ) -> Stage:
-    """Build the stage of megamod pretrain from `changes` and flags that are not defaults."""
+    """Make the stage that trains a run with megamod pretrain.
+
+    Args:
+        parsed: arguments of the campaign; those that are not defaults are passed on.
+        folder: output folder of the run.
+        last_step: step at which the stage is done.
+        title: word for the progress table.
+        changes: flags by name that take the place of those in `parsed`.
+    """
     changes["output_dir"] = str(folder)
     arguments: list[str] = []
     for args in parsed[1:]:

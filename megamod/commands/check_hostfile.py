@@ -19,7 +19,11 @@ from megamod.errors import UserError, run_main
 
 
 def main() -> None:
-    """Parse the command line, check every host, and print the table."""
+    """Parse the command line, check every host, and print the table.
+
+    Raises:
+        UserError: for a number that is not allowed, or after the faults of the file are printed.
+    """
     parser = CommandParser(__doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="lines of `NAME slots=N`")
     parser.add_argument("--experts", type=int, help="domains of a DEMix run on all slots")

@@ -27,7 +27,13 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main() -> None:
-    """Parse the command line, convert or export, and print what was done."""
+    """Parse the command line, convert or export, and print what was done.
+
+    The output folder must be new; it is not left half-written.
+
+    Raises:
+        UserError: for a format that has no such direction, or input that cannot be converted.
+    """
     options = parse_arguments()
     for name in options.domains:
         check_name(name, "--domains")

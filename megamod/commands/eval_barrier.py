@@ -39,7 +39,12 @@ class BarrierArgs(Arguments):
 
 
 def main() -> None:
-    """Parse the flags, compute the missing curves, and print the table."""
+    """Parse the flags, compute the missing curves, and print the table.
+
+    Raises:
+        UserError: if a flag is missing, --output_dir is a file, the GPU is missing, or as
+            `megamod.runs.studies.barrier.run_study`.
+    """
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--study", *arguments]

@@ -60,7 +60,12 @@ class EvalArgs(Arguments):
 
 
 def main() -> None:
-    """Parse the flags, score one model after the other, print and write the results."""
+    """Parse the flags, score one model after the other, print and write the results.
+
+    Raises:
+        UserError: if a flag is missing, the folder of an output file does not exist, or models and
+            data do not fit each other.
+    """
     (args,) = parse_args(EvalArgs, doc=__doc__)
     require_values(args, "model", "data")
     for flag in ("output", "jsonl", "plot"):

@@ -38,7 +38,12 @@ class SweepArgs(Arguments):
 
 
 def main() -> None:
-    """Parse the flags, run the jobs that are missing, and print the table."""
+    """Parse the flags, run the jobs that are missing, and print the table; with --dry_run print the
+    commands alone.
+
+    Raises:
+        UserError: if a flag is missing, --output_dir is a file, or as `read_sweep` and `run_sweep`.
+    """
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--sweep", *arguments]

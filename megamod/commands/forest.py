@@ -76,7 +76,14 @@ class BranchArgs(Arguments):
 
 
 def main() -> None:
-    """Run the subcommand, then print the forest."""
+    """Run the verb on the command line: list, add, remove, upgrade or branch.
+
+    All but `branch` print the forest in the end; `add`, `remove` and `upgrade` change forest.json.
+    `branch` is `branch_expert`.
+
+    Raises:
+        UserError: for a verb or flag that is missing or unknown, or an expert that does not fit.
+    """
     known = " ".join(VERBS)
     verb = ""
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
@@ -127,7 +134,19 @@ def main() -> None:
 
 
 def branch_expert(args: ForestArgs, start: BranchArgs) -> None:
-    """Write a new expert's first checkpoint and print the command that trains it."""
+    """Write a new expert's first checkpoint and branch.json below --output_dir; print how to train
+    it.
+
+    The parents are --parents, each found by --step, --share and --member, or experts of --forest.
+    See `write_branch_checkpoint` for the files.
+
+    Args:
+        args: forest or member, and domains of the expert.
+        start: parents, weights and output.
+    Raises:
+        UserError: unless exactly one of --parents and --forest is given, if --domain or
+            --output_dir is missing, or for parents or weights that do not fit.
+    """
     require_values(args, "domain")
     require_values(start, "output_dir")
     if (start.parents is None) is (args.forest is None):

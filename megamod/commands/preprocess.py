@@ -29,7 +29,11 @@ from megamod.tables import format_table
 
 
 def main() -> None:
-    """Parse the command line; write a data-bin, or a sample of lines."""
+    """Parse the command line; write a data-bin, or a sample of lines.
+
+    Raises:
+        UserError: if --tokenizer is missing, two domains have one name, or as `binarize`.
+    """
     options = parse_arguments()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megamod").setLevel(logging.INFO)
@@ -129,10 +133,16 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> str:
-    """Write a sample of lines of text files; return a report with one line per domain.
+    """Write random lines of the text files of each domain to OUT/NAME.txt.
 
+    Args:
+        options: parsed command line.
+        inputs: path by name of the domain.
+    Returns:
+        a report with one line per domain.
     Raises:
-        UserError: for other flags, and for files without enough lines.
+        UserError: for flags that do not go with --sample_lines, a number below 1, or files without
+            enough lines.
     """
     from megamod.data.corpus.line_sample import sample_lines
 
@@ -158,7 +168,12 @@ def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> st
 
 
 def format_summary(header: dict, output: Path) -> str:
-    """Return a table of the totals of each domain; the last line names the result."""
+    """Format a table of the totals of each domain; the last line names the data-bin.
+
+    Args:
+        header: content of databin.json.
+        output: folder of the data-bin.
+    """
     rows = [("domain", "train tokens", "valid tokens", "test tokens", "bytes", "replaced")]
     for name, splits in header["domains"].items():
         tokens = [f"{splits[split]['tokens']:,}" for split in ("train", "valid", "test")]

@@ -41,6 +41,9 @@ def main() -> None:
 def select_files(files: dict[str, Path], names: list[str]) -> dict[str, Path]:
     """Select files by their paths or folders; all without names.
 
+    Args:
+        files: paths by the names that are listed.
+        names: files or folders, as listed.
     Raises:
         UserError: for a name that is neither, with the nearest one.
     """
@@ -55,7 +58,9 @@ def select_files(files: dict[str, Path], names: list[str]) -> dict[str, Path]:
 
 
 def read_first_comment(path: Path) -> str:
-    """Read the first sentence of the comment that heads a recipe; "" for other files."""
+    """Read the first sentence of the comment at the top of a recipe; "" without one or for other
+    files.
+    """
     if path.suffix != ".yaml":
         return ""
     comment: list[str] = []
@@ -67,8 +72,10 @@ def read_first_comment(path: Path) -> str:
 
 
 def copy_files(files: dict[str, Path], output: Path) -> None:
-    """Copy files below a folder.
+    """Copy files below a folder, which is created if needed.
 
+    Args:
+        files: sources by the paths that the copies have below `output`.
     Raises:
         UserError: naming the first file that is there with other contents; nothing is written then.
     """

@@ -18,7 +18,11 @@ from megamod.errors import UserError, run_main
 
 
 def main() -> None:
-    """Parse the command line and write the page."""
+    """Parse the command line and write the page.
+
+    Raises:
+        UserError: if a run or the folder of the page does not exist.
+    """
     parser = CommandParser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument(

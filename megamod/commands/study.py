@@ -49,7 +49,15 @@ class StudyArgs(Arguments):
 
 
 def main() -> None:
-    """Parse the flags, run the cells that are missing, and print the table."""
+    """Parse the flags, run the cells that are missing, and print the table.
+
+    With --list the cells are printed alone, with --table nothing is run, and with --repeat
+    differences are printed in place of the table.
+
+    Raises:
+        UserError: for a study, cell or document that does not exist, or as `run_missing_cells` and
+            `print_table`.
+    """
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--study", *arguments]
@@ -77,7 +85,8 @@ def main() -> None:
 
 
 def find_study_file(name: str) -> Path:
-    """Return the path of a study's file.
+    """Return the path of a study's file: `name` as a path, else the study of that name in
+    `STUDIES`.
 
     Raises:
         UserError: if there is none.
@@ -90,7 +99,17 @@ def find_study_file(name: str) -> Path:
 
 
 def run_missing_cells(args: StudyArgs, study, cells: list, evidence: Path) -> None:
-    """Run the cells that have no figures yet, or with --repeat run --cells again."""
+    """Run the cells that have no figures yet, or with --repeat run --cells again and print
+    differences.
+
+    With --jobs above 1 they run in processes of this command.
+
+    Args:
+        cells: selected cells of the study.
+        evidence: folder of the files of figures, which are written there except with --repeat.
+    Raises:
+        UserError: if --inputs is missing or no folder, --repeat lacks --cells, or cells fail.
+    """
     require_values(args, "inputs")
     if not Path(args.inputs).is_dir():
         raise UserError(f"--inputs {args.inputs}: there is no such folder")
@@ -115,7 +134,11 @@ def run_missing_cells(args: StudyArgs, study, cells: list, evidence: Path) -> No
 
 
 def print_table(args: StudyArgs, study, evidence: Path) -> None:
-    """Print the table; write it into --document and draw --plot."""
+    """Print the table of the figures in `evidence`; write it into --document and draw --plot.
+
+    Raises:
+        UserError: if a file of figures does not fit the study, or a document lacks a marker's end.
+    """
     from megamod.files import write_atomic
     from megamod.runs.studies.report import fill_document, format_markdown, plot_study, read_records
 

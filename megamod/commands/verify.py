@@ -17,7 +17,11 @@ from megamod.errors import UserError, run_main
 
 
 def main() -> None:
-    """Check each group of files; list the faults at the end."""
+    """Check each group of files and print a line for it.
+
+    Raises:
+        UserError: listing the faults, after all groups are checked.
+    """
     parser = CommandParser(__doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="a folder, as above")
     path = parser.parse_args().path
@@ -31,7 +35,13 @@ def main() -> None:
 
 
 def iterate_file_groups(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield (title, faults) for each group of files under a path."""
+    """Return an iterator of (title, faults) over the groups of files of a path; it only reads.
+
+    Args:
+        path: folder of a run, checkpoint, model, forest or data-bin, or a forest.json.
+    Raises:
+        UserError: if it is neither a folder nor a forest.json.
+    """
     from megamod.states.forest import FILE
 
     if not path.is_dir() and not (path.name == FILE and path.is_file()):
