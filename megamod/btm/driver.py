@@ -257,9 +257,7 @@ class Driver:
             job.row.state = "stopped" if self.signals else "waiting"
 
     def _stop_job(self, job: RunningTask) -> None:
-        """Ask a job to stop and mark it as stopping; if it is marked already, kill it from the
-        second signal on.
-        """
+        """Ask a job to stop; if that was done before, kill it from the second signal on."""
         if job.row.state != "stopping":
             job.row.state = "stopping"
             request_stop(self._get_process_mark(job.task))
@@ -267,7 +265,7 @@ class Driver:
             kill_processes(self._get_process_mark(job.task))
 
     def _record_failure(self, job: RunningTask, exit_code: int, reason: str) -> None:
-        """Mark a job as failed, with the reason and the end of its log as its fault; print the
+        """Mark a job as failed; its fault is the reason and the end of its log. Print the
         reason.
         """
         job.ended, job.code, job.row.state = True, exit_code, "failed"
@@ -407,11 +405,7 @@ def describe_waves(
 
 
 def _count_usable_slots(sequence_count: int, hosts: HostSlots) -> int:
-    """Return the largest number of slots that divides `sequence_count` and fits the hosts.
-
-    Args:
-        sequence_count: micro-batches of a step, which the slots share equally.
-    """
+    """Return the largest number of slots that divides `sequence_count` and fits the hosts."""
     total = sum(len(host.slots) for host in hosts)
     return next(
         n for n in range(total, 0, -1) if sequence_count % n == 0 and allocate_slots(hosts, (), n)

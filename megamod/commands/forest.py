@@ -78,8 +78,7 @@ class BranchArgs(Arguments):
 def main() -> None:
     """Run the verb on the command line: list, add, remove, upgrade or branch.
 
-    All but `branch` print the forest in the end; `add`, `remove` and `upgrade` change forest.json.
-    `branch` is `branch_expert`.
+    All but `branch` print the forest; `add`, `remove` and `upgrade` change forest.json before.
 
     Raises:
         UserError: for a verb or flag that is missing or unknown, or an expert that does not fit.
@@ -134,15 +133,11 @@ def main() -> None:
 
 
 def branch_expert(args: ForestArgs, start: BranchArgs) -> None:
-    """Write a new expert's first checkpoint and branch.json below --output_dir; print how to train
-    it.
+    """Write a new expert's first checkpoint and branch.json below --output_dir; print the next
+    command.
 
     The parents are --parents, each found by --step, --share and --member, or experts of --forest.
-    See `write_branch_checkpoint` for the files.
 
-    Args:
-        args: forest or member, and domains of the expert.
-        start: parents, weights and output.
     Raises:
         UserError: unless exactly one of --parents and --forest is given, if --domain or
             --output_dir is missing, or for parents or weights that do not fit.

@@ -29,10 +29,8 @@ from megamod.tables import format_table
 
 
 def main() -> None:
-    """Parse the command line; write a data-bin, or a sample of lines.
-
-    Raises:
-        UserError: if --tokenizer is missing, two domains have one name, or as `binarize`.
+    """Parse the command line; write a data-bin, or a sample of lines. Raise UserError for bad
+    input.
     """
     options = parse_arguments()
     logging.basicConfig(format="%(message)s")
@@ -133,16 +131,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> str:
-    """Write random lines of the text files of each domain to OUT/NAME.txt.
+    """Write random lines of text files, paths by domain, to OUT/NAME.txt; return a report on each
+    domain.
 
-    Args:
-        options: parsed command line.
-        inputs: path by name of the domain.
-    Returns:
-        a report with one line per domain.
     Raises:
-        UserError: for flags that do not go with --sample_lines, a number below 1, or files without
-            enough lines.
+        UserError: for flags that do not go with --sample_lines, or files without enough lines.
     """
     from megamod.data.corpus.line_sample import sample_lines
 
@@ -168,11 +161,8 @@ def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> st
 
 
 def format_summary(header: dict, output: Path) -> str:
-    """Format a table of the totals of each domain; the last line names the data-bin.
-
-    Args:
-        header: content of databin.json.
-        output: folder of the data-bin.
+    """Format the domains of `header` (databin.json) as a table; its last line names the
+    data-bin.
     """
     rows = [("domain", "train tokens", "valid tokens", "test tokens", "bytes", "replaced")]
     for name, splits in header["domains"].items():
