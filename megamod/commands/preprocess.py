@@ -29,9 +29,7 @@ from megamod.tables import format_table
 
 
 def main() -> None:
-    """Parse the command line; write a data-bin, or a sample of lines. Raise UserError for bad
-    input.
-    """
+    """Parse the flags; write a data-bin or a sample of lines. UserError: they do not fit."""
     options = parse_arguments()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megamod").setLevel(logging.INFO)
@@ -131,8 +129,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> str:
-    """Write random lines of text files, paths by domain, to OUT/NAME.txt; return a report on each
-    domain.
+    """Write random lines of text files, paths by domain, to OUT/NAME.txt; return a report.
 
     Raises:
         UserError: for flags that do not go with --sample_lines, or files without enough lines.
@@ -161,9 +158,7 @@ def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> st
 
 
 def format_summary(header: dict, output: Path) -> str:
-    """Format the domains of `header` (databin.json) as a table; its last line names the
-    data-bin.
-    """
+    """Format the domains of databin.json as a table; its last line names the data-bin."""
     rows = [("domain", "train tokens", "valid tokens", "test tokens", "bytes", "replaced")]
     for name, splits in header["domains"].items():
         tokens = [f"{splits[split]['tokens']:,}" for split in ("train", "valid", "test")]
