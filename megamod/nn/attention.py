@@ -9,6 +9,12 @@ from transformers.cache_utils import Cache
 class SelfAttention(nn.Module):
     """softmax(q k^T / sqrt(K) + mask) v, all projections with bias.
 
+    Args:
+        layer: index of its keys and values in a cache.
+        dropout: of the attention weights, in training.
+        implementation: "sdpa" (torch's fused kernel) or "eager" (plain torch).
+    Raises:
+        ValueError: if the heads do not divide the hidden size.
     Source: Vaswani et al. 2017, section 3.2.
     """
 
@@ -34,7 +40,8 @@ class SelfAttention(nn.Module):
 
         Args:
             x: [B, L, D].
-            mask: bool [B, 1, L, S], True where a query sees a key; None means causal over x.
+            mask: bool [B, 1, L, S], S = cached + L, True where a query sees a key; None: causal,
+                for calls without earlier positions.
             cache: keys and values of earlier positions, extended in place.
         Returns:
             [B, L, D].

@@ -92,9 +92,11 @@ class ConditionalEncoder(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, task_vectors: Tensor, row_task_ids: Tensor
     ) -> Tensor:
-        """Apply all blocks; arguments as of `ConditionalLayer.forward`.
+        """Apply all blocks: [B, L, D] -> [B, L, D].
 
-        `task_vectors` are the embeddings of the tasks, [T, D].
+        Args:
+            task_vectors: [T, D], embeddings of the tasks; the blocks get a linear layer of them.
+            x, mask, row_task_ids: as in `ConditionalLayer.forward`.
         """
         task_vectors = self.task_transformation(task_vectors)
         total = None

@@ -70,7 +70,12 @@ class Bottleneck(nn.Module):
         self.up_proj_layer = nn.Linear(size // 3, size)
 
     def forward(self, x: Tensor, task_vectors: Tensor, row_task_ids: Tensor) -> Tensor:
-        """Apply both layers; arguments and result as of `ConditionalLayerNorm.forward`."""
+        """Modulate x and apply both layers: [B, L, D] -> [B, L, D].
+
+        Args:
+            task_vectors: [T, D], a vector per task.
+            row_task_ids: [B], task of each row.
+        """
         factor, shift = self.hidden_modulation(self.emb_transf(task_vectors))
         x = x * factor[row_task_ids][:, None] + shift[row_task_ids][:, None]
         return self.up_proj_layer(self.down_proj_layer(x))
@@ -103,7 +108,7 @@ class Adapter(nn.Module):
 
 
 def compute_block_shape(hidden_size: int, max_length: int) -> tuple[int, int]:
-    """Return the number of attention blocks and their width.
+    """Return the number of attention blocks, D / L, and their width, L / blocks rounded up.
 
     Args:
         hidden_size: hidden size D.

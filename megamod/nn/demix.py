@@ -17,7 +17,12 @@ class DomainExperts(nn.Module):
     """One module per domain, with the interface of that module.
 
     In training a rank holds only the experts of its domains. `megamod.dist.scope` reads a
-    parameter's domain from its name, of which the attribute `experts` is a part.
+    parameter's domain from its name, of which the attribute `experts` is a part. A single expert is
+    selected from the start; of several none is until `select_domain` is called.
+
+    Args:
+        build: called once per domain, in their order, for the module of that domain.
+        domains: domains whose experts are held.
     """
 
     def __init__(self, build: Callable[[], nn.Module], domains: Sequence[str]):
@@ -48,7 +53,7 @@ class DomainExperts(nn.Module):
     def apply_expert(
         self, expert: nn.Module, *args: object, **kwargs: object
     ) -> Tensor | tuple[Tensor, ...]:
-        """Compute the output for the chosen expert."""
+        """Compute the output of the selected expert; a subclass may add to it."""
         return expert(*args, **kwargs)
 
     def _iterate_idle_parameters(self) -> Iterator[nn.Parameter]:
@@ -97,6 +102,8 @@ def iterate_domain_experts(module: nn.Module) -> Iterator[DomainExperts]:
 
 def select_domain(module: nn.Module, domain: str) -> None:
     """Set the domain whose expert all `DomainExperts` inside a module use from now on.
+
+    A module without experts is left as it is.
 
     Raises:
         UserError: if a group does not hold the domain's expert.

@@ -105,7 +105,13 @@ class RsaDemultiplexer(nn.Module):
         middle_layers: Sequence[nn.Module],
         pairs: Pairs | None,
     ) -> Tensor:
-        """Compute `rsa_demux` by calls of the layers, which may have been replaced."""
+        """Compute `rsa_demux` by calls of the layers, which may have been replaced.
+
+        Args:
+            key: [N, D].
+            hidden: [B, L, D], the encoder's last norm applied.
+            pairs: positions and instances to compute; None for all.
+        """
 
         def drop(x: Tensor) -> Tensor:
             return F.dropout(x, self.dropout, self.training)
@@ -167,7 +173,7 @@ class MlpDemux(nn.Module):
             retrieved_instances: [B, L] int64, the instance of each position; None for all
                 instances.
         Returns:
-            [B, L, D] for slots, else [B, N, L, D].
+            [B, L, D] with `retrieved_instances`, else [B, N, L, D].
         """
         if retrieved_instances is None:
             return torch.stack([self._run_instance(i, hidden) for i in range(self.instances)], 1)

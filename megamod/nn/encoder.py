@@ -16,7 +16,7 @@ MASKED = -10000.0  # added to the scores of masked keys, as in BERT; finite, so 
 
 
 class EncoderEmbeddings(nn.Module):
-    """LN(word + segment + position), then dropout."""
+    """LN(word + segment + position), then dropout; vectors of `size` features."""
 
     def __init__(self, config: PreTrainedConfig, size: int):
         super().__init__()
@@ -89,6 +89,7 @@ class EncoderEmbeddings(nn.Module):
             token_type_ids: [B * N, T].
             instance_positions, mixed_positions: positions of instances, [B * N, T] or [1, T], and
                 of the multiplexed sequence, [B, T] or [1, T]; None for consecutive ones.
+            implementation: of the kernel: "triton", "reference" or "auto".
         Returns:
             [B, T, D].
         """
@@ -244,7 +245,12 @@ class EncoderLayer(nn.Module):
     def apply_feed_forward(
         self, x: Tensor, conditions: tuple[Tensor, ...] = (), norm: bool = True
     ) -> Tensor:
-        """Apply feed-forward, residual and norm: [B, L, D] -> [B, L, D]."""
+        """Apply feed-forward, residual and norm: [B, L, D] -> [B, L, D].
+
+        Args:
+            conditions: further arguments of the norm.
+            norm: False leaves the norm to the caller.
+        """
         update = F.gelu(self.intermediate["dense"](x))
         return self._add_residual(self.output, update, x, conditions, norm)
 
@@ -262,7 +268,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Stack of blocks, with gradient checkpointing."""
+    """Stack of blocks, with gradient checkpointing in training if it is switched on."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -297,7 +303,7 @@ class EncoderModel(nn.Module):
     """Embeddings, their projection where they are narrower, and blocks.
 
     Args:
-        own_embeddings: False if the caller has the embeddings, of another model.
+        own_embeddings: False: there are no embeddings here, the caller uses another model's.
     """
 
     def __init__(self, config: PreTrainedConfig, own_embeddings: bool = True):

@@ -26,6 +26,7 @@ class KeySettings:
         instances, size: N and D.
         norm: length of each vector (gaussian variants).
         epsilon: overlap of neighbouring chunks, from 0 to 1 (binary_hadamard).
+        generator: source of the random numbers; None: torch's global one.
     """
 
     instances: int
@@ -43,6 +44,7 @@ class Multiplexer:
         draw: draws the keys in float32 on the CPU: [N, D], or [N, D, D] with `matrices`.
         mix: from x [B, N, L, D], keys and the implementation of kernels to [B, L, D]; None: it has
             parameters besides its keys, and a model with these mixes.
+        matrices: the key of an instance is a matrix [D, D], not a vector [D].
         divides_features: each instance has its part of the features, so that N is at most D.
     """
 
@@ -65,7 +67,8 @@ def multiplexer(
     """Return a decorator that enters a function that draws keys into `MULTIPLEXERS`.
 
     Args:
-        name: value of --muxing_variant; the others are attributes of `Multiplexer`.
+        name: value of --muxing_variant.
+        mix, matrices, divides_features: attributes of `Multiplexer`.
     """
 
     def enter(draw: Callable[[KeySettings], Tensor]) -> Callable[[KeySettings], Tensor]:
@@ -209,7 +212,10 @@ def draw_gaussian_keys(keys: KeySettings) -> Tensor:
 
 @multiplexer("binary_hadamard", divides_features=True)
 def make_chunk_keys(keys: KeySettings) -> Tensor:
-    """Make binary vectors [N, D], each 1 in its own chunk of features."""
+    """Make binary vectors [N, D], each 1 in its own chunk of D // N features, 0 elsewhere.
+
+    Each chunk is extended by `epsilon` / 2 of its width to both sides, and the last one to the end.
+    """
     instances, size = keys.instances, keys.size
     width = size // instances
     overlap = keys.epsilon / 2 * width

@@ -20,7 +20,10 @@ _SCORED_TOGETHER = 2**24  # logits of a chunk in which the largest is searched
 def draw_retrieved_instances(
     group_count: int, length: int, instance_count: int, first_column: int, device: torch.device
 ) -> Tensor:
-    """Draw an instance for each position, [B, T] int64; 0 before `first_column`."""
+    """Draw an instance for each position, [B, T] int64; 0 before `first_column`.
+
+    Instances are drawn uniformly from torch's global generator of the device.
+    """
     retrieved_instances = torch.randint(instance_count, (group_count, length), device=device)
     retrieved_instances[:, :first_column] = 0
     return retrieved_instances
@@ -147,7 +150,7 @@ class RetrievalHead(nn.Module):
 
 
 class PrefixRetrievalHead(nn.Module):
-    """Head over the vocabulary whose key is the instance's column of the prefix."""
+    """Head over [key ; hidden] to the vocabulary; the key is the instance's column of a prefix."""
 
     def __init__(self, size: int, vocab_size: int, eps: float):
         super().__init__()

@@ -131,6 +131,11 @@ class TaskHeads(nn.Module):
 
         For labels of tokens this is the mean over labelled positions; for a regression it is 0.
 
+        Args:
+            row_logits, token_logits: results of `compute_row_logits`, `compute_token_logits`.
+            row_task_ids: [B], task of each row.
+            token_labels: [B, L], -100 where there is none; None: rows of tasks with labels of
+                tokens are scored by `row_logits` like others.
         Returns:
             [B] float32, 0 to 1.
         Source: Pilault et al. 2021, section 2.6; the divisor ln C + 1e-5 is that of the release.
@@ -149,7 +154,7 @@ class TaskHeads(nn.Module):
         return relative
 
     def _mask_unused(self, logits: Tensor, row_task_ids: Tensor) -> Tensor:
-        """Make logits [B, ..., C] beyond the labels of a row's task very small."""
+        """Replace logits [B, ..., C] beyond the labels of a row's task by the dtype's minimum."""
         sizes = torch.tensor(self.sizes, device=logits.device)[row_task_ids]
         used = torch.arange(logits.shape[-1], device=logits.device) < sizes[:, None]
         if logits.dim() == 3:

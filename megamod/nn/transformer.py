@@ -26,7 +26,12 @@ class FeedForward(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """x + Attention(LN x), then x + FeedForward(LN x): the pre-norm block of GPT-2 and GPT-3."""
+    """x + Attention(LN x), then x + FeedForward(LN x): the pre-norm block of GPT-2 and GPT-3.
+
+    Args:
+        feed_forward: module from [B, L, D] to [B, L, D], possibly `DomainExperts`.
+        dropout: of both updates before they are added, in training.
+    """
 
     def __init__(
         self,

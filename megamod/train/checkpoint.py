@@ -220,7 +220,7 @@ class Checkpoints:
                 logger.warning("%s: %s", self.folder / PENDING, error.strerror)
 
     def end_evaluation(self) -> None:
-        """Delete the record of `begin_evaluation`."""
+        """Delete the record of `begin_evaluation`, if there is one."""
         if dist.get_rank() == 0:
             (self.folder / PENDING).unlink(missing_ok=True)
 
@@ -317,7 +317,7 @@ class Checkpoints:
         return [record.write(self._get_state_folder(folder))]
 
     def _write_and_digest(self, folder: Path, writers: Sequence[ModelWriter]) -> None:
-        """Write, sync and digest this rank's files.
+        """Write and sync this rank's files, and list their digests in `.rank-RANK.json`.
 
         Each file is synced while the next ones are written and digested.
         """
@@ -335,7 +335,10 @@ class Checkpoints:
         (folder / f".rank-{dist.get_rank()}.json").write_text(json.dumps(digests))
 
     def _commit(self, temporary: Path, final: Path) -> None:
-        """Write the manifest, rename the folder to its final name, and delete old checkpoints."""
+        """Write the manifest, rename the folder to its final name, and record it as the latest.
+
+        The ranks' lists of digests are deleted. A folder of that name is replaced.
+        """
         digests: dict[str, object] = {}
         for rank in range(dist.get_world_size()):
             part = temporary / f".rank-{rank}.json"
@@ -368,7 +371,7 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def find_sound(self) -> Path | None:
-        """Return the newest checkpoint that finite steps followed, as far as this is known."""
+        """Return the newest checkpoint known to be followed by finite steps; None without one."""
         try:
             step = int((self.folder / SOUND).read_text(encoding="utf-8"))
         except (OSError, ValueError):

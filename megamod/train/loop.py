@@ -104,9 +104,10 @@ def train(
             those that `megamod.dist.process.fail_together` allows.
         select_batches: selects the data of a step to train on; None: all of them.
     Raises:
-        PolicyStop: a loss or gradient was not finite and the policy is to stop, or steps were
-            skipped or rolled back too often.
-        Interrupted: SIGTERM or SIGUSR1 arrived. In both cases a checkpoint was written before.
+        PolicyStop: a loss or gradient was not finite and the policy is to stop, steps were skipped
+            or rolled back too often, a rollback had no checkpoint, or no step at all was finite. A
+            checkpoint was written before.
+        Interrupted: SIGTERM, SIGUSR1 or Ctrl-C arrived. A checkpoint was written before.
         UserError: a checkpoint could not be written (raised at the end, or at once with
             `save_failure` "stop"), or an evaluation failed.
     """
@@ -376,9 +377,12 @@ class _Saver:
         self.saved = (state.step, -1)
 
     def save(self, state: TrainState, *, diverged: bool = False) -> None:
-        """Save a state, unless it is saved already; `diverged`: see `History`.
+        """Save a state, unless it is saved already; collective.
 
-        Raise UserError on failure if that is the policy.
+        A failure is remembered; with `save_failure` "stop" raise UserError at once.
+
+        Args:
+            diverged: see `History`.
         """
         position = (state.step, state.data_step)
         if position == self.saved:

@@ -441,4 +441,5 @@ def _count_detections(logits: Tensor, is_replaced: Tensor) -> dict[str, Tensor]:
 
 
 def _stack_sum_and_count(total: Tensor, count: float) -> Tensor:
+    """Stack a sum, without gradient, and its count: [2] float32."""
     return torch.stack((total.detach().float(), total.new_tensor(float(count)).float()))

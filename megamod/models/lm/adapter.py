@@ -191,7 +191,12 @@ def add_adapter(model: PreTrainedModel, folder: Path) -> str:
 
 
 def add_empty_adapter(model: PreTrainedModel, name: str, fields: Mapping[str, object]) -> None:
-    """Add an adapter to a model and select it; its weights are to be loaded afterwards."""
+    """Add an adapter to a model and select it; its weights are to be loaded afterwards.
+
+    Args:
+        name: of the adapter in the model.
+        fields: of its `LoraConfig`.
+    """
     _inject(model, fields, name)
     select_adapter(model, name)
 
@@ -258,6 +263,12 @@ def _check_layers(model: PreTrainedModel, weights: Mapping[str, Tensor], folder:
 
     Embeddings and output matrices have code of their own, and whole tensors would replace those of
     the seed for all of its adapters.
+
+    Args:
+        weights: the adapter's tensors, by their names in its file.
+        folder: of the adapter, for messages.
+    Raises:
+        UserError: for such an adapter, and for one of layers that the model does not have.
     """
     start = f"{find_layers_path(model.config) or ''}.".lstrip(".")
     known = {name for name, _ in model.named_modules()}

@@ -103,9 +103,11 @@ class DemixModel(DemixPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the token table; of several that of the selected, else of the first domain."""
         return get_selected_expert(self.embeddings).tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token table that `get_input_embeddings` returns."""
         get_selected_expert(self.embeddings).tokens = value
 
     def forward(

@@ -63,6 +63,9 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
 
     Args:
         parts: the models that `config.parts` describes; None to make new ones.
+    Raises:
+        ValueError: if the configuration names no experts, or its prior does not fit them.
+        UserError: if `config.domain` has no expert.
     """
 
     config: ForestConfig
@@ -148,7 +151,13 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         """Load a saved mixture, as `PreTrainedModel` does, or a forest.
 
         A folder with a forest.json is a forest: its experts are loaded from the folders listed
-        there, as by `from_experts`, whose errors apply.
+        there, as by `from_experts`.
+
+        Args:
+            config: how to mix; None: as the folder's config.json says.
+        Raises:
+            UserError: if forest.json or a folder of an expert cannot be read.
+            ValueError: if the experts, or the prior, do not fit each other.
         """
         if not (Path(folder) / FILE).is_file():
             return super().from_pretrained(folder, *args, config=config, **kwargs)

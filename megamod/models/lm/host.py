@@ -81,6 +81,7 @@ class HostMixin:
 
     @classmethod
     def is_custom_code(cls) -> bool:
+        """Return False: transformers treats this class as one of its own."""
         # The layers are those of transformers and initialise their buffers as it expects.
         return False
 

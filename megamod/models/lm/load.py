@@ -33,7 +33,16 @@ class LanguageModel(Protocol):
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
         domain: str | None = None,
-    ) -> DemixOutput: ...
+    ) -> DemixOutput:
+        """Run a forward pass: logits, or with `shift_labels` the loss and log-probabilities.
+
+        Args:
+            input_ids: [B, L].
+            shift_labels: [B, L], the token that follows each position; -100 is not scored.
+            num_items_in_batch: divisor of the summed loss; None: the number of labels.
+            domain: expert or adapter that this and all following calls use; None: as before.
+        """
+        ...
 
     def set_domain(self, domain: str) -> None:
         """Select the expert, or the adapter, that this and all following calls use.

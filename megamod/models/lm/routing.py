@@ -66,12 +66,14 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     parallel_logits: dict[nn.Module, Tensor] = {}
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
+        """Add the routing of a layer to the list, after its router's forward pass."""
         if module in parallel_logits:  # the router of DeepSpeed's layer returns no logits
             recorded.append(Routing(parallel_logits.pop(module), outputs[0], outputs[1]))
         else:
             recorded.append(Routing(*(outputs[position] for position in family.outputs)))
 
     def hook_gate(router: nn.Module) -> Callable[[nn.Module, object, Tensor], None]:
+        """Make a hook that keeps the logits of a gate of DeepSpeed for `hook`."""
         return lambda gate, inputs, logits: parallel_logits.update({router: logits})
 
     routers = find_routers(model)
