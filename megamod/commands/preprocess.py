@@ -29,7 +29,7 @@ from megamod.tables import format_table
 
 
 def main() -> None:
-    """Parse the flags; write a data-bin or a sample of lines. UserError: they do not fit."""
+    """Parse the command line; write a data-bin, or a sample of lines, into --output_dir."""
     options = parse_arguments()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megamod").setLevel(logging.INFO)

@@ -45,10 +45,13 @@ class Document:
 
 
 def attribute(args: AttributionArgs) -> None:
-    """Print the experts with their digests and the shares per document; write all of it.
+    """Print the experts with their digests, and their shares in every document.
+
+    With --output_dir the shares are also written there, in a new folder: see `_write_files`.
 
     Raises:
-        UserError: if the model is no mixture with moe.json, or the text cannot be read.
+        UserError: if a flag is missing, the model is no mixture with moe.json, the output folder is
+            not new, or the text cannot be read.
     """
     require_values(args, "model", "text")
     folder = Path(args.model)
@@ -83,7 +86,9 @@ def compute_shares(model: torch.nn.Module, ids: Tensor) -> Tensor:
 
 
 def format_documents(record: MoeRecord, documents: Sequence[Document]) -> str:
-    """Format the shares per document as a table."""
+    """Format a table with a line per document: number of tokens, the share of each expert in
+    percent, and how the text begins.
+    """
     rows = [("document", "tokens", *record.domains, "begins")]
     for number, document in enumerate(documents, start=1):
         shown = (f"{100 * share:.1f} %" for share in document.mean_shares)
@@ -93,7 +98,9 @@ def format_documents(record: MoeRecord, documents: Sequence[Document]) -> str:
 
 
 def format_tokens(record: MoeRecord, documents: Sequence[Document]) -> str:
-    """Format the shares per token as a table."""
+    """Format a table with a line per token: document from 1, position from 0, the share of each
+    expert, the expert of the largest share (first), and the text.
+    """
     rows = [("document", "token", *record.domains, "first", "text")]
     for number, document in enumerate(documents, start=1):
         for position, (token, shares) in enumerate(

@@ -34,8 +34,15 @@ class EditArgs(Arguments):
 
 
 def run_edit(args: MoeArgs, edit: EditArgs) -> None:
-    """Write the changed mixture and print its experts.
+    """Write a mixture with one expert changed to --output_dir, and print its experts.
 
+    --drop leaves an expert out, --upgrade replaces its feed-forwards, --refresh computes its router
+    row anew. --upgrade keeps the row unless --calibration is given. The mixture --base is not
+    changed.
+
+    Args:
+        args: calibration and output; its other flags must be defaults.
+        edit: the mixture and the change.
     Raises:
         UserError: for flags that do not go together, or an expert that cannot be changed so.
     """
@@ -75,7 +82,16 @@ def run_edit(args: MoeArgs, edit: EditArgs) -> None:
 
 
 def _refresh(folder: Path, domain: str, args: MoeArgs, output: Path, shard_bytes: int) -> None:
-    """Compute one expert's router row on the mixture itself, and write it."""
+    """Compute the router row of one expert from text, with the mixture itself, and write the
+    mixture with that row.
+
+    Args:
+        folder: of the mixture, which is not changed.
+        output: new folder.
+        shard_bytes: see `refresh_router_rows`.
+    Raises:
+        UserError: if there is no such expert, or the calibration does not fit the mixture.
+    """
     import torch
 
     from megamod.merging.moe.edit import open_mixture, refresh_router_rows

@@ -43,7 +43,9 @@ class MergeArgs(ModelOutputArgs):
 
 
 def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
-    """Merge models and print what was merged.
+    """Merge models into --output_dir, or with --extract_lora write an adapter; print a description.
+
+    With --dry_run everything is checked and nothing is written.
 
     Args:
         recipe_file: recipe in YAML; None: the flags alone describe the merge.
@@ -81,7 +83,8 @@ def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
 
 
 def _extract_lora(args: MergeArgs, recipe_file: Path | None) -> None:
-    """Write the adapter that `--extract_lora` asks for.
+    """Write the adapter that makes --extract_lora from --base_model to --output_dir, and describe
+    it.
 
     Raises:
         UserError: for flags that do not go with it, or models that do not fit each other.
@@ -104,7 +107,10 @@ def _extract_lora(args: MergeArgs, recipe_file: Path | None) -> None:
 
 
 def build_recipe_from_flags(args: MergeArgs) -> "MergeRecipe":
-    """Build the recipe that the flags describe.
+    """Build the recipe of the average of --models, or of experts of --forest.
+
+    Weights are --weights or those of the file --prior; without both all models count alike. Models
+    that --topk does not select, and those of weight 0, are left out.
 
     Raises:
         UserError: naming the flag, for values that do not go together.
@@ -166,7 +172,11 @@ def build_recipe_from_flags(args: MergeArgs) -> "MergeRecipe":
 
 
 def _refuse_flags_with_recipe(args: MergeArgs) -> None:
-    """Refuse flags that would change a recipe read from a file."""
+    """Refuse flags that would change a recipe read from a file.
+
+    Raises:
+        UserError: naming the first such flag.
+    """
     for name in ("models", "forest", "experts", "weights", "prior", "topk", "dtype", "out_dtype"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name} cannot be added to a recipe; write it there")

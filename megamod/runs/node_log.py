@@ -17,8 +17,8 @@ LONGEST = 4000  # characters of a record; a traceback or a table of a large job 
 def start_logging() -> None:
     """Set up logging on the console: rank 0 at INFO, other ranks and libraries at WARNING.
 
-    Libraries warn on rank 0 alone, and their progress bars are those of a terminal on rank 0, like
-    our own.
+    Libraries warn on rank 0 alone; on other ranks they log errors. Progress bars of libraries are
+    switched off (HF_HUB_DISABLE_PROGRESS_BARS) unless this is rank 0 on a terminal.
 
     Raises:
         UserError: if variables of srun or mpirun contradict each other, see `set_rank_variables`.
@@ -54,7 +54,9 @@ class NodeLog(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append a record; a disk error is reported once, on the console."""
+        """Append a record, cut to `LONGEST` characters; a disk error is reported once, on the
+        console.
+        """
         text = self.format(record)
         if len(text) > LONGEST:
             text = text[:LONGEST] + " ..."
@@ -66,7 +68,7 @@ class NodeLog(logging.Handler):
             self.warned = True
 
     def append_line(self, text: str) -> None:
-        """Append a line that is not for the console."""
+        """Append a line to the file alone, without showing it on the console."""
         self.emit(logging.LogRecord(__name__, logging.INFO, __file__, 0, text, None, None))
 
     def close(self) -> None:
@@ -77,13 +79,14 @@ class NodeLog(logging.Handler):
 
 @contextmanager
 def node_log(output: Path, table: str, step: int) -> Iterator[None]:
-    """Append the console lines of a run to OUT/logs/HOST.log while it lasts.
+    """Append the console lines of a run to OUT/logs/HOST.log for the time of the block.
 
     Only the first rank of each host writes: its lines of `logging`, start and end of the run, and
-    the error that ended it. A folder that cannot be written is ignored here; other writers report
-    it.
+    the error that ended it, which is raised again. If the file cannot be written the run goes on
+    without it.
 
     Args:
+        output: OUT, folder of the run.
         table: ranks and groups, written first.
         step: finished steps.
     """
@@ -111,6 +114,7 @@ def node_log(output: Path, table: str, step: int) -> Iterator[None]:
 
 
 def _open_log_file(path: Path) -> NodeLog | None:
+    """Open a log file, whose folder is created if needed; None if that is not possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return NodeLog(path)

@@ -69,7 +69,8 @@ class Text:
 
     Attributes:
         ids: [N] int64.
-        origin: data-bin or file; `digest`: of it.
+        origin: path of the data-bin or file.
+        digest: of the data-bin's header, or of the file.
     """
 
     ids: Tensor
@@ -80,10 +81,13 @@ class Text:
 def compute_calibrated_rows(
     plan: MoePlan, recipe: MergeRecipe, calibration: Calibration
 ) -> RouterRows:
-    """Compute router rows on the average of the experts; without centring on the first model.
+    """Compute router rows on the average of the experts that the recipe describes.
+
+    Without centring, and for models whose shared weights are equal (`plan.shared` "asserted"), the
+    first model takes the place of the average. The average is written to a temporary folder.
 
     Raises:
-        UserError: if a domain has no text, or the text does not fit the model.
+        UserError: if a domain has no text, the text does not fit the model, or a row is zero.
     """
     domains = [model.domain for model in recipe.inputs]
     if not calibration.centre or plan.shared == "asserted":
@@ -105,13 +109,20 @@ def compute_rows(
     domains: Sequence[str],
     calibration: Calibration,
 ) -> RouterRows:
-    """Compute router rows on a dense or sparse model.
+    """Compute router rows on a dense or sparse model, as the docstring of the module defines them.
+
+    The model is moved to a GPU if there is one, and set to evaluation. Layers whose rows do not
+    separate the domains are logged.
 
     Args:
         block: path of the feed-forward or sparse block in a layer.
         texts: of each expert's domain, in the order of the experts.
+        domains: of the experts, for messages and the record.
+    Returns:
+        rows [L, E, D], and their record: settings, digests of the texts, per layer the share of
+        each domain's tokens on which its own expert is first, and the condition number.
     Raises:
-        UserError: if a row is zero, as with a single expert and centring.
+        UserError: if a text is too short, or a row is zero, as with a single expert and centring.
     """
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
     length = _choose_sequence_length(model.config, texts, calibration)
@@ -153,12 +164,15 @@ def compute_rows(
 
 
 def read_texts(calibration: Calibration, domains: Sequence[str], folder: Path) -> dict[str, Text]:
-    """Read the tokens of each domain.
+    """Read the tokens of each domain: from the valid splits of a data-bin, or from a file for each.
+
+    Files are tokenized by the model's tokenizer, with the id that ends a text after each item.
 
     Args:
         folder: of the model, with its tokenizer.
     Raises:
-        UserError: if a domain has no text, or the ids are not those of the model.
+        UserError: if a domain has no text or two, a file cannot be read, or the ids are not those
+            of the model.
     """
     texts, config = calibration.texts, read_lm_config(folder)
     if len(texts) == 1 and "=" not in texts[0]:
@@ -192,7 +206,9 @@ def read_databin_texts(
     """Read the first tokens of each domain's valid split.
 
     Args:
-        config: of the model that reads them; `where`: flag of the data-bin, for messages.
+        tokens: number that is read of each domain, fewer if the split has fewer.
+        config: of the model that reads them.
+        where: flag of the data-bin, for messages.
     Raises:
         UserError: if it lacks a domain, or the ids are not those of the model.
     """
@@ -207,6 +223,9 @@ def read_databin_texts(
 
 
 def _require_domains(domains: Sequence[str], known: Sequence[str] | Mapping, where: str) -> None:
+    """Raise UserError, which begins with `where`, for the first domain that is not among the
+    known ones.
+    """
     for domain in domains:
         if domain not in known:
             raise UserError(
@@ -217,10 +236,11 @@ def _require_domains(domains: Sequence[str], known: Sequence[str] | Mapping, whe
 def _choose_sequence_length(
     config: LmConfig, texts: Sequence[Text], calibration: Calibration
 ) -> int:
-    """Choose the tokens per sequence: within the model's limit, and few enough to hold some out.
+    """Return the tokens per sequence: those of the calibration, but within the model's limit and
+    few enough for `HELD_OUT` sequences of the shortest text.
 
     Raises:
-        UserError: if a text is too short, or the length above the limit.
+        UserError: if a text is too short, or --max_seq_length is above the limit.
     """
     limit = get_max_sequence_length(config)
     length = calibration.max_seq_length or min(limit or LONGEST, LONGEST)
@@ -239,7 +259,13 @@ def _choose_sequence_length(
 def hook_block_inputs(
     model: nn.Module, block: str, receive: Callable[[int, Tensor], None]
 ) -> Iterator[None]:
-    """Call `receive` with layer and input [B, T, D] of each block in every forward pass."""
+    """Call `receive` with the layer's number and the block's input [B, T, D] in every forward pass.
+
+    This holds for the time of the `with` block.
+
+    Args:
+        block: path of the feed-forward or sparse block in a layer.
+    """
 
     def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, inputs: receive(layer, inputs[0].detach())
@@ -256,6 +282,7 @@ def hook_block_inputs(
 
 
 def _run_batches(model: nn.Module, sequences: Tensor, batch_size: int) -> None:
+    """Run a model without its output layer on sequences [N, T], in batches, for the hooks on it."""
     device = next(model.parameters()).device
     with torch.no_grad():
         for start in range(0, len(sequences), batch_size):
@@ -264,7 +291,13 @@ def _run_batches(model: nn.Module, sequences: Tensor, batch_size: int) -> None:
 
 
 def compute_mean_inputs(model: nn.Module, block: str, sequences: Tensor, batch_size: int) -> Tensor:
-    """Compute the mean input of each layer's block, [L, D] float64."""
+    """Compute the mean input of each layer's block over all tokens of `sequences` [N, T].
+
+    Args:
+        block: path of the feed-forward or sparse block in a layer.
+    Returns:
+        [L, D] float64 on the CPU.
+    """
     sums: dict[int, Tensor] = {}
 
     def receive(layer: int, states: Tensor) -> None:
@@ -279,11 +312,14 @@ def compute_mean_inputs(model: nn.Module, block: str, sequences: Tensor, batch_s
 def _measure_logits(
     model: nn.Module, block: str, rows: Tensor, texts: Sequence[Tensor], batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Measure the standard deviation of each layer's logits [L], shares of own tokens [L, E].
+    """Measure the router's logits on held-out text.
 
     Args:
         rows: [L, E, D] float64.
-        texts: held-out sequences of each expert's domain.
+        texts: sequences [N, T] of each expert's domain.
+    Returns:
+        the standard deviation of each layer's logits [L], and the share of the tokens of each
+        domain on which its own expert has the largest logit [L, E].
     """
     layers, experts, _ = rows.shape
     moments = torch.zeros(layers, 3, dtype=torch.float64)  # count, sum, sum of squares
@@ -329,7 +365,13 @@ def _refuse_zero(rows: Tensor, domains: Sequence[str]) -> None:
 
 
 def _warn_of_rows(own_first: Tensor, condition: Sequence[float], domains: Sequence[str]) -> None:
-    """Log layers whose rows do not separate the domains."""
+    """Log a warning for each layer with a condition number above `CONDITION`, and for each expert
+    that is first on fewer tokens of its own domain than by chance.
+
+    Args:
+        own_first: [L, E], see `_measure_logits`.
+        condition: of each layer's rows.
+    """
     for layer, value in enumerate(condition):
         if value > CONDITION:
             logger.warning(
@@ -350,7 +392,12 @@ def _warn_of_rows(own_first: Tensor, condition: Sequence[float], domains: Sequen
 
 
 def format_own_first(record: Mapping[str, object], domains: Sequence[str]) -> str:
-    """Format the share of each domain's tokens on which its own expert is first, per layer."""
+    """Format a table with a line per layer: the share of each domain's tokens on which its own
+    expert is first, and the condition number of the rows.
+
+    Args:
+        record: see `compute_rows`.
+    """
     rows = [("layer", *domains, "condition")]
     for layer, (shares, condition) in enumerate(
         zip(record["own_first"], record["condition"], strict=True)

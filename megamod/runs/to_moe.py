@@ -102,7 +102,8 @@ class MoeArgs(ModelOutputArgs):
 def run_to_moe(args: MoeArgs) -> None:
     """Convert dense experts to a mixture in --output_dir, and print its plan.
 
-    If the router was calibrated, also the share of tokens on which each expert is first.
+    If the router is calibrated, the share of tokens on which each expert is first is printed, too.
+    With --dry_run everything is checked and nothing is written.
 
     Raises:
         UserError: for flags or models that do not fit each other.
@@ -137,7 +138,12 @@ def run_to_moe(args: MoeArgs) -> None:
 
 
 def _format_calibration(folder: Path) -> str:
-    """Format the share of tokens on which the own expert is first, from moe.json of the folder."""
+    """Format a table of the shares of tokens on which a domain's own expert is first, from
+    moe.json.
+
+    Args:
+        folder: of a mixture whose router was calibrated.
+    """
     from megamod.merging.moe.record import read_moe_record
     from megamod.runs.router_rows import format_own_first
 
@@ -147,10 +153,13 @@ def _format_calibration(folder: Path) -> str:
 
 
 def select_experts(args: MoeArgs) -> "list[Expert]":
-    """Select the experts that the flags name, in the order of the mixture.
+    """Select the experts that --forest and --experts, or --models and --domains, name.
 
+    Returns:
+        their forest entries in the order of the mixture.
     Raises:
-        UserError: if there is none of a name, or two have the same.
+        UserError: for flags that do not go together, an expert that does not exist, or two of one
+            name.
     """
     from megamod.btm.parents import select_forest_parents
     from megamod.states.forest import open_forest
@@ -185,10 +194,14 @@ def select_experts(args: MoeArgs) -> "list[Expert]":
 
 
 def check_anchored(args: MoeArgs, experts: "Sequence[Expert]") -> bool:
-    """Return True if all experts were trained beside an anchor; it is the first of the mixture.
+    """Return True if all experts were trained beside an anchor, False if none was.
+
+    The anchor, the frozen seed, is then the first expert of the mixture, under the name `NAME` of
+    `megamod.merging.moe.anchored`.
 
     Raises:
-        UserError: if some are anchored and others not, or a flag asks for other rows or weights.
+        UserError: if some are anchored and others not, a flag asks for other rows or weights, or an
+            expert has the anchor's name.
     """
     from megamod.merging.moe.anchored import NAME, is_anchored
 
@@ -209,11 +222,15 @@ def check_anchored(args: MoeArgs, experts: "Sequence[Expert]") -> bool:
 
 
 def _make_experts(path: Path, name: str | None) -> "list[Expert]":
-    """Return the forest entry of a run or model folder, named after its domain, else its folder; of
-    an anchored one those of all its experts.
+    """Make the forest entries of a run or model folder: of an anchored model one for each of its
+    experts, else a single one.
 
     Args:
-        name: takes the place of that name; None: no other name.
+        name: of the expert; None: the domain that it was trained on, or its folder's name if that
+            is not a single known domain.
+    Raises:
+        UserError: if an anchored model has several experts and `name` is given, or there is no
+            model.
     """
     from megamod.btm.forest_entry import make_forest_entry
     from megamod.merging.moe.anchored import is_anchored
@@ -238,13 +255,25 @@ def _make_experts(path: Path, name: str | None) -> "list[Expert]":
 
 
 def _count_experts_per_token(args: MoeArgs, experts: int) -> int:
+    """Return --topk; without it 2.
+
+    Args:
+        experts: number of experts of the mixture.
+    Raises:
+        UserError: for a single expert without --topk 1.
+    """
     if experts == 1 and args.topk != 1:
         raise UserError("a mixture needs two experts; of a single one it needs --topk 1")
     return min(2, experts) if args.topk is None else args.topk
 
 
 def _make_recipe(args: MoeArgs, experts: "Sequence[Expert]") -> "MergeRecipe":
-    """Build the recipe of the average that the mixture has outside of its feed-forwards."""
+    """Build the recipe of the average that the mixture has outside of its feed-forwards.
+
+    Raises:
+        UserError: for flags that do not go with --anchor, or another number of weights than
+            experts.
+    """
     from megamod.merging.recipe import build_weighted_recipe
 
     if args.anchor and (args.align or args.weights is not None):
@@ -261,7 +290,12 @@ def _make_recipe(args: MoeArgs, experts: "Sequence[Expert]") -> "MergeRecipe":
 
 
 def _select_router_rows(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoePlan], RouterRows]":
-    """Return the function that computes the router rows, as --router says."""
+    """Return the function that computes the router rows from the plan of the mixture, as --router
+    says.
+
+    Raises:
+        UserError: if --router calibrated lacks --calibration.
+    """
     from megamod.merging.moe.rows import draw_rows, read_rows_file
 
     if args.router_kind == "random":

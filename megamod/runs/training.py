@@ -87,7 +87,15 @@ their rounding. The product of the batch sizes is compared separately."""
 
 @dataclass(frozen=True)
 class ActiveRun:
-    """A run with its engine, as evaluations need it."""
+    """A run with its engine, as evaluations need it.
+
+    Attributes:
+        device: of this rank.
+        monitor: writes the metrics of the run.
+        export: writes the present model to a folder.
+        output: folder of the run.
+        state: progress, which the training loop updates.
+    """
 
     engine: deepspeed.DeepSpeedEngine
     device: torch.device
@@ -156,7 +164,9 @@ def execute_run(
     checkpointing: bool = False,
     compiled: bool = False,
 ) -> ActiveRun | None:
-    """Train, save, publish OUT/model; collective.
+    """Train, save checkpoints, publish OUT/model, and write the records of the run; collective.
+
+    Rank 0 prints a table of the ranks. A run with checkpoints in OUT continues as --resume says.
 
     Args:
         parsed: all arguments, `RunArgs`, `SafetyArgs` and `OptimArgs` among them.
@@ -164,10 +174,11 @@ def execute_run(
         checkpointing: recompute blocks in the backward pass.
         compiled: compile the blocks with torch.
     Returns:
-        the finished run; None with --print_groups.
+        the finished run; None with --print_groups, which prints the table alone.
     Raises:
-        UserError, PolicyStop, Interrupted: see `megamod.train.loop.train`; UserError also if
-            another job writes into the output folder.
+        UserError: for settings, data or ranks that do not fit each other, or if another job writes
+            into the output folder.
+        PolicyStop, Interrupted: see `megamod.train.loop.train`.
     """
     run, safety, optim = (
         _find_arguments(parsed, kind) for kind in (RunArgs, SafetyArgs, OptimArgs)
@@ -217,7 +228,14 @@ def _train(
     checkpointing: bool,
     compiled: bool,
 ) -> ActiveRun:
-    """Do the second half of `execute_run`, which writes into the held output folder."""
+    """Do the second half of `execute_run`, which writes into the held output folder; collective.
+
+    Args:
+        settled: resolved settings of the run.
+        batches: this rank's micro-batches.
+        table: of the ranks, for the log.
+        workers, checkpointing, compiled: see `execute_run`.
+    """
     run, safety = (_find_arguments(parsed, kind) for kind in (RunArgs, SafetyArgs))
     topology, ds_config, output = recipe.topology, settled.ds_config, Path(run.output_dir)
     model = recipe.make_model()
@@ -308,7 +326,9 @@ def format_group_table(topology: DomainTopology, device: torch.device) -> str:
 
 
 def record_run(folder: Path, config: Mapping[str, object], parsed: Sequence[Arguments]) -> None:
-    """Write the resolved run, DeepSpeed configuration and environment; collective.
+    """Write run.yaml, ds_config.resolved.json and env.json into the folder, on rank 0; collective.
+
+    They hold the arguments, the resolved configuration of DeepSpeed and the environment.
 
     Raises:
         UserError: on every rank, if the folder cannot be written.
@@ -337,10 +357,13 @@ def make_monitor(
     first_step: int,
     tokens: int,
 ) -> Monitor:
-    """Build the monitor of a run; log the bytes that a step will send.
+    """Build the monitor of a run; log the trained parameters and the bytes that a step will send.
 
     Args:
-        tokens: of this rank in a step, of a language model.
+        groups, unit: see `RunSpec`.
+        flops_per_token: operations of a training step per token; None: no MFU is logged.
+        first_step: finished steps.
+        tokens: of this rank in a step, of a language model; otherwise 0.
     """
     trained, frozen = {}, {}
     for name, parameter in engine.module.named_parameters():
@@ -387,7 +410,11 @@ def make_monitor(
 def list_settings_to_repeat(
     parsed: Sequence[Arguments], data_digest: str, global_batch: int
 ) -> dict[str, object]:
-    """Return the settings that a resumed run must repeat, since they decide its numbers."""
+    """Return the settings that a resumed run must repeat, since they decide its numbers.
+
+    They are the arguments outside of `FREE_ON_RESUME` and of `free_on_resume` of their class, the
+    digest of the data, and the sequences per step of all ranks (`global_batch`).
+    """
     kept = {
         field.name: getattr(args, field.name)
         for args in parsed
@@ -412,4 +439,5 @@ def compute_code_digest() -> str:
 
 
 def _find_arguments(parsed: Sequence[Arguments], kind: type) -> Arguments:
+    """Return the first of the arguments that is an instance of `kind`."""
     return next(args for args in parsed if isinstance(args, kind))

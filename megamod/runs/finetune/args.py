@@ -51,6 +51,11 @@ class TaskArgs(RowArgs):
     )
 
     def __post_init__(self):
+        """Check the flags.
+
+        Raises:
+            UserError: if both --task and --task_spec are given.
+        """
         super().__post_init__()
         if self.task is not None and self.task_spec is not None:
             raise UserError(
@@ -106,6 +111,12 @@ class StageArgs(Arguments):
     num_train_epochs: float = option(3.0, "passes over train; --max_steps overrides it", least=0)
 
     def __post_init__(self):
+        """Check the flags.
+
+        Raises:
+            UserError: for seeds that are no different whole numbers, or without --do_train; if no
+                stage is selected; or if both --model and --config_name are given.
+        """
         super().__post_init__()
         for seed in self.seeds or ():
             if not seed.isdecimal() or int(seed) >= 2**32 or self.seeds.count(seed) > 1:
@@ -151,6 +162,11 @@ class OneTaskArgs(StageArgs):
     )
 
     def __post_init__(self):
+        """Check the flags.
+
+        Raises:
+            UserError: if the metric is unknown, or as `StageArgs`.
+        """
         super().__post_init__()
         metric = self.metric_for_best_model
         if metric is not None and metric not in METRICS:
@@ -182,6 +198,11 @@ class FinetuneOptimArgs(OptimArgs):
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: off", least=0)
 
     def __post_init__(self):
+        """Check the flags.
+
+        Raises:
+            UserError: for another optimizer than AdamW.
+        """
         super().__post_init__()
         refuse_changes(self, ("optim",), "finetuning trains with AdamW")
 
@@ -229,6 +250,12 @@ class TaskListArgs(RowArgs):
     )
 
     def __post_init__(self):
+        """Check the flags; set `mt_sampling` if one of the two flags that stand for a value of it
+        is given.
+
+        Raises:
+            UserError: for flags that ask for two samplings, or a task that is listed twice.
+        """
         super().__post_init__()
         for flag, sampling in (
             ("use_mt_uncertainty", "uncertainty"),
@@ -266,6 +293,12 @@ class ManyTasksArgs(StageArgs):
     )
 
     def __post_init__(self):
+        """Check the flags; replace a model name of `NAMED` by the encoder and the variant that it
+        stands for.
+
+        Raises:
+            UserError: if --freeze_encoder_layers is not A-B, or as `StageArgs`.
+        """
         super().__post_init__()
         if self.model in NAMED:
             self.model, self.variant = NAMED[self.model]

@@ -16,7 +16,7 @@ class BestModel:
     """Evaluations of a run so far, which are also in OUT/evaluations.json, and its best model.
 
     Args:
-        folder: of the run.
+        folder: of the run; the best model so far is in its subfolder `model`.
         value: from an evaluation to its score; None if it has none.
     """
 
@@ -30,7 +30,10 @@ class BestModel:
         return max(self.evaluations, key=self.value, default=None)
 
     def load(self, step: int) -> None:
-        """Read the evaluations of a run that resumes after `step`; later ones are dropped.
+        """Read the evaluations up to `step`, at which the run resumes; later ones are dropped.
+
+        Those without a score are dropped, too. At step 0, or if evaluations.json or OUT/model is
+        missing, nothing is read.
 
         Raises:
             UserError: if evaluations.json is malformed.
@@ -49,12 +52,16 @@ class BestModel:
         return self.best is self.evaluations[-1]
 
     def save(self) -> None:
-        """Write all evaluations so far to OUT/evaluations.json, which `load` reads on resume."""
+        """Write all evaluations so far to OUT/evaluations.json; for one rank alone."""
         write_json(self.folder / EVALUATIONS, self.evaluations)
 
     def write_model(self, export: ModelExport, folder: Path) -> None:
-        """Write OUT/model at the end of a run: the best model, which is there already, or the last
-        one.
+        """Write the model that a run publishes at its end: a copy of OUT/model, which is the best
+        one, or without evaluations the present model; collective.
+
+        Args:
+            export: writes the present model.
+            folder: to write into.
         """
         if not self.evaluations:
             export(folder)

@@ -13,16 +13,18 @@ logger = logging.getLogger(__name__)
 
 
 def list_model_labels(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the labels of a trained model; none if they have the default names, LABEL_0 and so
-    on.
+    """Return the labels of a model's head in its order; none if they have the default names,
+    LABEL_0 and so on.
     """
     names = tuple(config.id2label[number] for number in range(config.num_labels))
     return () if names == tuple(f"LABEL_{n}" for n in range(len(names))) else names
 
 
 def order_labels(names: Sequence[str], labels: Sequence[str]) -> tuple[str, ...] | None:
-    """Return `labels` in the order of a model's names; None if they are other labels. Names may
-    differ in capitals.
+    """Return `labels` in the order of a model's names, spelled as in `labels`; None if they are
+    others.
+
+    Names are compared without regard to capitals.
     """
     spelled = make_label_normaliser(labels)
     ordered = tuple(spelled(name) or "" for name in names)
@@ -32,8 +34,15 @@ def order_labels(names: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]
 def match_labels_to_model(config: PreTrainedConfig, spec: TaskSpec, *, trained: bool) -> TaskSpec:
     """Return the task with its labels in the order of the model's head.
 
+    If the names of the model's labels are those of the task, they decide the order. A task without
+    labels takes those of a trained model. Otherwise the task is returned unchanged: the head is
+    new, or a trained head has default names (LABEL_0, ...), which are taken in the task's order
+    with a warning unless the task's labels are the numbers from 0.
+
+    Args:
+        trained: the head answers the task already and is not trained by this run.
     Raises:
-        UserError: if the model is trained and has another set of labels.
+        UserError: if the model is trained and has another set or number of labels.
     """
     names = list_model_labels(config)
     if names and trained and not (spec.labels or spec.is_regression):
@@ -61,7 +70,10 @@ def match_labels_to_model(config: PreTrainedConfig, spec: TaskSpec, *, trained: 
 
 
 def set_labels(config: PreTrainedConfig, spec: TaskSpec) -> None:
-    """Write the labels of a task into the configuration of its model."""
+    """Write the labels of a task and its kind of problem into the configuration of its model.
+
+    A regression has one label without a name.
+    """
     if spec.is_regression:
         config.num_labels = 1
         config.problem_type = "regression"

@@ -61,9 +61,11 @@ class ManyTasksModel(FinetuneModel):
     """CA-MTL with a head for each task.
 
     Attributes:
+        tasks: in the order of their ids.
         weights: folder or name whose weights start the run; None: new ones.
-        top: see `load_from_encoder`.
-        stage, args: flags of the model, and of the rows of a step.
+        top: `load_last_block` of `load_from_encoder`.
+        stage: flags of the model and of the stages.
+        args: flags of the tasks and their sampling.
     """
 
     tasks: tuple[FinetuneTask, ...]
@@ -152,7 +154,7 @@ class ManyTasksModel(FinetuneModel):
 
 
 def prepare_model(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTasksModel:
-    """Read, check and encode all tasks, and check the model.
+    """Read, check and encode all tasks, and check the model; no weights are loaded.
 
     Raises:
         UserError: for a task, file, row, model or length that does not fit.
@@ -197,8 +199,15 @@ def prepare_model(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTasksModel:
 def _list_specs(
     stage: ManyTasksArgs, args: TaskListArgs, conditioned: CaMtlConfig | None
 ) -> list[tuple[TaskSpec, Sequence[str] | None]]:
-    """Return the tasks in the order of their ids, each with the folders to look for its files
-    in.
+    """List the tasks in the order of their ids, each with the folders to look for its files in
+    (None: the hub).
+
+    They are those of --tasks, else those of the model, else the nine of GLUE.
+
+    Args:
+        conditioned: configuration of a CA-MTL model, whose tasks decide the order; None: a new one.
+    Raises:
+        UserError: for an unknown task, one that is listed twice, or other tasks than the model has.
     """
     specs: dict[str, tuple[TaskSpec, Sequence[str] | None]] = {}
     for name in args.tasks or (conditioned.tasks if conditioned else GLUE):
@@ -223,7 +232,15 @@ def _read_task_rows(
     args: TaskListArgs,
     conditioned: CaMtlConfig | None,
 ) -> tuple[TaskSpec, Rows]:
-    """Read the rows of a task; return it with its labels in the order of its head."""
+    """Read the rows of a task that the stages need; return them with the task, whose labels are in
+    the order of its head.
+
+    Args:
+        folders: see `_list_specs`.
+        conditioned: see `_list_specs`.
+    Raises:
+        UserError: for splits, files, rows or labels that do not fit.
+    """
     splits = list_splits_to_read(spec, stage, args.predict_split)
     labels = _find_trained_labels(conditioned, spec) if conditioned else ()
     if labels and spec.kind != "token":
@@ -233,8 +250,10 @@ def _read_task_rows(
 
 
 def _find_trained_labels(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]:
-    """Return the labels of a task in the order of its trained head. In a converted model they are
-    numbers, which the task's labels replace.
+    """Return the labels of a task in the order of its trained head.
+
+    The heads of a converted model have numbers as labels; then the task's labels are returned, in
+    the task's order. A task without labels takes those of the head.
 
     Raises:
         UserError: if the task has other labels, or is of another kind.
@@ -257,6 +276,7 @@ def _find_trained_labels(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]
 
 
 def _find_head_kind(spec: TaskSpec) -> str:
+    """Return the kind of a task's head: tasks of pairs have the head of sequences."""
     return "sequence" if spec.kind == "pair" else spec.kind
 
 
@@ -267,7 +287,15 @@ def _build_config(
     specs: Sequence[TaskSpec],
     vocab_size: int,
 ) -> CaMtlConfig:
-    """Build the configuration of CA-MTL around an encoder."""
+    """Build the configuration of CA-MTL around an encoder.
+
+    Args:
+        source: configuration of the encoder; None: the named size of --config_name.
+        specs: tasks in the order of their ids.
+        vocab_size: of an encoder of a named size.
+    Raises:
+        UserError: for settings that the configuration refuses, or a length above the positions.
+    """
     source = source or make_bert_config(stage.config_name, vocab_size)
     try:
         return CaMtlConfig.make_from_encoder(
@@ -283,10 +311,10 @@ def _build_config(
 
 
 def _limit_length(args: TaskListArgs, most: int) -> int:
-    """Return --max_seq_length; if it is not given, at most `most`.
+    """Return --max_seq_length; its default is reduced to `most` tokens.
 
     Raises:
-        UserError: if it is given and larger.
+        UserError: if the flag is given and larger.
     """
     if args.max_seq_length > most and find_origin(args, "max_seq_length") != "default":
         raise UserError(f"--max_seq_length {args.max_seq_length}: the model takes {most} tokens")

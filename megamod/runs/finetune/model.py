@@ -50,7 +50,7 @@ class FinetuneModel(Protocol):
         ...
 
     def load_module(self, folder: Path) -> nn.Module:
-        """Load the model of a finished run in float32."""
+        """Load the model of a finished run in float32, from its model folder."""
         ...
 
     def list_classifiers(self, module: nn.Module) -> Sequence[nn.Module]:

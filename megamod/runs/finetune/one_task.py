@@ -46,7 +46,7 @@ class OneTaskModel(FinetuneModel):
 
     Attributes:
         weights: folder or name whose weights start the run; None: new ones.
-        trained: the run does not train, so all weights must come from there.
+        trained: the run does not train, so `weights` must hold all weights of the model.
         retrieved: `retrieved_per_token` of `ClassificationObjective`.
     """
 
@@ -104,10 +104,12 @@ class OneTaskModel(FinetuneModel):
 def prepare_model(
     stage: OneTaskArgs, args: TaskArgs, words: WordArgs | None = None
 ) -> OneTaskModel:
-    """Read, check and encode the task, and check the model.
+    """Read, check and encode the task, and check the model; no weights are loaded.
 
     Args:
-        words: only for labels of words.
+        stage: flags of the model and of the stages.
+        args: flags of the task.
+        words: flags of a task of labels of words; None: the task is one of texts.
     Raises:
         UserError: for a task, file, row, model or length that does not fit.
     """
@@ -172,8 +174,12 @@ def select_head_class(spec: TaskSpec) -> type:
 
 
 def _load_classifier(kind: type, source: str, complete: bool, **options: object) -> nn.Module:
-    """Load a classifier in float32; a missing head is drawn, unless `complete` is set.
+    """Load a classifier in float32 from a folder or name.
 
+    Args:
+        kind: Auto class of transformers.
+        complete: refuse a checkpoint without all weights; otherwise missing ones are drawn.
+        options: passed to `from_pretrained`.
     Raises:
         UserError: if it cannot be loaded or lacks weights.
     """
@@ -186,7 +192,13 @@ def _load_classifier(kind: type, source: str, complete: bool, **options: object)
 
 
 def _find_spec(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
-    """Return the task that the flags name."""
+    """Return the task of --task_spec or --task.
+
+    Args:
+        words: see `prepare_model`.
+    Raises:
+        UserError: if none is named, it is unknown or malformed, or of the other launcher's kind.
+    """
     if args.task_spec is not None:
         spec = read_task_spec(args.task_spec)
     elif args.task is None:
@@ -204,7 +216,9 @@ def _find_spec(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
 
 
 def _find_data_dir(spec: TaskSpec, args: TaskArgs) -> str | None:
-    """Return the folder of the task's files; None: the hub."""
+    """Return --data_dir; without it the folder of the --task_spec file if the task is not on the
+    hub, else None, which stands for the hub.
+    """
     if args.data_dir is None and args.task_spec is not None and spec.hub is None:
         return str(Path(args.task_spec).parent)
     return args.data_dir
@@ -227,7 +241,14 @@ def _find_instance_count(config: PreTrainedConfig, stage: OneTaskArgs) -> int:
 
 
 def _set_retrieval(config: PreTrainedConfig, stage: OneTaskArgs) -> None:
-    """Set the weights of both losses. A checkpoint has those of its own pretraining."""
+    """Set the weight of the task's loss to 1, and weight and share of tokens of the retrieval loss
+    to the flags.
+
+    A checkpoint has the values of its own pretraining, which are overwritten in `config`.
+
+    Raises:
+        UserError: if --retrieval_loss_coeff is given for a model that is not multiplexed.
+    """
     if hasattr(config, "retrieval_loss_coeff"):
         config.task_loss_coeff = 1.0
         config.retrieval_loss_coeff = stage.retrieval_loss_coeff

@@ -71,8 +71,11 @@ class Results(Document):
 def make_evaluation_record(
     model: FinetuneModel, scores: TaskScores, step: int, instances_per_second: float
 ) -> Record:
-    """Return the record of an evaluation after a step: the scores of the dev splits, and rows per
-    second.
+    """Return the record of an evaluation of the dev splits, an item of evaluations.json.
+
+    Args:
+        step: finished steps.
+        instances_per_second: rows per second of the forward passes.
     """
     record: Record = {"step": step, **_nest_scores(model, "tasks", "scores", scores)}
     if model.has_many_tasks:
@@ -81,15 +84,19 @@ def make_evaluation_record(
 
 
 def find_selection_value(model: FinetuneModel, evaluation: Record) -> float | None:
-    """Return the number that selects the best model; None if the evaluation lacks it."""
+    """Return the number that selects the best model, larger is better; None if the evaluation lacks
+    it.
+
+    It is the mean score of many tasks, or the first metric of a single task on the split dev.
+    """
     if model.has_many_tasks:
         return evaluation.get("score")
     return evaluation["scores"]["dev"].get(model.tasks[0].spec.metrics[0])
 
 
 def find_score(model: FinetuneModel, evaluation: Record) -> float:
-    """Return the one score of an evaluation: the mean over tasks of their scores as GLUE defines
-    them.
+    """Return the one score of an evaluation: the task's score as GLUE defines it, of many tasks
+    the mean.
     """
     if model.has_many_tasks:
         return evaluation["score"]
@@ -97,13 +104,17 @@ def find_score(model: FinetuneModel, evaluation: Record) -> float:
 
 
 def make_predictions_record(model: FinetuneModel, scores: TaskScores) -> Record:
-    """Return the entry `predicted` of results.json: scores of the predicted splits."""
+    """Return the entry `predicted` of results.json: the scores of predicted splits with known
+    labels.
+    """
     return _nest_scores(model, "predicted", "predicted", scores)
 
 
 def make_peaks_record(model: FinetuneModel, evaluations: Sequence[Record]) -> Record:
-    """Return the best value of each score of each task and its step; empty for a model of one
-    task.
+    """Return the entry `by_task` of results.json: by task and "SPLIT METRIC" the best value over
+    all evaluations and its step.
+
+    Losses and values that are no numbers are skipped. The record of a model of one task is empty.
     """
     if not model.has_many_tasks:
         return {}
@@ -122,8 +133,14 @@ def make_peaks_record(model: FinetuneModel, evaluations: Sequence[Record]) -> Re
 
 
 def make_table_row(model: FinetuneModel, record: Record) -> dict[str, float] | None:
-    """Return the numbers of one seed for the table; None: no row. A single task has all its scores,
-    many tasks have one each.
+    """Return the numbers of one seed for the table, by title of the column; None: no row.
+
+    A single task has all scores of its best evaluation and of its predictions. Many tasks have one
+    score each, their mean, and with all of GLUE its average; without an evaluation they have no
+    row.
+
+    Args:
+        record: entry of the seed in results.json.
     """
     if model.has_many_tasks:
         if "best" not in record:
@@ -143,7 +160,9 @@ def make_table_row(model: FinetuneModel, record: Record) -> dict[str, float] | N
 
 
 def list_facts(model: FinetuneModel) -> Record:
-    """Return the tasks, and how many rows they have and how many were cut, by split."""
+    """Return the entries of results.json that are known before training: the tasks, and by split
+    the number of their rows and of those that were cut.
+    """
     rows = {
         task.spec.name: {split: len(encoded) for split, encoded in task.encoded.items()}
         for task in model.tasks
@@ -189,9 +208,11 @@ def make_card(model: FinetuneModel) -> Card:
 
 
 def _nest_scores(model: FinetuneModel, many: str, single: str, scores: TaskScores) -> Record:
+    """Return all scores under the key `many`, or those of the only task under the key `single`."""
     return {many: scores} if model.has_many_tasks else {single: scores[model.tasks[0].spec.name]}
 
 
 def _compute_task_scores(model: FinetuneModel, scores: TaskScores) -> dict[str, float]:
+    """Compute the score of each task as GLUE defines it."""
     specs = [task.spec for task in model.tasks]
     return {spec.name: compute_task_score(spec, scores[spec.name]) for spec in specs}

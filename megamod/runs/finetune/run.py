@@ -53,12 +53,16 @@ SHARES = "task_shares.png"
 
 
 def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
-    """Train, score and predict as the flags say; print a table and write OUT/results.json.
+    """Train, score and predict as the flags say; rank 0 prints a table and writes OUT/results.json.
+
+    Collective. With --print_groups only the table of ranks is printed.
 
     Args:
         parsed: all arguments: RunArgs, SafetyArgs, OptimArgs, StageArgs, RowArgs, then others.
     Raises:
-        UserError: for arguments or ranks that do not fit, before anything is written.
+        UserError: for arguments or ranks that do not fit, before anything is written, or if another
+            job writes into the output folder.
+        PolicyStop, Interrupted: see `megamod.train.loop.train`.
     """
     disable_progress_bar()
     run, safety, _, stage, _ = parsed[:5]
@@ -80,7 +84,13 @@ def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
 def _score_and_predict(
     model: FinetuneModel, parsed: Sequence[Arguments], device: torch.device
 ) -> Record:
-    """Score and predict with a model that is not trained; return the record of results.json."""
+    """Score (--do_eval) and predict (--do_predict) with a model that is not trained; collective.
+
+    Predictions are written into OUT/predictions.
+
+    Returns:
+        the entry of the seed in results.json.
+    """
     run, _, _, stage, args = parsed[:5]
     predictors = make_predictors(model, model.make_module(run.seed).to(device), device)
     record: Record = {}
@@ -97,9 +107,10 @@ def _score_and_predict(
 def _train_with_seeds(
     model: FinetuneModel, parsed: Sequence[Arguments]
 ) -> dict[int, Record] | None:
-    """Train once, or once for each of --seeds in a folder of its own; return the records by seed.
+    """Train once, or once for each of --seeds in OUT/seed-S; collective.
 
-    None if only the groups were asked for.
+    Returns:
+        the entries of results.json by seed; None with --print_groups.
     """
     run, seeds = parsed[0], parsed[3].seeds
     records = {}
@@ -116,8 +127,13 @@ def _train_with_seeds(
 
 
 def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path) -> Record | None:
-    """Train, save and predict with one seed; return the record, None if only the groups were asked
-    for.
+    """Train with one seed, score on the way, predict with the best model; collective.
+
+    The run is in `folder`, with its tokenizer, model, predictions and results.json. --max_steps of
+    `parsed` is set if the epochs decide it.
+
+    Returns:
+        the entry of the seed in results.json; None with --print_groups.
     """
     run, safety, optim, stage, args = parsed[:5]
     names = tuple(task.spec.name for task in model.tasks)
@@ -177,10 +193,11 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
 
 
 def _set_batch_sizes(run: RunArgs, model: FinetuneModel) -> None:
-    """Set batch sizes without flags to 32 N rows.
+    """Set batch sizes without flags to 32 N rows, where N is the number of instances; only for one
+    task.
 
     Raises:
-        UserError: if a batch of evaluation does not fill its groups.
+        UserError: if a batch of evaluation does not fill its groups of N rows.
     """
     for flag in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if find_origin(run, flag) == "default" and not model.has_many_tasks:
@@ -239,7 +256,11 @@ def _make_evaluation(
 def _write_results(
     model: FinetuneModel, records: Mapping[int, Record], output: Path, stage: StageArgs
 ) -> str:
-    """Write OUT/results.json; return the table to print."""
+    """Write OUT/results.json with the entries of all seeds, their means and deviations.
+
+    Returns:
+        the table and a list of the files, to print.
+    """
     rows = {f"seed {seed}": make_table_row(model, record) for seed, record in records.items()}
     rows = {name: row for name, row in rows.items() if row is not None}
     spec = model.tasks[0].spec

@@ -36,7 +36,11 @@ from megamod.runs.finetune.tasks import FinetuneTask
 def make_predictors(
     model: FinetuneModel, module: nn.Module, device: torch.device
 ) -> list[Predictor]:
-    """Make a predictor for each task, which divides the task's rows among all ranks."""
+    """Make a predictor for each task, which divides the task's rows among all ranks.
+
+    Args:
+        module: the model in memory, on `device`.
+    """
     ranks = dist.get_rank(), dist.get_world_size(), sum_over_ranks
     return [
         Predictor(classifier, model.inputs, device, *ranks)
@@ -58,10 +62,14 @@ def score_splits(model: FinetuneModel, predictors: Sequence[Predictor], run: Run
 def score_split(
     model: FinetuneModel, task: FinetuneTask, split: str, predictor: Predictor, run: RunArgs
 ) -> tuple[Scores | None, np.ndarray | list[list[str]]]:
-    """Predict the rows of a split.
+    """Predict the rows of a split; every rank gets all answers.
+
+    Scores of multiplexed models without an ensemble have `accuracy_by_slot`, those of entities
+    `by_type`.
 
     Returns:
-        scores, None if the labels are hidden; and the logits of rows, or the labels of words.
+        scores, None if the labels are hidden; and the logits of rows [R, C], or the labels of
+        words.
     """
     spec, rows, encoded = task.spec, task.sets[split], task.encoded[split]
     batches = list(
@@ -102,11 +110,13 @@ def predict_splits(
     kind: str,
     folder: Path,
 ) -> TaskScores:
-    """Write predictions of the splits of a kind; return the scores of those whose labels are known.
+    """Predict the splits of a kind; rank 0 writes the predictions into a folder.
 
     Args:
         kind: beginning of the splits' names.
-        folder: of the files.
+        folder: of the files, created if needed.
+    Returns:
+        the scores of the splits whose labels are known, by task.
     """
     scored: dict[str, dict[str, Scores]] = {}
     for task, predictor in zip(model.tasks, predictors, strict=True):
@@ -128,7 +138,13 @@ def _write_predictions(
     answers: np.ndarray | list[list[str]],
     folder: Path,
 ) -> None:
-    """Write predictions as a file for the server of a benchmark, or as CoNLL columns."""
+    """Write predictions as a file for the server of a benchmark, or labels of words as CoNLL
+    columns.
+
+    Args:
+        answers: see `score_split`.
+        folder: exists; the file is named after the split, and after the task where needed.
+    """
     spec = task.spec
     if spec.kind == "token":
         rows = task.sets[split]

@@ -21,13 +21,13 @@ DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_d
 def read_start_config(
     stage: StageArgs, accepts: Callable[[str], bool], needed: str
 ) -> tuple[PreTrainedConfig | None, str | None]:
-    """Return the configuration that a run starts from, and the folder or name of its weights.
+    """Read the configuration that a run starts from, and find the source of its weights.
 
     Args:
-        accepts, needed: see `resolve_model`.
+        accepts, needed: `accepts_type` and `needed_kind` of `resolve_model`.
     Returns:
-        the configuration, None for a named size, which needs the size of the vocabulary first;
-        and the source of the weights, None for new ones.
+        the configuration, None for a named size, which needs the size of the vocabulary first; and
+        the folder or name of the weights, None for new ones.
     Raises:
         UserError: if the model is missing, of another kind, or without weights and not trained.
     """
@@ -61,8 +61,10 @@ def load_matching_tokenizer(
     """Load the tokenizer of an encoder and check that it fits the encoder.
 
     Args:
-        config: of the model, which must have an embedding for every id; None: it is still to come.
-        model, tokenizer: folders or names; the tokenizer None: that of the model.
+        config: of the model, which must have an embedding for every id; None: it is built later,
+            from the size of this vocabulary.
+        model: folder or name of the model.
+        tokenizer: folder or name; None: that of the model.
     Raises:
         UserError: if there is none, it cannot pad, or it is not that of the model.
     """
@@ -88,7 +90,7 @@ def load_matching_tokenizer(
 
 
 def set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
-    """Set all dropout rates of the model to one rate; None: leave them as they are."""
+    """Set all dropout rates of `config` to one rate; None: leave them as they are."""
     if rate is not None:
         for name in DROPOUTS:
             if hasattr(config, name):

@@ -51,11 +51,12 @@ class FinetuneTask:
 
 
 def list_splits_to_read(spec: TaskSpec, stage: StageArgs, predicted: str) -> list[str]:
-    """Return the splits that the flags need; "dev" and --predict_split stand for all splits of
-    their kind.
+    """List the splits that the stages need: train, all splits of dev, and those to predict.
 
+    Args:
+        predicted: beginning of the names of the splits to predict.
     Raises:
-        UserError: if the task lacks one of them.
+        UserError: if the task has no dev split to score, or none to predict.
     """
     splits = ["train"] if stage.do_train else []
     if stage.do_eval:
@@ -86,6 +87,7 @@ def open_task(
 
     Args:
         data_dir: folder of the files; None: the hub.
+        config: of the classifier.
         trained: the model answers the task already, so its labels must be the task's.
         label_all: see `encode_words`.
     Raises:
@@ -109,10 +111,14 @@ def read_rows(
     args: RowArgs,
     labels: Sequence[str] = (),
 ) -> tuple[TaskSpec, Rows]:
-    """Read the first rows of the splits; return the task with its labels, and the rows by split.
+    """Read the rows of the splits, at most --max_train_samples or --max_eval_samples of each.
 
     Args:
-        labels: of a trained model; for labels of words they win.
+        data_dir: folder of the files; None: the hub.
+        labels: of a trained model; they take the place of those of a task of labels of words, and
+            have no effect for other tasks. Empty: none.
+    Returns:
+        the task with its labels, and the rows by split.
     Raises:
         UserError: for files, rows and labels that do not fit.
     """
@@ -137,11 +143,13 @@ def encode_rows(
     *,
     label_all: bool = False,
 ) -> FinetuneTask:
-    """Return the task with its rows as token ids.
+    """Return the task with its rows as token ids, from the cache if it holds them.
 
     Args:
-        cache_dir: see `load_or_encode`; None: nothing is kept.
+        cache_dir: see `load_or_encode`; None: there is no cache.
         label_all: see `encode_words`.
+    Raises:
+        UserError: for rows that cannot be encoded within the limits.
     """
 
     def encode(rows: TextSet | TokenSet) -> EncodedRows:
@@ -160,9 +168,13 @@ def encode_rows(
 
 
 def find_task(name: str, data_dir: Sequence[str] | None) -> tuple[TaskSpec, Sequence[str] | None]:
-    """Find a task by its name or YAML file; return it and the folders to look for its files in.
-    None instead of folders: the hub.
+    """Find a task by its name or YAML file.
 
+    Args:
+        data_dir: folders of --data_dir; None: not given.
+    Returns:
+        the task, and the folders to look for its files in: `data_dir`, else the folder of the YAML
+        file if the task is not on the hub, else None for the hub.
     Raises:
         UserError: if there is no such task.
     """
@@ -192,8 +204,9 @@ def find_first_folder(spec: TaskSpec, folders: Sequence[str]) -> str:
 
 
 def find_lengths(config: PreTrainedConfig, args: RowArgs) -> RowLengthLimits:
-    """Return the row length limits of a model. The maximum is --max_seq_length; its default is
-    reduced to the model's positions.
+    """Return the row length limits of a model.
+
+    The maximum is --max_seq_length; its default is reduced to the model's positions.
 
     Raises:
         UserError: if the flag is given and the model has fewer positions.

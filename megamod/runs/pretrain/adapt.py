@@ -49,9 +49,14 @@ from megamod.train.objectives import CausalLMObjective
 def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -> None:
     """Select the start, train, publish OUT/model and add it to the forest; collective.
 
+    A forest that has the expert of this run already is left as it is. A run that stops before
+    --max_steps does not join the forest. OUT/start.json records the start; rank 0 prints scores.
+
     Raises:
         UserError: for an unknown start, domains or a vocabulary that do not fit, or a domain that
-            the forest has already; then nothing is written.
+            the forest has already; then nothing is written. Also if the forest got such an expert
+            during the training.
+        PolicyStop, Interrupted: see `megamod.train.loop.train`.
     """
     output = Path(run.output_dir).absolute()
     forest = list_candidates(args)
@@ -115,7 +120,12 @@ def _build_run_spec(
     start: AdaptationStart,
     topology: DomainTopology,
 ) -> RunSpec:
-    """Return the parts of a run that trains one expert, a dense model, on the new domain."""
+    """Return the parts of a run that trains one expert, a dense model, on the new domain;
+    collective.
+
+    Raises:
+        UserError: as `build_dense_config`.
+    """
     output, rank = Path(run.output_dir), dist.get_rank()
     config = build_dense_config(start.expert, args)
     digest = gather_texts(digest_weights(start.expert) if rank == 0 else "")[0]
@@ -162,6 +172,8 @@ def write_grown(expert: Expert, domain: str, export: ModelExport, folder: Path) 
     """Write the model of `expert` with the trained model as a further expert; collective.
 
     Args:
+        expert: a member of a model with experts, from which the training started.
+        domain: name of the new expert.
         export: writes the trained dense model.
         folder: exists and is empty.
     """
@@ -179,13 +191,23 @@ def write_grown(expert: Expert, domain: str, export: ModelExport, folder: Path) 
 
 
 def join_forest(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, output: Path) -> str:
-    """Add the new expert to its forest; return a sentence that says which forest.
+    """Add the new expert to its forest; return a sentence for the console.
 
-    A forest.json is edited. A model with a further expert is a forest itself. A whole model that
-    started from a folder without forest.json gets one in OUT, with the experts of that folder.
+    With --model there is no forest, and nothing is written. If --forest names a forest.json, that
+    file is edited; entries of the model with experts to whose copy the new expert was added then
+    point to the copy, which holds the same experts. If --forest is the folder of a model with
+    experts, the copy with the new one is the forest, and nothing is written. If it is another
+    folder without forest.json, OUT/forest.json is written with its experts and the new one. An
+    entry that an earlier attempt of this run made is replaced.
 
+    Args:
+        forest: opened from --forest before the training.
+        start: expert that the adaptation started from.
+        new: entry of the new expert.
+        output: OUT, folder of the run.
     Raises:
-        UserError: if the forest got an expert of that name in the meantime.
+        UserError: if the forest got another expert of that name in the meantime, or is refused by
+            `edit_forest`.
     """
     if args.model is not None:
         return f"a model of its own: {new.path}"
@@ -241,18 +263,20 @@ def _make_expert(
 
 
 def _is_same_expert(first: Expert, second: Expert) -> bool:
+    """Return True if both entries have one domain and one folder."""
     return first.domain == second.domain and first.path.resolve() == second.path.resolve()
 
 
 def _move_expert(expert: Expert, source: Path, target: Path) -> Expert:
+    """Return the entry with the path `target` if its path is `source`, otherwise unchanged."""
     if expert.path.resolve() != source.resolve():
         return expert
     return expert.model_copy(update={"path": target})
 
 
 def _read_start_perplexity(output: Path, domain: str) -> float | None:
-    """Read the perplexity of the start on the new domain from the log of step 0; None if it has
-    none.
+    """Read the perplexity of the start on the new domain from the metrics of step 0; None if there
+    are none.
     """
     records = read_metrics(output / "metrics.jsonl")
     scores = [r["perplexity"][domain] for r in records if r["step"] == 0 and "perplexity" in r]

@@ -47,6 +47,11 @@ class AdaptArgs(Arguments):
     )
 
     def __post_init__(self):
+        """Check the flags.
+
+        Raises:
+            UserError: for a domain that cannot be a name, or flags that contradict each other.
+        """
         super().__post_init__()
         if self.domain is not None:
             check_domain(self.domain, "--domain")

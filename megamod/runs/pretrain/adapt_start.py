@@ -48,7 +48,9 @@ class AdaptationStart:
     """Expert that an adaptation starts from, and the reason for it.
 
     Attributes:
-        posterior: of each expert on the new domain, if it decided.
+        reason: clause for messages, such as "as --start says".
+        posterior: weight of each expert on the new domain, by which it was selected; None: it was
+            selected otherwise.
     """
 
     expert: Expert
@@ -60,8 +62,11 @@ class StartRecord(Document):
     """Content of start.json.
 
     Attributes:
-        start: domain of the expert; `why` it was selected.
-        weights: digest of its weights.
+        forest: path of the forest.
+        start: domain of the expert.
+        why: `reason` of `AdaptationStart`.
+        weights: digest of the expert's weights.
+        posterior: see `AdaptationStart`.
     """
 
     forest: str
@@ -72,10 +77,11 @@ class StartRecord(Document):
 
 
 def list_candidates(args: AdaptArgs) -> Forest:
-    """Open the forest of experts to start from; a dense model is a forest of one.
+    """Open the forest of experts to start from; the dense model of --model is a forest of one.
 
     Raises:
-        UserError: if there are none, or --start is none of them.
+        UserError: if there is no expert, --model has experts, --start is none of them, or a flag
+            has no effect because there is a single one.
     """
     if args.model is None:
         forest = open_forest(Path(args.forest))
@@ -96,10 +102,10 @@ def list_candidates(args: AdaptArgs) -> Forest:
 
 
 def open_domain_data(args: AdaptArgs, forest: Forest) -> LmData:
-    """Open the data of the new domain for all experts of the forest.
+    """Open the train, valid and evaluation splits of the new domain, for all experts of the forest.
 
     Raises:
-        UserError: if domain, split, vocabulary or sequence length do not fit.
+        UserError: if domain, split, tokenizer, vocabulary or sequence length do not fit.
     """
     databin = DataBin(args.data, args.verify_data)
     if args.domain not in databin.domains:
@@ -147,11 +153,18 @@ def select_start(
     resume: str,
     estimate: Callable[[], Sequence[float]],
 ) -> AdaptationStart:
-    """Select the expert to start from: named, selected earlier, or of the highest weight.
+    """Select the expert to start from.
+
+    It is the only one, else --start, else the one of the highest weight in --prior, else the one
+    that an earlier call of this run recorded in start.json, else the one of the highest estimated
+    weight.
 
     Args:
-        output: folder of the run; its earlier selection is kept unless --resume is none.
+        output: folder of the run.
+        resume: value of --resume; with "none" start.json is not read.
         estimate: computes the weights of all experts, called only if nothing else decides.
+    Raises:
+        UserError: if --prior or start.json cannot be used.
     """
     if len(forest.experts) == 1:
         return AdaptationStart(forest.experts[0], "the only one")
@@ -190,10 +203,11 @@ def estimate_expert_weights(
 
 
 def build_dense_config(expert: Expert, args: AdaptArgs) -> LmConfig:
-    """Build the configuration of the dense model that is trained.
+    """Build the configuration of the dense model that is trained from an expert.
 
     Raises:
-        UserError: if the new name is invalid or taken, or nothing would be trained.
+        UserError: if the new name is invalid or taken, the experts own no feed-forward network, or
+            --method feedforward does not know the model's family.
     """
     saved = read_lm_config(expert.path)
     if expert.member is not None and args.domain in get_domains(saved):
@@ -218,8 +232,12 @@ def build_dense_config(expert: Expert, args: AdaptArgs) -> LmConfig:
 
 
 def build_dense_model(expert: Expert, config: DemixConfig, method: str) -> LanguageModel:
-    """Build the expert as a dense model; with `feedforward` only its fc1 and fc2 are trained.
+    """Build the expert as a dense model with its weights.
 
+    Args:
+        config: see `build_dense_config`.
+        method: "full", or "feedforward": only feed-forward networks are trained, of an expert in a
+            model with experts only the weights that are its own.
     Raises:
         UserError: if its weights do not fit its configuration.
     """
@@ -247,7 +265,11 @@ def build_dense_model(expert: Expert, config: DemixConfig, method: str) -> Langu
 
 
 def make_start_record(forest: Forest, start: AdaptationStart, digest: str) -> dict[str, object]:
-    """Return the content of OUT/start.json, which a resumed run reads."""
+    """Return the content of OUT/start.json, which a resumed run reads.
+
+    Args:
+        digest: see `digest_weights`.
+    """
     return StartRecord(
         forest=str(forest.path),
         start=start.expert.domain,
@@ -264,8 +286,12 @@ def digest_weights(expert: Expert) -> str:
 
 
 def _read_recorded_start(path: Path, forest: Forest) -> AdaptationStart | None:
-    """Read the start that an interrupted run selected in this forest; None if there is none. The
-    forest may have grown since.
+    """Read the start that an earlier call of this run recorded.
+
+    Returns:
+        the start; None if there is no file, or its forest is another one or lacks the expert now.
+    Raises:
+        UserError: if the file is malformed.
     """
     if not path.is_file():
         return None
@@ -280,8 +306,9 @@ def _read_recorded_start(path: Path, forest: Forest) -> AdaptationStart | None:
 
 
 def _list_expert_parameters(expert: Expert) -> set[str] | None:
-    """Return the parameters that belong to an expert alone, by their names in a dense model; None:
-    all of them.
+    """List the parameters that belong to an expert alone, by their names in a dense model.
+
+    None for a whole model, whose parameters all belong to it.
     """
     if expert.member is None:
         return None

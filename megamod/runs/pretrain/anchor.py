@@ -25,8 +25,11 @@ ROW_TOKENS = 65536  # of each domain's valid split that a row is measured on
 def check_anchor(model: ModelArgs, has_start: bool) -> None:
     """Refuse an anchor that no mixture can hold later.
 
+    Args:
+        has_start: the run starts from weights, not from new ones.
     Raises:
-        UserError: for new weights, a seed whose class has no mixture, or a text that is none.
+        UserError: for new weights, a seed with experts, a seed whose class has no mixture, or an
+            --anchor that is no data-bin.
     """
     folder = resolve_model_folder(model.model)
     where = f"--anchor {model.anchor}"
@@ -48,13 +51,17 @@ def check_anchor(model: ModelArgs, has_start: bool) -> None:
 def set_anchor_rows(
     network: nn.Module, seed_text: DataBin, text: DataBin, length: int, batch: int
 ) -> None:
-    """Set the rows of an anchored model whose experts are copies of the anchor.
+    """Compute the router rows of an anchored model whose experts are copies of the anchor, and set
+    them.
+
+    The model is run on a GPU if there is one; its device and mode are those of before afterwards.
 
     Args:
         network: holds some of the domains; only their rows are measured.
         seed_text: the anchor's row is the mean over its domains, each with the same weight.
         text: data-bin with the domains of the experts.
-        length: tokens per sequence; `batch`: sequences per forward pass.
+        length: tokens per sequence.
+        batch: sequences per forward pass.
     Raises:
         UserError: if a text is shorter than one sequence, or other ids than the model's.
     """

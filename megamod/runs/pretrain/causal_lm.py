@@ -52,10 +52,12 @@ def pretrain(
     optim: OptimArgs,
     data_args: DataArgs,
 ) -> None:
-    """Train, score every expert on every domain, and print the results.
+    """Train, score every expert on every domain, write the scores into OUT and print them;
+    collective.
 
     Raises:
         UserError: for arguments, data or ranks that do not fit, before anything is written.
+        PolicyStop, Interrupted: see `megamod.train.loop.train`.
     """
     data = LmData(
         data_args.data,
@@ -182,7 +184,9 @@ def make_adapter_fields(
     """Make the fields of the `LoraConfig` of the adapter that a run trains; load no weights.
 
     Args:
-        config: of the seed; `start`: its folder, see `find_start_folder`.
+        config: of the seed.
+        start: folder of the seed and the flag that named it, see `find_start_folder`; None: there
+            are no weights.
     Raises:
         UserError: if there is no seed with weights, or the targets are none of its layers.
     """
@@ -199,8 +203,11 @@ def make_adapter_fields(
 
 
 def list_stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
-    """Return the files of a stock model's folder that are copied into the folder of its trained
+    """List the files of a stock model's folder that are copied into the folder of its trained
     weights.
+
+    They are its tokenizer, or without one that of the data (with a warning), and its generation
+    settings. Empty for named sizes and models of type demix.
 
     Raises:
         UserError: if the data were made with another tokenizer than the model's.
@@ -228,7 +235,10 @@ def list_stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
 
 
 def log_start(model: ModelArgs, start: tuple[Path, str] | None, config: LmConfig) -> None:
-    """Log the folder and flag that the first weights come from, or that they are new."""
+    """Log the folder and flag that the first weights come from, or that they are new.
+
+    A DEMix model of --model is warned of, because earlier versions took its shape alone.
+    """
     if start is None:
         logger.info("new weights in the shape of %s", model.model)
         return
@@ -245,7 +255,10 @@ def log_start(model: ModelArgs, start: tuple[Path, str] | None, config: LmConfig
 def make_evaluation(
     running: ActiveRun, data: LmData, topology: DomainTopology, run: RunArgs, split: str
 ) -> DomainEvaluation:
-    """Return an evaluation that computes the perplexity of the run's experts on a split."""
+    """Make the evaluation that computes the perplexity of the run's experts on a split.
+
+    Each rank scores its share of the batches, and with experts only those that it holds.
+    """
     rank, apart = dist.get_rank(), topology.sharing is not Sharing.DENSE
     held = topology.get_rank_domains(rank)
     return DomainEvaluation(

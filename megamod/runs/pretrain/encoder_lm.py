@@ -69,10 +69,13 @@ def pretrain(
     mux: MuxArgs,
     data_args: DataArgs,
 ) -> None:
-    """Train an encoder, score it on held-out text, and print the results.
+    """Train an encoder, score it on held-out text, write OUT/results.json and print the scores.
+
+    Collective.
 
     Raises:
         UserError: for arguments or data that do not fit, before anything is written.
+        PolicyStop, Interrupted: see `megamod.train.loop.train`.
     """
     data = LmData(
         data_args.data,
@@ -160,7 +163,7 @@ def pretrain(
 
 
 def make_losses(mux: MuxArgs, config: PreTrainedConfig, device: torch.device) -> ComputeLosses:
-    """Return the loss function of the objective: from model, batch and number of items to
+    """Return the loss function of the objective: from model, batch and divisors (`TERMS`) to
     losses.
     """
     if mux.objective == "masked_lm":
@@ -175,7 +178,11 @@ def make_losses(mux: MuxArgs, config: PreTrainedConfig, device: torch.device) ->
 
 @dataclass(frozen=True)
 class DataVocabulary:
-    """Vocabulary of the data, as configurations need it."""
+    """Vocabulary of the data, as configurations need it.
+
+    `size` is the number of ids; `bos`, `pad` and `mask` are ids of special tokens, and `mask`
+    raises UserError if there is none.
+    """
 
     data: DataBin
 
@@ -242,8 +249,10 @@ def _check_held_out(batches: MaskedBatches, split: str) -> None:
 
 
 def _read_folder_config(folder: str, mux: MuxArgs, data: DataBin) -> PreTrainedConfig:
-    """Read the configuration of a model folder; multiplex a stock encoder's if the flags ask for
-    it.
+    """Read the configuration of a model folder; that of a stock encoder becomes a multiplexed one
+    if --num_instances is above 1.
+
+    A model folder that is multiplexed already gets the loss weights of the flags.
 
     Raises:
         UserError: if it is of another family, or contradicts the flags or the data.
@@ -273,7 +282,8 @@ def _read_folder_config(folder: str, mux: MuxArgs, data: DataBin) -> PreTrainedC
 
 
 def _check_structure(folder: str, config: PreTrainedConfig, mux: MuxArgs, data: DataBin) -> None:
-    """Refuse flags that contradict the multiplexing of a model folder, or the data's [MASK].
+    """Check that the flags agree with the multiplexing of a model folder, and [MASK] with the
+    data's.
 
     Raises:
         UserError: naming the flag, its value and that of the model.
@@ -294,10 +304,10 @@ def _check_structure(folder: str, config: PreTrainedConfig, mux: MuxArgs, data: 
 
 
 def read_mask_id(data: DataBin) -> int:
-    """Return the id of the data's [MASK].
+    """Read the id of [MASK] from the tokenizer of the data.
 
     Raises:
-        UserError: if its tokenizer has none.
+        UserError: if the tokenizer cannot be read or has none.
     """
     folder = data.path / "tokenizer"
     with report_damage(f"--data {data.path}: its tokenizer cannot be read"):
@@ -375,10 +385,14 @@ def build_encoder(
     """Build an encoder with new weights, or with those of a folder as far as it has them.
 
     A stock encoder starts a multiplexed one: its embeddings and layers are kept, multiplexer and
-    demultiplexer are new.
+    demultiplexer are new. Tensors that are new or not used are logged.
 
+    Args:
+        seed: of the new weights.
+        start: source of the weights; None: all are new.
+        objective: value of --objective, which selects the class.
     Raises:
-        UserError: if the weights do not fit.
+        UserError: if a tensor has another shape, or the weights cannot be read.
     """
     torch.manual_seed(seed)
     if start is None:

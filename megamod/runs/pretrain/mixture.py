@@ -30,7 +30,12 @@ def check_mixture(model: ModelArgs, config: LmConfig) -> None:
 
 
 def name_experts(model: str, config: LmConfig) -> list[str]:
-    """Return the domains of a mixture's experts by its moe.json, else their numbers."""
+    """Return the domains of a mixture's experts from its moe.json; without one their numbers from
+    0.
+
+    Raises:
+        UserError: if moe.json is malformed.
+    """
     folder = resolve_model_folder(model)
     if folder is not None and (folder / FILE).is_file():
         return read_moe_record(folder).domains
@@ -39,11 +44,15 @@ def name_experts(model: str, config: LmConfig) -> list[str]:
 
 
 def write_mixture(model: ModelArgs, export: ModelExport, folder: Path) -> None:
-    """Write a trained mixture with a tensor per expert, and moe.json with its training; collective.
+    """Write a trained mixture with a tensor per expert; collective.
+
+    It gets the moe.json of the mixture that training started from, if there is one, with an entry
+    about the training of the router.
 
     Args:
         model: flags, whose --model is the mixture that training started from.
         export: writes the model as it is in memory, where the experts of a layer are one tensor.
+        folder: to write into.
     """
     export(folder)
     check_peers()
