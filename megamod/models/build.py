@@ -102,6 +102,10 @@ def make_multiplexed_config_from_stock(
 ) -> PreTrainedConfig:
     """Make the configuration of a multiplexed encoder that starts from a stock one.
 
+    Args:
+        stock: configuration of the stock encoder, whose fields of `STOCK` are taken over.
+        flags: decide about all else: multiplexing, losses and generator.
+        vocabulary: source of the cls and mask ids.
     Raises:
         UserError: for flags that do not fit it.
     """
@@ -115,7 +119,11 @@ def make_multiplexed_config(
     """Make the configuration of a multiplexed encoder.
 
     Args:
-        shape: sizes and constants, as stock encoders have them.
+        shape: fields with sizes and constants, under the names of stock encoders.
+        flags: decide about all else: multiplexing, losses and generator.
+        vocabulary: source of the cls id, and for replaced tokens of the mask id.
+    Returns:
+        a `MuxElectraConfig` for the objective "replaced_token", else a `MuxBertConfig`.
     Raises:
         UserError: for values that do not fit each other.
     """

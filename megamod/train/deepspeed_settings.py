@@ -65,9 +65,10 @@ class ResolvedSettings:
         return BatchDivision(micro_batch, self.global_batch, rank, self.topology.world_size)
 
     def replace_arguments(self, parsed: Sequence[Arguments]) -> tuple[Arguments, ...]:
-        """Return the arguments of a run in their order, `RunArgs` and `OptimArgs` replaced.
+        """Return the arguments of a run with this object's `run` and `optim` in place of theirs.
 
-        Their places take `run` and `optim` of this object.
+        Args:
+            parsed: all arguments of the run, whose order is kept.
         """
         settled = {type(self.run): self.run, type(self.optim): self.optim}
         return tuple(settled.get(type(args), args) for args in parsed)
@@ -81,7 +82,10 @@ def resolve_settings(
     hidden_size: int,
     mixture: PreTrainedConfig | None = None,
 ) -> ResolvedSettings:
-    """Resolve flags and DeepSpeed file into one consistent set of settings; nothing is changed.
+    """Resolve flags and DeepSpeed file into one consistent set of settings.
+
+    A value of the file replaces the default of a flag; if both are set, they must agree. The
+    arguments are not changed.
 
     Args:
         hidden_size: hidden size of the model, for bucket sizes that are "auto".
@@ -174,6 +178,8 @@ def make_loop_plan(
     run: RunArgs, optim: OptimArgs, safety: SafetyArgs, topology: DomainTopology
 ) -> Plan:
     """Build the settings of the training loop.
+
+    Without --warmup_steps the warm-up is --warmup_ratio of all steps, rounded down.
 
     Raises:
         UserError: if the policy for losses that are not finite is impossible in this run.

@@ -186,7 +186,13 @@ def gather_experts(module: nn.Module, keep: bool) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive elements of a parameter, and their place in a tensor of the stock class."""
+    """Consecutive elements of a parameter, and their place in a tensor of the stock class.
+
+    Attributes:
+        start, size: first element in the flattened parameter, and number of elements.
+        name: name of the tensor in the stock class.
+        stock_start: first element in that tensor, flattened.
+    """
 
     start: int
     size: int

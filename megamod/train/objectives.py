@@ -23,7 +23,7 @@ class BatchScore:
     """Loss and metrics of a micro-batch.
 
     Attributes:
-        loss: differentiable scalar, each summed loss divided by the `items` asked for it.
+        loss: differentiable scalar: each summed loss divided by its entry of `item_totals`.
         total: [E] float32, summed loss of each group's sequences (of each domain), in nats.
         items: [E] float32, number of items (target tokens) in each sum.
         further: further metrics by name: [2] float32, sum and count; the log shows sum / count.
@@ -313,6 +313,7 @@ def compute_masked_losses(
     """Compute the losses of a masked LM.
 
     Args:
+        multiplexed: the model computes its losses itself, as multiplexed encoders do.
         item_totals: divisors in "loss" of the sums over masked and over retrieved tokens.
     Returns:
         "loss", a differentiable scalar; and [2] float32 sums with their counts: "task_loss" and

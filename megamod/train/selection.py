@@ -36,19 +36,19 @@ def score_uncertainty(
 ) -> Tensor:
     """Score each candidate row by its entropy.
 
-    "release" multiplies a row's entropy by its task's mean, which also favours uncertain tasks;
-    with "paper" the row's entropy decides alone. Both divide by the largest mean of a task.
-
-    A regression has no entropy. With the rule "release" the j-th row of STS-B has the score of the
-    j-th row of MRPC if both tasks are present, and other regressions have score 0. "borrow": as
-    "release"; other regressions take scores evenly from all rows of classifications, so they are
-    selected as often as an average task. "mean": every row has the mean score of all
-    classifications, which is rarely selected while some rows stand out.
-
     Args:
         entropy: [B] float32, see `TaskHeads.compute_entropy`.
         row_task_ids: [B] int64.
         tasks, kinds: names and kinds of all tasks.
+        rule: "release" multiplies a row's entropy by its task's mean, which also favours uncertain
+            tasks; with "paper" the row's entropy decides alone. Both divide by the largest mean of
+            a task.
+        regression: scores of rows of regressions, which have no entropy. "release": the j-th row of
+            STS-B has the score of the j-th row of MRPC if both tasks are present, and all others
+            have score 0. "borrow": as "release", but other regressions take scores evenly from all
+            rows of classifications, so they are selected as often as an average task. "mean": each
+            has the mean score of all classifications, which is rarely selected while some rows
+            stand out.
     Returns:
         [B] float32; all 0 if no row has any entropy.
     """

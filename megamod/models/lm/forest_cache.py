@@ -37,7 +37,7 @@ class ExpertCache:
 
     @property
     def is_sliding(self) -> list[bool]:
-        """For each layer whether it drops positions."""
+        """False for each layer: none drops positions."""
         return [False] * self.layers
 
     def get_query_offset(self, layer: int = 0) -> int:

@@ -88,7 +88,8 @@ class HostMixin:
     def copy_feed_forwards(self, domains: Sequence[str]) -> None:
         """Replace each feed-forward that `config.untie` selects by `DomainExperts`.
 
-        All experts start with the weights of the replaced module, each in storage of its own.
+        All experts start with the weights of the replaced module, each in storage of its own. With
+        `config.anchored` it is `AnchoredExperts`, whose frozen anchor is the replaced module.
         """
         layers = self.get_submodule(self.host.layers)
         for number, layer in enumerate(layers):

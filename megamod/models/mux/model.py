@@ -114,7 +114,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
 
     @classmethod
     def from_pretrained(cls, *args: object, **kwargs: object) -> "MuxPreTrainedModel | tuple":
-        """Load as `CheckedLoading` does; freeze `instance_embedding` unless `learn_muxing`."""
+        """Load as `CheckedLoading`; freeze `instance_embedding` again unless `learn_muxing`."""
         loaded = super().from_pretrained(*args, **kwargs)
         # Loading creates new parameters, all of them trainable.
         for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
