@@ -30,11 +30,15 @@ def score_adaptation(
     """Adapt an expert of a model folder (dense or DEMix) and score it before and after.
 
     Args:
+        model: the model folder, which is not changed.
         settings: those of `SETTINGS`, and the flags of the model's run.
-        novel: of the domain `adapt_to` alone.
-        output: folder of the run; it goes in the end.
+        seed: of the run.
+        known: text of the training domains.
+        novel: text of the domain `adapt_to` alone.
+        output: folder of the adaptation run; it is deleted before and after.
     Returns:
-        losses on the training domains, on the novel domain, and the expert it started from.
+        losses on the training domains and on the novel domain, each with the rows `start` and
+        `adapted`, and the name of the expert that the adaptation started from.
     """
     from megamod.runs.pretrain.adapt import adapt
     from megamod.runs.pretrain.adapt_start import RECORD, StartRecord

@@ -102,7 +102,7 @@ class HeldOutTask:
 
 
 def run_study(study: BarrierStudy, output: Path, device: torch.device) -> str:
-    """Compute missing curves; write OUT/results.json and the plots.
+    """Compute missing curves; write OUT/curves, OUT/study.json, OUT/results.json and the plots.
 
     Returns:
         the table to print.
@@ -241,7 +241,7 @@ def open_held_out(
 
 
 def _check_length(model: PreTrainedModel, settings: HeldOutSettings) -> PreTrainedModel:
-    """Return the model, after a check that its positions suffice for the blocks."""
+    """Return the model. Raise UserError if it has too few positions for a block of text."""
     positions = find_position_limit(model.config)
     if positions is not None and settings.max_seq_length > positions:
         raise UserError(
@@ -330,8 +330,8 @@ def _compute_curve(
     device: torch.device,
     advance: Callable[[], object],
 ) -> dict[str, object]:
-    """Compute the losses on the line between two models, the second aligned to the first, and the
-    barriers.
+    """Compute the content of a curve's file, see `Curve`: losses on the line between two models,
+    the second aligned to the first.
 
     Args:
         items: see `_read_calibration`.
@@ -372,14 +372,14 @@ def _compute_curve(
 
 
 def untie_output_matrix(model: PreTrainedModel) -> None:
-    """Copy the output matrix so that it no longer shares storage with the input embedding."""
+    """Give a model an output matrix that no longer shares storage with the input embedding."""
     output = model.get_output_embeddings()
     output.weight = torch.nn.Parameter(output.weight.detach().clone())
     model.config.tie_word_embeddings = False
 
 
 def _write_results(study: BarrierStudy, output: Path) -> str:
-    """Write results.json and the plots.
+    """Write results.json, a plot of the curves for each task, and barriers.png into OUT.
 
     Returns:
         a table of means over pairs.

@@ -37,6 +37,9 @@ class HeldOutSettings(Document):
 
     @model_validator(mode="after")
     def _check_masking(self) -> "HeldOutSettings":
+        """Return the settings. Raise ValueError if one that only the task mlm uses is set
+        without it.
+        """
         for key in sorted({"seed", "mlm_probability"} & self.model_fields_set):
             if MLM not in self.tasks:
                 raise ValueError(f"{key}: has no effect without the task mlm; leave it out")
@@ -50,23 +53,34 @@ class Evaluation(HeldOutSettings):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Return the task, as a study has its tasks."""
+        """The only task, in the form of the `tasks` of a `BarrierStudy`, so that both are
+        checked alike.
+        """
         return (self.task,)
 
 
 def _number_models(value: object) -> object:
-    """Return models by name; those of a list have their numbers as names."""
+    """Return models by name: a list by its numbers from 1; any other value is returned
+    unchanged.
+    """
     return dict(enumerate(value, start=1)) if isinstance(value, list) else value
 
 
 def _fill_pairs(value: object, info: ValidationInfo) -> object:
-    """Return all pairs of the models, which are validated before, where a study names no pairs."""
+    """Return all pairs of the models if a study names no pairs; otherwise its value unchanged.
+
+    The models are validated before the pairs.
+    """
     models = info.data.get("models", ())
     return tuple(itertools.combinations(models, 2)) if value is None else value
 
 
 def _parse_label(value: object) -> str:
-    """Parse the name of a variant, which may have blanks within."""
+    """Return the name of a variant as text; unlike other names it may have blanks within.
+
+    Raises:
+        ValueError: if it is no name.
+    """
     blanks = isinstance(value, str) and value.strip() == value
     parse_name(value.replace(" ", "_") if blanks else value)
     return str(value)
@@ -102,6 +116,7 @@ class BarrierStudy(HeldOutSettings):
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "BarrierStudy":
+        """Return the study. Raise ValueError for a pair that is not two different models of it."""
         for pair in self.pairs:
             if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(self.models):
                 raise ValueError(f"pairs: {[*pair]} is not two of {', '.join(self.models)}")
@@ -159,10 +174,14 @@ class Curve(Document):
 
 
 def check_record(study: BarrierStudy, output: Path) -> dict[str, object]:
-    """Return the study as JSON values.
+    """Return the content of OUT/study.json for a study, its settings as JSON values; write nothing.
+
+    It is compared with the file that is there, if any: models, pairs, tasks and variants may have
+    been added or removed, but no other setting, and no model or variant of an earlier name, may
+    differ.
 
     Raises:
-        UserError: if the folder holds results of a different study.
+        UserError: if the folder holds results of a different study, or study.json is malformed.
     """
     values = study.model_dump(mode="json")
     record = {key: values[key] for key in RecordedStudy.model_fields}

@@ -61,10 +61,13 @@ def run_barrier_cell(
 ) -> tuple[Figures, dict[str, object]]:
     """Train the models that are not trained yet, align them, and measure the losses between them.
 
+    Args:
+        inputs: folder of the inputs, with a folder `domains`.
+        work: folder of the study's data-bins and runs, which stay there for other cells.
     Returns:
         the figures, and the digest of the data.
     Raises:
-        UserError: for settings that are missing or not allowed.
+        UserError: for settings that are missing or not allowed, or too little text.
     """
     spec = study.file.text
     text = open_study_text(
@@ -118,8 +121,14 @@ def _align(
     options: Options,
     descent_rounds: int | None,
 ) -> tuple[Ends, bool]:
-    """Return the weights of the reference and of the aligned model, and whether the output matrix
-    is no longer tied.
+    """Align the second model to the first.
+
+    Args:
+        batches: calibration text; None: weights alone decide.
+        descent_rounds: see `align_models`; None: its default.
+    Returns:
+        copies of the weights of the reference and of the aligned model, and True if the output
+        matrix is no longer tied to the embedding.
     """
     more = {} if descent_rounds is None else {"descent_rounds": descent_rounds}
     alignment = align_models(first, second, batches, options, **more)
@@ -142,7 +151,12 @@ def _measure(
     """Measure the scores in nats, and the curve between the first two models.
 
     Args:
-        pairs: of each model after the first, see `_align`; its model is overwritten.
+        models: the reference and one or two others. The second one is overwritten.
+        pairs: of each model after the first, see `_align`.
+        held_out: token ids [rows, length].
+        points: models evaluated on the line, ends included.
+    Returns:
+        scores by row, and the weights and losses of the curve.
     """
 
     def losses(model: torch.nn.Module) -> dict[str, float]:

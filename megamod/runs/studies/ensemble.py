@@ -30,10 +30,15 @@ from megamod.states.forest import open_forest
 
 
 def mix_forest(args: EnsembleArgs, device: torch.device) -> dict[str, DomainResult]:
-    """Estimate the prior and score the mixture; rank 0 prints and writes the results.
+    """Estimate the prior and score the mixture; rank 0 prints and writes the results. Collective.
 
-    Every rank must call it.
+    Several ranks share the experts. One process runs them one after the other, unless --in_memory
+    is given.
 
+    Args:
+        device: of this rank.
+    Returns:
+        the results by domain; with --estimate_only they have no scores.
     Raises:
         UserError: if forest, data, prior and flags do not fit each other, before any write.
     """
@@ -90,7 +95,8 @@ def _write_results(
 ) -> None:
     """Print the tables of priors and scores; write the files that the flags name.
 
-    Priors that were estimated go to --prior_output, else beside --output.
+    A prior that was estimated is written to --prior_output, by default prior_DOMAIN.json in the
+    folder of --output, without it in the present folder.
     """
     parts = [format_priors(results)]
     if not args.estimate_only:
@@ -119,4 +125,5 @@ def _write_results(
 
 
 def _fill_in_domain(path: str | Path, domain: str) -> Path:
+    """Return the path with `{domain}` replaced by the domain."""
     return Path(str(path).replace("{domain}", domain))

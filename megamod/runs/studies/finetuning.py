@@ -40,8 +40,15 @@ def run_finetuning_cell(
 ) -> tuple[Figures, dict[str, object]]:
     """Finetune and score on dev; remove the run's folder when its figures are read.
 
+    With the setting `one_model_a_task` of the launcher mtl each task has a run.
+
+    Args:
+        inputs: folder that `data_dir` is below.
+        work: folder in which the runs are.
     Returns:
-        scores by task, and the digests of model and data.
+        the figures, with a row per task and `mean`, and the digest of the model's weights.
+    Raises:
+        UserError: for an unknown launcher, or settings that the launcher refuses.
     """
     settings = dict(cell.settings)
     launcher = settings.pop("launcher", "glue")
@@ -69,7 +76,17 @@ def run_finetuning_cell(
 def _finetune(
     settings: Settings, launcher: str, seed: int, inputs: Path, folder: Path
 ) -> dict[str, object]:
-    """Finetune once in `folder`; return the digests of the model that it started from."""
+    """Finetune once in `folder`, which keeps the run.
+
+    Args:
+        settings: flags of the launcher.
+        inputs: folder that `data_dir` is below.
+    Returns:
+        the digest of the model's weights under the key `model`; empty unless the model is in a
+        package.
+    Raises:
+        UserError: for flags that the launcher refuses, or a package that is not installed.
+    """
     flags = dict(settings)
     digests: dict[str, object] = {}
     for name in ("model", "tokenizer_name"):
@@ -120,7 +137,7 @@ def find_package_folder(text: str) -> Path:
 
 
 def _add_task_scores(results: Results, launcher: str, figures: Figures) -> None:
-    """Add the last evaluation of a run to the figures, as scores by task."""
+    """Add the last evaluation of a run of one seed to `figures.scores`, a row by task."""
     (seed,) = results.seeds.values()
     last = seed.last
     speed = last.instances_per_second

@@ -63,8 +63,10 @@ class ForestLosses:
 
 
 def score_expert(model: Path, expert: str, text: ScoredText) -> dict[str, float]:
-    """Return nats per token by domain, of a model without experts (`DENSE`) or of one of its
-    experts.
+    """Score a dense model (`expert` is `DENSE`), or one expert of a model with experts, on a text.
+
+    Returns:
+        nats per token by domain.
     """
     held_out = text.make_held_out()
     if expert != DENSE:
@@ -76,7 +78,9 @@ def score_expert(model: Path, expert: str, text: ScoredText) -> dict[str, float]
 def score_forest(forest: Forest, text: ScoredText) -> ForestLosses:
     """Score all experts and mixtures of a forest; every expert reads every text once.
 
-    Priors are estimated on the first hundred sequences of the valid split.
+    Priors are estimated on the first hundred sequences of the valid split. The mixtures are those
+    of `RULES`, and `topK` of the K experts with the largest prior for each K of `TOP` below the
+    number of experts.
     """
     experts = Experts(forest, text.make_held_out(), CPU)
     source, names = SequentialScores(experts), experts.domains
@@ -129,12 +133,20 @@ def score_forest(forest: Forest, text: ScoredText) -> ForestLosses:
 
 
 def _make_mixture(mode: str, rule: PosteriorRule, prior: Prior) -> Mixture:
+    """Make a mixture of all experts with the weights of a prior."""
     weights = torch.tensor(prior.weights, dtype=torch.float64)
     return Mixture(mode, len(weights), rule, weights)
 
 
 def _mix_without_each_expert(prior: Prior) -> dict[str, tuple[list[int], Mixture]]:
-    """Return for each expert the indices of the other experts, and their mixture."""
+    """Make a mixture for each expert in which this expert is missing, with cached priors.
+
+    The weights are those of the other experts in the prior, scaled to sum 1. An expert without
+    which nothing of the prior is left has no mixture.
+
+    Returns:
+        by the name of the missing expert: indices of the others in the prior, and their mixture.
+    """
     weights, fewer = torch.tensor(prior.weights, dtype=torch.float64), {}
     for removed, name in enumerate(prior.domains):
         rest = [number for number in range(len(weights)) if number != removed]
@@ -145,6 +157,7 @@ def _mix_without_each_expert(prior: Prior) -> dict[str, tuple[list[int], Mixture
 
 
 def _add_losses(losses: Losses, domain: str, tallies: Mapping[str, PerplexityCounter]) -> None:
+    """Add the losses of a domain, in nats per token by row, to `losses`."""
     for row, tally in tallies.items():
         losses.setdefault(row, {})[domain] = _round_nll(tally.nll, tally.tokens)
 

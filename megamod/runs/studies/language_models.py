@@ -72,8 +72,13 @@ def run_language_model_cell(
 ) -> tuple[Figures, dict[str, object]]:
     """Train what is not trained yet below `work`, then score it.
 
+    Args:
+        inputs: folder of the inputs, with a folder `domains`.
+        work: folder of the study's data-bins and runs, which stay there for other cells.
     Returns:
         the figures, and the digest of the data.
+    Raises:
+        UserError: for settings that are missing or do not go together.
     """
     spec = study.file.text
     text = open_study_text(
@@ -131,8 +136,9 @@ def run_language_model_cell(
 
 
 def train_or_resume(flags: Settings, databin: Path, work: Path, *, stop: int | None = None) -> Path:
-    """Train to step `stop` (None: to the end) unless that is done already; return the run's
-    folder.
+    """Train to step `stop` (None: to the end) unless that is done already; return the run's folder.
+
+    It is named after the flags and the text, in `work`. Other processes that need it wait.
     """
     folder = work / f"run-{_digest_value({**flags, 'text': DataBin(databin).digest})}"
     with _lock_folder(folder):
@@ -145,8 +151,12 @@ def train_forest(
 ) -> dict[str, Path]:
     """Train a seed and its experts, each with its part of the batch; return their runs by domain.
 
-    With the setting `anchor` each expert trains beside the frozen seed, with a schedule of its own.
+    Runs that are in `work` already are continued or kept. With the setting `anchor` each expert
+    trains beside the frozen seed, and with `strangers` from an average, both with a schedule of
+    their own.
 
+    Args:
+        extras: settings of `OWN_SETTINGS`.
     Raises:
         UserError: if the experts cannot share the batch, or there is no seed to be the anchor.
     """
@@ -201,7 +211,7 @@ def average_strangers(
     flags: Settings, extras: Mapping[str, object], text: StudyText, work: Path
 ) -> Path:
     """Train a model on each domain from a seed of its own, for the steps of a seed, and average
-    them once aligned; return the folder of the average.
+    them once aligned; return the folder of the average, which is kept.
     """
     domains, steps = text.domains, _count_seed_steps(flags, extras)
     batch = flags["per_device_train_batch_size"] // len(domains)
@@ -225,7 +235,9 @@ def average_strangers(
 
 
 def _train_seed(flags: Settings, extras: Mapping[str, object], text: StudyText, work: Path) -> Path:
-    """Return the model that the experts of a forest start from, trained if it is not yet."""
+    """Return the folder of the model that the experts of a forest start from, trained if it is
+    not yet.
+    """
     if extras["strangers"]:
         return average_strangers(flags, extras, text, work)
     steps = _count_seed_steps(flags, extras)
@@ -235,8 +247,11 @@ def _train_seed(flags: Settings, extras: Mapping[str, object], text: StudyText, 
 
 
 def count_parameters(models: Sequence[Path]) -> dict[str, int]:
-    """Count elements of the weights: of all models together, those that a token passes through, and
-    the part of these outside the embeddings.
+    """Count elements of the weights.
+
+    Returns:
+        `total`: of all models together; of one model (the last) `active`: those that a token passes
+        through, and `outside_embeddings`: the part of these outside the embeddings.
     """
     total, active, outside_embeddings = 0, 0, 0
     for model in models:
@@ -261,10 +276,12 @@ def count_experts_per_token(model: Path) -> int:
 
 
 def write_stock_config(family: str, flags: Settings, databin: DataBin, work: Path) -> Settings:
-    """Write the configuration of a stock family in the shape of the flags; embeddings are tied.
+    """Write the configuration of a stock family in the shape of the flags into a folder in `work`.
+
+    The embeddings are tied.
 
     Returns:
-        the flags of its runs: `model` in place of those of the shape.
+        the flags of its runs: `model`, this folder, in place of those of the shape.
     Raises:
         UserError: if transformers knows no such family.
     """
@@ -295,7 +312,7 @@ def mix_experts(
     text: StudyText,
     work: Path,
 ) -> Path:
-    """Convert a forest's runs to a mixture and train it if the settings say so.
+    """Convert a forest's runs to a mixture in `work` and train it if the settings say so.
 
     Returns:
         a folder whose `model` is the mixture.
@@ -344,7 +361,10 @@ def _train_in_folder(flags: Settings, databin: Path, folder: Path, stop: int | N
 def _compute_losses(
     runs: Mapping[str, Path], scored: ScoredText, work: Path
 ) -> tuple[Losses, dict[str, object]]:
-    """Return the losses by row, and further details of a forest."""
+    """Return the losses by row, and further details of a forest; empty for a dense model.
+
+    A forest of several runs has the row `average`, too. Temporary folders in `work` are deleted.
+    """
     models = {domain: folder / "model" for domain, folder in runs.items()}
     if list(runs) == [""]:
         if get_untie(read_lm_config(models[""])) == "none":
@@ -368,7 +388,11 @@ def _compute_losses(
 
 
 def _average_scores(losses: Mapping[str, float], scored: ScoredText) -> dict[str, float]:
-    """Return means over domains: perplexity per token, and bits per byte of the text."""
+    """Return means over domains: `perplexity` per token, and `bits_per_byte` of the text.
+
+    Args:
+        losses: nats per token, by domain.
+    """
     databin = DataBin(scored.databin)
     bits, perplexities = [], []
     for domain, loss in losses.items():
@@ -419,7 +443,9 @@ def _digest_value(value: object) -> str:
 
 @contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a lock file beside the folder for a `with` block; other processes wait for it."""
+    """Hold a lock file beside the folder for a `with` block, and wait for other processes that
+    hold it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

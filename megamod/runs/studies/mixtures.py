@@ -28,9 +28,12 @@ CALIBRATION_TOKENS = 16384
 def convert_experts(
     runs: Mapping[str, Path], settings: Settings, seed: int, databin: Path, output: Path
 ) -> Path:
-    """Convert the experts of a forest, runs by domain, to a mixture; return its folder.
+    """Convert the experts of a forest to a mixture; return its folder `output`, which is replaced.
 
     Args:
+        runs: folder of the run by domain.
+        settings: those of `SETTINGS`.
+        seed: of a random router.
         databin: with the experts' domains, whose valid splits calibrate the router.
     """
     router = settings["mixture_router"]
@@ -57,6 +60,8 @@ def make_training_flags(flags: Settings, settings: Settings, mixture: Path) -> S
 
     Args:
         flags: of the cell's other runs.
+        settings: those of `SETTINGS`.
+        mixture: folder of the mixture to start from.
     """
     steps = round(settings["mixture_share"] * flags["max_steps"])
     return flags | {
@@ -68,8 +73,10 @@ def make_training_flags(flags: Settings, settings: Settings, mixture: Path) -> S
 
 
 def check_mixture_settings(where: str, settings: Settings) -> None:
-    """Check that the settings of a mixture go together.
+    """Check that the settings of a mixture go together; without any there is nothing to check.
 
+    Args:
+        where: the cell, for the message.
     Raises:
         UserError: naming the cell.
     """

@@ -70,10 +70,13 @@ def make_record(
     seconds: float,
     processor_seconds: float,
 ) -> Record:
-    """Return the content of a cell's file.
+    """Return the content of a cell's file, with the machine and the code that made it.
 
     Args:
+        figures: result of the cell.
         inputs: digests of the data, part of the configuration.
+        seconds: by the clock.
+        processor_seconds: of this process.
     """
     config = make_configuration(study, cell, inputs)
     return {
@@ -100,7 +103,9 @@ def make_record(
 
 
 def make_configuration(study: Study, cell: Cell, inputs: Mapping[str, object]) -> dict[str, object]:
-    """Return all settings that decide a cell's figures."""
+    """Return all settings that decide a cell's figures: kind, seed, settings, and digests of the
+    inputs.
+    """
     return {"kind": study.file.kind, "seed": cell.seed, **cell.settings, "inputs": dict(inputs)}
 
 
@@ -110,13 +115,13 @@ def digest_configuration(config: Mapping[str, object]) -> str:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Write EVIDENCE/STUDY/CELL.json, whose folder is made if it is missing."""
+    """Write a cell's file into `folder`, which is created if needed; an earlier one is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{record['cell']}.json", json.loads(format_json(record)))
 
 
 def read_record(folder: Path, cell: Cell) -> Record | None:
-    """Read a cell's file; return None if there is none.
+    """Read a cell's file in `folder`; return None if there is none.
 
     Raises:
         UserError: if it is malformed, or of other settings than the study has now.
@@ -143,8 +148,10 @@ def read_record(folder: Path, cell: Cell) -> Record | None:
 
 
 def find_largest_difference(before: Record, now: Record) -> tuple[float, str]:
-    """Return the largest relative difference between the scores of two records, and the score that
-    has it.
+    """Return the largest relative difference between the scores of two records, and the row and
+    value that have it.
+
+    Speeds and times are not compared. It is infinite if `now` lacks a score of `before`.
     """
     worst, where = 0.0, "no score"
     for row, values in before["scores"].items():
@@ -161,7 +168,7 @@ def find_largest_difference(before: Record, now: Record) -> tuple[float, str]:
 
 
 def _read_cpu_name() -> str:
-    """Read the model name of the first CPU; outside of Linux what Python knows of it."""
+    """Read the model name of the first CPU; outside of Linux what `platform.processor` returns."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

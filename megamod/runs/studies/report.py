@@ -32,14 +32,23 @@ Shown = tuple[Study, Mapping[str, Record]]
 
 
 def read_records(study: Study, evidence: Path) -> dict[str, Record]:
-    """Read the files of figures that exist; return them by cell."""
+    """Read the files of figures in `evidence` that exist; return them by cell.
+
+    Raises:
+        UserError: if one is malformed, or of other settings than the study has now.
+    """
     records = {cell.name: read_record(evidence, cell) for cell in study.cells}
     return {name: record for name, record in records.items() if record is not None}
 
 
 def format_markdown(study: Study, records: Mapping[str, Record]) -> str:
-    """Return a study's table in Markdown, with the time that it took; cells that are not run are
-    left open.
+    """Format a study's table in Markdown, with a caption that says how to read it and the time it
+    took.
+
+    Cells of the table without figures hold `EMPTY`.
+
+    Args:
+        records: files of figures by cell.
     """
     table = study.file.table
     make = _list_rung_rows if table.columns == "rungs" else _list_score_rows
@@ -66,8 +75,10 @@ def format_markdown(study: Study, records: Mapping[str, Record]) -> str:
 
 
 def plot_study(study: Study, records: Mapping[str, Record], output: Path) -> bool:
-    """Write a PNG of ratios to the baseline by the tokens trained on, or of a study of barriers the
-    curves between the models; return False if there is nothing to draw.
+    """Write a PNG of a study; return False, and write nothing, if there are no figures to draw.
+
+    It has the ratios to the baseline by the training tokens per parameter; for a study of barriers
+    the losses on the line between the models.
     """
     table, lines = study.file.table, {}
     if study.file.kind == "barriers":
@@ -94,7 +105,9 @@ def plot_study(study: Study, records: Mapping[str, Record], output: Path) -> boo
 
 
 def _plot_curves(study: Study, records: Mapping[str, Record], output: Path) -> bool:
-    """Write a PNG of the losses between models at the first rung, by the lines to plot."""
+    """Write a PNG of the losses between models at the first rung, by the lines to plot; return
+    False, and write nothing, if there are no figures.
+    """
     table, (rung, *_) = study.file.table, study.file.rungs
     curves = {
         name: [
@@ -113,8 +126,12 @@ def _plot_curves(study: Study, records: Mapping[str, Record], output: Path) -> b
 def fill_document(text: str, studies: Mapping[str, Shown]) -> str:
     """Return the text of a document with the tables and cells of these studies filled in.
 
+    Args:
+        text: Markdown with the markers of the module's docstring; those of other studies stay.
+        studies: by name.
     Raises:
-        UserError: if a marker lacks its end, or names a line or column that there is not.
+        UserError: if a marker of a table lacks its end, or a cell's names a line or column that
+            there is not.
     """
     for name in list_studies(text):
         begin, end = f"<!-- study {name} -->", f"<!-- end of study {name} -->"
@@ -141,8 +158,10 @@ def list_studies(text: str) -> list[str]:
 
 
 def format_cell(study: Study, records: Mapping[str, Record], line: str, column: str) -> str:
-    """Return the text of one cell of a study's table.
+    """Format one cell of a study's table, as `format_markdown` shows it.
 
+    Args:
+        line, column: titles in the table.
     Raises:
         UserError: if there is no such line or column.
     """
@@ -177,10 +196,10 @@ def _list_rung_rows(study: Study, records: Mapping[str, Record]) -> list[list[st
 
 
 def _list_score_rows(study: Study, records: Mapping[str, Record]) -> list[list[str]]:
-    """List the cells of a table with a column per row of scores, and one for their mean.
+    """List the cells of a table with a column per row of scores, and one for their mean, the head
+    first.
 
-    The first row is the head. Only means are compared with the baseline's; all are of the first
-    rung.
+    All are of the first rung. Only means are compared with the baseline's.
     """
     table, (rung, *_) = study.file.table, study.file.rungs
     rows = [["", *table.rows, "mean"]]
@@ -201,7 +220,11 @@ def _list_score_rows(study: Study, records: Mapping[str, Record]) -> list[list[s
 
 
 def _average_rows(by_row: Sequence[Values]) -> Values:
-    """Return means over rows by seed, of the seeds that have all rows."""
+    """Return means over rows by seed, of the seeds that have all rows.
+
+    Args:
+        by_row: values by seed of each row.
+    """
     seeds = set.intersection(*(set(values) for values in by_row))
     return {seed: sum(values[seed] for values in by_row) / len(by_row) for seed in seeds}
 
@@ -224,7 +247,10 @@ def _compare_line(
 def _select_values(
     records: Mapping[str, Record], arm: str, rung: str, row: str, value: str
 ) -> Values:
-    """Select one value of a row of an arm's scores at a rung, by seed."""
+    """Select one value, such as "perplexity", of a row of an arm's scores at a rung, by seed.
+
+    Seeds without it are left out.
+    """
     return {
         record["seed"]: record["scores"][row][value]
         for record in records.values()
@@ -233,7 +259,12 @@ def _select_values(
 
 
 def _format_values(values: Values, compared: tuple[Estimate, int] | None, table: Table) -> str:
-    """Format the mean over seeds, in brackets its comparison with the baseline; or `EMPTY`."""
+    """Format the mean over seeds, followed by its comparison with the baseline in brackets; `EMPTY`
+    if there are no values.
+
+    Args:
+        compared: see `compare_to_baseline`; None: the mean alone is shown.
+    """
     if not values:
         return EMPTY
     text = f"{estimate_mean(list(values.values())).mean:.{table.digits}f}"
@@ -245,8 +276,9 @@ def _format_values(values: Values, compared: tuple[Estimate, int] | None, table:
 
 
 def _read_seconds(record: Record) -> float:
-    """Return the seconds that a cell took; its training may have been done for another cell
-    before.
+    """Return the seconds that a cell took, or those of its training if they are more.
+
+    Its training may have been done for another cell before.
     """
     return max(record["seconds"], record["details"].get("training_seconds", 0.0))
 

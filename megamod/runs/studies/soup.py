@@ -61,7 +61,8 @@ def greedy_soup(
     copy_tokenizer: bool = True,
     quiet: bool = False,
 ) -> tuple[MergePlan, list[Candidate]]:
-    """Select models of a recipe and write their average as `merge` does.
+    """Select models of a recipe and write their average as `merge` does, with the losses in its
+    record.
 
     Selection holds two models and the soup in memory. Models run on a GPU if one is available;
     `dry_run` runs none. The arguments are those of `merge`.
@@ -147,8 +148,9 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
 def _add_to_mean(
     soup: Mapping[str, Tensor], state: Mapping[str, Tensor], count: int
 ) -> dict[str, Tensor]:
-    """Return the mean of the `count` models in `soup` and of `state`; integer tensors are those of
-    the first model.
+    """Return the mean of `state` and of the `count` models whose mean is `soup`.
+
+    Integer tensors are those of the first model. The arguments are not changed.
     """
     if not count:
         return {name: tensor.clone() for name, tensor in state.items()}
@@ -167,8 +169,10 @@ def _compute_mean_loss(losses: Losses, model: torch.nn.Module) -> float:
 
 
 def _build_average_recipe(recipe: MergeRecipe, numbers: Sequence[int]) -> MergeRecipe:
-    """Build the recipe for the uniform average of the numbered models.
+    """Build the recipe for the uniform average of some models of a recipe.
 
+    Args:
+        numbers: indices of these models.
     Raises:
         UserError: for keys that a soup does not support.
     """
@@ -190,7 +194,7 @@ def _build_average_recipe(recipe: MergeRecipe, numbers: Sequence[int]) -> MergeR
 
 
 def _read_evaluation(recipe: MergeRecipe) -> Evaluation:
-    """Check the `evaluation:` block.
+    """Read and check the `evaluation:` block of a recipe.
 
     Raises:
         UserError: naming the key that is missing or wrong.

@@ -51,7 +51,13 @@ class StudyFolders:
 
 
 def run_cells(study: Study, cells: Sequence[Cell], folders: StudyFolders) -> None:
-    """Run the cells that have no figures yet and that no other process works on."""
+    """Run the cells that have no figures yet, and write their figures into `folders.evidence`.
+
+    Cells that another process works on are skipped.
+
+    Raises:
+        UserError: if a cell fails by its settings, or there are figures of other settings.
+    """
     missing = [cell for cell in cells if read_record(folders.evidence, cell) is None]
     for cell in missing:
         with _lock_cell(folders.work, cell) as taken:
@@ -65,7 +71,11 @@ def run_cells(study: Study, cells: Sequence[Cell], folders: StudyFolders) -> Non
 
 
 def run_cell(study: Study, cell: Cell, folders: StudyFolders) -> Record:
-    """Run one cell on one thread, whose sums have one order; what it prints goes to its log."""
+    """Run one cell and return its record, which is not written.
+
+    It runs on one thread, on which sums have one order. Its printed lines are appended to
+    WORK/logs/CELL.txt.
+    """
     torch.set_num_threads(1)
     logs = folders.work / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -79,10 +89,13 @@ def run_cell(study: Study, cell: Cell, folders: StudyFolders) -> Record:
 def run_in_processes(
     study: Study, cells: Sequence[Cell], folders: StudyFolders, command: Sequence[str], jobs: int
 ) -> None:
-    """Start processes that each run cells, and log their progress.
+    """Start processes that each run cells, and log their progress until all have ended.
+
+    Their output is appended to WORK/logs/process-N.txt.
 
     Args:
-        command: arguments of this program that make a process take cells.
+        command: arguments of python that make a process run the cells one after the other.
+        jobs: largest number of processes.
     Raises:
         UserError: if cells are left when all processes have ended.
     """
@@ -106,10 +119,14 @@ def run_in_processes(
 
 
 def repeat_cell(study: Study, cell: Cell, folders: StudyFolders, new_work: Path) -> str:
-    """Run a cell anew; return how far its scores are from the recorded ones.
+    """Run a cell anew; return a sentence with the largest difference of its scores to the recorded
+    ones.
 
+    Args:
+        new_work: folder of the new run in place of `folders.work`.
     Raises:
-        UserError: if there are no figures, or the scores differ by more than the tolerance.
+        UserError: if there are no figures, the inputs are others, or the scores differ by more than
+            `TOLERANCE`.
     """
     recorded = read_record(folders.evidence, cell)
     if recorded is None:
@@ -128,7 +145,7 @@ def repeat_cell(study: Study, cell: Cell, folders: StudyFolders, new_work: Path)
 
 
 def format_progress(study: Study, cells: Sequence[Cell], folders: StudyFolders) -> str:
-    """Return the number of cells done and an estimate of the processor time of the rest."""
+    """Format the number of cells done, and an estimate of the time of the others in one process."""
     records = [read_record(folders.evidence, cell) for cell in cells]
     done = {cell.name: r for cell, r in zip(cells, records, strict=True) if r is not None}
     left = sum(
@@ -139,7 +156,9 @@ def format_progress(study: Study, cells: Sequence[Cell], folders: StudyFolders) 
 
 
 def _estimate_seconds(cell: Cell, records: Sequence[Record]) -> float:
-    """Return the mean seconds of similar cells; 0 as long as there is none."""
+    """Return the mean seconds of the cells done of the same arm and rung, else of the same rung,
+    else of all; 0 as long as there is none.
+    """
     groups = [
         [r["seconds"] for r in records if r["arm"] == cell.arm and r["rung"] == cell.rung],
         [r["seconds"] for r in records if r["rung"] == cell.rung],
@@ -151,7 +170,11 @@ def _estimate_seconds(cell: Cell, records: Sequence[Record]) -> float:
 
 @contextmanager
 def _lock_cell(work: Path, cell: Cell) -> Iterator[bool]:
-    """Yield True if this process holds the cell's lock."""
+    """Yield True and hold the cell's lock for the block, or yield False if another process holds
+    it.
+
+    The lock is the file WORK/locks/CELL.lock.
+    """
     folder = work / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{cell.name}.lock", "w") as lock:

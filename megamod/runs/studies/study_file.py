@@ -33,7 +33,11 @@ Settings = dict[str, object]
 
 
 def _check_setting(value: object) -> object:
-    """Refuse values that no flag has; a dictionary has one for each rung."""
+    """Return the value of a setting, or the dictionary of its values by rung.
+
+    Raises:
+        ValueError: for a value that no flag has, or keys that are no text.
+    """
     by_rung = isinstance(value, dict)
     for entry in value.values() if by_rung else [value]:
         parse_setting(entry)
@@ -47,7 +51,14 @@ Setting = Annotated[Any, AfterValidator(_check_setting)]
 
 
 class TextSpec(Document):
-    """Text of a study of language models; folders of these names lie below INPUTS/domains."""
+    """Text of a study of language models; folders of these names lie below INPUTS/domains.
+
+    Attributes:
+        domains: trained on and scored.
+        novel: scored alone.
+        tokenizer: as `megamod preprocess --tokenizer`.
+        held_out_bytes: of valid and of test text to keep per domain; None: all.
+    """
 
     domains: list[Name] = Field(min_length=1)
     novel: list[Name] = Field([])
@@ -73,6 +84,9 @@ class Table(Document):
 
     @model_validator(mode="after")
     def _check(self) -> "Table":
+        """Return the table. Raise ValueError if a line or the baseline is not as `columns` needs
+        it.
+        """
         size = 2 if self.columns == "rungs" else 1
         for name, line in {**self.lines, "baseline": self.baseline}.items():
             if len(line) != size:
@@ -97,6 +111,7 @@ class StudyFile(Document):
 
     @model_validator(mode="after")
     def _check(self) -> "StudyFile":
+        """Return the study. Raise ValueError if text, seeds or arms do not fit each other."""
         if (self.text is None) is not (self.kind == "finetuning"):
             raise ValueError("`text` goes with kind: language_models and barriers, which need it")
         if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
@@ -124,14 +139,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A checked study: its name is that of its file."""
+    """A checked study: its name is that of its file without the ending."""
 
     name: str
     file: StudyFile
     cells: tuple[Cell, ...]
 
     def find_cell(self, name: str) -> Cell:
-        """Return the cell of that name.
+        """Return the cell of that name, see `Cell.name`.
 
         Raises:
             UserError: if there is none, with the nearest one.
@@ -160,12 +175,13 @@ def read_study(path: Path) -> Study:
 
 
 def _merge_settings(file: StudyFile, arm: str, rung: str) -> Settings:
-    """Return the settings of an arm at a rung; the arm's go before the rung's and common ones.
+    """Return the settings of an arm at a rung: common ones, replaced by the rung's, and those by
+    the arm's.
 
     None removes a setting.
 
     Raises:
-        UserError: for a setting by rung that lacks one.
+        UserError: for a setting by rung that lacks one of the rungs or has others.
     """
     merged: Settings = {}
     for level in (file.common, file.rungs[rung], file.arms[arm]):
@@ -174,7 +190,13 @@ def _merge_settings(file: StudyFile, arm: str, rung: str) -> Settings:
 
 
 def _value_for_rung(value: object, rung: str, rungs: Mapping[str, object]) -> object:
-    """Return the value for a rung if it is a mapping by rungs, otherwise the value itself."""
+    """Return the value for a rung if it is a mapping by rungs, otherwise the value itself.
+
+    Args:
+        rungs: all rungs, by name.
+    Raises:
+        UserError: if the mapping lacks this rung, or has a key that is no rung.
+    """
     if not isinstance(value, dict):
         return value
     if rung not in value or not set(value) <= set(rungs):

@@ -50,7 +50,7 @@ flag has a value."""
 
 
 def _check_flags(flags: dict[str, object]) -> dict[str, object]:
-    """Refuse flags that the sweep sets itself."""
+    """Return the flags. Raise ValueError for those that the sweep sets itself."""
     for name in flags:
         if name.replace("-", "_") in ("output_dir", "seed", "seeds"):
             raise ValueError(f"{name} is chosen for each run; leave it out")
@@ -58,7 +58,12 @@ def _check_flags(flags: dict[str, object]) -> dict[str, object]:
 
 
 def _check_launch(words: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuse words that could start another program than those of `LAUNCH_FLAGS`."""
+    """Return the words of a command that starts a launcher; none is the running python.
+
+    Raises:
+        ValueError: for a program that is not in `LAUNCH_FLAGS`, and for words that are no flag of
+            it there, because they could start another program.
+    """
     if not words:
         return words
     program, *rest = words
@@ -104,7 +109,13 @@ class SweepFile(Document):
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a launcher; `flags` has neither the seed nor the output folder."""
+    """One run of a launcher.
+
+    Attributes:
+        instances: N, rows that share a forward pass.
+        launcher: "glue", "ner" or "mtl".
+        flags: of the launcher, without the seed and the output folder.
+    """
 
     task: str
     model: str
@@ -114,11 +125,15 @@ class Job:
     flags: Mapping[str, object]
 
     def folder(self, output: Path) -> Path:
-        """Return the output folder of the run."""
+        """Return the folder of the run below that of the sweep: OUT/TASK/MODEL/N-n/seed-s."""
         return output / self.task / self.model / f"N-{self.instances}" / f"seed-{self.seed}"
 
     def list_arguments(self, output: Path) -> list[str]:
-        """Return the command-line arguments of the run; job.json records them."""
+        """List the command-line arguments of the run; job.json records them.
+
+        Args:
+            output: folder of the sweep.
+        """
         values = {**self.flags, "seed": self.seed, "output_dir": str(self.folder(output))}
         return format_flags(values)
 
@@ -156,13 +171,15 @@ def run_sweep(
     """Run unfinished jobs, then write summary.json and the plots.
 
     Args:
+        output: folder of all runs, created if needed.
         launchers: folder of finetune_glue.py and the other finetuning launchers.
         at_once: largest number of concurrent processes.
         launch: command that starts a launcher; empty: the running python.
     Returns:
         the table to print.
     Raises:
-        UserError: naming the logs of failed jobs, after all other jobs have run.
+        UserError: if a folder holds a run with other flags, before any job runs; naming the logs of
+            failed jobs, after all other jobs have run.
     """
     output.mkdir(parents=True, exist_ok=True)
     command = list(launch) or [sys.executable]
@@ -182,7 +199,13 @@ def run_sweep(
 
 
 def _make_jobs(task: str, model: str, file: SweepFile, where: str) -> Iterator[Job]:
-    """Yield a job for each number of instances and each seed of a task and a model."""
+    """Yield a job for each number of instances and each seed of a task and a model.
+
+    Args:
+        where: the file, for messages.
+    Raises:
+        UserError: for a launcher or a number of instances that is not allowed.
+    """
     flags = {**file.common, **file.tasks[task], **file.models[model]}
     launcher = flags.pop("launcher", "glue")
     if launcher not in LAUNCHERS:
@@ -216,7 +239,8 @@ def _make_jobs(task: str, model: str, file: SweepFile, where: str) -> Iterator[J
 
 
 def _is_finished(job: Job, output: Path) -> bool:
-    """Return True if the job has results from an earlier sweep.
+    """Return True if the job has results from an earlier sweep; False if it never ran or was
+    interrupted.
 
     Raises:
         UserError: if the folder of the job holds a run with other flags.
@@ -235,7 +259,13 @@ def _is_finished(job: Job, output: Path) -> bool:
 
 
 def _run_job(job: Job, output: Path, launchers: Path, command: Sequence[str]) -> bool:
-    """Run the job; return True if it succeeds and has results."""
+    """Run a job and wait for it; return True if it succeeds and has results.
+
+    Its folder gets job.json before, and log.txt is appended to.
+
+    Args:
+        command: words before the launcher's file.
+    """
     folder, words = job.folder(output), job.list_arguments(output)
     port_is_set = any(word.startswith("--master_port") for word in command)
     if command[0] == "deepspeed" and not port_is_set:

@@ -73,7 +73,12 @@ class StudyText:
         return self._make_bin("novel", {name: self._cut_held_out(name) for name in self.novel})
 
     def write_excerpts(self, limit: int) -> Path:
-        """Write whole documents of each training domain up to `limit` bytes; return the file."""
+        """Write an excerpt of the training text as one file; return the file.
+
+        Args:
+            limit: largest number of bytes of each domain, in whole documents, but at least one
+                document.
+        """
         documents = [
             document
             for name in self.domains
@@ -88,6 +93,11 @@ class StudyText:
         return DataBin(self.training_bin).digest
 
     def _make_bin(self, kind: str, inputs: dict[str, Path]) -> Path:
+        """Write the data-bin WORK/data/KIND and return its folder; one of the same text is kept.
+
+        Args:
+            inputs: folder of text by domain.
+        """
         output = self.work / "data" / kind
         output.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = self.tokenizer if kind == "domains" else self.training_bin / "tokenizer"
@@ -95,8 +105,8 @@ class StudyText:
         return output
 
     def _cut_held_out(self, name: str) -> Path:
-        """Write a domain with its held-out text cut; return the folder, which is the source if
-        nothing is cut.
+        """Write a domain's text with its held-out splits cut to `held_out_bytes`, and return the
+        folder; if nothing is to be cut, return the folder of the source.
         """
         if self.held_out_bytes is None:
             return self.source / name
@@ -138,6 +148,9 @@ def _take_documents(documents: Iterable[str], limit: int | None) -> Iterator[str
 
 
 def _write_documents(folder: Path, split: str, documents: Iterable[str]) -> None:
+    """Write documents as FOLDER/SPLIT.jsonl, an object with `text` per line; the folder is created
+    if needed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
     write_atomic(folder / f"{split}.jsonl", "".join(lines))
