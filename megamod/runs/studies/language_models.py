@@ -136,9 +136,9 @@ def run_language_model_cell(
 
 
 def train_or_resume(flags: Settings, databin: Path, work: Path, *, stop: int | None = None) -> Path:
-    """Train to step `stop` (None: to the end) unless that is done already; return the run's folder.
+    """Train to step `stop` (None: to the end) unless that is done; return the run's folder.
 
-    It is named after the flags and the text, in `work`. Other processes that need it wait.
+    It is in `work`, named after the flags and the text. Other processes that need it wait.
     """
     folder = work / f"run-{_digest_value({**flags, 'text': DataBin(databin).digest})}"
     with _lock_folder(folder):
@@ -235,9 +235,7 @@ def average_strangers(
 
 
 def _train_seed(flags: Settings, extras: Mapping[str, object], text: StudyText, work: Path) -> Path:
-    """Return the folder of the model that the experts of a forest start from, trained if it is
-    not yet.
-    """
+    """Return the folder of the model that a forest's experts start from, trained if needed."""
     if extras["strangers"]:
         return average_strangers(flags, extras, text, work)
     steps = _count_seed_steps(flags, extras)
@@ -276,9 +274,8 @@ def count_experts_per_token(model: Path) -> int:
 
 
 def write_stock_config(family: str, flags: Settings, databin: DataBin, work: Path) -> Settings:
-    """Write the configuration of a stock family in the shape of the flags into a folder in `work`.
-
-    The embeddings are tied.
+    """Write the configuration of a stock family, in the shape of the flags and with tied
+    embeddings, into a folder in `work`.
 
     Returns:
         the flags of its runs: `model`, this folder, in place of those of the shape.
@@ -443,9 +440,7 @@ def _digest_value(value: object) -> str:
 
 @contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a lock file beside the folder for a `with` block, and wait for other processes that
-    hold it.
-    """
+    """Hold a lock file beside the folder for a `with` block; other processes wait for it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
