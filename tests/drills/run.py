@@ -43,7 +43,7 @@ DRILLS = {
     "K": Drill(
         "kill -9 at any call and instant",
         (
-            "tests/drills/test_kills.py",
+            "tests/drills/drill_kills.py",
             "tests/train/test_checkpoint.py::test_kills_lose_nothing_that_was_committed",
         ),
         ("tests/train/test_checkpoint.py", "tests/btm/test_kill_drill.py"),
@@ -85,9 +85,9 @@ DRILLS = {
         ("tests/convert/test_reading.py",),
     ),
     "C": Drill(
-        "two jobs in one folder", ("tests/drills/test_one_holder.py", "tests/test_folder_lock.py")
+        "two jobs in one folder", ("tests/drills/drill_one_holder.py", "tests/test_folder_lock.py")
     ),
-    "Q": Drill("full disks and read-only folders", ("tests/drills/test_full_disk.py",)),
+    "Q": Drill("full disks and read-only folders", ("tests/drills/drill_full_disk.py",)),
     "L": Drill("memory and files of a long run", ("tests/drills/drill_soak.py",)),
 }
 
