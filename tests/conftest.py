@@ -13,7 +13,7 @@ try:
 except ModuleNotFoundError:  # tests that need a GPU do without
     hypothesis = None
 
-LONGEST = ("test_two_hosts.py", "test_kill_drill.py", "test_pretrain.py")
+LONGEST = ("test_two_hosts.py", "test_pretrain.py")
 LONGEST += ("test_mixture_pretrain.py", "test_lora_runs.py", "test_btm.py", "test_checkpoint.py")
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -7,7 +7,7 @@ from drills.sizes import SEED, pick, report
 KILLS = pick(2, 20)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_killed_jobs_and_drivers_leave_no_trace(tmp_path, record_property):
     counts = drill(tmp_path, kills=KILLS, seed=SEED)

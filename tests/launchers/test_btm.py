@@ -121,7 +121,7 @@ slots: 1
 """
 
 
-@pytest.mark.slow  # three jobs, each a process of its own
+@pytest.mark.long  # three jobs, each a process of its own
 def test_a_campaign_from_a_stock_model(tmp_path):
     make_place(tmp_path)
     recipe = STOCK.format(folder=tmp_path / "llama", data=tmp_path / "bin")
@@ -138,7 +138,7 @@ def test_a_campaign_from_a_stock_model(tmp_path):
         assert (config["model_type"], "domains" in config) == ("llama", False)
 
 
-@pytest.mark.slow  # four jobs, each a process of its own
+@pytest.mark.long  # four jobs, each a process of its own
 def test_a_campaign_of_adapters(tmp_path):
     """A seed, two adapters of it, and their average as a whole model."""
     make_place(tmp_path)

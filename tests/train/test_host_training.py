@@ -105,7 +105,7 @@ def test_steps_are_those_of_one_process(trained, case):
         assert buffers == ({"beta", "eps"} if family == "apertus" else set())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_five_steps_of_every_family(tmp_path):
     """Each with one layout; tests/drills/stock_families.py runs all of them on 2 and 4 ranks."""
     cases = [(name, *LAYOUTS[n % len(LAYOUTS)]) for n, name in enumerate(HOSTS)]
