@@ -23,7 +23,7 @@ class Tokens:
         self.tokens = (first + np.arange(count) % 20).astype(np.uint16)
         self.tokens[::7] = 1
 
-    def check(self, ids: np.ndarray, start: int) -> None:
+    def check_read_ids(self, ids: np.ndarray, start: int) -> None:
         assert np.array_equal(ids, self.tokens[start : start + len(ids)])
 
 

@@ -50,7 +50,7 @@ class Tokens:
     def __init__(self, count: int):
         self.tokens = (5 + np.arange(count) * 7 % 38).astype(np.uint16)
 
-    def check(self, ids: np.ndarray, start: int) -> None:
+    def check_read_ids(self, ids: np.ndarray, start: int) -> None:
         """Expect ids as they were written."""
         assert np.array_equal(ids, self.tokens[start : start + len(ids)])
 
