@@ -68,6 +68,7 @@ class BranchArgs(Arguments):
     output_dir: str | None = option(None, "folder of the new run")
 
     def __post_init__(self):
+        """Check the flags; raise UserError for two that exclude each other."""
         super().__post_init__()
         if self.step is not None and self.share is not None:
             raise UserError(f"--step {self.step} and --share {self.share}: give one of the two")

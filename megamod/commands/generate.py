@@ -42,6 +42,11 @@ class GenerateArgs(Arguments):
     seed: int = option(1, "seed of the sampling", least=0, most=2**32 - 1)
 
     def __post_init__(self):
+        """Check the flags.
+
+        Raises:
+            UserError: for --domain with --prior, or several continuations at temperature 0.
+        """
         super().__post_init__()
         if self.domain is not None and self.prior is not None:
             raise UserError(f"--domain {self.domain} and --prior {self.prior}: give one of the two")

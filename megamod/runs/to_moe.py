@@ -75,6 +75,12 @@ class MoeArgs(ModelOutputArgs):
     seed: int = option(0, "seed of random rows", least=0)
 
     def __post_init__(self):
+        """Check the flags.
+
+        Raises:
+            UserError: for flags that have no effect with the origin of the router rows or without
+                --align, contradict each other, or a sharpness that is not above 0.
+        """
         super().__post_init__()
         kind = self.router_kind
         if kind != "calibrated":

@@ -91,6 +91,16 @@ class ManyTasksModel(FinetuneModel):
         return tuple(task.spec.name for task in self.tasks)
 
     def make_module(self, seed: int, folder: Path | None = None) -> CaMtlForMultiTask:
+        """Build the model with the weights of the run's start; blocks that the flags freeze are
+        frozen.
+
+        Args:
+            seed: of the weights that are not loaded.
+            folder: of the run; rank 0 writes start.json there, the names of loaded, new and unused
+                tensors. None: no file.
+        Raises:
+            UserError: if weights are missing and the run does not train.
+        """
         torch.manual_seed(seed)
         if self.weights is None:
             model = CaMtlForMultiTask(self.config).float()

@@ -68,6 +68,14 @@ class OneTaskModel(FinetuneModel):
         return (self.task,)
 
     def make_module(self, seed: int, folder: Path | None = None) -> nn.Module:
+        """Build the classifier with the weights of the run's start; others are drawn with the seed.
+
+        Args:
+            folder: without effect.
+        Raises:
+            UserError: if the weights cannot be loaded, or some are missing and the run does not
+                train.
+        """
         torch.manual_seed(seed)
         kind = select_head_class(self.task.spec)
         if self.weights is None:
