@@ -184,11 +184,11 @@ def _format_parent_name(source: ParentModel) -> str:
 def _link_model(start_folder: Path, target: Path, domain: str) -> None:
     """Link or copy the files of the start model into the existing folder `target`.
 
-    Its config.json names `domain` as the only training domain; README.md and merge.json are not
-    copied.
+    Its config.json names `domain` as the only training domain; README.md, merge.json and the
+    manifest are not copied: the checkpoint has a manifest of its own.
     """
     for file in start_folder.iterdir():
-        if file.name not in ("config.json", "README.md", "merge.json"):
+        if file.name not in ("config.json", "README.md", "merge.json", MANIFEST):
             link_or_copy(file, target / file.name)
     write_json(target / "config.json", make_dense_config(read_model_config(start_folder), [domain]))
 
