@@ -93,7 +93,9 @@ def test_a_cache_that_cannot_be_written_names_the_command(tmp_path, monkeypatch)
     folder = released(tmp_path, MuxBertForMaskedLM(MuxBertConfig(**MUX)))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"convert.py --format datamux --input .* --output_dir DIR"):
+    with pytest.raises(
+        UserError, match=r"megamod convert --format datamux --input .* --output_dir DIR"
+    ):
         resolve_model(str(folder), "--model")
 
 
@@ -103,7 +105,10 @@ def test_a_cache_that_cannot_be_written_names_the_command(tmp_path, monkeypatch)
         ({"architectures": ["MuxedBertForEverything"]}, "names the class 'MuxedBertForEverything'"),
         ({"architectures": ["BertModel"], "num_instances": 2}, "names no multiplexed model"),
         ({"architectures": None, "muxing_variant": "x"}, "names no multiplexed model"),
-        ({"num_tasks": 3}, r"convert.py --format ca_mtl --input .* --tasks A B --output_dir DIR"),
+        (
+            {"num_tasks": 3},
+            r"megamod convert --format ca_mtl --input .* --tasks A B --output_dir DIR",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised; dequantise them first"),
         ({"model_type": "no_such_type"}, "has model_type 'no_such_type'"),
     ],
@@ -122,7 +127,7 @@ def test_places_without_a_model(tmp_path):
         resolve_model(str(tmp_path), "--model")
     (tmp_path / "checkpoint_last.pt").write_bytes(b"")
     for name in (tmp_path, tmp_path / "checkpoint_last.pt"):
-        with pytest.raises(UserError, match=r"convert\.py --format fairseq_lm --input"):
+        with pytest.raises(UserError, match=r"megamod convert --format fairseq_lm --input"):
             resolve_model(str(name), "--model")
 
 

@@ -37,7 +37,7 @@ def test_two_models_side_by_side(tmp_path):
         assert f"{expected['art']:.2f}" in message
     own_values = [demix["perplexity"][d][d] for d in ("art", "law")]
     assert demix["mean_of_own"] == pytest.approx(sum(own_values) / 2)
-    assert f"eval_ensemble.py --forest {folders[1]} --data {data} --domain art" in message
+    assert f"megamod eval-ensemble --forest {folders[1]} --data {data} --domain art" in message
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [(row["model"], row["expert"]) for row in rows[:3:2]] == [
         (str(folders[0]), None),
