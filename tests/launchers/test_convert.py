@@ -171,7 +171,7 @@ def test_a_mistake_is_one_message_and_exit_2(tmp_path, monkeypatch):
     assert "decoder.embed_positions.weight is missing" in done.stderr
     for arguments, message in (
         (("--output_dir", tmp_path / "full", "--export"), "full: exists already"),
-        (("--output_dir", tmp_path / "out", "--export"), "is not a language model"),
+        (("--output_dir", tmp_path / "out", "--export"), "there is no model (no config.json)"),
     ):
         assert message in convert_here(monkeypatch, "--input", tmp_path, *arguments)
     assert sorted(tmp_path.rglob("*")) == before
