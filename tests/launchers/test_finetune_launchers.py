@@ -47,7 +47,7 @@ def root(tmp_path) -> Path:
 def test_help_is_quick_and_shows_commands(name):
     begin = os.times().children_user
     done = start(name, "--help")
-    assert done.returncode == 0 and f"python launchers/{name}.py" in done.stdout
+    assert done.returncode == 0 and f"megamod {name.replace('_', '-')} " in done.stdout
     assert "--output_dir" in done.stdout and os.times().children_user - begin < 1
 
 
