@@ -299,7 +299,7 @@ def test_export_is_the_way_back(tmp_path, layers):
 
 
 def test_export_refuses_what_fairseq_has_no_files_for(tmp_path):
-    with pytest.raises(UserError, match="is not a language model"):
+    with pytest.raises(UserError, match="there is no model"):
         export(tmp_path, tmp_path)
     config = {"num_hidden_layers": 1, "num_attention_heads": 1, "domains": ["a"]}
     (tmp_path / "config.json").write_text(json.dumps({**config, "untie": "transformer"}))

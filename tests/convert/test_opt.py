@@ -162,4 +162,4 @@ def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["convert.py", *flags, "--export"])
     convert.main()
     names = sorted(file.name for file in (tmp_path / "opt").iterdir())
-    assert names == ["config.json", "model.safetensors"]
+    assert names == ["config.json", "manifest.json", "model.safetensors"]
