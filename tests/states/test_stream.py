@@ -138,8 +138,8 @@ def test_broken_folders_are_refused_by_name(tmp_path):
     file.rename(tmp_path / "part.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     for content, message in (
-        ("{", "is not the index"),
-        ("[]", "is not the index"),
+        ("{", "model.safetensors.index.json: cannot be read"),
+        ("[]", "model.safetensors.index.json: is not an object"),
         ('{"weight_map": {"a": "../model.safetensors"}}', "not a file of this folder"),
         ('{"weight_map": {"a": 3}}', "not a file of this folder"),
         ('{"weight_map": {"a": "other.safetensors"}}', "other.safetensors is missing"),
