@@ -109,9 +109,11 @@ def test_a_soup_is_that_of_the_plain_recipe(folder, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "A merge (greedy_soup)" in card and card.count("left out") == COUNT - len(kept)
     assert f"{len(kept)} models" in plan.describe()
-    # What is held out may not be there, and then nothing is.
+    # A folder of something else is left as it is.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x").write_text("")
     with pytest.raises(UserError, match="exists already"):
-        greedy_soup(read_recipe(build_recipe_from_flags(folder, tmp_path)), tmp_path / "out")
+        greedy_soup(read_recipe(build_recipe_from_flags(folder, tmp_path)), tmp_path / "other")
 
 
 def test_ties_keep_the_order_and_do_no_harm(folder, monkeypatch):
