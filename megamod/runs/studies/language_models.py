@@ -81,14 +81,7 @@ def run_language_model_cell(
         UserError: for settings that are missing or do not go together.
     """
     spec = study.file.text
-    text = open_study_text(
-        inputs / "domains",
-        work,
-        tuple(spec.domains),
-        tuple(spec.novel),
-        spec.tokenizer,
-        spec.held_out_bytes,
-    )
+    text = open_study_text(spec, inputs, work)
     extras = {name: cell.settings.get(name) for name in OWN_SETTINGS}
     flags = {k: v for k, v in cell.settings.items() if k not in extras} | {"seed": cell.seed}
     if not isinstance(flags.get("max_steps"), int):
@@ -254,12 +247,10 @@ def count_parameters(models: Sequence[Path]) -> dict[str, int]:
     total, active, outside_embeddings = 0, 0, 0
     for model in models:
         sizes = {name: tensor.numel() for name, tensor in read_weights(model).items()}
-        members = [n.split(".experts.")[1].split(".")[0] for n in sizes if ".experts." in n]
-        used = list(dict.fromkeys(members))[: count_experts_per_token(model)]
+        owners = {n: n.split(".experts.")[1].split(".")[0] for n in sizes if ".experts." in n}
+        used = list(dict.fromkeys(owners.values()))[: count_experts_per_token(model)]
         active_sizes = {
-            name: size
-            for name, size in sizes.items()
-            if ".experts." not in name or name.split(".experts.")[1].split(".")[0] in used
+            name: size for name, size in sizes.items() if name not in owners or owners[name] in used
         }
         total += sum(sizes.values())
         active = sum(active_sizes.values())

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from megamod.errors import UserError
-from megamod.runs.studies import barriers, finetuning, language_models
+from megamod.runs.studies import barrier_cell, finetuning, language_models
 from megamod.runs.studies.records import (
     TOLERANCE,
     Figures,
@@ -36,7 +36,7 @@ Digests = Mapping[str, object]
 RUNS: dict[str, Callable[[Study, Cell, Path, Path], tuple[Figures, Digests]]] = {
     "language_models": language_models.run_language_model_cell,
     "finetuning": finetuning.run_finetuning_cell,
-    "barriers": barriers.run_barrier_cell,
+    "barriers": barrier_cell.run_barrier_cell,
 }
 """By kind: from study, cell, folder of inputs and folder of work to figures and input digests."""
 

@@ -16,6 +16,7 @@ from megamod.data.corpus.binarize import binarize
 from megamod.data.corpus.documents import open_document_source
 from megamod.data.lm.databin import DataBin
 from megamod.files import write_atomic
+from megamod.runs.studies.study_file import TextSpec
 
 PARTS_SEED = 1  # of the random split
 
@@ -124,17 +125,25 @@ class StudyText:
         )
 
 
-@cache
-def open_study_text(
-    source: Path,
-    work: Path,
-    domains: tuple[str, ...],
-    novel: tuple[str, ...],
-    tokenizer: str,
-    held_out_bytes: int | None,
-) -> StudyText:
-    """Return the text of a study, see `StudyText`; cells of one process share its data-bins."""
-    return StudyText(source, work, domains, novel, tokenizer, held_out_bytes)
+def open_study_text(spec: TextSpec, inputs: Path, work: Path) -> StudyText:
+    """Return the text that a study file asks for; cells of one process share its data-bins.
+
+    Args:
+        spec: block `text` of the study file.
+        inputs: folder of the inputs, with a folder `domains`.
+        work: folder of the study's data-bins.
+    """
+    return _open_shared_text(
+        inputs / "domains",
+        work,
+        tuple(spec.domains),
+        tuple(spec.novel),
+        spec.tokenizer,
+        spec.held_out_bytes,
+    )
+
+
+_open_shared_text = cache(StudyText)
 
 
 def _take_documents(documents: Iterable[str], limit: int | None) -> Iterator[str]:

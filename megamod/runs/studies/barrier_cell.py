@@ -69,15 +69,7 @@ def run_barrier_cell(
     Raises:
         UserError: for settings that are missing or not allowed, or too little text.
     """
-    spec = study.file.text
-    text = open_study_text(
-        inputs / "domains",
-        work,
-        tuple(spec.domains),
-        tuple(spec.novel),
-        spec.tokenizer,
-        spec.held_out_bytes,
-    )
+    text = open_study_text(study.file.text, inputs, work)
     settings = cell.settings
     extras = {name: settings.get(name) for name in SETTINGS}
     for name in ("circle", "held_out_rows", "points"):
