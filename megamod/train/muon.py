@@ -31,7 +31,8 @@ def make_muon(
 ) -> Muon:
     """Make Muon for the groups with `use_muon`, AdamW for the others.
 
-    On a CPU, DeepSpeed's update is replaced by its uncompiled functions, for the whole process.
+    On a CPU, DeepSpeed's update is replaced by its uncompiled functions in float32, for the whole
+    process.
 
     Args:
         groups: parameter groups, each with `use_muon`; their settings are set in place.
@@ -40,7 +41,7 @@ def make_muon(
         adamw: further arguments of `torch.optim.AdamW`.
     """
     if not torch.accelerator.is_available():
-        _update_without_compiler()
+        _use_plain_update()
     for group in groups:
         group.setdefault("weight_decay", weight_decay)
         if group["use_muon"]:
@@ -52,9 +53,15 @@ def make_muon(
     )
 
 
-def _update_without_compiler() -> None:
-    """Let DeepSpeed run the update as it is written: compiling it on a CPU takes a minute."""
+def _use_plain_update() -> None:
+    """Let DeepSpeed run the update as it is written, in float32.
+
+    Compiling it on a CPU takes a minute. In half precision, which DeepSpeed selects by the
+    accelerator, the sums depend on the processor's instructions: a run would not go on the same on
+    another machine.
+    """
     names: Sequence[str] = ("zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz")
     for name in (*names, "muon_update"):
         setattr(update_module, name, inspect.unwrap(getattr(update_module, name)))
+    update_module.ns_compute_dtype = lambda method="gram": torch.float32
     optimizer_module.muon_update = update_module.muon_update
