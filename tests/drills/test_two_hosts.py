@@ -44,6 +44,7 @@ report_to: none
 UNTIE = {"dense": "none", "demix": "feedforward"}
 LONGEST = 500
 
+pytestmark = pytest.mark.long  # dozens of processes that each import everything
 over_ssh = [
     pytest.mark.slow,
     pytest.mark.skipif(missing() is not None, reason=str(missing())),

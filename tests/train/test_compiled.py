@@ -141,7 +141,7 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.slow
+@pytest.mark.long  # compiles eight times
 @pytest.mark.skipif(shutil.which("g++") is None, reason=NO_COMPILER)
 def test_pretraining(tmp_path):
     make_data(tmp_path / "bin")

@@ -158,7 +158,12 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("world", "name", "last"), [(w, name, last) for w in (1, 2, 4) for name, last in names_of(w)]
+    ("world", "name", "last"),
+    [
+        pytest.param(world, name, last, marks=[pytest.mark.long] if world == 4 else [])
+        for world in (1, 2, 4)
+        for name, last in names_of(world)
+    ],
 )
 def test_resumed_run_is_bitwise_the_straight_one(pairs, world, name, last):
     straight = pairs(world) / f"{name}-straight" / "checkpoints" / f"step-{last}"
