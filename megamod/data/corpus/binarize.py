@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 ITEMS = ("document", "line")
 BYTES_PER_WORKER = 64 << 20  # a worker process takes seconds to start
-SAMPLE_BYTES = 8 << 20
+SAMPLE_BYTES = 8 << 20  # of text that a tokenizer is trained on
 MOST_WORKERS = 1024
 
 
@@ -126,7 +126,15 @@ def _binarize_held(
     streaming: bool,
     do_lower_case: bool | None,
 ) -> dict:
-    """Do as `binarize` while the output folder is held, or exists already as `existing` says."""
+    """Do as `binarize` while the output folder is held by this process.
+
+    Args:
+        existing: header of the data-bin in `output`, which then is not held, because nothing is
+            written; None: there is none.
+        inputs, tokenizer, ...: as of `binarize`; `output` is absolute.
+    Raises:
+        UserError: as `binarize`.
+    """
     sources = {
         name: open_document_source(
             spec,

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from megamod.errors import UserError
 
-SHORTEST, LONGEST = 200, 4_000  # characters of a document; longer files are cut at line ends
+# Characters of a document: longer texts are cut at line ends, shorter parts are dropped.
+SHORTEST, LONGEST = 200, 4_000
 FEWEST = 60  # documents of a domain
 HEADERS = {".h", ".hpp", ".cuh"}
 
@@ -34,6 +35,7 @@ def load_builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
     """
     standard = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
+    # Twice as much is read as is needed, because `_thin_documents` drops repeated and short parts.
     sources = {
         "python_code": (
             _read_sample_of_files([standard], {".py"}, skipped, 2 * max_bytes),
@@ -62,7 +64,10 @@ def load_builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
 
 
 def _thin_documents(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """Cut texts into documents and select distinct ones, spread evenly, up to `max_bytes`."""
+    """Cut texts into documents and select distinct ones, spread evenly, up to `max_bytes` of UTF-8.
+
+    Documents below `SHORTEST` characters are dropped.
+    """
     pieces = dict.fromkeys(piece for text in texts for piece in _cut_long_text(text))
     documents = [piece for piece in pieces if len(piece) >= SHORTEST]
     share = min(1.0, max_bytes / max(1, sum(len(document.encode()) for document in documents)))

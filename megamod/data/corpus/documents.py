@@ -157,6 +157,9 @@ class DocumentSource:
 
         For a source without readers of lines these are the lines of its documents, with an empty
         line between two documents of a split.
+
+        Raises:
+            UserError: as `iterate_documents`.
         """
         if self.line_readers:
             self.decoding.replaced = 0
@@ -204,6 +207,8 @@ def open_document_source(
             written by `Dataset.save_to_disk`; `hf:NAME[:CONFIG]`; a list of documents; or a data
             set of `datasets`, streamed or not.
         text_column: JSON key or column that holds the text.
+        encoding_errors: "strict" or "replace", see `Decoding`.
+        seed: of the division of a source without splits.
         streaming: read data sets of the hub without storing them.
 
     Raises:
@@ -273,22 +278,18 @@ def read_documents(
     """
     path, decoding = Path(path), decoding or Decoding()
     name = require_format(path, FORMATS)
-    if name == "CSV":
-        yield from _read_cell_texts(
-            read_csv_column(path, text_column, decoding.decode_line), text_column, decoding
-        )
-    elif name == "TSV":
-        yield from _read_cell_texts(
-            read_tsv_column(path, text_column, decoding.decode_line), text_column, decoding
-        )
-    elif name == "Parquet":
-        yield from _read_cell_texts(read_parquet_column(path, text_column), text_column, decoding)
-    elif name == "text":
+    if name == "text":
         yield from _read_plain_documents(path, decoding)
+        return
+    if name == "CSV":
+        cells = read_csv_column(path, text_column, decoding.decode_line)
+    elif name == "TSV":
+        cells = read_tsv_column(path, text_column, decoding.decode_line)
+    elif name == "Parquet":
+        cells = read_parquet_column(path, text_column)
     else:
-        yield from _read_cell_texts(
-            _read_json_cells(path, text_column, decoding), text_column, decoding
-        )
+        cells = _read_json_cells(path, text_column, decoding)
+    yield from _read_cell_texts(cells, text_column, decoding)
 
 
 def _read_plain_documents(path: Path, decoding: Decoding) -> Iterator[str]:

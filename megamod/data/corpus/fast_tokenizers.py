@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CASED_SHARE = 0.2  # of the tokens with letters; BERT's cased vocabulary has 0.4, Chinese BERT 0.003
-TRIED = 200  # tokens of a vocabulary whose text is encoded as a test
+TRIED = 200  # tokens tried at least, spread over the vocabulary; all of a smaller one
 
 
 def load_fast_tokenizer(spec: str, do_lower_case: bool | None = None) -> "PreTrainedTokenizerFast":
@@ -63,8 +63,8 @@ def check_encodes_text(tokenizer: "PreTrainedTokenizerFast", spec: str) -> None:
     Args:
         spec: the user's name of the tokenizer, for messages.
     Raises:
-        UserError: if the text of each of `TRIED` tokens of the vocabulary becomes unknown, or the
-            vocabulary begins with a byte order mark.
+        UserError: if the text of every tested token becomes unknown, see `TRIED`, or the vocabulary
+            begins with a byte order mark.
     """
     backend = tokenizer.backend_tokenizer
     special_ids = set(tokenizer.all_special_ids)  # [UNK] included

@@ -34,7 +34,7 @@ COMPRESSIONS = {
     ".xz": ("xz", b"\xfd7zXZ\x00"),
 }
 BOM = b"\xef\xbb\xbf"
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # bytes decompressed at once
 ONE_A_LINE = "JSON lines are needed: one whole object per line"
 
 
@@ -79,7 +79,8 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
     """Open a file for reading bytes, decompressed if it has a compression ending.
 
     Raises:
-        UserError: if it cannot be read, is cut short, or is not compressed as its ending says.
+        UserError: if it cannot be read, is cut short, or is not compressed as its ending says, also
+            while it is read. Any OSError of the `with` block counts as one of this file.
     """
     compression = COMPRESSIONS.get(path.suffix.lower(), (None,))[0]
     try:

@@ -22,8 +22,10 @@ class SplitHeader(Document):
     """Counts and digests of a split; headers of earlier versions lack some digests.
 
     Attributes:
+        items: number of documents or lines.
         tokens: with the bos and eos of each item.
         bytes: of the UTF-8 text of the items, without line ends between them.
+        max_id: largest id.
         text_sha256: of the text, see `ItemCounter`.
         sha256: of the two files, by ending.
         blocks: see `compute_block_digests`.

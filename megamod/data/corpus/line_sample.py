@@ -21,8 +21,10 @@ def sample_lines(
     Args:
         inputs: a text file, or a folder that is searched for text files at any depth, by name.
         count: lines of each file.
-        output: folder of the files, which is created if it is absent.
+        output: folder of the files, which is created if it is absent; files of the same names are
+            replaced.
         encoding_errors: "strict" or "replace", see `Decoding`.
+        seed: of the random draw.
     Returns:
         numbers of used and of skipped files, by name.
     Raises:

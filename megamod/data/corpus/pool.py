@@ -16,7 +16,9 @@ import numpy as np
 from megamod.data.corpus.tokenizers import Tokenizer
 
 EncodeTexts = Callable[[Iterable[str]], Iterator[np.ndarray]]
-BATCH_CHARACTERS = 1 << 20
+"""From texts to their ids, int32 [n] for each, as by `Tokenizer.encode_batch`."""
+
+BATCH_CHARACTERS = 1 << 20  # a batch for a worker ends with the text that reaches this many
 BATCH_TEXTS = 4096
 
 _tokenizer: Tokenizer | None = None  # of a worker process
@@ -30,6 +32,7 @@ def open_encoder(tokenizer: Tokenizer, worker_count: int) -> Iterator[EncodeText
     worker dies.
 
     Args:
+        tokenizer: copied to each worker.
         worker_count: number of worker processes; 1 encodes in this process.
     """
     if worker_count == 1:
@@ -49,7 +52,7 @@ def open_encoder(tokenizer: Tokenizer, worker_count: int) -> Iterator[EncodeText
 def _encode_in_workers(
     pool: ProcessPoolExecutor, worker_count: int, texts: Iterable[str]
 ) -> Iterator[np.ndarray]:
-    """Yield the ids of texts in order; workers encode at most two batches each ahead."""
+    """Yield the ids of texts in order; at most two batches per worker are encoded ahead."""
     batches = _batch_texts(texts)
     pending = deque(
         pool.submit(_encode_batch, batch) for batch in islice(batches, 2 * worker_count)

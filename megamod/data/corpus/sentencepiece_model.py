@@ -1,4 +1,4 @@
-"""Training of lossless SentencePiece models, and exact conversion of any for `tokenizers`."""
+"""Training of lossless SentencePiece models; conversion of such models for `tokenizers`."""
 
 import io
 import os
@@ -19,8 +19,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # piece
 UNIGRAM, BPE = 1, 2  # model types
 STANDARD_NORMALIZERS = ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
 PROBES = 500  # random texts on which a conversion is tried
-LONGEST_PART = 1 << 20  # characters encoded at once: bounds the memory a huge text takes
-LONGEST_LINE = 4000  # characters; the trainer skips longer lines
+LONGEST_PART = 1 << 20  # characters; a longer text is cut at the next blank to bound the memory
+# Characters of a line for training; longer lines are cut, because the trainer skips lines that are
+# too long. Its own limit counts bytes, of which a character has up to 4.
+LONGEST_LINE = 4000
 PROBE = (
     " Ships  sail.\tDon't pay 12,345.67 (a+b)==c_d; Größe naïve İstanbul русский 漢字 かな 한국어",
     "עברית ﬁ ① ½ e\u0301 \u00a0\u200b😀 ------ ____ ",
@@ -33,7 +35,7 @@ def train_model(texts: Iterable[str], vocab_size: int, where: str) -> bytes:
 
     SentencePiece writes a blank as U+2581 and cannot tell it from a U+2581 of the text. After
     training, the pieces are rewritten with real blanks and escaping is turned off in the model, so
-    that byte pieces encode U+2581.
+    that byte pieces encode U+2581. Any U+2581 is dropped from the texts for training.
 
     Args:
         texts: documents.
@@ -44,7 +46,8 @@ def train_model(texts: Iterable[str], vocab_size: int, where: str) -> bytes:
         the serialised model; equal texts give equal bytes.
 
     Raises:
-        UserError: if the texts yield fewer pieces, or their characters alone are more.
+        UserError: if the texts are empty, yield fewer than `vocab_size` ids, or their characters
+            alone are more.
     """
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2 as protobuf
@@ -103,7 +106,9 @@ class ExactEncoder:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each text to ids, without bos and eos.
 
-        A text longer than `LONGEST_PART` characters is cut at blanks, if the model is separable.
+        If the model is separable, texts longer than `LONGEST_PART` characters are cut at blanks;
+        otherwise no text is cut. Uncut texts share all cores, except in worker processes, which set
+        TOKENIZERS_PARALLELISM to "false".
         """
         threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else os.cpu_count()
         if not self.separable or all(len(text) <= LONGEST_PART for text in texts):
@@ -114,7 +119,8 @@ class ExactEncoder:
         ]
 
     def _split_at_blanks(self, text: str) -> Iterator[str]:
-        """Yield parts of a text, cut at single blanks.
+        """Yield parts of a text, each cut at the first single blank after `LONGEST_PART` characters
+        between words; a text without one is one part.
 
         A blank that the dummy prefix of the next part restores is not part of any.
         """
@@ -130,11 +136,11 @@ def convert_model(
 ) -> tuple["tokenizers.Tokenizer", ExactEncoder | None, dict[str, int | None]]:
     """Convert a serialised model of SentencePiece for the `tokenizers` library.
 
-    The encoder gives the ids of SentencePiece on any text. It is None for models of `train_model`,
-    whose `tokenizers` form is exact. For other models that form is compared on texts made of the
-    model's own pieces and symbols. Two differences of unigram models are accepted: the choice
-    between cuts of equal score, such as of "!!!!", and text that spells a control piece, which the
-    `tokenizers` form turns into that piece.
+    The encoder gives the ids of SentencePiece on any text; it is None for models such as those of
+    `train_model`, whose `tokenizers` form is exact. The `tokenizers` form of every model is
+    compared with SentencePiece on the texts of `_build_probe_texts`. Two differences of unigram
+    models are accepted: the choice between cuts of equal score, such as of "!!!!", and text that
+    spells a control piece, which the `tokenizers` form turns into that piece.
 
     Args:
         content: the serialised model.
@@ -143,7 +149,8 @@ def convert_model(
         the `tokenizers` form, the exact encoder or None, and the special ids by name ("bos", "pad",
         "eos", "unk"), None for an id that the model lacks.
     Raises:
-        UserError: if `content` is no unigram or BPE model, or `tokenizers` does not reproduce it.
+        UserError: if `content` is no unigram or BPE model, or `tokenizers` gives other ids for one
+            of the texts.
     """
     import sentencepiece
     from google.protobuf.message import DecodeError
@@ -166,15 +173,18 @@ def convert_model(
                 f"{text[:40]!r} differently; use the folder of its Hugging Face version instead"
             )
     exact = None
-    if not _is_trained_here(model):
+    if not _has_exact_backend(model):
         dummy_prefix = model.normalizer_spec.add_dummy_prefix
         exact = ExactEncoder(processor, dummy_prefix, _is_separable_at_blanks(model))
     ids = {name: getattr(processor, f"{name}_id")() for name in ("bos", "pad", "eos", "unk")}
     return backend, exact, {name: token if token >= 0 else None for name, token in ids.items()}
 
 
-def _is_trained_here(model: "ModelProto") -> bool:
-    """Return True for models of `train_model`, whose `tokenizers` form is exact on any text."""
+def _has_exact_backend(model: "ModelProto") -> bool:
+    """Return True if the `tokenizers` form is exact on any text, as for models of `train_model`.
+
+    These are BPE models without normalisation or added blanks, with symbols of one character only.
+    """
     spec = model.normalizer_spec
     changes = (spec.precompiled_charsmap, spec.add_dummy_prefix, spec.escape_whitespaces)
     return (
@@ -196,10 +206,12 @@ def _is_separable_at_blanks(model: "ModelProto") -> bool:
 
 
 def _build_probe_texts(model: "ModelProto") -> Iterator[str]:
-    """Yield the texts on which a conversion is compared: fixed ones and random ones.
+    """Yield the texts on which a conversion is compared; equal models have equal texts.
 
-    The random ones are sequences of the model's pieces and symbols, and of characters that
-    normalisation changes. Equal models have equal texts.
+    They are the texts of `PROBE`; each user-defined or unused symbol (at most `PROBES` of them)
+    before, after and between other characters; and `PROBES` random sequences of the model's pieces
+    and symbols, of characters that normalisation changes, and for BPE of reserved names (control,
+    unknown and byte pieces), which unigram models may encode differently, see `convert_model`.
     """
     bpe = model.trainer_spec.model_type == BPE
     draw = random.Random(0)
@@ -231,7 +243,7 @@ def _have_equal_scores(model: "ModelProto", first: Sequence[int], second: Sequen
 
 
 def _build_backend(model: "ModelProto") -> "tokenizers.Tokenizer":
-    """Build the `tokenizers` form of a model: pieces, splits, normalizer and decoder."""
+    """Build the `tokenizers` form of a unigram or BPE model, with its special tokens added."""
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
@@ -333,7 +345,7 @@ def _build_unreachable_regex(
 
 
 def _list_piece_scores(model: "ModelProto") -> list[tuple[str, float]]:
-    """List pieces and scores of a unigram model, user-defined symbols scored as SentencePiece does.
+    """List (piece, score) of a unigram model by id; symbols are scored as SentencePiece does.
 
     Source: sentencepiece's unigram_model.cc, `EncodeOptimized`.
     """

@@ -16,15 +16,19 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 Cells = Iterator[tuple[str, object]]
+"""Pairs (place, value)."""
+
 Decode = Callable[[bytes, Path, int], str]
+"""From the bytes of a line, its path and byte offset to its text."""
 LONGEST_CELL = 1 << 30  # characters; the default of the csv module is 2**17
 
 
 def read_csv_column(path: Path, column: str, decode_line: Decode) -> Cells:
     """Yield the cells of a column of a CSV file with a header, commas and double quotes.
 
-    Args:
-        decode_line: from the bytes of a line, its path and byte offset to text.
+    Empty rows are skipped. Raises the limit of the csv module on the length of a cell, for the
+    whole process, to `LONGEST_CELL`.
+
     Raises:
         UserError: naming file and line, if the column is missing or occurs twice, if a row has
             another number of cells than the header, or if it is not CSV.
@@ -51,8 +55,6 @@ def read_tsv_column(path: Path, column: str, decode_line: Decode) -> Cells:
 
     Empty lines are skipped.
 
-    Args:
-        decode_line: see `read_csv_column`.
     Raises:
         UserError: naming file and line, if the column is missing or occurs twice, or if a row has
             another number of cells than the header.
@@ -89,7 +91,7 @@ def read_parquet_column(path: Path, column: str) -> Cells:
 
 
 def load_saved_dataset(path: Path) -> "Dataset | DatasetDict":
-    """Load a folder that `save_to_disk` wrote.
+    """Load a folder that `save_to_disk` of `datasets` wrote.
 
     Raises:
         UserError: if the folder is of another kind.
@@ -125,7 +127,7 @@ def load_hub_dataset(
 def find_split_tables(
     loaded: object, where: str, splits: Mapping[str, Sequence[str]]
 ) -> dict[str, "Dataset | IterableDataset"]:
-    """Find the tables of a loaded data set by split; a single table has the key "".
+    """Find the tables of a loaded data set by split; the key of an only table is "", not its name.
 
     Args:
         loaded: a mapping from split names to tables, or one table.

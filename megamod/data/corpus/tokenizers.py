@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 SENTENCEPIECE_FILE = "sentencepiece.model"
 GPT2_FILES = ("encoder.json", "vocab.bpe", "dict.txt")
 FAIRSEQ_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
-ALPHABET = 1000  # characters of trained word pieces
-LONGEST = 1 << 20  # characters encoded at once: bounds the memory for a huge document
+ALPHABET = 1000  # most frequent characters that trained word pieces cover
+LONGEST = 1 << 20  # characters of a text encoded at once: bounds the memory for a huge document
 
 
 @dataclass
@@ -39,14 +39,16 @@ class Tokenizer:
 
     Args:
         kind: "huggingface", "sentencepiece" or "gpt2".
-        backend: the tokenizer of the `tokenizers` library.
+        backend: the tokenizer of the `tokenizers` library; truncation and padding are switched off
+            in place, so also in `original`, and special tokens treated as `literal_specials` says.
         bos_id, pad_id, eos_id, unk_id: special ids; `load_tokenizer` has defaults for those that
             a tokenizer does not define.
         literal_specials: True if text that spells a special token, such as "</s>", is encoded as
             ordinary text; False if it becomes that token, as with Hugging Face tokenizers.
         files: contents of the original files by name, saved with the common ones.
         original: the Hugging Face tokenizer, for kind "huggingface".
-        exact: encoder that replaces the backend, for SentencePiece models not trained here.
+        exact: encoder that replaces the backend, for SentencePiece models not trained here; None:
+            the backend encodes.
     """
 
     kind: str
@@ -88,7 +90,10 @@ class Tokenizer:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that determines ids: the `tokenizers` JSON, special ids, files."""
+        """SHA-256 of all that determines ids, in hexadecimal.
+
+        That is the `tokenizers` JSON, special ids, `literal_specials` and files.
+        """
         hashed = hashlib.sha256(self.backend.to_str().encode())
         hashed.update(json.dumps([self.special_ids, self.literal_specials]).encode())
         for name, content in sorted(self.files.items()):
@@ -98,8 +103,11 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode texts to ids, int32 `[n]` for each text, without bos or eos.
 
-        Texts beyond 2**20 characters are cut before a blank, where no tokenizer here joins tokens;
+        The backend encodes a text of more than `LONGEST` characters in parts. A part ends before
+        the first blank after a word in its second half, because tokens rarely join a word to the
+        blank after it; if there is none, after `LONGEST` characters, perhaps inside a token.
         Hugging Face tokenizers that add a blank before the first word add one after each cut.
+        `exact` cuts long texts itself, or not at all, see `ExactEncoder.encode`.
         """
         if self.exact is not None:
             return [np.array(ids, dtype=np.int32) for ids in self.exact.encode(texts)]
@@ -120,10 +128,11 @@ class Tokenizer:
         return self.backend.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def save_dictionary(self, path: Path) -> None:
-        """Write a dict.txt of fairseq, if the special ids are 0 to 3 in fairseq's order.
+        """Write a dict.txt of fairseq to `path`, if bos, pad, eos and unk are 0 to 3 as in fairseq.
 
-        The GPT-2 kind writes its original file. For the others the symbols are decimal ids, as in
-        fairseq's dictionary of GPT-2, because a token may contain blanks and line ends.
+        Otherwise nothing is written. The GPT-2 kind writes its original file. For the others the
+        symbols are decimal ids, as in fairseq's dictionary of GPT-2, because a token may contain
+        blanks and line ends.
         """
         if tuple(self.special_ids.values()) != (0, 1, 2, 3):
             return
@@ -139,7 +148,7 @@ class Tokenizer:
         """Write a folder that `load_tokenizer` and `AutoTokenizer.from_pretrained` both read.
 
         Args:
-            folder: created if it is absent.
+            folder: created if it is absent; files of the same names are replaced.
         """
         from transformers import PreTrainedTokenizerFast
 
@@ -176,8 +185,8 @@ def load_tokenizer(spec: str | Path, do_lower_case: bool | None = None) -> Token
     Args:
         do_lower_case: for BERT's word pieces, see `load_fast_tokenizer`.
     Raises:
-        UserError: if there is no tokenizer, it encodes no text, it has neither eos nor sep, or a
-            `.model` file cannot be converted exactly.
+        UserError: if there is no tokenizer, it is damaged, it encodes no text, it has neither eos
+            nor sep, `do_lower_case` does not apply to it, or a `.model` file cannot be converted.
     """
     path = Path(spec)
     if do_lower_case is None and path.is_dir():
@@ -195,7 +204,7 @@ def load_tokenizer(spec: str | Path, do_lower_case: bool | None = None) -> Token
 def train_sentencepiece(
     texts: Iterable[str], vocab_size: int, folder: str | Path | None = None
 ) -> Tokenizer:
-    """Train a lossless SentencePiece BPE: `decode(encode(text)) == text` for any text.
+    """Train a lossless SentencePiece BPE: decoding the ids of any text gives the text again.
 
     Ids are 0 <s>, 1 <pad>, 2 </s>, 3 <unk>, 4 line end, 5 tab, then 256 bytes, then pieces. Text
     is not normalised. Blanks are not replaced by U+2581, which could not be told from a U+2581 of
@@ -204,10 +213,10 @@ def train_sentencepiece(
     Args:
         texts: documents; some megabytes are enough.
         vocab_size: number of ids.
-        folder: folder to save the tokenizer in, or None.
+        folder: folder to save the tokenizer in, see `Tokenizer.save`; None: it is not saved.
 
     Raises:
-        UserError: if the texts yield fewer pieces, or their characters alone are more.
+        UserError: if the texts yield fewer ids, or their characters alone are more.
     """
     name = f"sentencepiece:{vocab_size}"
     model = sentencepiece_model.train_model(texts, vocab_size, f"--tokenizer {name}")
@@ -228,7 +237,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size: largest number of ids; there are fewer if the texts yield no more.
 
     Raises:
-        UserError: if the special tokens and characters alone are more.
+        UserError: if the special tokens and characters alone are more than `vocab_size`.
     """
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast
@@ -267,7 +276,7 @@ def find_trainer(spec: str) -> "Callable[[Iterable[str]], Tokenizer] | None":
     KIND is a key of `TRAINERS`, VOCAB a number of ids. The function takes the texts.
 
     Raises:
-        UserError: if VOCAB is not a number.
+        UserError: if VOCAB is not a number of at most seven digits.
     """
     kind, _, number = spec.partition(":")
     if kind not in TRAINERS or ":" not in spec:
@@ -278,7 +287,10 @@ def find_trainer(spec: str) -> "Callable[[Iterable[str]], Tokenizer] | None":
 
 
 def _cut_long_text(text: str) -> Iterator[str]:
-    """Yield parts of at most `LONGEST` characters, cut before blanks where there are any."""
+    """Yield the parts of a text that are encoded one by one, see `Tokenizer.encode_batch`.
+
+    Each has at most `LONGEST` characters; joined they are the text.
+    """
     begin = 0
     while len(text) - begin > LONGEST:
         blank = re.compile(r"(?<=\S) ").search(text, begin + LONGEST // 2, begin + LONGEST)
@@ -327,7 +339,7 @@ def _select_first_id(*ids: int | None) -> int | None:
 
 
 def _load_gpt2(folder: Path) -> Tokenizer:
-    """Load GPT-2 BPE from `GPT2_FILES` with the ids of dict.txt.
+    """Load GPT-2 BPE from the `GPT2_FILES` in `folder`, with the ids of dict.txt.
 
     Raise UserError if a file is missing or malformed, or dict.txt and encoder.json do not fit.
     """
