@@ -1,6 +1,6 @@
 """Text tables."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 
 def format_table(rows: Sequence[Sequence[str]], right_aligned_columns: Collection[int] = ()) -> str:
@@ -24,3 +24,20 @@ def format_table(rows: Sequence[Sequence[str]], right_aligned_columns: Collectio
         ).rstrip()
         for row in rows
     )
+
+
+def format_score_table(rows: Mapping[str, Mapping[str, float | str]], corner: str) -> str:
+    """Format a table with a row per name and a column per score.
+
+    Numbers have four decimals, texts stay as they are; a missing cell is a dash.
+
+    Args:
+        rows: cells by name of the row, then of the column.
+        corner: heading of the column of row names.
+    """
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    cells = [[corner, *columns]]
+    for name, row in rows.items():
+        values = (row.get(column, "-") for column in columns)
+        cells.append([name, *(v if isinstance(v, str) else f"{v:.4f}" for v in values)])
+    return format_table(cells, right_aligned_columns=range(1, len(cells[0])))

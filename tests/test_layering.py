@@ -342,8 +342,9 @@ print(float(loss), float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
 def test_deepspeed_stays_where_it_belongs():
     output = without(
         {"deepspeed"},
-        "import megamod.data.lm.pretraining, megamod.states.weights, megamod.evaluation.saved\n"
-        "import megamod.evaluation.report, megamod.args, megamod.dist.scope\n"
+        "import megamod.data.lm.pretraining, megamod.states.weights\n"
+        "import megamod.evaluation.model_folders, megamod.evaluation.perplexity_report\n"
+        "import megamod.args, megamod.dist.scope\n"
         "print('fine')",
     )
     assert output == "fine\n"

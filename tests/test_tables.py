@@ -1,6 +1,6 @@
 import pytest
 
-from megamod.tables import format_table
+from megamod.tables import format_score_table, format_table
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,12 @@ def test_text_is_as_written_by_hand(rows, right, expected):
 def test_rows_of_unequal_length_are_refused():
     with pytest.raises(ValueError, match="shorter"):
         format_table([("a", "b"), ("c",)])
+
+
+def test_score_table_by_hand():
+    table = format_score_table({"one": {"f1": 0.5}, "two": {"f1": 0.25, "x": "text"}}, "task")
+    assert table.split("\n") == [
+        "task      f1     x",
+        "one   0.5000     -",
+        "two   0.2500  text",
+    ]

@@ -77,14 +77,15 @@ def main() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from megamod.data.lm.databin import DataBin
-    from megamod.evaluation.plots import plot_matrix
-    from megamod.evaluation.report import (
+    from megamod.evaluation.held_out_data import HeldOut
+    from megamod.evaluation.model_folders import find_models, score_models
+    from megamod.evaluation.perplexity_report import (
         format_comparison,
         format_score_lines,
         make_comparison_record,
         make_heat_map,
     )
-    from megamod.evaluation.saved import HeldOut, find_models, score_models
+    from megamod.evaluation.plots import plot_matrix
     from megamod.files import write_atomic, write_json
 
     disable_progress_bar()

@@ -61,7 +61,7 @@ def main() -> None:
                 plan.job.steps * plan.job.tokens_per_step,
                 f"{plan.job.model.model} on more GPUs",
             )
-            scaling.plot_curves(curves, tokens, title, Path(args.simulate))
+            scaling.plot_scaling_curves(curves, tokens, title, Path(args.simulate))
             records[-1]["simulation"] = scaling.make_curves_record(curves)
         print()
     if args.json is not None:

@@ -25,14 +25,14 @@ from torch import Tensor
 from megamod.data.lm.blocks import IGNORE
 from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
-from megamod.evaluation.perplexity import Batch
-from megamod.evaluation.saved import (
+from megamod.evaluation.held_out_data import (
     HeldOut,
     find_document_end,
     iterate_held_out_batches,
     open_held_out_blocks,
     open_held_out_data,
 )
+from megamod.evaluation.perplexity import Batch
 from megamod.files import hash_file, write_atomic
 from megamod.models.lm.configuration import get_default_sequence_length, read_lm_config
 from megamod.models.lm.forest_experts import LoadedExpert, load_experts

@@ -10,7 +10,6 @@ import numpy as np
 
 from megamod.data.tasks.specs import TaskSpec
 from megamod.errors import UserError
-from megamod.tables import format_table
 
 Scores = dict[str, float]
 
@@ -144,37 +143,3 @@ def format_submission(task: TaskSpec, logits: np.ndarray) -> str:
         texts = [task.labels[number] for number in answers]
     rows = (f"{index}\t{text}" for index, text in enumerate(texts))
     return "\n".join(["index\tprediction", *rows]) + "\n"
-
-
-def compute_mean_and_deviation(rows: Sequence[Mapping[str, float]]) -> tuple[Scores, Scores]:
-    """Compute means and sample standard deviations (0 for one row) of the columns of some rows.
-
-    Args:
-        rows: at least one, such as scores by name for each seed. Columns that a row lacks are
-            skipped.
-    Returns:
-        means by name, deviations by name.
-    """
-    names = [name for name in rows[0] if all(name in row for row in rows)]
-    columns = {name: np.array([row[name] for row in rows]) for name in names}
-    return (
-        {name: float(column.mean()) for name, column in columns.items()},
-        {name: float(column.std(ddof=min(1, len(rows) - 1))) for name, column in columns.items()},
-    )
-
-
-def format_score_table(rows: Mapping[str, Mapping[str, float | str]], corner: str) -> str:
-    """Format a table with a row per name and a column per score.
-
-    Numbers have four decimals, texts stay as they are; a missing cell is a dash.
-
-    Args:
-        rows: cells by name of the row, then of the column.
-        corner: heading of the column of row names.
-    """
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    cells = [[corner, *columns]]
-    for name, row in rows.items():
-        values = (row.get(column, "-") for column in columns)
-        cells.append([name, *(v if isinstance(v, str) else f"{v:.4f}" for v in values)])
-    return format_table(cells, right_aligned_columns=range(1, len(cells[0])))

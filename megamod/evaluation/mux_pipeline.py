@@ -36,7 +36,7 @@ from megamod.data.tasks.classification import (
     encode_words,
     iterate_held_out_rows,
 )
-from megamod.data.tasks.glue import TextSet
+from megamod.data.tasks.text_labels import TextSet
 from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 from megamod.evaluation.predict import Predictor, select_word_labels

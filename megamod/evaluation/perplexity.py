@@ -200,12 +200,12 @@ def select_own_scores(matrix: ScoreMatrix) -> dict[str, Score]:
     """
     return {
         domain: matrix[row][domain]
-        for domain in list_columns(matrix)
+        for domain in _list_columns(matrix)
         if domain in matrix.get(row := domain if domain in matrix else DENSE, {})
     }
 
 
-def list_columns(matrix: Mapping[str, Mapping[str, object]]) -> list[str]:
+def _list_columns(matrix: Mapping[str, Mapping[str, object]]) -> list[str]:
     """List the distinct column names (domains) of all rows, in order of appearance."""
     return list({domain: None for row in matrix.values() for domain in row})
 
@@ -220,7 +220,7 @@ def format_matrix(
         corner: heading of the column of row names.
         digits: decimals; cells that round to the smallest are marked too.
     """
-    columns = list_columns(matrix)
+    columns = _list_columns(matrix)
     shown = {name: {c: f"{x:.{digits}f}" for c, x in row.items()} for name, row in matrix.items()}
     best = {c: min((row[c] for row in shown.values() if c in row), key=float) for c in columns}
     table = [[corner, *columns]]

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megamod.errors import UserError
-from megamod.evaluation.paired import Estimate
+from megamod.evaluation.seeds import Estimate
 from megamod.states.metrics_file import parse_record
 
 Numbers = Mapping[str, Mapping[str, float]]
@@ -27,7 +27,7 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
     return [record for line in lines if (record := parse_record(line)) is not None]
 
 
-def plot_curves(metrics: Path, output: Path) -> None:
+def plot_training_curves(metrics: Path, output: Path) -> None:
     """Write a PNG of training loss and held-out perplexity by step, with a line per domain.
 
     Without records of one or the other its panel is empty.

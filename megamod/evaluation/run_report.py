@@ -17,9 +17,9 @@ from megamod.documents import Document, Number, read_document, read_object, read
 from megamod.errors import UserError
 from megamod.evaluation.plots import (
     plot_barriers,
-    plot_curves,
     plot_matrix,
     plot_trade_off,
+    plot_training_curves,
     read_metrics,
 )
 from megamod.evaluation.run_plots import plot_losses_of_runs, plot_shares
@@ -36,7 +36,7 @@ tr.differs { background: #fff3cd !important }
 """
 
 
-class SummaryRow(Document):
+class _SummaryRow(Document):
     """An item of the summary.json of a sweep of finetuning runs."""
 
     task: str
@@ -48,7 +48,7 @@ class SummaryRow(Document):
 
 
 @dataclass(frozen=True)
-class RunFiles:
+class _RunFiles:
     """Contents of the files of a run; empty where there is no file.
 
     Attributes:
@@ -67,7 +67,7 @@ class RunFiles:
     metrics: Sequence[Mapping] = ()
     scores: Mapping = field(default_factory=dict)
     results: Mapping = field(default_factory=dict)
-    sweep: Sequence[SummaryRow] = ()
+    sweep: Sequence[_SummaryRow] = ()
     mixture: Mapping = field(default_factory=dict)
     settings: Mapping = field(default_factory=dict)
     environment: Mapping = field(default_factory=dict)
@@ -108,7 +108,7 @@ def _name_runs(paths: Sequence[Path]) -> list[str]:
     raise UserError("a run is named twice")
 
 
-def _read_run(path: Path, name: str) -> RunFiles:
+def _read_run(path: Path, name: str) -> _RunFiles:
     """Read the files of a run.
 
     Raises:
@@ -118,14 +118,14 @@ def _read_run(path: Path, name: str) -> RunFiles:
         mixture = read_object(path)
         if not isinstance(mixture.get("domains"), dict):
             raise UserError(f"{path}: is no result of megamod eval-ensemble --output")
-        return RunFiles(name, path.parent, mixture=mixture)
-    run = RunFiles(
+        return _RunFiles(name, path.parent, mixture=mixture)
+    run = _RunFiles(
         name,
         path,
         read_metrics(path / METRICS) if (path / METRICS).is_file() else (),
         _read_optional(path / "perplexity.json"),
         _read_optional(path / "results.json"),
-        read_document(path / "summary.json", list[SummaryRow])
+        read_document(path / "summary.json", list[_SummaryRow])
         if (path / "summary.json").is_file()
         else (),
         _read_optional(path / "evaluation" / "mixture.json"),
@@ -153,7 +153,7 @@ def _flatten(record: Mapping) -> dict[str, object]:
     return flat
 
 
-def _make_sections(runs: Sequence[RunFiles]) -> Iterator[tuple[str, str]]:
+def _make_sections(runs: Sequence[_RunFiles]) -> Iterator[tuple[str, str]]:
     """Yield title and HTML of each section; empty HTML if no run has its data."""
     yield "Scores", _format_columns({run.name: _summarise(run) for run in runs})
     losses = {run.name: run.losses for run in runs if run.losses}
@@ -164,7 +164,7 @@ def _make_sections(runs: Sequence[RunFiles]) -> Iterator[tuple[str, str]]:
     yield (
         "Loss and perplexity by domain",
         "".join(
-            _draw(run.name, plot_curves, run.folder / METRICS)
+            _draw(run.name, plot_training_curves, run.folder / METRICS)
             for run in runs
             if run.losses and "loss_by_domain" in run.metrics[0]
         ),
@@ -207,7 +207,7 @@ def _make_sections(runs: Sequence[RunFiles]) -> Iterator[tuple[str, str]]:
     yield "Environment", _format_columns({run.name: run.environment for run in runs})
 
 
-def _summarise(run: RunFiles) -> dict[str, object]:
+def _summarise(run: _RunFiles) -> dict[str, object]:
     """Return the numbers that say most about a run, by name."""
     trained = [record for record in run.metrics if "loss" in record]
     last = trained[-1] if trained else {}
@@ -260,7 +260,7 @@ def _list_loads(metrics: Sequence[Mapping]) -> dict[str, dict[str, float]]:
     return loads
 
 
-def _list_speeds(runs: Sequence[RunFiles]) -> dict[str, dict[str, dict[int, tuple[float, float]]]]:
+def _list_speeds(runs: Sequence[_RunFiles]) -> dict[str, dict[str, dict[int, tuple[float, float]]]]:
     """Return (instances per second, score) by task, model and N."""
     tasks: dict[str, dict[str, dict[int, tuple[float, float]]]] = {}
     for run in runs:

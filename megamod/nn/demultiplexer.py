@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from megamod.nn.linear import is_plain
 
 
-class SharedDemux(nn.Module):
+class SharedRsaLayers(nn.Module):
     """Keys and layers shared by the RSA demultiplexer and the retrieval head.
 
     `layer_norm_j` is used by the retrieval head alone.
@@ -56,7 +56,7 @@ class RsaDemultiplexer(nn.Module):
 
     def forward(
         self,
-        shared: SharedDemux,
+        shared: SharedRsaLayers,
         hidden: Tensor,
         pairs: Pairs | None = None,
         implementation: str = "auto",
@@ -151,7 +151,7 @@ class PrefixDemultiplexer(nn.Module):
         )
 
 
-class MlpDemux(nn.Module):
+class MlpDemultiplexer(nn.Module):
     """LN_i(gelu(dense_i(dropout(hidden)))): a network for each instance.
 
     Source: Murahari et al. 2022 (DataMUX), section 3.2, MLP demultiplexing.

@@ -10,7 +10,7 @@ from megamod_kernels.demux import Pairs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megamod.nn.demultiplexer import MlpDemux, SharedDemux, apply_keyed_linear
+from megamod.nn.demultiplexer import MlpDemultiplexer, SharedRsaLayers, apply_keyed_linear
 from megamod.nn.linear import is_plain
 
 IGNORED = -100
@@ -136,7 +136,7 @@ class RetrievalHead(nn.Module):
         self.pre_decoder_layer_norm = nn.LayerNorm(size, eps=eps)
         self.decoder = nn.Linear(size, vocab_size)
 
-    def forward(self, shared: SharedDemux, hidden: Tensor, pairs: Pairs | None) -> Tensor:
+    def forward(self, shared: SharedRsaLayers, hidden: Tensor, pairs: Pairs | None) -> Tensor:
         """Compute inputs of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
         first = shared.get_dense(1)
         key = shared.demux_instance_embedding.to(hidden.dtype)
@@ -169,7 +169,7 @@ class MlpRetrievalHead(nn.Module):
 
     def __init__(self, instances: int, size: int, vocab_size: int, eps: float, dropout: float):
         super().__init__()
-        self.demux_module = MlpDemux(instances, size, eps, dropout)
+        self.demux_module = MlpDemultiplexer(instances, size, eps, dropout)
         self.dense_pre_vocab = nn.Linear(size, size)
         self.layer_norm_pre_vocab = nn.LayerNorm(size, eps=eps)
         self.decoder = nn.Linear(size, vocab_size)

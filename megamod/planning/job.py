@@ -105,9 +105,9 @@ def list_jobs(parsed: Parsed) -> list[Job]:
     """
     plan, btm, run, _, model, lora, _, mux, data = parsed
     lora.check_model(model)
-    hosts = list_hosts(plan, btm)
+    hosts = _list_hosts(plan, btm)
     ranks = sum(len(host.slots) for host in hosts)
-    vocabulary, data_domains = read_vocabulary(plan, mux, data)
+    vocabulary, data_domains = _read_vocabulary(plan, mux, data)
     domains = tuple(data.domains or data_domains)
     if mux.objective != "causal_lm" and model.untie != "none":
         raise UserError(f"--untie {model.untie}: goes with --objective causal_lm")
@@ -120,7 +120,7 @@ def list_jobs(parsed: Parsed) -> list[Job]:
     return [_make_job(parsed, "run", ("run",), sharing, domains, ranks, vocabulary, steps, [hosts])]
 
 
-def list_hosts(plan: PlanArgs, btm: BtmArgs) -> HostSlots:
+def _list_hosts(plan: PlanArgs, btm: BtmArgs) -> HostSlots:
     """List the hosts of the run with their slots: those of --hostfile.
 
     Without one, --world_size ranks fill made-up hosts node-1, node-2, ... of --ranks_per_node
@@ -145,7 +145,7 @@ def list_hosts(plan: PlanArgs, btm: BtmArgs) -> HostSlots:
     return tuple(Host(f"node-{i}", tuple(range(size))) for i, size in enumerate(sizes, start=1))
 
 
-def read_vocabulary(
+def _read_vocabulary(
     plan: PlanArgs, mux: MuxArgs, data: DataArgs
 ) -> tuple[Vocabulary, tuple[str, ...]]:
     """Read vocabulary and domains of the data-bin, or assume a vocabulary without one.
@@ -266,7 +266,7 @@ def _make_job(
     """
     _, _, run, safety, model, lora, optim, mux, data = (copy.copy(args) for args in parsed)
     topology = DomainTopology(ranks, tuple(domains) or ("text",), sharing)
-    settled = resolve_settings(run, optim, safety, topology, read_hidden_size(model, mux))
+    settled = resolve_settings(run, optim, safety, topology, _read_hidden_size(model, mux))
     run, config = settled.run, settled.ds_config
     if model.torch_compile:
         check_compile_stage(config)
@@ -308,7 +308,7 @@ def _make_job(
     )
 
 
-def read_hidden_size(model: ModelArgs, mux: MuxArgs) -> int:
+def _read_hidden_size(model: ModelArgs, mux: MuxArgs) -> int:
     """Read the hidden size of the model before it is built.
 
     The first that exists: --hidden_size, the configuration of the folder in --model, the preset

@@ -19,7 +19,9 @@ from megamod.planning.speed import Links, compute_traffic
 from megamod.train.compiled import check_compile_stage
 
 UTILISATIONS = (0.3, 0.4, 0.5)
-FOLLOWED = 4096  # scored tokens above which activation memory grows linearly with the micro-batch
+LINEAR_TOKENS = (
+    4096  # scored tokens above which activation memory grows linearly with the micro-batch
+)
 SMALL_BUCKET = 50_000_000
 MOST_RANKS = 1024
 
@@ -89,7 +91,7 @@ class JobPlan:
         """
         group, length = self.job.mux.num_instances, self.job.data.max_seq_length
         # The head works in chunks; below one full chunk its memory grows at another rate.
-        low = group * math.ceil(FOLLOWED / (group * length * self.network.scored_share))
+        low = group * math.ceil(LINEAR_TOKENS / (group * length * self.network.scored_share))
         high = 2 * low
         if micro_batch > high and micro_batch != self.job.setting.micro_batch:
             first, second = (
@@ -239,11 +241,11 @@ def plan_job(job: Job, args: PlanArgs) -> JobPlan:
         build_network(job),
         args.gpu_memory_gb * 1e9,
         args.peak_tflops * 1e12,
-        Links(args.intra_gbs * 1e9, args.inter_gbs * 1e9, count_ranks_per_host(job, args)),
+        Links(args.intra_gbs * 1e9, args.inter_gbs * 1e9, _count_ranks_per_host(job, args)),
     )
 
 
-def count_ranks_per_host(job: Job, args: PlanArgs) -> int:
+def _count_ranks_per_host(job: Job, args: PlanArgs) -> int:
     """Count the ranks per host that links are computed with.
 
     For a job on several hosts they are those on the first. For a job on one host it is its own

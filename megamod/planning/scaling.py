@@ -106,7 +106,7 @@ def make_curves_record(curves: Curves) -> dict[str, list[dict[str, float]]]:
     }
 
 
-def plot_curves(curves: Curves, tokens: int, title: str, path: Path) -> None:
+def plot_scaling_curves(curves: Curves, tokens: int, title: str, path: Path) -> None:
     """Write a PNG of speed and cost by GPUs; the band of each curve is what overlap can gain.
 
     Args:

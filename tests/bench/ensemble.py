@@ -64,8 +64,8 @@ def measure() -> dict[str, list[float]]:
     """Sorted ratios of the repeats: the middle one is the result, the others its spread."""
     from megamod.evaluation.ensemble import MixingProtocol, score_mixtures
     from megamod.evaluation.expert_scores import Experts, ParallelScores
+    from megamod.evaluation.held_out_data import HeldOut, iterate_held_out_batches
     from megamod.evaluation.perplexity import sum_batch_nll
-    from megamod.evaluation.saved import HeldOut, iterate_held_out_batches
     from megamod.mixture.prior import make_uniform_prior
     from megamod.states.forest import open_forest
 

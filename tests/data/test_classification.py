@@ -15,7 +15,7 @@ from megamod.data.tasks.classification import (
     encode_words,
     iterate_held_out_rows,
 )
-from megamod.data.tasks.glue import TextSet
+from megamod.data.tasks.text_labels import TextSet
 from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 

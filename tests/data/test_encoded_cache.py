@@ -8,7 +8,7 @@ from transformers import BertTokenizerFast
 
 from megamod.data.tasks.classification import RowLengthLimits, encode_texts, encode_words
 from megamod.data.tasks.encoded_cache import compute_cache_key, load_or_encode
-from megamod.data.tasks.glue import TextSet
+from megamod.data.tasks.text_labels import TextSet
 from megamod.data.tasks.token_set import TokenSet
 
 LENGTHS = RowLengthLimits(8, 16)

@@ -8,7 +8,7 @@ from megamod.data.lm.masking import (
     MaskedBatches,
     Masking,
     count_full_blocks,
-    iterate_held_out_batches,
+    iterate_masked_eval_batches,
 )
 from megamod.data.lm.order import BalancedSampler
 from megamod.errors import UserError
@@ -120,10 +120,12 @@ def test_slots_are_uniform():
 
 def test_held_out_text_is_read_once_and_always_the_same():
     batches = batches_of(probability=0.0)
-    rows = torch.cat([batch["input_ids"] for batch in iterate_held_out_batches(batches)]).tolist()
+    rows = torch.cat(
+        [batch["input_ids"] for batch in iterate_masked_eval_batches(batches)]
+    ).tolist()
     assert len(rows) == (50 + 20) // 3 * 3
     assert rows[:50] == batches.datasets[0].tokens[:400].reshape(50, 8).tolist()
-    first, second = (list(iterate_held_out_batches(batches_of(), 2)) for _ in range(2))
+    first, second = (list(iterate_masked_eval_batches(batches_of(), 2)) for _ in range(2))
     assert len(first) == 2
     assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(first, second, strict=True))
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamod.data.tasks.glue import read_text_task
 from megamod.data.tasks.specs import TASKS, make_token_task
 from megamod.data.tasks.task_file import read_task_spec
+from megamod.data.tasks.text_labels import read_text_task
 from megamod.data.tasks.word_labels import read_token_task
 from megamod.errors import UserError
 

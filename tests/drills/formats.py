@@ -10,9 +10,9 @@ from megamod.data.corpus.binarize import binarize
 from megamod.data.corpus.documents import Decoding, read_documents
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.databin import DataBin
-from megamod.data.tasks.glue import read_text_task
 from megamod.data.tasks.specs import TASKS, make_token_task
 from megamod.data.tasks.task_file import read_task_spec
+from megamod.data.tasks.text_labels import read_text_task
 from megamod.data.tasks.word_labels import read_token_task
 from megamod.dist.ds_config import resolve_ds_config
 from megamod.dist.hostfile import read_hostfile

@@ -22,7 +22,8 @@ from megamod.evaluation.expert_scores import (
     TextSelection,
     list_expert_files,
 )
-from megamod.evaluation.saved import HeldOut, find_document_end, find_models, score_models
+from megamod.evaluation.held_out_data import HeldOut, find_document_end
+from megamod.evaluation.model_folders import find_models, score_models
 from megamod.mixture.ensemble import PosteriorRule
 from megamod.mixture.prior import Prior
 from megamod.models.lm.demix import DemixForCausalLM

@@ -12,10 +12,8 @@ from megamod.errors import UserError
 from megamod.evaluation.glue import (
     average_task_scores,
     compute_accuracy_by_instance,
-    compute_mean_and_deviation,
     compute_metric,
     compute_task_score,
-    format_score_table,
     format_submission,
     score_sentences,
 )
@@ -91,16 +89,3 @@ def test_files_for_the_server():
     values = np.array([[-1.0], [3.14159], [7.0]])
     text = "index\tprediction\n0\t0.000\n1\t3.142\n2\t5.000\n"
     assert format_submission(TASKS["sts-b"], values) == text
-
-
-def test_means_deviations_and_the_table():
-    means, deviations = compute_mean_and_deviation([{"f1": 0.5, "x": 1.0}, {"f1": 0.7}])
-    assert means == {"f1": pytest.approx(0.6)}
-    assert deviations == {"f1": pytest.approx(0.2 / math.sqrt(2))}
-    assert compute_mean_and_deviation([{"f1": 0.5}])[1] == {"f1": 0.0}
-    table = format_score_table({"one": {"f1": 0.5}, "two": {"f1": 0.25, "x": "text"}}, "task")
-    assert table.split("\n") == [
-        "task      f1     x",
-        "one   0.5000     -",
-        "two   0.2500  text",
-    ]

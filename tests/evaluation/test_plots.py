@@ -70,7 +70,7 @@ def test_damaged_lines_of_the_metrics_are_skipped(tmp_path):
 
 def test_curves_show_the_numbers_of_the_file(tmp_path, figures):
     write_metrics(tmp_path / "metrics.jsonl")
-    plots.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    plots.plot_training_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     (figure,) = figures
     left, right = figure.axes
     lines = [[tuple(map(float, point)) for point in line.get_xydata()] for line in left.lines]
@@ -93,7 +93,7 @@ def test_curves_show_the_numbers_of_the_file(tmp_path, figures):
 
 def test_curves_of_a_run_that_logged_nothing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    plots.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    plots.plot_training_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert size_of(tmp_path / "loss.png") == (1440, 504)
 
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamod.nn.demultiplexer import (
-    MlpDemux,
+    MlpDemultiplexer,
     PrefixDemultiplexer,
     RsaDemultiplexer,
-    SharedDemux,
+    SharedRsaLayers,
     apply_keyed_linear,
 )
 
@@ -23,11 +23,11 @@ def seed():
     torch.manual_seed(0)
 
 
-def rsa(layers: int, dropout: float = 0.0) -> tuple[SharedDemux, RsaDemultiplexer]:
-    return SharedDemux(N, D, layers, 1e-6).double(), RsaDemultiplexer(D, 1e-6, dropout).double()
+def rsa(layers: int, dropout: float = 0.0) -> tuple[SharedRsaLayers, RsaDemultiplexer]:
+    return SharedRsaLayers(N, D, layers, 1e-6).double(), RsaDemultiplexer(D, 1e-6, dropout).double()
 
 
-def naive_rsa(shared: SharedDemux, demux: RsaDemultiplexer, hidden: Tensor, p: float) -> Tensor:
+def naive_rsa(shared: SharedRsaLayers, demux: RsaDemultiplexer, hidden: Tensor, p: float) -> Tensor:
     """Demultiplex with hidden states and keys repeated for every instance: [B, N, L, D]."""
     instances, length = len(shared.demux_instance_embedding), hidden.shape[1]
     repeated = hidden[:, None].repeat(1, instances, 1, 1)
@@ -129,7 +129,7 @@ def test_prefix_columns_are_the_keys():
 
 
 def test_networks_of_instances():
-    demux = MlpDemux(N, D, 1e-6, 0.5).double().eval()
+    demux = MlpDemultiplexer(N, D, 1e-6, 0.5).double().eval()
     hidden = torch.randn(B, L, D).double()
     states = demux(hidden)
     for i in range(N):
@@ -145,7 +145,7 @@ def test_networks_of_instances():
 def test_memory_kept_for_backward(dropout):
     """At most 0.35 of the plain form, plus the instances for a learned key."""
     groups, instances, length, size = 2, 5, 32, 64
-    shared = SharedDemux(instances, size, 3, 1e-6)
+    shared = SharedRsaLayers(instances, size, 3, 1e-6)
     demux = RsaDemultiplexer(size, 1e-6, dropout).train()
     x = torch.randn(groups, instances, length, size, requires_grad=True)
     tensor_bytes, kept = x.nbytes, {}

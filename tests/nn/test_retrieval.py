@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from megamod.nn.demultiplexer import SharedDemux
+from megamod.nn.demultiplexer import SharedRsaLayers
 from megamod.nn.retrieval import (
     MlpRetrievalHead,
     PrefixRetrievalHead,
@@ -106,7 +106,7 @@ def test_nothing_to_score(keep):
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("layers", [2, 3])
 def test_head_by_keys(layers, residual):
-    shared = SharedDemux(N, D, 3, 1e-6).double()
+    shared = SharedRsaLayers(N, D, 3, 1e-6).double()
     head = RetrievalHead(D, V, 1e-6, layers, residual).double()
     hidden = torch.randn(B, T, D).double()
     states = head(shared, hidden, None)

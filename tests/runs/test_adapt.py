@@ -16,8 +16,9 @@ from megamod.args import RunArgs, SafetyArgs
 from megamod.data.corpus.indexed import IndexedWriter, format_split_prefix
 from megamod.data.lm.pretraining import LmData
 from megamod.errors import UserError
+from megamod.evaluation.held_out_data import HeldOut
+from megamod.evaluation.model_folders import find_models, score_models
 from megamod.evaluation.perplexity import DENSE
-from megamod.evaluation.saved import HeldOut, find_models, score_models
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.runs.pretrain import causal_lm
 from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs

@@ -17,7 +17,7 @@ from megamod.data.lm.masking import (
     MaskedBatches,
     Masking,
     count_full_blocks,
-    iterate_held_out_batches,
+    iterate_masked_eval_batches,
 )
 from megamod.data.lm.order import BalancedSampler
 from megamod.errors import UserError
@@ -179,7 +179,7 @@ def test_held_out_text_is_scored_the_same_at_every_call(kind):
     def scores(part: int, parts: int, total: list[torch.Tensor]) -> dict[str, float]:
         return score_encoder(
             model,
-            select_share(iterate_held_out_batches(batches_of(blocks=9)), part, parts),
+            select_share(iterate_masked_eval_batches(batches_of(blocks=9)), part, parts),
             lambda module, batch: losses(module, batch, [1.0] * 4),
             CPU,
             total.append,

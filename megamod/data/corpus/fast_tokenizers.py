@@ -41,7 +41,7 @@ def load_fast_tokenizer(spec: str, do_lower_case: bool | None = None) -> "PreTra
         vocab = _read_vocabulary(folder / "vocab.txt")
         lower = not _is_cased(vocab) if do_lower_case is None else do_lower_case
         fast = BertTokenizerFast(vocab=vocab, do_lower_case=lower)
-        check_encodes_text(fast, spec)
+        _check_encodes_text(fast, spec)
         return fast
     options = {} if do_lower_case is None else {"do_lower_case": do_lower_case}
     fast = AutoTokenizer.from_pretrained(spec, trust_remote_code=False, **options)
@@ -53,11 +53,11 @@ def load_fast_tokenizer(spec: str, do_lower_case: bool | None = None) -> "PreTra
             f"--do_lower_case {str(do_lower_case).lower()}: only BERT's word pieces have this "
             f"choice, and --tokenizer {spec} is a {type(fast).__name__}"
         )
-    check_encodes_text(fast, spec)
+    _check_encodes_text(fast, spec)
     return fast
 
 
-def check_encodes_text(tokenizer: "PreTrainedTokenizerFast", spec: str) -> None:
+def _check_encodes_text(tokenizer: "PreTrainedTokenizerFast", spec: str) -> None:
     """Refuse a tokenizer that encodes no text; log a warning if most capitals become unknown.
 
     Args:

@@ -75,7 +75,7 @@ def strip_format_endings(path: Path) -> str:
 
 
 @contextmanager
-def open_binary(path: Path) -> Iterator[BinaryIO]:
+def _open_binary(path: Path) -> Iterator[BinaryIO]:
     """Open a file for reading bytes, decompressed if it has a compression ending.
 
     Raises:
@@ -106,9 +106,9 @@ def read_raw_lines(path: Path) -> Iterator[bytes]:
     """Yield the decompressed lines of a file with their ends, as bytes.
 
     Raises:
-        UserError: as `open_binary`.
+        UserError: as `_open_binary`.
     """
-    with open_binary(path) as file:
+    with _open_binary(path) as file:
         yield from file
 
 
@@ -119,7 +119,7 @@ def read_numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     hold other control characters. Line ends and a byte order mark at the start are removed.
 
     Raises:
-        UserError: as `open_binary`, or if the lines end with carriage returns alone.
+        UserError: as `_open_binary`, or if the lines end with carriage returns alone.
     """
     offset, previous = 0, None
     for number, raw in enumerate(read_raw_lines(path), start=1):

@@ -190,7 +190,7 @@ def count_full_blocks(dataset: IndexedDataset, block_size: int) -> int:
     return len(dataset.tokens) // block_size
 
 
-def iterate_held_out_batches(
+def iterate_masked_eval_batches(
     batches: MaskedBatches, max_batches: int | None = None
 ) -> Iterator[Batch]:
     """Yield all blocks of a held-out split in file order, with the same masks in every call.

@@ -19,8 +19,8 @@ from megamod.data.lm.batches import Batch
 from megamod.data.lm.blocks import IGNORE
 from megamod.data.lm.instance_groups import InstanceLayout, arrange_ensemble, arrange_in_order
 from megamod.data.lm.order import BalancedSampler
-from megamod.data.tasks.glue import TextSet
 from megamod.data.tasks.iob import are_entity_labels, format_entity_label, parse_entity_label
+from megamod.data.tasks.text_labels import TextSet
 from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from megamod.data.tasks.classification import EncodedRows, RowLengthLimits
-from megamod.data.tasks.glue import TextSet
+from megamod.data.tasks.text_labels import TextSet
 from megamod.data.tasks.token_set import TokenSet
 from megamod.files import write_atomic
 

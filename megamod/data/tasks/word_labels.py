@@ -55,7 +55,7 @@ def read_token_task(
             others are skipped if they are absent.
         repair: see `convert_to_iob2`.
         labels: labels of a trained model, which win over those of `task`; if both are empty, they
-            are those of the train split, see `collect_labels`.
+            are those of the train split, see `_collect_labels`.
     Returns:
         the task and the sentences by split. The task has its labels filled in. If these are no
         entity labels and have no O, metrics of entities (F1, precision, recall) are replaced by
@@ -82,7 +82,7 @@ def read_token_task(
         for sentences in sets.values():
             if sentences.labels is not None:
                 convert_to_iob2(sentences, repair)
-    labels = labels or collect_labels(sets, entities)
+    labels = labels or _collect_labels(sets, entities)
     for sentences in sets.values():
         _normalise_labels(sentences, labels)
     of_entities = {"f1", "precision", "recall"}
@@ -91,7 +91,7 @@ def read_token_task(
     return replace(task, labels=labels), sets
 
 
-def collect_labels(token_sets: dict[str, TokenSet], are_entities: bool) -> tuple[str, ...]:
+def _collect_labels(token_sets: dict[str, TokenSet], are_entities: bool) -> tuple[str, ...]:
     """Collect the labels of the train split, in an order that does not depend on the file's.
 
     Entity labels are O, then B- and I- of each type in the order of their names, even if one of the

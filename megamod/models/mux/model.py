@@ -20,7 +20,7 @@ from megamod.models.mux.configuration import MuxConfig
 from megamod.models.mux.types import MixedStates, MuxOutput, PreparedBatch
 from megamod.models.mux.vocabulary import VocabularyAccess
 from megamod.models.pretrained import CheckedLoading
-from megamod.nn.demultiplexer import PrefixDemultiplexer, RsaDemultiplexer, SharedDemux
+from megamod.nn.demultiplexer import PrefixDemultiplexer, RsaDemultiplexer, SharedRsaLayers
 from megamod.nn.encoder import (
     EncoderEmbeddings,
     EncoderLayer,
@@ -137,7 +137,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         config = self.config
         size, eps = config.hidden_size, config.layer_norm_eps
         if config.demuxing_variant == "index_pos":
-            self.demux_module = SharedDemux(
+            self.demux_module = SharedRsaLayers(
                 config.num_instances, size, config.num_hidden_demux_layers, eps
             )
             self.demultiplexer = RsaDemultiplexer(size, eps, config.hidden_dropout_prob)
@@ -160,7 +160,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             self.retrieval_head = PrefixRetrievalHead(size, config.vocab_size, eps)
             return
         if not hasattr(self, "demux_module"):
-            self.demux_module = SharedDemux(
+            self.demux_module = SharedRsaLayers(
                 config.num_instances, size, config.num_hidden_demux_layers, eps
             )
         layers = config.num_hidden_demux_layers if self.residual_retrieval else 2
@@ -433,7 +433,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise a module as BERT does, and draw its keys, from torch's global generator."""
         initialise_weights(module, self.config.initializer_range)
-        if isinstance(module, SharedDemux):
+        if isinstance(module, SharedRsaLayers):
             nn.init.normal_(module.demux_instance_embedding)
         elif isinstance(module, MuxPreTrainedModel):
             key = module.instance_embedding

@@ -13,7 +13,7 @@ from megamod.models.mux.classifier import MuxSequenceClassifier, MuxTokenClassif
 from megamod.models.mux.configuration import MuxRobertaConfig
 from megamod.models.mux.model import MuxPreTrainedModel
 from megamod.models.mux.types import MixedStates, PreparedBatch
-from megamod.nn.demultiplexer import MlpDemux, PrefixDemultiplexer
+from megamod.nn.demultiplexer import MlpDemultiplexer, PrefixDemultiplexer
 from megamod.nn.encoder import compute_padding_aware_positions
 from megamod.nn.retrieval import IGNORED, MlpRetrievalHead, score_tokens
 
@@ -49,7 +49,9 @@ class MlpHead(nn.Module):
     def __init__(self, config: MuxRobertaConfig):
         super().__init__()
         size, eps = config.hidden_size, config.layer_norm_eps
-        self.demux_module = MlpDemux(config.num_instances, size, eps, config.hidden_dropout_prob)
+        self.demux_module = MlpDemultiplexer(
+            config.num_instances, size, eps, config.hidden_dropout_prob
+        )
         self.dense_before_out_proj = nn.Linear(size, size)
         self.layernorm_presoftmax = nn.LayerNorm(size, eps=eps)
         self.out_proj = nn.Linear(size, config.num_labels)

@@ -22,9 +22,9 @@ from megamod.data.batches import check_fills_instance_groups
 from megamod.dist.process import join_process_group, read_launcher_rank, read_launcher_world_size
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
-from megamod.evaluation.glue import compute_mean_and_deviation, format_score_table
 from megamod.evaluation.plots import plot_task_shares
 from megamod.evaluation.predict import Predictor
+from megamod.evaluation.seeds import compute_mean_and_deviation
 from megamod.files import write_json
 from megamod.flags import Arguments, find_origin, set_values
 from megamod.runs.finetune.args import StageArgs
@@ -46,6 +46,7 @@ from megamod.runs.finetune.records import (
 )
 from megamod.runs.finetune.scores import make_predictors, predict_splits, score_splits
 from megamod.runs.training import ActiveRun, RunSpec, execute_run, hold_output
+from megamod.tables import format_score_table
 from megamod.train.deepspeed_settings import resolve_settings
 from megamod.train.export import publish_model
 

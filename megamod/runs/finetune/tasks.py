@@ -15,9 +15,9 @@ from megamod.data.tasks.classification import (
     encode_words,
 )
 from megamod.data.tasks.encoded_cache import compute_cache_key, load_or_encode
-from megamod.data.tasks.glue import TextSet, read_text_task
 from megamod.data.tasks.specs import TaskSpec, find_any_task, find_task_files
 from megamod.data.tasks.task_file import read_task_spec
+from megamod.data.tasks.text_labels import TextSet, read_text_task
 from megamod.data.tasks.token_set import TokenSet
 from megamod.data.tasks.word_labels import read_token_task
 from megamod.errors import UserError

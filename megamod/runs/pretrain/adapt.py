@@ -19,8 +19,8 @@ from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import select_own_scores
+from megamod.evaluation.perplexity_report import write_perplexity_report
 from megamod.evaluation.plots import read_metrics
-from megamod.evaluation.report import write_report
 from megamod.files import hash_file, sync_folder, write_json
 from megamod.models.lm.flops import compute_flops_per_token
 from megamod.runs.pretrain.adapt_args import AdaptArgs
@@ -93,7 +93,9 @@ def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -
     matrix = make_evaluation(finished, data, topology, run, args.eval_split)()
     if dist.get_rank() == 0:
         finished.monitor.close()
-        print(write_report(finished.output, matrix, args.eval_split, finished.state.step))
+        print(
+            write_perplexity_report(finished.output, matrix, args.eval_split, finished.state.step)
+        )
         before, after = (
             _read_start_perplexity(finished.output, args.domain),
             select_own_scores(matrix)[args.domain],

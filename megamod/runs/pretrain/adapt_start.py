@@ -17,7 +17,7 @@ from megamod.documents import Document, read_document
 from megamod.errors import UserError
 from megamod.evaluation.ensemble import MixingProtocol, estimate_priors
 from megamod.evaluation.expert_scores import Experts, ParallelScores, SequentialScores
-from megamod.evaluation.saved import HeldOut, check_tokenizer_matches
+from megamod.evaluation.held_out_data import HeldOut, check_tokenizer_matches
 from megamod.flags import refuse_changes
 from megamod.merging.lora import open_weights
 from megamod.mixture.prior import read_prior

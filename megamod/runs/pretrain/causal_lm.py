@@ -17,9 +17,9 @@ from megamod.dist.process import read_launcher_rank, read_launcher_world_size, s
 from megamod.dist.scope import Sharing, parse_sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
+from megamod.evaluation.held_out_data import check_tokenizer_matches
 from megamod.evaluation.perplexity import DENSE, DomainEvaluation, select_own_scores
-from megamod.evaluation.report import write_report
-from megamod.evaluation.saved import check_tokenizer_matches
+from megamod.evaluation.perplexity_report import write_perplexity_report
 from megamod.models.auto import (
     check_document_masking,
     find_start_folder,
@@ -175,7 +175,7 @@ def pretrain(
     matrix = make_evaluation(done, data, topology, run, split)()
     if rank == 0:
         done.monitor.close()
-        print(write_report(done.output, matrix, split, done.state.step))
+        print(write_perplexity_report(done.output, matrix, split, done.state.step))
 
 
 def make_adapter_fields(

@@ -22,7 +22,7 @@ from megamod.data.lm.masking import (
     MaskedBatches,
     Masking,
     count_full_blocks,
-    iterate_held_out_batches,
+    iterate_masked_eval_batches,
 )
 from megamod.data.lm.pretraining import LmData
 from megamod.dist.process import get_rank as my_rank
@@ -31,9 +31,9 @@ from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError, report_damage
 from megamod.evaluation.encoder_lm import score_encoder
+from megamod.evaluation.held_out_data import check_tokenizer_matches
 from megamod.evaluation.perplexity import select_share
-from megamod.evaluation.plots import plot_curves
-from megamod.evaluation.saved import check_tokenizer_matches
+from megamod.evaluation.plots import plot_training_curves
 from megamod.files import write_json
 from megamod.flags import find_origin, refuse_changes
 from megamod.models import build
@@ -109,7 +109,7 @@ def pretrain(
 
     def held_out(part: int, parts: int) -> Iterator[Batch]:
         return select_share(
-            iterate_held_out_batches(held_out_rows, run.eval_batches or None), part, parts
+            iterate_masked_eval_batches(held_out_rows, run.eval_batches or None), part, parts
         )
 
     last: dict[str, float] = {}
@@ -157,7 +157,7 @@ def pretrain(
     if rank == 0:
         done.monitor.close()
         write_json(done.output / "results.json", {"step": done.state.step, "split": split, **last})
-        plot_curves(done.output / "metrics.jsonl", done.output / "loss.png")
+        plot_training_curves(done.output / "metrics.jsonl", done.output / "loss.png")
         text = "  ".join(f"{name} {value:.4g}" for name, value in last.items())
         print(f"{split} after {done.state.step} steps: {text}\nmodel {done.output / 'model'}")
 

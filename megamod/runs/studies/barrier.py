@@ -33,7 +33,6 @@ from megamod.evaluation.barrier import (
     compute_losses_along_line,
     list_even_weights,
 )
-from megamod.evaluation.glue import format_score_table
 from megamod.evaluation.held_out_loss import (
     compute_causal_loss,
     compute_classifier_loss,
@@ -71,6 +70,7 @@ from megamod.runs.studies.barrier_recipe import (
     HeldOutSettings,
     check_record,
 )
+from megamod.tables import format_score_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -20,8 +20,8 @@ from megamod.evaluation.ensemble_report import (
     make_results_record,
 )
 from megamod.evaluation.expert_scores import Experts, ParallelScores, SequentialScores
+from megamod.evaluation.held_out_data import HeldOut
 from megamod.evaluation.plots import plot_posterior
-from megamod.evaluation.saved import HeldOut
 from megamod.files import write_atomic, write_json
 from megamod.mixture.ensemble import PosteriorRule
 from megamod.mixture.prior import read_prior, write_prior

@@ -8,8 +8,9 @@ import torch
 
 from megamod.evaluation.ensemble import MixingProtocol, estimate_priors
 from megamod.evaluation.expert_scores import Experts, SequentialScores, TextSelection
+from megamod.evaluation.held_out_data import HeldOut
+from megamod.evaluation.model_folders import find_models, score_models
 from megamod.evaluation.perplexity import DENSE
-from megamod.evaluation.saved import HeldOut, find_models, score_models
 from megamod.mixture.ensemble import Mixture, PerplexityCounter, PosteriorRule
 from megamod.mixture.prior import Prior, restrict_to_top_k
 from megamod.states.forest import Forest

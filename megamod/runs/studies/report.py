@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megamod.errors import UserError
-from megamod.evaluation.paired import Estimate, compare_to_baseline, estimate_mean
 from megamod.evaluation.plots import plot_losses_along_line, plot_ratios
+from megamod.evaluation.seeds import Estimate, compare_to_baseline, estimate_mean
 from megamod.runs.studies.records import Record, read_record
 from megamod.runs.studies.study_file import Study, Table
 

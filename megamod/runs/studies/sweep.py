@@ -20,15 +20,13 @@ from megamod.btm.placement import find_free_port
 from megamod.data.tasks.specs import GLUE
 from megamod.documents import Document, Items, Name, check_document, read_document, shorten
 from megamod.errors import UserError
-from megamod.evaluation.glue import (
-    average_task_scores,
-    compute_mean_and_deviation,
-    format_score_table,
-)
+from megamod.evaluation.glue import average_task_scores
 from megamod.evaluation.plots import plot_scores_by_instances, plot_trade_off
+from megamod.evaluation.seeds import compute_mean_and_deviation
 from megamod.files import write_json
 from megamod.flags import format_flags
 from megamod.runs.finetune.records import RESULTS, Results
+from megamod.tables import format_score_table
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from saved_models import (
 
 from megamod.data.corpus.indexed import IndexedDataset, format_split_prefix
 from megamod.errors import UserError
+from megamod.evaluation.held_out_data import HeldOut
+from megamod.evaluation.model_folders import find_models, score_models
 from megamod.evaluation.perplexity import DENSE, compute_perplexities
-from megamod.evaluation.saved import HeldOut, find_models, score_models
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.states.weights import read_weights, write_weights
 

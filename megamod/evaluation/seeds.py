@@ -1,10 +1,10 @@
 """Means over seeds, and comparisons of runs that share a seed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ def estimate_mean(values: Sequence[float]) -> Estimate:
     Args:
         values: at least one; of one value there is no interval.
     """
+    from scipy import stats
+
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:
@@ -50,6 +52,25 @@ def estimate_mean(values: Sequence[float]) -> Estimate:
     deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (count - 1))
     half = float(stats.t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
     return Estimate(mean, mean - half, mean + half, count)
+
+
+def compute_mean_and_deviation(
+    rows: Sequence[Mapping[str, float]],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Compute means and sample standard deviations (0 for one row) of the columns of some rows.
+
+    Args:
+        rows: at least one, such as scores by name for each seed. Columns that a row lacks are
+            skipped.
+    Returns:
+        means by name, deviations by name.
+    """
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    columns = {name: np.array([row[name] for row in rows]) for name in names}
+    return (
+        {name: float(column.mean()) for name, column in columns.items()},
+        {name: float(column.std(ddof=min(1, len(rows) - 1))) for name, column in columns.items()},
+    )
 
 
 def compare_to_baseline(

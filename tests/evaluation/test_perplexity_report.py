@@ -4,13 +4,13 @@ import math
 import pytest
 
 from megamod.evaluation.perplexity import DENSE, Score
-from megamod.evaluation.report import (
+from megamod.evaluation.perplexity_report import (
     average_perplexity,
     format_comparison,
     format_score_lines,
     make_comparison_record,
     make_heat_map,
-    write_report,
+    write_perplexity_report,
 )
 
 
@@ -34,7 +34,7 @@ def run(tmp_path):
 
 
 def test_report_of_a_run_with_experts(run):
-    output = write_report(run, EXPERTS, "valid", 5)
+    output = write_perplexity_report(run, EXPERTS, "valid", 5)
     saved = json.loads((run / "perplexity.json").read_text())
     assert saved["step"] == 5 and saved["split"] == "valid"
     assert saved["perplexity"]["law"] == pytest.approx({"law": 4.0, "code": 64.0})
@@ -47,13 +47,13 @@ def test_report_of_a_run_with_experts(run):
 
 
 def test_report_of_a_dense_run_has_no_heat_map(run):
-    output = write_report(run, BASELINE, "test", 5)
+    output = write_perplexity_report(run, BASELINE, "test", 5)
     assert {path.name for path in run.glob("*.png")} == {"loss.png"}
     assert "mean over domains: 12.00\n" in output and "experts.png" not in output
 
 
 def test_bits_per_byte_of_unknown_text_are_null(run):
-    output = write_report(run, {DENSE: {"law": score(4.0)}}, "test", 5)
+    output = write_perplexity_report(run, {DENSE: {"law": score(4.0)}}, "test", 5)
     assert "mean over domains" not in output and "*" not in output
     assert json.loads((run / "perplexity.json").read_text())["bits_per_byte"] == {"law": None}
 
@@ -137,7 +137,7 @@ def test_a_perplexity_beyond_all_numbers_is_null_in_files(run):
     record = {"step": 6, "split": "valid", "perplexity": {"law": None, "code": 3.0}}
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
-    output = write_report(run, endless, "valid", 5)
+    output = write_perplexity_report(run, endless, "valid", 5)
     saved = strict((run / "perplexity.json").read_text())
     assert saved["perplexity"][DENSE] == {"law": None, "code": pytest.approx(4.0)}
     assert saved["mean_of_own"] is None and "inf" in output

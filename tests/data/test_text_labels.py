@@ -8,9 +8,9 @@ import pytest
 import zstandard
 
 from megamod.data.corpus.lines import read_lines
-from megamod.data.tasks.glue import read_text_task
 from megamod.data.tasks.specs import TASKS, find_text_task
 from megamod.data.tasks.task_file import read_task_spec
+from megamod.data.tasks.text_labels import read_text_task
 from megamod.errors import UserError
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "glue"

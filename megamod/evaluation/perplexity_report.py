@@ -11,12 +11,12 @@ from megamod.evaluation.perplexity import (
     format_matrix,
     select_own_scores,
 )
-from megamod.evaluation.plots import plot_curves, plot_matrix
+from megamod.evaluation.plots import plot_matrix, plot_training_curves
 from megamod.files import format_json, write_json
 from megamod.tables import format_table
 
 
-def write_report(output: Path, matrix: ScoreMatrix, split: str, step: int) -> str:
+def write_perplexity_report(output: Path, matrix: ScoreMatrix, split: str, step: int) -> str:
     """Write perplexity.json, loss.png and, with experts, experts.png into the folder of a run.
 
     Args:
@@ -44,7 +44,7 @@ def write_report(output: Path, matrix: ScoreMatrix, split: str, step: int) -> st
             "tokens": {domain: score.tokens for domain, score in own_domain.items()},
         },
     )
-    plot_curves(output / "metrics.jsonl", output / "loss.png")
+    plot_training_curves(output / "metrics.jsonl", output / "loss.png")
     outputs = {
         "model": output / "model",
         "checkpoints": output / "checkpoints",

@@ -1,10 +1,16 @@
 """Intervals over seeds against SciPy's own, and paired comparisons against lists by hand."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from megamod.evaluation.paired import compare_to_baseline, estimate_mean
+from megamod.evaluation.seeds import (
+    compare_to_baseline,
+    compute_mean_and_deviation,
+    estimate_mean,
+)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 17])
@@ -30,3 +36,10 @@ def test_pairs_of_common_seeds():
     assert difference.mean == pytest.approx(-1.0)
     assert difference.format(2, signed=True).startswith("-1.00 [-3.48, +1.48]")
     assert compare_to_baseline({1: 1.0}, {2: 1.0}, ratio=True) is None
+
+
+def test_means_and_deviations_of_common_columns():
+    means, deviations = compute_mean_and_deviation([{"f1": 0.5, "x": 1.0}, {"f1": 0.7}])
+    assert means == {"f1": pytest.approx(0.6)}
+    assert deviations == {"f1": pytest.approx(0.2 / math.sqrt(2))}
+    assert compute_mean_and_deviation([{"f1": 0.5}])[1] == {"f1": 0.0}
