@@ -32,6 +32,12 @@ def as_iob1(labels: list[str]) -> list[str]:
     ]
 
 
+def test_without_a_train_split_the_labels_are_unknown(tmp_path):
+    (tmp_path / "dev.txt").write_text("a B-X\nb O\n")
+    with pytest.raises(UserError, match="the splits read, dev, have no train split with labels"):
+        read_token_task(make_token_task("entities"), tmp_path, ["dev"])
+
+
 PARTS = st.lists(
     st.tuples(st.sampled_from(["O", "A", "B"]), st.integers(1, 3)), min_size=1, max_size=8
 )

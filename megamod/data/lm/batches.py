@@ -18,9 +18,10 @@ from megamod.data.lm.blocks import IGNORE, TokenBlocks, build_inputs_and_labels
 from megamod.data.lm.order import BalancedSampler, Sampler
 
 AHEAD = 4096  # samples whose order is computed at once
-ENDLESS = 1 << 62
+ENDLESS = 1 << 62  # more micro-batches than any run has
 
 Batch = dict[str, object]
+"""Tensors, numbers and None by name; the function or class that yields it lists them."""
 
 
 class TrainBatches(StepBatches):
@@ -211,6 +212,8 @@ def iterate_train_batches(
     Args:
         num_workers: processes that read ahead; 0 reads in this process, with the same batches.
         pin_memory: put tensors in page-locked memory, for copies during computation.
+    Raises:
+        UserError: as the items of `dataset`.
     """
     first = first_step * dataset.micro_steps
     if num_workers == 0:

@@ -35,7 +35,8 @@ class DataBin:
 
     Attributes:
         domains: names, in the order of preprocessing (fairseq: sorted).
-        vocab_size, bos_id, pad_id, eos_id, unk_id: of the tokenizer (fairseq: ids 0 to 3).
+        vocab_size, bos_id, pad_id, eos_id, unk_id: of the tokenizer (fairseq: ids 0 to 3); bos_id
+            and unk_id are None if the header names none.
         digest: SHA-256 of the header (fairseq: of the dictionary and the indices).
 
     Args:
@@ -61,8 +62,11 @@ class DataBin:
             self._read_fairseq_folder()
 
     @property
-    def special_ids(self) -> dict[str, int]:
-        """Ids of bos, pad and eos by their names in a model's configuration: bos_token_id etc."""
+    def special_ids(self) -> dict[str, int | None]:
+        """Ids of bos, pad and eos by their names in a model's configuration: bos_token_id etc.
+
+        bos is None if the header names none.
+        """
         return {f"{name}_token_id": getattr(self, f"{name}_id") for name in ("bos", "pad", "eos")}
 
     @property
@@ -156,7 +160,7 @@ class DataBin:
         return TokenBlocks(dataset, block_size, self.eos_id, self.pad_id, domain_token)
 
     def count_text_bytes(self, domain: str, split: str) -> int:
-        """Return the number of UTF-8 bytes of the text of a split; 0 if unknown (fairseq).
+        """Return the number of UTF-8 bytes of the text of a split, from the header; 0 without one.
 
         Raises:
             UserError: for an unknown domain or split.
@@ -250,5 +254,5 @@ class DataBin:
 
 
 def _build_index_path(prefix: Path) -> Path:
-    """Return the path of the .idx file of a prefix."""
+    """Return the path of the .idx file of a split's prefix."""
     return prefix.with_name(f"{prefix.name}.idx")

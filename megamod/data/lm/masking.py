@@ -81,11 +81,12 @@ class MaskedBatches(StepBatches):
         domains:            [R] int64, domain of each row.
         masked, positions:  ints, number of labels and of positions to retrieve at.
         tokens, mask_id:    ints, number of tokens for replaced-token detection, and id of [MASK].
-        readable:           int, positions whose slot has no padding (generators).
+        readable:           int, positions whose retrieved token is no padding (generators).
 
     Args:
         datasets: tokens of each domain; those after the last full block are not used.
         order: sampler of blocks.
+        masking: settings of masking.
         division: division of a step; a micro-batch has R rows.
         block_size: tokens T of a row.
         instances: rows N of a group; R must be a multiple of it.
@@ -166,7 +167,12 @@ class MaskedBatches(StepBatches):
         }
 
     def _count_readable_positions(self, inputs: np.ndarray, retrieved_instances: np.ndarray) -> int:
-        """Count positions [G, T] whose retrieved token, of inputs [R, T], is no padding."""
+        """Count the positions whose retrieved token is no padding; a prefix is not counted.
+
+        Args:
+            inputs: [R, T] ids after masking.
+            retrieved_instances: [R / N, T] instance of each position.
+        """
         by_group = inputs.reshape(len(retrieved_instances), self.instances, self.block_size)
         unprefixed = by_group[:, :, : self.block_size - self.prefix]
         retrieved = np.take_along_axis(

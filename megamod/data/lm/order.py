@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ROUNDS = 12
-CYCLE = 1 << 16
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-WORD = (1 << 64) - 1
+ROUNDS = 12  # of the Feistel network; another number changes the order of every run
+CYCLE = 1 << 16  # samples in which every domain has a fixed number (temperature)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # increment of splitmix64
+WORD = (1 << 64) - 1  # mask that makes negative integers uint64
 
 
 @np.errstate(over="ignore")
@@ -92,9 +92,10 @@ class Sampler:
         raise NotImplementedError
 
     def _permute_blocks(self, domains: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
-        """Return the blocks of samples: element-wise, that of the `ordinal`-th sample of a domain.
+        """Return element-wise the block of the `ordinal`-th sample of a domain: int64.
 
-        Each domain has another permutation of its blocks in every epoch over them.
+        Each domain has another permutation of its blocks in every epoch over them. Both arguments
+        have the same shape, that of the result; ordinals count from 0 without end.
         """
         lengths = self.lengths[domains]
         epochs, index = np.divmod(ordinals, lengths)
@@ -172,10 +173,11 @@ class TemperatureSampler(Sampler):
 
 
 def make_sampler(name: str, blocks_per_domain: Sequence[int], seed: int, alpha: float) -> Sampler:
-    """Build a sampler by name: "balanced", "unbalanced", or "temperature", which alone has `alpha`.
+    """Make a sampler by name: "balanced", "unbalanced", or "temperature", which alone has `alpha`.
 
     Raises:
         ValueError: as the class of the sampler.
+        KeyError: for another name.
     """
     if name == "temperature":
         return TemperatureSampler(blocks_per_domain, seed, alpha)

@@ -18,8 +18,13 @@ class LmData:
     """Training and evaluation sequences of some domains of a data-bin.
 
     Attributes:
+        databin: the data-bin, which has all domains.
         domains: names in the order of the run; the index of a name is its number.
+        block_size: tokens per sequence.
+        special_ids: of a model's configuration, see `DataBin.special_ids`.
+        digest: of the data-bin, see `DataBin`.
         vocab_size: vocabulary size of the tokenizer, plus one per domain with domain tokens.
+        domain_tokens: id of the token of each domain; None without domain tokens.
 
     Raises:
         UserError: if the folder is not a data-bin, or a domain is missing, malformed or too short.
@@ -42,7 +47,7 @@ class LmData:
             domains: names of the domains to use; None: all, in the order of the data-bin.
             block_size: tokens per sequence.
             domain_token: begin sequences with the token of their domain.
-            verify, share: see `DataBin`.
+            verify, share: see `DataBin`; splits are opened and checked later.
         """
         self.databin = DataBin(path, verify, share)
         self.domains = tuple(domains or self.databin.domains)
@@ -166,6 +171,8 @@ class LmData:
 
     def count_text_bytes(self, domain: str, split: str) -> int:
         """Return the number of UTF-8 bytes of the text of a split; 0 if unknown (fairseq).
+
+        It is read from the header, not counted.
 
         Raises:
             UserError: for an unknown domain or split.

@@ -9,7 +9,7 @@ from megamod.data.corpus.file_formats import require_format
 from megamod.data.corpus.lines import read_lines
 from megamod.errors import UserError
 
-LINES = 1000  # lines concatenated at once; tokens after the last whole block are dropped
+LINES = 1000  # lines concatenated at once, as in the program of Verma and Elbayad 2024
 
 
 def read_text_blocks(
@@ -22,7 +22,7 @@ def read_text_blocks(
 ) -> np.ndarray:
     """Read the ids of the concatenated lines of a text file as blocks: [n, block_length] int64.
 
-    Lines are concatenated 1000 at a time, and what does not fill a block is dropped each time.
+    `LINES` lines are concatenated at a time, and what does not fill a block is dropped each time.
 
     Args:
         path: text file, perhaps compressed.

@@ -120,7 +120,8 @@ class EncodedRows:
 
         Args:
             row_indices: [R] numbers; may repeat.
-            pad_to: tokens per row; None: those of the longest, up to the next multiple of 8.
+            pad_to: tokens L per row, at least those of the longest; None: see
+                `compute_padded_length`.
         Returns:
             input_ids, attention_mask, token_type_ids [R, L] int64, labels ([R] or [R, L]) if there
             are any, and `items`, the number of labels.
@@ -201,14 +202,15 @@ def encode_words(
 ) -> EncodedRows:
     """Encode sentences of words; the first token of a word carries its label.
 
-    A word that the tokenizer drops, such as a lone variation selector, becomes the unknown token:
-    every word has a token, unless its sentence is cut. Every word, the first one too, is encoded as
-    in running text: after a blank, where the tokenizer keeps blanks. Rows longer than `limits` are
-    cut, and a warning counts them.
+    A word that the tokenizer drops, such as a lone variation selector, becomes the unknown token
+    (without one, the padding token): every word has a token, unless its sentence is cut. Every
+    word, the first one too, is encoded as in running text: after a blank, where the tokenizer keeps
+    blanks. Rows longer than `limits` are cut, and a warning counts them.
 
     Args:
         labels: names of labels by number; every label of `tokens` is one of them.
-        label_all: label further tokens of a word too, with I- where the word has B-.
+        label_all: label further tokens of a word too, with I- where the word has B-; False: they
+            have the label -100.
     Raises:
         UserError: naming file and line of a sentence that is too long for the model.
     """
@@ -285,7 +287,7 @@ class TrainRows(StepBatches):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the rows."""
+        """SHA-256 of the rows, see `EncodedRows.digest`."""
         return self.encoded.digest
 
     def select_rows(self, micro_batch_index: int) -> np.ndarray:
@@ -346,7 +348,7 @@ def iterate_held_out_rows(
 
 
 def _find_special_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
-    """Return the ids of the special tokens before and after a single text."""
+    """Find the ids of the special tokens that the tokenizer adds before and after a single text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
@@ -386,7 +388,7 @@ def _needs_blank_before_words(tokenizer: "PreTrainedTokenizerFast") -> bool:
 def _encode_split_words(
     tokenizer: "PreTrainedTokenizerFast", sentences: Sequence[list[str]]
 ) -> "BatchEncoding":
-    """Encode sentences that are split into words, without special tokens."""
+    """Encode sentences, each a list of words, without special tokens."""
     return tokenizer(sentences, is_split_into_words=True, add_special_tokens=False)
 
 

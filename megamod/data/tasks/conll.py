@@ -2,7 +2,7 @@
 
 One word per line, columns separated by tabs or else by blanks, a blank line after each sentence.
 Only ASCII blanks separate: a no-break space is part of a word. Lines with -DOCSTART-, comments
-before a sentence, and the ranges and empty nodes of CoNLL-U are left out.
+before a sentence, and the ranges and empty nodes of CoNLL-U are skipped.
 
 Source: Tjong Kim Sang and De Meulder 2003 (CoNLL-2003), section 2.3; the CoNLL-U and CoNLL-U Plus
 formats of Universal Dependencies, version 2.
@@ -27,8 +27,10 @@ COMMENT = re.compile(r"# (\S.* = |new(doc|par)\b|global\.columns\b)")
 NAMED_COLUMNS = re.compile(r"# global\.columns = (.+)")
 CONLLU = ["ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEPS", "MISC"]
 NODE = re.compile(r"\d+([-.]\d+)?")  # ID of a word, of a range (1-2) or of an empty node (1.1)
-HIDDEN = "_"
+HIDDEN = "_"  # instead of a label, in CoNLL-U
+
 Numbered = tuple[int, str]
+"""Number from 1, and text, of a line."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def read_conll(
         if layout.label is not None:
             labels.append([cells[layout.label].strip(BLANKS) for _, cells in rows])
     if comments:
-        logger.info("%s: %d comment lines are left out", path, comments)
+        logger.info("%s: %d comment lines are skipped", path, comments)
     if split.startswith("test") and {label for row in labels for label in row} == {HIDDEN}:
         labels = []
     return TokenSet(words, labels or None, lines, str(path))
@@ -235,7 +237,7 @@ def _normalise_columns(
 
 
 def _collect_certain_labels(blocks: list[list[Numbered]], layout: _ColumnLayout) -> set[str]:
-    """Collect the labels of the lines that cannot be comments."""
+    """Collect the labels of the lines that cannot be comments; none if the file has no labels."""
     if layout.label is None:
         return set()
     rows = (
@@ -251,8 +253,12 @@ def _count_comment_lines(
 ) -> int:
     """Count the comment lines at the start of a block.
 
-    A line with # is a comment if its form says so, if it has other columns than the words, or if
-    its label column holds no label. Otherwise it is a word such as a hashtag.
+    A line with # is a comment if its form says so, if column 0 numbers the words, if the line has
+    another number of columns than the words, or if its label column holds no label. Otherwise it is
+    a word such as a hashtag, and the comments end before it.
+
+    Args:
+        known_labels: see `_collect_certain_labels`.
     """
     entities = are_entity_labels(known_labels)
     for index, (_, line) in enumerate(block[: _count_possible_comments(block)]):

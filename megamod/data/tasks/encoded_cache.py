@@ -63,6 +63,8 @@ def compute_cache_key(
 def load_or_encode(folder: Path, key: str, encode_rows: Callable[[], EncodedRows]) -> EncodedRows:
     """Load the cached rows; if they are absent or damaged, encode them and write the cache file.
 
+    A damaged file is replaced, with a warning.
+
     Args:
         folder: folder of the cache, which is created if it is absent.
         key: see `compute_cache_key`.

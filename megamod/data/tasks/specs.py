@@ -103,9 +103,11 @@ def find_text_task(name: str) -> TaskSpec:
 
 
 def find_task_files(task: TaskSpec, data_dir: str | Path) -> dict[str, Path]:
-    """Find the existing files of a task by split, in DATA_DIR or in the task's folder below it.
+    """Find the existing files of a task by split.
 
-    Splits without a file are absent from the result. A file may be compressed.
+    They are those of the first folder that has any: the task's folder in `data_dir`, a folder there
+    that is named after the task, `data_dir` itself. Splits without a file are absent from the
+    result. A file may be compressed.
 
     Raises:
         UserError: if the folder does not exist or has no file of the task.
@@ -162,6 +164,7 @@ def _normalise_name(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower())
 
 
+# Values that several specifications share.
 _TSV = {"train": ("train.tsv",), "dev": ("dev.tsv",), "test": ("test.tsv",)}
 _PAIR = (Column("sentence1", 1), Column("sentence2", 2))
 _NLI = ("contradiction", "entailment", "neutral")
@@ -186,7 +189,12 @@ def _make_glue_task(
     metrics: tuple[str, ...] = ("accuracy",),
     **other_fields: object,
 ) -> TaskSpec:
-    """Make a task in the layout of GLUE; `other_fields` replace those of the spec."""
+    """Make a task in the layout of GLUE: TSV files, and a configuration of `nyu-mll/glue`.
+
+    Args:
+        folder: of the files below the data folder; also names the submission file.
+        other_fields: of `TaskSpec`, in place of those of the layout.
+    """
     task = TaskSpec(
         name=name,
         kind="sequence" if len(texts) == 1 else "pair",
@@ -312,6 +320,7 @@ TASKS: dict[str, TaskSpec] = {
 """Tasks on sentences and pairs by name: GLUE in the order of CA-MTL, then further ones."""
 
 GLUE = tuple(TASKS)[:9]
+"""Names of the nine tasks of GLUE, the first of `TASKS`; the diagnostic set is not one."""
 
 
 def make_token_task(

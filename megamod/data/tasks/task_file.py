@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from megamod.data.tasks.specs import METRICS, Column, Kind, TaskSpec
 from megamod.documents import Document, Items, Name, read_document, shorten
 
-USUAL = {
+USUAL_METRICS = {  # by kind, of tasks whose file names none
     "sequence": ("accuracy",),
     "pair": ("accuracy",),
     "regression": ("pearson", "spearmanr"),
@@ -92,7 +92,8 @@ def read_task_spec(path: str | Path) -> TaskSpec:
         bounds: [0, 5]            # of a regression, optional
         hub: NAME or NAME:CONFIG  # instead of files
 
-    Files are relative to --data_dir, or to the folder of the YAML file without this flag.
+    Names of files are not resolved here: the commands look for them in --data_dir, or in the folder
+    of the YAML file without this flag.
 
     Raises:
         UserError: naming file, line or key, and what is allowed.
@@ -105,7 +106,7 @@ def read_task_spec(path: str | Path) -> TaskSpec:
         texts=tuple(map(_make_column, file.text)),
         label=_make_column(file.label),
         labels=file.labels,
-        metrics=file.metrics or USUAL[file.kind],
+        metrics=file.metrics or USUAL_METRICS[file.kind],
         files={split: (name,) for split, name in file.files.items()}
         or {"train": (), "dev": (), "test": ()},
         headless=() if file.header else tuple(file.files),

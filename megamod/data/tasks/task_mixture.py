@@ -57,7 +57,7 @@ class TaskMixture(StepBatches):
         self.by_task = BalancedSampler(sizes, seed)
         order = "temperature" if sampling == "temperature" else "unbalanced"
         self.mixed = make_sampler(order, sizes, seed, alpha)
-        # of an epoch
+        # Steps of an epoch of each task.
         self.steps_by_task = [math.ceil(size / division.global_batch) for size in sizes]
 
     @property

@@ -48,7 +48,7 @@ def open_json_table(path: Path) -> RowTable:
 
 
 def open_parquet_table(path: Path) -> RowTable:
-    """Read a Parquet file as a table; names of labels are those that `datasets` wrote into it.
+    """Read a whole Parquet file as a table; names of labels are those that `datasets` wrote in it.
 
     Raises:
         UserError: if it is no Parquet file.
@@ -84,8 +84,10 @@ def load_hub_tables(task: TaskSpec, splits: Sequence[str]) -> Iterator[tuple[str
 
     Splits that the data set lacks are skipped.
 
+    Args:
+        splits: our names of the splits to read, see `TaskSpec.hub_splits`.
     Raises:
-        UserError: if the task has none there, or it cannot be loaded.
+        UserError: at the first iteration, if the task has none there, or it cannot be loaded.
     """
     if task.hub is None:
         raise UserError(f"--data_dir is missing: task {task.name} is not on the hub")

@@ -238,9 +238,10 @@ def _find_column_indices(
         columns: columns of the texts, then that of the label.
         header: cells of the first line; None: the split has no header.
         width: number of cells of the first line.
+        split: the labels of a split that begins with "test" may be hidden.
         where: file and line, for messages.
     Returns:
-        index of each column; that of the label is None if the labels of a test split are hidden.
+        index of each column; that of the label is None if the labels of such a split are hidden.
     Raises:
         UserError: for columns that are missing or have the same name.
     """

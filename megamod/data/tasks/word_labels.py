@@ -46,7 +46,8 @@ def read_token_task(
 ) -> tuple[TaskSpec, dict[str, TokenSet]]:
     """Read the splits of a task that labels every word, such as entities or parts of speech.
 
-    Entity labels become IOB2. Labels are spelled as the task's, whose capitals may differ.
+    Entity labels become IOB2. Labels get the spelling of the task's, from which they may differ in
+    capitals.
 
     Args:
         task: the task, of kind "token".
@@ -101,10 +102,13 @@ def _collect_labels(token_sets: dict[str, TokenSet], are_entities: bool) -> tupl
         token_sets: sentences by split.
         are_entities: True if the labels are entity labels in IOB2.
     Raises:
-        UserError: if there is no train split to take them from, or it has one label only.
+        UserError: if there is no train split with labels, or it has one label only.
     """
     if "train" not in token_sets or token_sets["train"].labels is None:
-        raise UserError("the labels come from a train split, or from a trained model; give either")
+        raise UserError(
+            f"the names of the labels come from a train split, or from a trained model; the splits "
+            f"read, {', '.join(token_sets) or 'none'}, have no train split with labels"
+        )
     labels = {label for row in token_sets["train"].labels for label in row}
     if are_entities:
         types = sorted({parse_entity_label(label)[1] for label in labels if label != OUTSIDE})
@@ -119,6 +123,8 @@ def _collect_labels(token_sets: dict[str, TokenSet], are_entities: bool) -> tupl
 
 def _read_sentences(task: TaskSpec, split: str, source: Path | RowTable) -> TokenSet:
     """Read the sentences of one split, with labels as its source spells them.
+
+    A `source` that is a path is read in the format of its ending; a table is that of the hub.
 
     Raise UserError if there are none, or the source is of another format or malformed.
     """
