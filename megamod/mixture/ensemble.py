@@ -31,7 +31,10 @@ LEAST = 1e-4
 
 @dataclass(frozen=True)
 class PosteriorRule:
-    """Settings of the posterior along a text; see `compute_token_weights`."""
+    """Settings of the posterior along a text: the arguments of `compute_token_weights`.
+
+    `name` is its `rule`, one of `posterior.RULES`.
+    """
 
     name: str = "last_token"
     temperature: float = 1.0
@@ -44,10 +47,10 @@ class MixedBatch:
     """Results of one batch.
 
     Attributes:
-        log_probs: [B, T] of the mixture.
-        log_weights: [E, B, T].
-        posterior: [E] of the batch, the mean over its sequences.
-        average: [E] moving average of the batches' posteriors so far.
+        log_probs: [B, T] of the mixture, float32, on the device of the batch.
+        log_weights: [E, B, T] of the experts for predicting each token, as `log_probs`.
+        posterior: [E] of the batch, the mean over its sequences; float64 on the CPU.
+        average: [E] moving average of the batches' posteriors so far, as `posterior`.
     """
 
     log_probs: Tensor
@@ -87,6 +90,7 @@ class Mixture:
     """State of a mixture along a text.
 
     Attributes:
+        prior: [E] float64, that of the next batch.
         tally: scores of the mixture on all batches so far.
         average: [E] moving average of the batches' posteriors; None before the first batch.
     """
@@ -121,6 +125,8 @@ class Mixture:
         Args:
             log_probs: [E, B, T] of the target tokens.
             mask: [B, T] True where a token is real.
+        Raises:
+            ValueError: for an unknown rule.
         """
         prior = self.prior.to(log_probs.device)
         if self.mode == "simple_average":

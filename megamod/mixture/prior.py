@@ -14,7 +14,7 @@ from megamod.files import write_json
 from megamod.mixture.posterior import RULES
 
 FORMAT = 1
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of the sum of the weights in a file
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Prior:
         domains: of the experts.
         weights: in the same order; not negative, with sum 1.
         rule: posterior rule of the estimation.
-        text: text of the estimation: "data_digest", "domain", "split", "sequences".
+        text: text of the estimation: "data_digest", "domain", "split", "sequences"; None: unknown.
     """
 
     domains: tuple[str, ...]
@@ -45,7 +45,7 @@ def make_uniform_prior(domains: Sequence[str]) -> Prior:
 
 
 def restrict_to_top_k(prior: Prior, k: int) -> Prior:
-    """Return a prior with the k largest weights, scaled to sum 1; the others are 0.
+    """Return a copy of a prior with the k largest weights, scaled to sum 1; the others are 0.
 
     Of equal weights the earlier one is kept.
 

@@ -19,7 +19,12 @@ from megamod.nn.linear import is_plain
 class SharedRsaLayers(nn.Module):
     """Keys and layers shared by the RSA demultiplexer and the retrieval head.
 
-    `layer_norm_j` is used by the retrieval head alone.
+    The norms are used by the retrieval head alone.
+
+    Args:
+        instances, size: N and D.
+        layers: L, number of linear layers, each with a norm.
+        eps: of the norms.
     """
 
     def __init__(self, instances: int, size: int, layers: int, eps: float):
@@ -33,11 +38,11 @@ class SharedRsaLayers(nn.Module):
             self.add_module(f"layer_norm_{layer}", nn.LayerNorm(size, eps=eps))
 
     def get_dense(self, layer: int) -> nn.Linear:
-        """Return the linear layer 1 (over [key ; hidden]) to L."""
+        """Return a linear layer by its number: 1 (over [key ; hidden], from 2 D features) to L."""
         return getattr(self, f"dense_{layer}")
 
     def get_norm(self, layer: int) -> nn.LayerNorm:
-        """Return the LayerNorm of a layer, 1 to L."""
+        """Return the LayerNorm of a layer by its number, 1 to L."""
         return getattr(self, f"layer_norm_{layer}")
 
 
@@ -111,9 +116,12 @@ class RsaDemultiplexer(nn.Module):
             key: [N, D].
             hidden: [B, L, D], the encoder's last norm applied.
             pairs: positions and instances to compute; None for all.
+        Returns:
+            [R, D] for pairs, else [B, N, L, D].
         """
 
         def drop(x: Tensor) -> Tensor:
+            """Apply dropout in training."""
             return F.dropout(x, self.dropout, self.training)
 
         x = drop(F.gelu(apply_keyed_linear(hidden, key.to(hidden.dtype), first_layer, pairs)))

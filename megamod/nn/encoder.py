@@ -120,6 +120,7 @@ class EncoderEmbeddings(nn.Module):
         Args:
             block: the first block.
             mask: as of `EncoderLayer.attend`.
+            ids, key, ...: as of `embed_multiplexed`.
         Returns:
             the result of `embed_multiplexed`, and `attended` for the block; both [B, T, D].
         """
@@ -166,6 +167,8 @@ class EncoderEmbeddings(nn.Module):
 class EncoderLayer(nn.Module):
     """x = LN(x + Attention(x)), then LN(x + FeedForward(x)): the post-norm block of BERT.
 
+    Args:
+        size: features D; None: the hidden size of `config`.
     Source: Devlin et al. 2019; Vaswani et al. 2017, sections 3.1 to 3.3; the exact (erf) GELU.
     """
 
@@ -262,7 +265,14 @@ class EncoderLayer(nn.Module):
         conditions: tuple[Tensor, ...] = (),
         norm: bool = True,
     ) -> Tensor:
-        """Apply dense layer and dropout to `update` and add x; then the norm, unless it is off."""
+        """Apply dense layer and dropout to `update` and add x; then the norm, unless it is off.
+
+        Args:
+            modules: the "dense" layer and the "LayerNorm".
+            update: [B, L, K], inputs of the dense layer.
+            x: [B, L, D].
+            conditions: further arguments of the norm.
+        """
         total = self.dropout(modules["dense"](update)) + x
         return modules["LayerNorm"](total, *conditions) if norm else total
 
@@ -323,7 +333,12 @@ class EncoderModel(nn.Module):
         attended: Tensor | None = None,
         norm: bool = True,
     ) -> Tensor:
-        """Encode embeddings [B, L, D'] to states [B, queries or L, D], see `Encoder`."""
+        """Encode embeddings to states [B, queries or L, D], see `Encoder.forward`.
+
+        Args:
+            x: [B, L, D'] where D' is the size of the embeddings, D if they are not projected.
+            mask, queries, attended, norm: as of `Encoder.forward`.
+        """
         if hasattr(self, "embeddings_project"):
             x = self.embeddings_project(x)
         return self.encoder(x, mask, queries, attended, norm)
@@ -350,7 +365,7 @@ def initialise_weights(module: nn.Module, standard_deviation: float) -> None:
     """Initialise one module as BERT does, without its children, from torch's global generator.
 
     Layers with the attribute `default_initialisation` keep torch's own initialisation. The
-    embedding of padding is 0. Weights loaded from a file do not change.
+    embedding of padding is 0. Within `from_pretrained`, weights loaded from a file do not change.
     """
     if isinstance(module, nn.Linear):
         if getattr(module, "default_initialisation", False):

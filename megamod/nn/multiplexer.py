@@ -72,6 +72,7 @@ def multiplexer(
     """
 
     def enter(draw: Callable[[KeySettings], Tensor]) -> Callable[[KeySettings], Tensor]:
+        """Enter a function into `MULTIPLEXERS`, and return it unchanged."""
         MULTIPLEXERS[name] = Multiplexer(draw, mix, matrices, divides_features)
         return draw
 
@@ -79,7 +80,11 @@ def multiplexer(
 
 
 def compute_key_shape(variant: str, instances: int, size: int) -> tuple[int, ...]:
-    """Return the shape of the keys: a vector per instance, or a matrix."""
+    """Return the shape of the keys: [N, D], a vector per instance, or [N, D, D], a matrix.
+
+    Raises:
+        KeyError: if `variant` is not in `MULTIPLEXERS`.
+    """
     return (instances, size, size) if MULTIPLEXERS[variant].matrices else (instances, size)
 
 
@@ -87,6 +92,7 @@ def draw_keys(variant: str, instances: int, size: int, **settings: object) -> Te
     """Draw the keys of a multiplexer, in float32 on the CPU.
 
     Args:
+        variant: a key of `MULTIPLEXERS`.
         settings: further ones of `KeySettings`.
     Returns:
         [N, D] or [N, D, D], see `compute_key_shape`.
@@ -125,6 +131,7 @@ def multiplex_contextual(
     Args:
         x: [B, N, L, D].
         key: [N, D].
+        token_block, instance_block: the blocks that attend over tokens, and over instances.
         attention_mask: [B * N, L], nonzero at real tokens; None if all are.
         mask_instances: mask padding in the second attention too.
         implementation: of the attention over instances, see `slot_attention`.
@@ -163,7 +170,10 @@ def _attend_over_instances(
 
     Args:
         x: [B, N, L, D].
-        instance_mask: [B, N, L], 0 where an instance is masked.
+        key: [N, D].
+        instance_mask: [B, N, L], 0 where an instance is masked; None: none is.
+    Returns:
+        [B, N, L, D].
     """
     projections = [block.attention["self"][name] for name in ("query", "key", "value")]
     weight = torch.cat([projection.weight for projection in projections])

@@ -14,7 +14,7 @@ from megamod.nn.demultiplexer import MlpDemultiplexer, SharedRsaLayers, apply_ke
 from megamod.nn.linear import is_plain
 
 IGNORED = -100
-_SCORED_TOGETHER = 2**24  # logits of a chunk in which the largest is searched
+_SCORED_TOGETHER = 2**24  # logits computed at once to count correct predictions: bounds the memory
 
 
 def draw_retrieved_instances(
@@ -100,6 +100,7 @@ def score_tokens(
 
     Args:
         states: [R, D].
+        decoder: linear layer from D features to V logits, with a bias.
         labels: [R] int64.
         return_logits: return the logits; otherwise they are never held all at once.
         count_correct: count correct predictions.
@@ -137,7 +138,13 @@ class RetrievalHead(nn.Module):
         self.decoder = nn.Linear(size, vocab_size)
 
     def forward(self, shared: SharedRsaLayers, hidden: Tensor, pairs: Pairs | None) -> Tensor:
-        """Compute inputs of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
+        """Compute inputs of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D].
+
+        Args:
+            shared: its keys and first `layers` layers are used.
+            hidden: [B, T, D] mixed states.
+            pairs: positions and instances to compute; None for all.
+        """
         first = shared.get_dense(1)
         key = shared.demux_instance_embedding.to(hidden.dtype)
         x = shared.get_norm(1)(F.gelu(apply_keyed_linear(hidden, key, first, pairs)))
@@ -146,6 +153,7 @@ class RetrievalHead(nn.Module):
         return self._add_residual(self.pre_decoder_layer_norm(F.gelu(self.pre_decoder(x))), x)
 
     def _add_residual(self, update: Tensor, x: Tensor) -> Tensor:
+        """Add a layer's input x to its output, if the head has residuals."""
         return update + x if self.residual else update
 
 

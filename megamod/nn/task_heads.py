@@ -30,8 +30,10 @@ class TaskHeads(nn.Module):
     """A linear layer per task, over the pooled state of a row or over its tokens' states.
 
     Args:
+        size: features D of a state.
         sizes: outputs of each task's head.
-        kinds: "sequence", "regression" or "token".
+        kinds: of each task: "sequence", "regression" or "token".
+        dropout: of the states, in training.
     """
 
     def __init__(self, size: int, sizes: Sequence[int], kinds: Sequence[str], dropout: float):

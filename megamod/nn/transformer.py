@@ -54,6 +54,7 @@ class DecoderBlock(nn.Module):
         return x + self._apply_dropout(self.feed_forward(self.feed_forward_norm(x)))
 
     def _apply_dropout(self, x: Tensor) -> Tensor:
+        """Apply dropout in training; return x itself otherwise."""
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
