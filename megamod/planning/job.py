@@ -36,7 +36,14 @@ ONE_JOB = ("hostfile",)  # fields of BtmArgs that other runs have too
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Vocabulary of the data: its size and special ids (None: no such token)."""
+    """Vocabulary of the data.
+
+    Attributes:
+        size: number of ids.
+        bos, pad, eos, mask: special ids; bos is 0 if the data-bin has none, mask that of BERT or
+            the last id of a smaller vocabulary, because no data-bin records one.
+        assumed: True if neither a data-bin nor --vocab_size gives the size.
+    """
 
     size: int
     bos: int
@@ -55,6 +62,7 @@ class Job:
         job_names: names of all jobs with the same requirements, including this one.
         topology: its ranks and domains.
         run, model, lora, mux, data: its arguments, with the values of the DeepSpeed file.
+        vocabulary: of the data.
         setting: training settings that determine memory and communication.
         steps: optimizer steps of the schedule.
         placements: slots of each job in `job_names`, ranks in order; empty for a job that has to
@@ -88,6 +96,7 @@ class Job:
 Parsed = tuple[
     PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, MuxArgs, DataArgs
 ]
+"""All arguments of a plan."""
 
 
 def list_jobs(parsed: Parsed) -> list[Job]:
@@ -121,7 +130,7 @@ def list_jobs(parsed: Parsed) -> list[Job]:
 
 
 def _list_hosts(plan: PlanArgs, btm: BtmArgs) -> HostSlots:
-    """List the hosts of the run with their slots: those of --hostfile.
+    """List the hosts of the run with their slots, one for each rank: those of --hostfile.
 
     Without one, --world_size ranks fill made-up hosts node-1, node-2, ... of --ranks_per_node
     slots, the last with the rest.
@@ -150,11 +159,11 @@ def _read_vocabulary(
 ) -> tuple[Vocabulary, tuple[str, ...]]:
     """Read vocabulary and domains of the data-bin, or assume a vocabulary without one.
 
-    --vocab_size precedes the size in both cases. A data-bin's size includes a token per domain with
-    --domain_token; without a data-bin there are no domains.
+    --vocab_size overrides the size in both cases. A data-bin's size includes a token per domain
+    with --domain_token.
 
     Returns:
-        the vocabulary, and the domains of the data-bin.
+        the vocabulary, and the domains of the data-bin; () without one.
     Raises:
         UserError: if the data-bin's header cannot be read.
     """
@@ -309,10 +318,10 @@ def _make_job(
 
 
 def _read_hidden_size(model: ModelArgs, mux: MuxArgs) -> int:
-    """Read the hidden size of the model before it is built.
+    """Read the hidden size D of the model before it is built.
 
-    The first that exists: --hidden_size, the configuration of the folder in --model, the preset
-    that --model names.
+    The first that exists: --hidden_size, the configuration of the folder (or, for a causal language
+    model, the hub repository) in --model, the preset that --model names.
 
     Raises:
         UserError: if there is none of these, or the configuration has no such field.

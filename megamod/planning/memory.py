@@ -14,13 +14,12 @@ from megamod.dist.communication import ALIGNMENT
 from megamod.dist.scope import Scope, Sharing, find_scopes
 from megamod.dist.topology import DomainTopology
 
-MASTER, MOMENTS = 4, 8
-ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
-BUCKET, LIVE, PERSISTENT = 500_000_000, 1_000_000_000, 100_000  # DeepSpeed's defaults
+MASTER, MOMENTS = 4, 8  # bytes per element of a float32 copy, and of Adam's two moments
+ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
+BUCKET, LIVE, PERSISTENT = 500_000_000, 1_000_000_000, 100_000  # elements: DeepSpeed's defaults
 EXPERT_GROUP = 178_956_970  # largest number of expert elements that DeepSpeed updates together
-USABLE = (
-    0.92  # fraction of GPU memory; the rest is the CUDA context, NCCL buffers and fragmentation
-)
+# Fraction of GPU memory; the rest is the CUDA context, NCCL buffers and fragmentation.
+USABLE = 0.92
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def compute_memory(
     Args:
         sizes: elements of each trained parameter that a rank holds, by name.
         frozen: elements of each frozen parameter, which has neither gradient nor optimizer state.
-        topology: ranks that share parameters.
+        topology: ranks and domains, which say how many ranks share a parameter.
         setting: of the training.
         activations: peak activation bytes of a micro-batch.
         muon_names: names of the parameters that Muon trains, if `setting` has it.
@@ -178,7 +177,7 @@ def _group_parameters(
 def _compute_group_memory(
     group_sizes: list[int], ranks: int, limit: float, setting: Setting, muon: bool
 ) -> Memory:
-    """Compute the memory that the trained parameters of one group of ranks take on a rank.
+    """Compute the memory that the trained parameters of one group take on a rank.
 
     Activations, buffers and offloading of the optimizer are not in it: `compute_memory` adds them.
 
@@ -186,7 +185,7 @@ def _compute_group_memory(
         group_sizes, ranks, limit: see `_group_parameters`.
         muon: these parameters are trained by Muon; False: by Adam.
     """
-    element, total, offloaded = setting.element_bytes, sum(group_sizes), 0
+    element, total, offloaded = setting.element_bytes, sum(group_sizes), 0  # bytes, elements, bytes
     summed = 4 if setting.sum_in_fp32 else element
     accumulates = setting.micro_steps > 1 or setting.stage == 3  # stage 3 never frees this buffer
     if setting.stage == 0:

@@ -226,7 +226,7 @@ def build_network(job: Job) -> Network:
 
 
 def _find_vocabulary(job: Job) -> tuple[int, dict[str, int | None]]:
-    """Find the size and the special ids ("bos_token_id", ...) of the vocabulary.
+    """Find the size of the vocabulary, and its special ids by name ("bos_token_id", ...).
 
     They are those of the job, read from the data-bin or assumed; but if they are assumed and
     --model is a folder, those of its configuration.

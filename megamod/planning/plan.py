@@ -18,12 +18,12 @@ from megamod.planning.plan_args import PlanArgs
 from megamod.planning.speed import Links, compute_traffic
 from megamod.train.compiled import check_compile_stage
 
-UTILISATIONS = (0.3, 0.4, 0.5)
+UTILISATIONS = (0.3, 0.4, 0.5)  # of a GPU's peak, for which speeds are given
 LINEAR_TOKENS = (
     4096  # scored tokens above which activation memory grows linearly with the micro-batch
 )
-SMALL_BUCKET = 50_000_000
-MOST_RANKS = 1024
+SMALL_BUCKET = 50_000_000  # elements of the smaller reduction buffer that is proposed
+MOST_RANKS = 1024  # that are proposed
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class JobPlan:
 
     Attributes:
         gpu_bytes: memory of a GPU.
-        flops_per_second: peak of a GPU.
+        flops_per_second: peak of a GPU in the job's precision.
+        links: bandwidths of a GPU.
     """
 
     job: Job
@@ -276,7 +277,7 @@ def list_micro_batches(job: Job) -> list[int]:
 
 
 def change_micro_batch(setting: Setting, micro_batch: int) -> Setting:
-    """Return the setting with another micro-batch size, at equal sequences per step.
+    """Return a copy of the setting with another micro-batch size, at equal sequences per step.
 
     Args:
         micro_batch: sequences; divides those of a rank per step.

@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Plans, proposals and scaling curves as text tables."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ from megamod.tables import format_table
 
 
 def format_job(plan: JobPlan) -> str:
-    """Format a plan as a title and a table: parameters, memory, traffic, time and hosts."""
+    """Format a plan as a title and a table: batch, parameters, memory, traffic, time and hosts."""
     job, network, setting = plan.job, plan.network, plan.job.setting
     ranks = job.topology.world_size
     count = f"{len(job.job_names)} jobs of {ranks}" if len(job.job_names) > 1 else f"{ranks}"

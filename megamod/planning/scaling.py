@@ -24,7 +24,7 @@ from megamod.planning.speed import (
 )
 
 MOST_GPUS = 1024
-UNTIED = {Sharing.DENSE: "none", Sharing.DEMIX: "feedforward", Sharing.BTM: "all"}
+UNTIED = {Sharing.DENSE: "none", Sharing.DEMIX: "feedforward", Sharing.BTM: "all"}  # --untie
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _make_topology(gpus: int, domains: tuple[str, ...], kind: Sharing) -> Domain
 
 
 def _change_topology(job: Job, topology: DomainTopology) -> Job:
-    """Return the job with another topology and its sharing, at equal sequences per rank.
+    """Return a copy of the job with another topology and its sharing, at equal sequences per rank.
 
     `untie` follows a change of the sharing; with DEMix the ZeRO stage is 2 at most.
     """

@@ -17,7 +17,7 @@ from megamod.planning.speed import (
 )
 
 UTILISATION = 0.4  # of the peak; weighs computation against communication
-SHOWN = 6
+SHOWN = 6  # proposals at most
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Proposal:
     """A setting with its memory and step time.
 
     Attributes:
+        memory: of a rank with the setting.
         compute_seconds, communication_seconds: seconds of computation and communication per step.
         reasons: costs and savings in words.
     """

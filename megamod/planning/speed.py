@@ -48,6 +48,7 @@ def compute_traffic(network: Network, topology: DomainTopology, setting: Setting
         network: of the job, for the sizes of its parameters.
         topology, setting: the ranks and settings to compute it for, not those of the job.
     """
+    # The decoder's token table, which the output head uses too.
     tied = [name for name in network.trained_sizes if name.endswith("embeddings.tokens.weight")]
     return compute_step_traffic(
         network.trained_sizes,
