@@ -29,6 +29,7 @@ def score_encoder(
     state of the process are restored.
 
     Args:
+        model: in any mode, on `device`.
         batches: batches of this rank, at least one. "number" seeds the model's draws; "weight" (1
             if missing) multiplies sums and counts, so a batch of weight 0 only keeps ranks in step.
         losses: computes sums and counts of a batch; its entry "loss" is ignored.

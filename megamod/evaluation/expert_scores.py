@@ -59,6 +59,9 @@ class Experts:
     """The experts of a forest, and the data as each of them reads it.
 
     Attributes:
+        forest: the experts in use.
+        held_out: the reading settings, with a `block_size`.
+        data: the data-bin as each expert reads it, by its folder.
         domains: domains of the experts, in the order of the forest.
         document_ends: id at which attention of an expert stops, by its folder; None: at none.
     """

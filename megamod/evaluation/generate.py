@@ -49,7 +49,9 @@ class Continuation:
     """A prompt with its continuation.
 
     Attributes:
-        weights: posterior of the experts after the last token, by domain; None for one expert.
+        text: of both, without special tokens.
+        weights: posterior of the experts after the last token, by domain, of those with prior above
+            0; None if there is only one.
     """
 
     text: str
@@ -112,7 +114,12 @@ class TextWriter:
         return [self._read_continuation(row, prompt_ids.shape[1]) for row in rows]
 
     def _read_continuation(self, ids: Tensor, prompt_length: int) -> Continuation:
-        """Decode a row, which may be padded after its end."""
+        """Decode a row of `generate`.
+
+        Args:
+            ids: [L] of prompt and continuation, perhaps with eos and padding after them.
+            prompt_length: ids of the prompt.
+        """
         ends = (ids[prompt_length:] == self.tokenizer.eos_token_id).nonzero()
         if len(ends):
             ids = ids[: prompt_length + int(ends[0])]
@@ -120,6 +127,7 @@ class TextWriter:
         return Continuation(text, self._compute_weights(ids))
 
     def _compute_weights(self, ids: Tensor) -> dict[str, float] | None:
+        """Compute `Continuation.weights` after the last of the ids [L]."""
         if not isinstance(self.model, ForestForCausalLM):
             return None
         prior = self.model.config.prior or [1.0] * len(self.model.domains)
@@ -130,6 +138,7 @@ class TextWriter:
         return dict(zip(used, shares.tolist(), strict=True))
 
     def _get_limit(self) -> int | None:
+        """Return the number of positions of the model, the least of its experts; None: no limit."""
         parts = getattr(self.model, "parts", [self.model])
         limits = [get_max_sequence_length(part.config) for part in parts]
         return min((limit for limit in limits if limit is not None), default=None)
@@ -146,9 +155,12 @@ def load_writer(
     Args:
         model: folder or hub name; of a run's folder, its model is meant.
         domain: expert to use alone; None for all of them, mixed.
-        prior: file of weights of the experts at the first token.
+        prior: file of `write_prior` with the weights of the experts at the first token; None: those
+            that the model names, or equal ones. Not used with `domain`.
+        device: that the model runs on.
     Raises:
-        UserError: if there is no such model or expert, or it has no tokenizer.
+        UserError: if there is no such model or expert, it has no tokenizer, `prior` does not fit
+            the experts, or `domain` or `prior` is set for a model without experts.
     """
     folder = _find_folder(model)
     kind = _get_kind(folder)
@@ -175,7 +187,10 @@ def load_writer(
 
 
 def _find_folder(model: str) -> Path:
-    """Find the folder of a model, in the hub if there is none; of a run, its model's."""
+    """Find the folder of a model, in the hub if there is none; of a run, its model's.
+
+    Raise UserError if the hub has none either.
+    """
     path = Path(model)
     if not path.exists():
         downloaded, reason = find_in_hub(model)
@@ -199,7 +214,7 @@ def _get_kind(folder: Path) -> str:
 
 
 def _load_tokenizer(folders: Sequence[Path]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the first folder that has one."""
+    """Load the tokenizer of the first folder that has one; raise UserError if none has."""
     for folder in folders:
         source = find_tokenizer_folder(folder)
         if list_tokenizer_files(source):

@@ -37,8 +37,8 @@ def score_sentences(task: TaskSpec, logits: np.ndarray, labels: np.ndarray) -> S
 
 
 def select_answers(task: TaskSpec, logits: np.ndarray) -> np.ndarray:
-    """Select the answers [n] from logits [n, C]: numbers of the best labels, or of a regression
-    the first column.
+    """Select the answers [n] from logits [n, C]: int64 numbers of the best labels, or for a
+    regression the values, the first column.
     """
     return logits[:, 0] if task.is_regression else logits.argmax(-1)
 
@@ -52,7 +52,7 @@ def compute_metric(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
         name: accuracy, f1, macro_f1, matthews_correlation, pearson or spearmanr.
         answers, labels: [n] numbers of labels; for correlations values.
     Raises:
-        UserError: for a metric that does not fit the labels.
+        UserError: for f1 of more than two labels, and a metric that is not of sentences.
     """
     if name == "accuracy":
         return float(np.mean(answers == labels))
@@ -61,8 +61,12 @@ def compute_metric(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
     from sklearn import metrics
 
     if name == "f1":
-        if max(answers.max(initial=0), labels.max(initial=0)) > 1:
-            raise UserError("metric f1 is for two labels; give macro_f1")
+        most = max(answers.max(initial=0), labels.max(initial=0))
+        if most > 1:
+            raise UserError(
+                f"metric f1 is for two labels, numbers 0 and 1, and there is label {most}; use "
+                "macro_f1"
+            )
         return float(metrics.f1_score(labels, answers, zero_division=0))
     if name == "macro_f1":
         return float(metrics.f1_score(labels, answers, average="macro", zero_division=0))
@@ -106,7 +110,7 @@ def compute_accuracy_by_instance(
 
 
 def compute_task_score(task: TaskSpec, splits: Mapping[str, Scores]) -> float:
-    """Compute the one number of a task in GLUE: the mean over its metrics, and over dev and dev_mm.
+    """Compute the one number of a task in GLUE: the mean of its metrics over its dev splits.
 
     A task with Matthews correlation (CoLA), or of labels of words, counts with its first metric
     alone.

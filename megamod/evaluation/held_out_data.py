@@ -150,7 +150,8 @@ def find_document_end(
     without a recipe attention does not stop.
 
     Args:
-        folder: of the model; `config`: its configuration.
+        folder: of the model.
+        config: of the model.
         data: that it reads, for the id.
     Raises:
         UserError: if the model's family cannot mask documents.

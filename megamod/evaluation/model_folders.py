@@ -28,6 +28,8 @@ class SavedModel:
     """A model folder that was checked against the data.
 
     Attributes:
+        folder: of the model.
+        data: the data-bin as this model reads it.
         rows: name of each row of the score matrix -> domain of the expert that it scores;
             None for a model without experts to select.
         document_end: id at which attention stops; None: at none.
@@ -47,6 +49,7 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
     in it; the models in its subfolders, whose names are then their domains.
 
     Args:
+        folder: of a model, a forest or models of one domain each; or a forest.json.
         held_out: data to check against. Its `experts` select rows; a model without experts ignores
             them.
     Raises:
@@ -117,11 +120,12 @@ def score_models(
 
     Args:
         held_out: the settings that `find_models` had.
-    Raises:
-        UserError: if weights cannot be read, or give no finite log-probability on a text.
+        device: that the models run on.
     Returns:
         a matrix with a row `DENSE` for a dense model, or a row per expert for a model with experts
         (DEMix) and for independent models (Branch-Train-Merge).
+    Raises:
+        UserError: if weights cannot be read, or give no finite log-probability on a text.
     """
     matrix: ScoreMatrix = {}
     reader = ModelReader(device)
@@ -158,7 +162,8 @@ def _check_has_scores(
     """Refuse a model without a score on a text that has sequences.
 
     Args:
-        row: of the matrix; `scores`: its scores by domain.
+        row: name of the row of the matrix.
+        scores: of this row, by domain.
     Raises:
         UserError: naming the domain: none of its tokens had a finite log-probability.
     """

@@ -54,6 +54,7 @@ class DomainEvaluation:
         batches: function from a domain to its batches, in a fixed order.
         count_bytes: function from a domain to the UTF-8 bytes of all its batches; 0 if unknown.
         part, parts: index and number of the ranks with the same rows, which share the batches.
+        device: of the model.
         reduce: sums a tensor over all ranks, in place.
     """
 
@@ -194,7 +195,7 @@ def compute_perplexities(matrix: ScoreMatrix) -> dict[str, dict[str, float]]:
 
 
 def select_own_scores(matrix: ScoreMatrix) -> dict[str, Score]:
-    """Select each domain's score under the expert of the same name, else under the dense model.
+    """Select each domain's score under the expert of the same name, else that of the dense model.
 
     Domains with neither are missing in the result.
     """

@@ -1,4 +1,4 @@
-"""Reports of scores: text tables, JSON files and plots."""
+"""Reports of perplexities: text tables, JSON files and plots."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,7 +66,7 @@ def write_perplexity_report(output: Path, matrix: ScoreMatrix, split: str, step:
 
 
 def average_perplexity(scores: Mapping[str, Score]) -> float:
-    """Average the perplexities of at least one domain, each with the same weight."""
+    """Compute the arithmetic mean of the perplexities of at least one domain."""
     return sum(score.perplexity for score in scores.values()) / len(scores)
 
 

@@ -7,10 +7,11 @@ from megamod.evaluation.plots import Numbers, import_pyplot, select_colours
 
 
 def plot_losses_of_runs(runs: Mapping[str, Sequence[tuple[float, float]]], output: Path) -> None:
-    """Draw the training losses of several runs by step.
+    """Write a figure of the training losses of several runs by step.
 
     Args:
-        runs: points (step, loss) by name.
+        runs: points (step, loss in nats) by name.
+        output: file to write, in the format of its ending.
     """
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
@@ -23,10 +24,12 @@ def plot_losses_of_runs(runs: Mapping[str, Sequence[tuple[float, float]]], outpu
 
 
 def plot_shares(rows: Numbers, output: Path, x_label: str) -> None:
-    """Draw shares of experts as bars that add up to 1, one for each row.
+    """Write a figure of the shares of experts as bars that add up to 1, one for each row.
 
     Args:
-        rows: share of each expert, by name of the row.
+        rows: share of each expert, by name of the row, then of the expert.
+        output: file to write, in the format of its ending.
+        x_label: title of the axis of the shares.
     """
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     pyplot = import_pyplot()

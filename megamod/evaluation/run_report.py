@@ -82,9 +82,12 @@ def write_run_report(paths: Sequence[Path], output: Path) -> list[str]:
     """Write the page; return the titles of its sections.
 
     Args:
-        paths: folders of runs, campaigns, sweeps or studies of barriers; JSON files of mixtures.
+        paths: at least one: folders of runs, campaigns, sweeps or studies of barriers; JSON files
+            of mixtures.
+        output: HTML file to write, which is replaced.
     Raises:
-        UserError: if a path has nothing to report on.
+        UserError: if a path is named twice, has nothing to report on, or a file of it is malformed.
+            Nothing is written then.
     """
     runs = [_read_run(path, name) for path, name in zip(paths, _name_runs(paths), strict=True)]
     sections = {title: part for title, part in _make_sections(runs) if part}
@@ -99,13 +102,19 @@ def write_run_report(paths: Sequence[Path], output: Path) -> list[str]:
 
 
 def _name_runs(paths: Sequence[Path]) -> list[str]:
-    """Name runs by as many last parts of their paths as tell them apart."""
+    """Name runs by as many last parts of their paths as tell them apart.
+
+    Raises:
+        UserError: for the first path that is named twice.
+    """
     absolute = [path.absolute() for path in paths]
-    for count in range(1, max(len(path.parts) for path in absolute) + 1):
-        names = ["/".join(path.parts[-count:]) for path in absolute]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError("a run is named twice")
+    for number, path in enumerate(paths):
+        if absolute[number] in absolute[:number]:
+            raise UserError(f"{path}: is named twice; name each run once")
+    count = 1
+    while len({path.parts[-count:] for path in absolute}) < len(absolute):
+        count += 1
+    return ["/".join(path.parts[-count:]) for path in absolute]
 
 
 def _read_run(path: Path, name: str) -> _RunFiles:
@@ -141,6 +150,7 @@ def _read_run(path: Path, name: str) -> _RunFiles:
 
 
 def _read_optional(path: Path) -> dict[str, object]:
+    """Read a JSON object; {} if there is no file. Raise UserError if it is malformed."""
     return read_object(path) if path.is_file() else {}
 
 
@@ -208,7 +218,7 @@ def _make_sections(runs: Sequence[_RunFiles]) -> Iterator[tuple[str, str]]:
 
 
 def _summarise(run: _RunFiles) -> dict[str, object]:
-    """Return the numbers that say most about a run, by name."""
+    """Select the numbers that say most about a run, by name; those that it lacks are absent."""
     trained = [record for record in run.metrics if "loss" in record]
     last = trained[-1] if trained else {}
     rates = [r["tokens_per_second"] for r in trained if r.get("tokens_per_second")]
@@ -235,11 +245,12 @@ def _drop_missing(matrix: Mapping[str, Mapping]) -> dict[str, dict[str, float]]:
 
 
 def _get_domains(mixture: Mapping) -> Mapping[str, Mapping]:
+    """Return the scores of a mixture by domain of the text; {} if there is no mixture."""
     return mixture.get("domains", {})
 
 
 def _list_priors(mixture: Mapping) -> dict[str, Mapping[str, float]]:
-    """Return the weights of the experts by domain of the text, where they were estimated."""
+    """List the prior weights of the experts by domain of the text, where there are any."""
     return {
         name: scores["prior"]
         for name, scores in _get_domains(mixture).items()
@@ -248,7 +259,7 @@ def _list_priors(mixture: Mapping) -> dict[str, Mapping[str, float]]:
 
 
 def _list_loads(metrics: Sequence[Mapping]) -> dict[str, dict[str, float]]:
-    """Return the shares of a mixture's experts in the last record that has them, by domain."""
+    """List the shares of a mixture's experts by domain, from the last record that has any."""
     loads: dict[str, dict[str, float]] = {}
     for record in reversed(metrics):
         for key, share in record.items():
@@ -261,7 +272,7 @@ def _list_loads(metrics: Sequence[Mapping]) -> dict[str, dict[str, float]]:
 
 
 def _list_speeds(runs: Sequence[_RunFiles]) -> dict[str, dict[str, dict[int, tuple[float, float]]]]:
-    """Return (instances per second, score) by task, model and N."""
+    """List (instances per second, score) by task, model and N instances."""
     tasks: dict[str, dict[str, dict[int, tuple[float, float]]]] = {}
     for run in runs:
         for row in run.sweep:
@@ -276,7 +287,7 @@ def _list_speeds(runs: Sequence[_RunFiles]) -> dict[str, dict[str, dict[int, tup
 
 
 def _list_barriers(results: Mapping) -> dict[str, dict[str, tuple[float, float]]]:
-    """Return mean and standard error of the barriers in a study's results, by task and variant."""
+    """List mean and standard error of the barriers in a study's results, by task and variant."""
     return {
         task: {name: tuple(result["barrier"]) for name, result in variants.items()}
         for task, variants in results.items()
@@ -287,7 +298,11 @@ def _list_barriers(results: Mapping) -> dict[str, dict[str, tuple[float, float]]
 
 
 def _draw(caption: str, plot: Callable, data: object, **options: object) -> str:
-    """Return a figure with the SVG that a function of `plots` writes; its text stays text."""
+    """Return an HTML figure with the SVG that a plot function writes; its text stays text.
+
+    Args:
+        plot: function of `plots` or `run_plots`, called with `data`, a path and `options`.
+    """
     # Ids follow from the salt, so that those of two figures differ and a page can be repeated.
     settings = {"svg.fonttype": "none", "svg.hashsalt": f"{plot.__name__} {caption}"}
     with TemporaryDirectory() as folder, matplotlib.rc_context(settings):
@@ -301,7 +316,11 @@ def _draw(caption: str, plot: Callable, data: object, **options: object) -> str:
 
 
 def _format_columns(columns: Mapping[str, Mapping[str, object]]) -> str:
-    """Return a table with a column per run; rows in which runs differ come first and are marked."""
+    """Format an HTML table with a column per run; rows in which runs differ come first, marked.
+
+    Args:
+        columns: values by run, then name of the row; without any value the result is "".
+    """
     names = list(dict.fromkeys(name for values in columns.values() for name in values))
     rows = []
     for name in names:
@@ -318,6 +337,7 @@ def _format_columns(columns: Mapping[str, Mapping[str, object]]) -> str:
 
 
 def _format_value(value: object) -> str:
+    """Format a value for a cell: floats with five digits, `MISSING` for None."""
     if value is None:
         return MISSING
     return f"{value:.5g}" if isinstance(value, float) else str(value)

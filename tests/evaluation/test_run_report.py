@@ -160,7 +160,7 @@ def test_differences_are_marked_and_a_page_can_be_repeated(tmp_path):
 
 
 def test_the_command_and_its_refusals(tmp_path, capsys):
-    run = make_run(tmp_path / "run", rate=0.1)
+    run, other = (make_run(tmp_path / name, rate=0.1) for name in ("run", "other/run"))
     launch("report", run, "--output", tmp_path / "r.html")
     assert "r.html: Scores, Loss and perplexity by domain" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
@@ -169,7 +169,7 @@ def test_the_command_and_its_refusals(tmp_path, capsys):
         ((tmp_path / "absent",), "there is no such run"),
         ((tmp_path / "empty",), "has no metrics.jsonl, perplexity.json"),
         ((tmp_path / "prior.json",), "is no result of megamod eval-ensemble"),
-        ((run, run), "a run is named twice"),
+        ((other, run, run), f"{run}: is named twice"),
         ((run, "--output", tmp_path / "no" / "r.html"), "there is no folder"),
     ):
         with pytest.raises(UserError, match=message):
