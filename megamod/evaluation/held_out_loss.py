@@ -27,6 +27,7 @@ def compute_masked_loss(
     """
     total, count = 0.0, 0
     for start in range(0, len(blocks), batch_size):
+        # Seeds are far apart, so that no two of them share masks.
         rows = [
             masking.mask_tokens(block, (seed << 40) + start + index)[:2]
             for index, block in enumerate(blocks[start : start + batch_size])

@@ -117,7 +117,9 @@ class MuxPipeline:
         """Load a pipeline from a model folder or a name on the hub.
 
         Args:
+            source: folder or name of the model.
             tokenizer: folder or name of a tokenizer; None for that of the model.
+            device: that the model runs on.
             options: see the class.
         Raises:
             UserError: if model or tokenizer cannot be loaded, or do not belong to a classifier.

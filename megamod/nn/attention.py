@@ -10,6 +10,7 @@ class SelfAttention(nn.Module):
     """softmax(q k^T / sqrt(K) + mask) v, all projections with bias.
 
     Args:
+        hidden_size, num_heads: D and H; a head has K = D / H features.
         layer: index of its keys and values in a cache.
         dropout: of the attention weights, in training.
         implementation: "sdpa" (torch's fused kernel) or "eager" (plain torch).

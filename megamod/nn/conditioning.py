@@ -15,6 +15,9 @@ from torch.nn import functional as F
 class Film(nn.Module):
     """Feature-wise modulation: a linear layer from the task vector to a factor and a shift.
 
+    Args:
+        condition_size: features D of a task vector.
+        size: of the factor and of the shift.
     Source: Perez et al. 2018 (FiLM); with 1 + factor, as in the release of CA-MTL.
     """
 

@@ -50,6 +50,11 @@ class RsaDemultiplexer(nn.Module):
     """Residual network over [key ; hidden], with a learned key per instance.
 
     As in the release, layer L of the shared ones is not used, and there are no norms in between.
+
+    Args:
+        size: features D.
+        eps: of the last norm.
+        dropout: of the outputs of all layers but the last, in training.
     Source: Murahari et al. 2023 (MUX-PLM), section 3.1, RSA demultiplexing.
     """
 
@@ -70,7 +75,9 @@ class RsaDemultiplexer(nn.Module):
         """Demultiplex mixed states [B, L, D] to [R, D] for pairs, else to [B, N, L, D].
 
         Args:
-            pairs: positions and instances to compute; None for all.
+            shared: keys and first layers.
+            hidden: [B, L, D] mixed states.
+            pairs: R positions and instances to compute; None for all.
             implementation: see `rsa_demux`.
             norm: the encoder's last LayerNorm, if it is not yet applied to `hidden`.
         """
@@ -133,6 +140,9 @@ class RsaDemultiplexer(nn.Module):
 class PrefixDemultiplexer(nn.Module):
     """LN(gelu(dense [key ; hidden])), the key of instance i being column i of the mixed sequence.
 
+    Args:
+        size: features D.
+        eps: of the norm.
     Source: Murahari et al. 2022 (DataMUX), section 3.2, index embeddings.
     """
 
@@ -148,6 +158,7 @@ class PrefixDemultiplexer(nn.Module):
 
         Args:
             hidden: [B, T, D], prefix first.
+            instances: N, columns of the prefix.
             columns: columns to compute; ignored with pairs.
             pairs: positions and instances to compute, in place of columns.
         Returns:
@@ -162,6 +173,10 @@ class PrefixDemultiplexer(nn.Module):
 class MlpDemultiplexer(nn.Module):
     """LN_i(gelu(dense_i(dropout(hidden)))): a network for each instance.
 
+    Args:
+        instances, size: N and D.
+        eps: of the norms.
+        dropout: of the inputs, in training.
     Source: Murahari et al. 2022 (DataMUX), section 3.2, MLP demultiplexing.
     """
 

@@ -16,7 +16,12 @@ MASKED = -10000.0  # added to the scores of masked keys, as in BERT; finite, so 
 
 
 class EncoderEmbeddings(nn.Module):
-    """LN(word + segment + position), then dropout; vectors of `size` features."""
+    """LN(word + segment + position), then dropout; vectors of `size` features.
+
+    Args:
+        config: its `first_position` is the row of the first token's position.
+        size: features D.
+    """
 
     def __init__(self, config: PreTrainedConfig, size: int):
         super().__init__()
@@ -362,7 +367,9 @@ def compute_padding_aware_positions(input_ids: Tensor, pad_token_id: int) -> Ten
 
 
 def initialise_weights(module: nn.Module, standard_deviation: float) -> None:
-    """Initialise one module as BERT does, without its children, from torch's global generator.
+    """Initialise one module in place as BERT does, without its children.
+
+    Random weights are normal with mean 0, from torch's global generator.
 
     Layers with the attribute `default_initialisation` keep torch's own initialisation. The
     embedding of padding is 0. Within `from_pretrained`, weights loaded from a file do not change.

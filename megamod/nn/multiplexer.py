@@ -202,6 +202,8 @@ def multiplex_contextual_v1(
     Args:
         x: [B, N, L, D].
         key: [N, D].
+        token_block: attends over tokens.
+        mean_projection, norm: of the mean over the instances.
     Returns:
         [B, L, D].
     Source: `gaussian_attention` of the release of Murahari et al. 2023.

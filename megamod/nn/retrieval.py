@@ -23,6 +23,11 @@ def draw_retrieved_instances(
     """Draw an instance for each position, [B, T] int64; 0 before `first_column`.
 
     Instances are drawn uniformly from torch's global generator of the device.
+
+    Args:
+        group_count, length, instance_count: B, T and N.
+        first_column: first position that is retrieved at.
+        device: of the result.
     """
     retrieved_instances = torch.randint(instance_count, (group_count, length), device=device)
     retrieved_instances[:, :first_column] = 0
@@ -82,7 +87,7 @@ def build_retrieval_pairs(retrieved_instances: Tensor, selected: Tensor) -> Pair
 def build_row_pairs(selected: Tensor, instance_count: int) -> Pairs:
     """Build pairs at selected positions [B * N, T] bool.
 
-    Row r is instance r % N of group r // N.
+    Row r is instance r % N of group r // N, N being `instance_count`.
     """
     row, position = selected.nonzero(as_tuple=True)
     return Pairs(row // instance_count, row % instance_count, position)
@@ -125,6 +130,8 @@ class RetrievalHead(nn.Module):
     """Head over the vocabulary on [key ; hidden], with the layers shared with the demultiplexer.
 
     Args:
+        size, vocab_size: features D and logits V.
+        eps: of the norm.
         layers: number of shared layers to use.
         residual: each layer but the first adds its input to its output (ELECTRA; not BERT).
     Source: Murahari et al. 2023, section 3.1, and its release.
@@ -158,7 +165,12 @@ class RetrievalHead(nn.Module):
 
 
 class PrefixRetrievalHead(nn.Module):
-    """Head over [key ; hidden] to the vocabulary; the key is the instance's column of a prefix."""
+    """Head over [key ; hidden] to the vocabulary; the key is the instance's column of a prefix.
+
+    Args:
+        size, vocab_size: features D and logits V.
+        eps: of the norm.
+    """
 
     def __init__(self, size: int, vocab_size: int, eps: float):
         super().__init__()
@@ -167,13 +179,26 @@ class PrefixRetrievalHead(nn.Module):
         self.decoder = nn.Linear(size, vocab_size)
 
     def forward(self, hidden: Tensor, instances: int, pairs: Pairs | None) -> Tensor:
-        """Compute inputs of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
+        """Compute inputs of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D].
+
+        Args:
+            hidden: [B, T, D] mixed states, the N columns of the prefix first.
+            instances: N.
+            pairs: positions and instances to compute; None for all.
+        """
         key = hidden[:, :instances]
         return self.layer_norm(F.gelu(apply_keyed_linear(hidden, key, self.dense, pairs)))
 
 
 class MlpRetrievalHead(nn.Module):
-    """Head over the vocabulary with a network per instance. Source: the release of DataMUX."""
+    """Head over the vocabulary with a network per instance.
+
+    Args:
+        instances, size, vocab_size: N, features D and logits V.
+        eps: of the norms.
+        dropout: see `MlpDemultiplexer`.
+    Source: the release of DataMUX.
+    """
 
     def __init__(self, instances: int, size: int, vocab_size: int, eps: float, dropout: float):
         super().__init__()
@@ -183,7 +208,12 @@ class MlpRetrievalHead(nn.Module):
         self.decoder = nn.Linear(size, vocab_size)
 
     def forward(self, hidden: Tensor, retrieved_instances: Tensor) -> Tensor:
-        """Compute inputs of `decoder` for the instance of each position: [B, T, D] -> [B, T, D]."""
+        """Compute inputs of `decoder` for the instance of each position: [B, T, D] -> [B, T, D].
+
+        Args:
+            hidden: mixed states.
+            retrieved_instances: [B, T] int64.
+        """
         return self.layer_norm_pre_vocab(
             F.gelu(self.dense_pre_vocab(self.demux_module(hidden, retrieved_instances)))
         )

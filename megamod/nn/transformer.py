@@ -13,7 +13,7 @@ POSITION_OFFSET = 2  # row 0 of a position table is never used, row 1 belongs to
 
 
 class FeedForward(nn.Module):
-    """fc2(gelu(fc1 x)) with the exact (erf) GELU; in DEMix each domain has a copy."""
+    """fc2(gelu(fc1 x)) with the exact (erf) GELU; in DEMix each domain has its own."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -30,6 +30,8 @@ class DecoderBlock(nn.Module):
 
     Args:
         feed_forward: module from [B, L, D] to [B, L, D], possibly `DomainExperts`.
+        hidden_size: features D.
+        eps: of both norms.
         dropout: of both updates before they are added, in training.
     """
 
@@ -62,6 +64,11 @@ class Embeddings(nn.Module):
     """sqrt(D) * token + learned position, without a norm: fairseq's decoder with `embed_scale`.
 
     The position table has two more rows than positions; row 1 belongs to padding and stays zero.
+
+    Args:
+        hidden_size: features D.
+        max_positions: longest sequence.
+        pad_id: id of padding, the `padding_idx` of the token table.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, max_positions: int, pad_id: int):

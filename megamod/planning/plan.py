@@ -85,7 +85,7 @@ class JobPlan:
         return {}
 
     def _find_peak_activations(self, micro_batch: int, checkpointing: bool) -> int:
-        """Return the peak bytes of activations of a micro-batch.
+        """Find the peak bytes of activations of a micro-batch.
 
         They are measured, once for each pair of arguments; large micro-batches other than the job's
         are extrapolated linearly from two that are measured.

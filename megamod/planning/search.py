@@ -78,9 +78,7 @@ def propose_settings(plan: JobPlan, shown: int = SHOWN) -> list[Proposal]:
 
 
 def _list_settings(plan: JobPlan, base: Setting) -> list[Setting]:
-    """List the settings to try: stages, micro-batches and checkpointing, with the buffers of
-    `base`.
-    """
+    """List the settings to try: stages, micro-batches and checkpointing, all else as in `base`."""
     job = plan.job
     return [
         replace(change_micro_batch(base, micro), stage=stage, checkpointing=checkpointing)

@@ -145,6 +145,8 @@ class TokenBlocks:
     def read_blocks(self, block_indices: np.ndarray) -> np.ndarray:
         """Read the preceding token and the tokens of each block: [B, span + 1] int64.
 
+        `block_indices` are [B] int64, at least one.
+
         The rest of a short block, and what precedes the first block, is 0. Ids are not checked, see
         `check_rows`. If all blocks are full, this is one gather from overlapping windows and one
         cast.

@@ -123,6 +123,8 @@ class DataBin:
     def _check_digests(self, dataset: IndexedDataset, expected: SplitHeader) -> None:
         """Compare the digest of the index, and this share of the digests that `verify` asks for.
 
+        They are compared with those of `expected`, the header's entry of the split.
+
         Raise UserError for one that differs.
         """
         digests, (part, parts) = expected.sha256, self.share

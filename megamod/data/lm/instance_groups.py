@@ -26,13 +26,16 @@ class InstanceLayout(NamedTuple):
 
 
 def arrange_in_order(row_count: int, instances: int) -> InstanceLayout:
-    """Arrange every row once, in order; the first rows, repeated, fill the last group."""
+    """Arrange every row once, in order, in groups of N = `instances`.
+
+    The first rows, repeated, fill the last group.
+    """
     full = -(-row_count // instances) * instances
     return InstanceLayout(np.arange(full) % row_count, np.arange(row_count)[:, None])
 
 
 def arrange_ensemble(row_count: int, instances: int, seed: Sequence[int]) -> InstanceLayout:
-    """Arrange every row `instances` times, on random lines, to average logits over its copies.
+    """Arrange every row N = `instances` times, on random lines, to average logits over its copies.
 
     Args:
         seed: numbers that seed the draw of the lines.

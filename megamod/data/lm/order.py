@@ -175,6 +175,8 @@ class TemperatureSampler(Sampler):
 def make_sampler(name: str, blocks_per_domain: Sequence[int], seed: int, alpha: float) -> Sampler:
     """Make a sampler by name: "balanced", "unbalanced", or "temperature", which alone has `alpha`.
 
+    Args:
+        blocks_per_domain, seed, alpha: as of the class of the sampler.
     Raises:
         ValueError: as the class of the sampler.
         KeyError: for another name.
