@@ -1,7 +1,7 @@
 """megamod: modular language models on DeepSpeed.
 
-Importing it registers the project's models with the Auto classes of transformers, see
-`megamod.models`. `megamod.MuxPipeline` is imported on first use.
+Importing it registers the project's models with the Auto classes of transformers, at once or when
+transformers is imported, see `megamod.models`. `megamod.MuxPipeline` is imported on first use.
 """
 
 from megamod import models as models

@@ -23,7 +23,8 @@ Completion: pip install argcomplete, and in the shell eval "$(register-python-ar
 def main() -> None:
     """Call the `main` of the verb on the command line with the rest of it in `sys.argv`.
 
-    Without a verb, and with --help or --version, print the map of all verbs or the version.
+    Without a verb, and with --help, print the list of all verbs; with --version the version. Under
+    shell completion, print completions and end the process.
 
     Raises:
         UserError: for an unknown verb, and as the verb's `main`.
@@ -37,7 +38,7 @@ def main() -> None:
         words.pop(0)
     verb = words.pop(0) if words else "--help"
     if verb in ("-h", "--help"):
-        print(format_map())
+        print(format_verbs())
     elif verb == "--version":
         print(f"megamod {__version__}")
     elif verb.replace("_", "-") not in list_verbs():
@@ -47,8 +48,8 @@ def main() -> None:
         importlib.import_module(f"megamod.commands.{verb.replace('-', '_')}").main()
 
 
-def format_map() -> str:
-    """Format all verbs by group, each with the summary of its command."""
+def format_verbs() -> str:
+    """Format the help of `megamod`: all verbs by group, each with the summary of its command."""
     lines = [f"megamod {__version__}: modular language models on DeepSpeed", ""]
     lines += ["usage: megamod VERB ...", "       megamod --version", ""]
     width = max(map(len, list_verbs()))
@@ -63,9 +64,11 @@ def format_map() -> str:
 def _complete_verb() -> list[str]:
     """Print completions of the verb for the shell and end the process.
 
-    If the line of the shell has a verb already, return its words instead: the command completes the
-    rest. Raise UserError if no shell asks.
+    If the line of the shell has a verb already, return its words after `megamod` instead, for the
+    verb's command to complete the rest. Raise UserError if no shell asks.
     """
+    if not {"COMP_LINE", "COMP_POINT"} <= os.environ.keys():
+        raise UserError("_ARGCOMPLETE is set, but no shell asks for completions (no COMP_LINE)")
     import argcomplete
 
     line, point = os.environ["COMP_LINE"], int(os.environ["COMP_POINT"])
@@ -77,8 +80,8 @@ def _complete_verb() -> list[str]:
         return before[skipped:]
     parser = CommandParser(__doc__)
     complete_with(parser.add_argument("verb"), list_verbs())
-    parser.parse_args([])
-    raise UserError("_ARGCOMPLETE is set, but no shell asks for completions")
+    parser.parse_args([])  # ends the process
+    return []
 
 
 def run() -> None:

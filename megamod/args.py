@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from megamod.documents import check_domain
 from megamod.errors import UserError
 from megamod.flags import (
     Arguments,
@@ -16,7 +15,9 @@ from megamod.flags import (
     refuse_changes,
     set_values,
 )
+from megamod.names import check_domain
 
+# Help of flags that several commands have.
 MASK_DOCUMENTS = "no attention across the ends of documents; auto: as each model was trained"
 VERIFY_DATA = (
     "check of the token files against their digests before they are read: file sizes, a sample of "
@@ -55,7 +56,7 @@ class RunArgs(Arguments):
     )
 
     def __post_init__(self):
-        """Check all fields; refuse --global_batch_size together with an accumulation."""
+        """Check all fields; refuse --global_batch_size with --gradient_accumulation_steps."""
         super().__post_init__()
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise UserError(
@@ -233,7 +234,7 @@ class LoraArgs(Arguments):
 
     @property
     def settings(self) -> dict[str, object]:
-        """Settings of the adapter by their names in `make_lora_fields`."""
+        """Values by the names of the arguments of `make_lora_fields`, such as "rank"."""
         return {f.name.removeprefix("lora_"): getattr(self, f.name) for f in fields(self)}
 
     def check_model(self, model: ModelArgs) -> None:

@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 from megamod.errors import UserError
 
@@ -70,7 +71,7 @@ class CommandParser(argparse.ArgumentParser):
         # `run_main` looks for it among the words of the command line.
         self.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         """Raise UserError with a message of argparse, instead of ending the process."""
         raise UserError(message)
 
@@ -79,6 +80,11 @@ class CommandParser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         """Parse the command line; under shell completion, print completions and end the process.
 
+        For --help the help is printed, and the process ends.
+
+        Args:
+            args: words without the program's name; None: those of the process.
+            namespace: object that gets the values; None: a new one.
         Raises:
             UserError: for unknown flags and words, and values that argparse refuses.
         """

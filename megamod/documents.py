@@ -7,11 +7,9 @@ file, key, value, and what is allowed.
 import difflib
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from reprlib import Repr
 from typing import Annotated, Any, TypeVar
 
 import yaml
@@ -25,16 +23,12 @@ from pydantic import (
     model_validator,
 )
 
-from megamod.errors import UserError
+from megamod.errors import UserError, shorten
+from megamod.names import is_name
 
 _LARGEST_FILE = {"JSON": 16 * 2**20, "YAML": 2**20}  # bytes; YAML is read at some 50 kB a second
-_LARGEST_DEPTH = 100
+_LARGEST_DEPTH = 100  # far below what the recursion of later code allows
 _MOST_VALUES = 10**6  # aliases of YAML count as often as they are used
-_NAME = re.compile(r"(?!\.)[A-Za-z0-9_.+-]{1,100}")
-_DOMAIN = re.compile(r"[A-Za-z0-9_-]{1,100}")
-_LONGEST_VALUE = 120  # characters of a value in a message
-_short = Repr()
-_short.maxlevel, _short.maxstring, _short.maxother = 4, 80, 80
 
 
 class Document(BaseModel):
@@ -48,7 +42,7 @@ class Document(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_keys(cls, value: object) -> object:
-        """Return a mapping with known keys, or an instance; refuse anything else."""
+        """Return a mapping with known keys, or an instance; raise ValueError for anything else."""
         if isinstance(value, cls):
             return value
         keys = [field.alias or name for name, field in cls.model_fields.items()]
@@ -84,7 +78,7 @@ def read_document(path: str | Path, schema: type[Schema], origin: str | None = N
             value = json.loads(text, object_pairs_hook=_build_mapping)
         else:
             value = _Loader(text).get_single_data()
-    _check_size(value, origin)
+    _check_limits(value, origin)
     return check_document(value, schema, origin)
 
 
@@ -108,12 +102,14 @@ def read_yaml_lines(path: str | Path, origin: str) -> dict[str, tuple[object, in
         key, number = str(key_node.value), key_node.start_mark.line + 1
         with _report_malformed("YAML", f"{origin}, line {number}, {key}"):
             lines[key] = loader.construct_object(value_node, deep=True), number
-    _check_size({key: value for key, (value, _) in lines.items()}, origin)
+    _check_limits({key: value for key, (value, _) in lines.items()}, origin)
     return lines
 
 
 def read_object(path: Path) -> dict[str, object]:
-    """Read a JSON object of another program: without a schema and without a limit of its size.
+    """Read a JSON object that has no schema, such as one of another program, of any size.
+
+    Of a key that appears twice the last value counts.
 
     Raises:
         FileNotFoundError: if there is no such file, so that callers can say which file is needed.
@@ -135,7 +131,8 @@ def read_object(path: Path) -> dict[str, object]:
 def read_run_recipe(folder: Path) -> dict[str, object]:
     """Read the flags in run.yaml of a run's folder: name -> value; empty if there is no such file.
 
-    Names are not checked, because any version may have written the file.
+    `write_run_recipe` of `megamod.flags` writes it. Names are not checked, because any version may
+    have written the file.
 
     Raises:
         UserError: if the file is malformed.
@@ -161,43 +158,11 @@ def check_document(value: object, schema: type[Schema], origin: str, key: str = 
         raise UserError(_format_error(error, origin, key)) from error
 
 
-def check_name(name: str, origin: str) -> str:
-    """Return `name` if it can be part of a file's name.
-
-    Args:
-        origin: origin of the name, for the message.
-    Raises:
-        UserError: if it has other characters than letters, digits, _ . + and -, starts with a dot,
-            is empty or longer than 100 characters.
-    """
-    if not _NAME.fullmatch(name):
-        raise UserError(f"{origin}: {_describe_bad_name(name)}")
-    return name
-
-
-def check_domain(name: str, origin: str) -> str:
-    """Return `name` if it can be that of a domain, a part of names of files and parameters.
-
-    Args:
-        origin: origin of the name, for the message.
-    Raises:
-        UserError: if it is not made of 1 to 100 letters, digits, _ and -.
-    """
-    try:
-        return parse_domain(name)
-    except ValueError as error:
-        raise UserError(f"{origin}: {error}") from None
-
-
-def is_domain(name: str) -> bool:
-    """Return True if a name is made of 1 to 100 letters, digits, _ and -."""
-    return _DOMAIN.fullmatch(name) is not None
-
-
 def check_known_word(word: object, known: Iterable[str], problem: str) -> None:
     """Raise UserError if `word` is not among the known ones, with the nearest and all of them.
 
     Args:
+        known: the allowed words, at least one.
         problem: beginning of the message, such as "unknown key".
     """
     known = tuple(known)
@@ -206,45 +171,6 @@ def check_known_word(word: object, known: Iterable[str], problem: str) -> None:
         raise UserError(
             f"{problem} {shorten(word)}; the nearest is {nearest!r}, allowed are {', '.join(known)}"
         )
-
-
-def shorten(value: object) -> str:
-    """Return the representation of a value, cut to a length that fits a message."""
-    text = _short.repr(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
-
-
-def _describe_bad_name(name: object) -> str:
-    """Describe the fault of a name that `check_name` refuses."""
-    return (
-        f"{shorten(name)} is not made of letters, digits, _ . + and - (at most 100, the first not "
-        "a dot)"
-    )
-
-
-def parse_name(value: object) -> str:
-    """Return a value from a file as a name; numbers become text, as YAML reads `1` as one.
-
-    For the type `Name`. `check_name` checks names from elsewhere.
-
-    Raises:
-        ValueError: if the name cannot be part of a file's name, see `check_name`.
-    """
-    text = str(value) if type(value) in (int, float) else value
-    if not isinstance(text, str) or not _NAME.fullmatch(text):
-        raise ValueError(_describe_bad_name(value))
-    return text
-
-
-def parse_domain(name: str) -> str:
-    """Return `name` if it can be that of a domain; for the type `Domain`, see `check_domain`.
-
-    Raises:
-        ValueError: if it is not made of 1 to 100 letters, digits, _ and -.
-    """
-    if not is_domain(name):
-        raise ValueError(f"{shorten(name)} is not made of letters, digits, _ and - (at most 100)")
-    return name
 
 
 def _parse_number(value: object) -> int | float:
@@ -268,10 +194,6 @@ def parse_setting(value: object) -> object:
     return value
 
 
-Name = Annotated[str, BeforeValidator(parse_name)]
-"""A name that becomes part of a file's name."""
-Domain = Annotated[str, AfterValidator(parse_domain)]
-"""The name of a domain, which becomes part of the names of files and parameters."""
 Key = Annotated[str, BeforeValidator(str)]
 """A key that is text, whatever YAML reads it as."""
 Items = Annotated[tuple[Item, ...], BeforeValidator(lambda v: tuple(v) if type(v) is list else v)]
@@ -346,11 +268,11 @@ def _report_malformed(kind: str, origin: str) -> Iterator[None]:
 _TOO_DEEP = f"is nested more than {_LARGEST_DEPTH} deep"
 
 
-def _check_size(value: object, origin: str) -> None:
+def _check_limits(value: object, origin: str) -> None:
     """Raise UserError for a document that later code would fail on.
 
-    It may not be nested too deep, have too many values, whole numbers of more than 64 bits, or text
-    that cannot be written as UTF-8.
+    It may not be nested deeper than `_LARGEST_DEPTH`, have more than `_MOST_VALUES` values, whole
+    numbers of more than 64 bits, or text that cannot be written as UTF-8.
     """
     pending, count = [(value, 0)], 0
     while pending:
@@ -392,9 +314,13 @@ _MISTAKES = {
 
 
 def _format_error(error: ValidationError, origin: str, key: str) -> str:
-    """Format the first error of a validation as one sentence."""
+    """Format the first error of a validation as one sentence.
+
+    It begins with `origin`, the file, and the path of the value below `key`, see `check_document`.
+    """
     first = error.errors(include_url=False)[0]
     kind, location, context = first["type"], first["loc"], first.get("ctx", {})
+    # pydantic puts the key and "[key]" after the path if the key itself is refused.
     path = key + "".join(map(_format_step, location[:-2] if "[key]" in location else location))
     where = f"{origin}, {path.removeprefix('.')}" if path else origin
     if kind == "missing":
@@ -410,10 +336,10 @@ def _format_error(error: ValidationError, origin: str, key: str) -> str:
 
 
 def _format_step(part: str | int) -> str:
-    """Format one part of a path: an index, or a key."""
+    """Format one part of the path of a value: an index, or a key, in quotes unless it is a name."""
     if type(part) is int:
         return f"[{part}]"
-    return f".{part}" if _NAME.fullmatch(part) else f".{shorten(part)}"
+    return f".{part}" if is_name(part) else f".{shorten(part)}"
 
 
 def _list_choices(expected: str) -> str:

@@ -2,7 +2,8 @@
 
     0 ok | 2 user error | 3 stopped by policy | 4 distributed failure | 130 interrupted
 
-Every launcher ends with `run(main)`, so users read one paragraph and scripts read one exit code.
+Every command ends by `run_main(main)`: users read one sentence, and scripts one exit code. A fault
+of the program itself has Python's traceback and exit code 1.
 """
 
 import os
@@ -13,6 +14,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from reprlib import Repr
+
+_LONGEST_REASON = 300  # characters of a library's error in a message
+_LONGEST_VALUE = 120  # characters of a value in a message
+_short = Repr()
+_short.maxlevel, _short.maxstring, _short.maxother = 4, 80, 80
 
 
 class UserError(ValueError):
@@ -22,7 +29,7 @@ class UserError(ValueError):
 
 
 class PolicyStop(RuntimeError):
-    """The run ended itself as it was told to, for example on a loss that is not a number."""
+    """The run ended by its policy, such as that for losses that are not finite."""
 
     exit_code = 3
 
@@ -34,21 +41,22 @@ class DistributedFailure(RuntimeError):
 
 
 class PeerError(DistributedFailure):
-    """Another rank ended the common work by an error; this one is whole, and so are collectives."""
+    """Another rank left a `fail_together` block by an error; collectives work as before."""
 
 
 class Interrupted(RuntimeError):
-    """SIGTERM, SIGUSR1 or Ctrl-C arrived, and a checkpoint was written before stopping."""
+    """The run stopped at a signal, such as SIGTERM; the same command continues it."""
 
     exit_code = 130
 
 
 @contextmanager
 def report_damage(where: str) -> Iterator[None]:
-    """Turn any exception of the block into a UserError; UserErrors and interrupts pass unchanged.
+    """Turn any exception of the block into a UserError.
 
-    For blocks in which a library reads files of others: a fault of the file is no fault of the
-    program, and each library has its own kinds of errors for it.
+    UserError, KeyboardInterrupt, SystemExit and GeneratorExit pass unchanged. For blocks in which a
+    library reads files of others: a fault of the file is no fault of the program, and each library
+    has its own kinds of errors for it.
 
     Args:
         where: beginning of the message: the file and the failed action, such as "FOLDER cannot be
@@ -59,7 +67,7 @@ def report_damage(where: str) -> Iterator[None]:
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # libraries in Rust panic with one that is no Exception
-        kind, text = type(error).__name__, " ".join(str(error).split())[:300]
+        kind, text = type(error).__name__, _shorten_reason(error)
         if kind == "UnpicklingError":  # its text recommends to run what the file names
             kind, text = (
                 "",
@@ -67,6 +75,17 @@ def report_damage(where: str) -> Iterator[None]:
             )
         plain = isinstance(error, (OSError, ValueError, RuntimeError)) and text
         raise UserError(f"{where}: {text if plain else f'{kind} {text}'.strip()}") from error
+
+
+def shorten(value: object) -> str:
+    """Return the representation of a value, cut to a length that fits a message."""
+    text = _short.repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+
+
+def _shorten_reason(error: BaseException) -> str:
+    """Return the text of an error in one line, cut to a length that fits a message."""
+    return " ".join(str(error).split())[:_LONGEST_REASON]
 
 
 EXIT_CALLS: list[Callable[[], None]] = []
@@ -80,9 +99,12 @@ LOSS_DESCRIBERS: list[Callable[[], str]] = []
 def run_main(main: Callable[[], None]) -> None:
     """Call `main`; if it raises an expected error, print one sentence and end the process.
 
-    Exit codes are those of the module docstring, and 141 if the reader of our output has closed the
-    pipe. Without an error the function returns. Errors of the program itself are raised again.
-    `--traceback` anywhere on the command line also prints the traceback of an expected error.
+    Expected are the errors of this module, errors that the user can mend (`is_user_fixable`) and
+    lost ranks (`is_distributed_failure`), with the exit codes of the module docstring. If the
+    reader of our output has closed the pipe, the process ends with exit code 141 and no message,
+    except where RANK is set: there BrokenPipeError is raised. Without an error the function
+    returns; any other error is raised again. `--traceback` anywhere on the command line also prints
+    the traceback of an expected error.
     """
     try:
         main()
@@ -109,20 +131,21 @@ def run_main(main: Callable[[], None]) -> None:
             _exit_with_message(_describe_fixable(error), UserError.exit_code)
         where = f"rank {os.environ.get('RANK', '0')} on {os.uname().nodename}"
         named = "".join(f"; {describe()}" for describe in LOSS_DESCRIBERS)
-        reason = " ".join(str(error).split())[:300]
-        message = f"DistributedFailure: {where} lost its peers{named}: {reason}"
+        message = f"DistributedFailure: {where} lost its peers{named}: {_shorten_reason(error)}"
         _exit_with_message(message, DistributedFailure.exit_code)
 
 
 def _describe_fixable(error: Exception) -> str:
     """Describe an error of the operating system, or too little memory, in one sentence."""
-    if isinstance(error, OSError) and error.strerror:
-        file = f"{error.filename}"
-        short = file if len(file) < 200 else f"{file[:100]}..."
-        return f"{type(error).__name__}: {short}: {error.strerror}"
-    text = " ".join(str(error).split())[:300]
-    memory = not isinstance(error, OSError)
-    return f"{type(error).__name__}: {'not enough memory: ' if memory else ''}{text}"
+    kind, reason = type(error).__name__, _shorten_reason(error)
+    if not isinstance(error, OSError):
+        return f"{kind}: not enough memory: {reason}"
+    if not error.strerror:
+        return f"{kind}: {reason}"
+    # A write to an open file fails without the file's name.
+    name = "" if error.filename is None else str(error.filename)
+    short = name if len(name) < 200 else f"{name[:100]}..."
+    return f"{kind}: {short}{short and ': '}{error.strerror}"
 
 
 def is_distributed_failure(error: RuntimeError) -> bool:
@@ -142,10 +165,14 @@ def is_distributed_failure(error: RuntimeError) -> bool:
 
 
 def is_user_fixable(error: Exception) -> bool:
-    """Return True for errors that the user can mend: wrong input, a full disk, little memory."""
+    """Return True for errors that the user can mend: wrong input, a full disk, little memory.
+
+    That is any UserError and OSError, and too little memory of the host or a GPU.
+    """
     from torch import OutOfMemoryError
 
     kinds = (UserError, OSError, MemoryError, OutOfMemoryError)
+    # torch reports too little memory of the host as a RuntimeError with this text.
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
@@ -159,7 +186,7 @@ def _is_stdout_closed() -> bool:
 def _exit_with_message(message: str, exit_code: int) -> None:
     """Print a message to standard error and end the process with `exit_code`.
 
-    A rank above 0 prints three seconds later. A process that a launcher started (RANK is set) calls
+    A rank above 0 prints three seconds later. A rank of a process group (RANK is set) calls
     `EXIT_CALLS` and exits at once, without unwinding.
     """
     rank = os.environ.get("RANK", "0")

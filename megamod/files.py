@@ -1,7 +1,8 @@
 """Durable files: written whole or not at all, on disk before they are named, with digests.
 
-Every file the project leaves behind goes through here, so a kill -9 at any instant leaves either
-the old content or the new.
+A kill -9 at any instant leaves either the old content or the new. Files of tensors are opened by
+`write_tensors` of `megamod.states.weights` and `write_streamed_tensors` of `megamod.states.stream`,
+inside a folder of `create_folder_atomically` or before a rename; logs and metrics grow in place.
 """
 
 import hashlib
@@ -73,10 +74,11 @@ def create_folder_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder, which is renamed to `path` if the block succeeds.
 
     Before that its content is synced. If the block raises, the folder is removed. Missing parent
-    folders are created.
+    folders are created, and stay.
 
     Raises:
         FileExistsError: if `path` exists already when the block ends.
+        OSError: if a folder cannot be created, synced or renamed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """Flags from dataclasses, filled from a recipe, the environment and the command line.
 
 A value is looked up in this order, later ones winning: the default of the field, the recipe (an
-optional YAML file, the first argument), the variable `MEGAMOD_<FLAG>`, the flag. The parser is
-plain argparse: importing transformers' HfArgumentParser alone takes about a second, which is all
-that `--help` may take.
+optional YAML file, the first argument), the variable `MEGAMOD_<FLAG>` unless it is empty, the flag.
+The parser is plain argparse: importing transformers' HfArgumentParser alone takes about a second,
+which is all that `--help` may take.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import ClassVar, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -33,16 +33,16 @@ def option(
     most: float | None = None,
     alias: str | None = None,
     separator: str | None = None,
-):
-    """Make a dataclass field that is a flag.
+) -> Any:
+    """Make a dataclass field that is a flag, for a subclass of `Arguments`.
 
     Args:
         default: value if no source sets the field.
         help: one line, shown by `--help`.
         least, most: inclusive bounds of a number.
-        alias: a second spelling of the flag, without dashes.
-        separator: divides the items of a list that is written as one word, besides blanks between
-            words; lists of numbers have the comma.
+        alias: a second spelling of the flag, without dashes; None: it has none.
+        separator: also divides the items of a list that is written as one word; None: only blanks
+            do, or in a list of numbers the comma.
     """
     metadata = dict(help=help, least=least, most=most, alias=alias, separator=separator)
     return field(default=default, metadata=metadata)
@@ -75,7 +75,9 @@ def parse_args(*classes: type, argv: Sequence[str] | None = None, doc: str | Non
     Args:
         classes: dataclasses of flags, without common field names.
         argv: arguments without the program's name; None: those of the process.
-        doc: docstring of the launcher: its first paragraph heads the help, the rest ends it.
+        doc: docstring of the command: its first paragraph heads the help, the rest ends it.
+    Returns:
+        an instance of each class, in the order of `classes`.
     Raises:
         UserError: for an unknown flag or key, with the nearest valid one, for values that a field
             does not allow, and for a recipe that cannot be read.
@@ -112,8 +114,11 @@ def find_origin(args: Arguments, name: str) -> str:
 
 
 def set_values(args: Arguments, values: Mapping[str, object], origin: str) -> None:
-    """Set fields to these values; fields whose value changes get this `origin`.
+    """Set fields to these values, in place; fields whose value changes get this `origin`.
 
+    Args:
+        values: by field name; names of other dataclasses are ignored.
+        origin: for `find_origin` and messages, such as "DeepSpeed FILE".
     Raises:
         UserError: naming the origin, the value and what is allowed.
     """
@@ -139,14 +144,17 @@ def refuse_changes(args: Arguments, names: Iterable[str], reason: str) -> None:
 
 
 def require_values(args: Arguments, *names: str) -> None:
-    """Raise UserError if one of the named fields is None."""
+    """Raise UserError if one of the named fields is None; names that `args` lacks are ignored."""
     for f in fields(args):
         if f.name in names and getattr(args, f.name) is None:
             raise UserError(f"--{f.name} is missing: {f.metadata['help']}")
 
 
 def write_run_recipe(path: Path, *parsed: Arguments) -> None:
-    """Write a recipe of all flags that repeats the run, with the origin of each as a comment."""
+    """Write a recipe of all flags that repeats the run, with the origin of each as a comment.
+
+    It replaces an existing file. Raises OSError if it cannot be written.
+    """
     lines = []
     for args in parsed:
         lines.append(f"# {type(args).__doc__.splitlines()[0]}")
@@ -244,7 +252,7 @@ def _find_spelling(flag_field: Field, flags: dict[str, object]) -> tuple[str, ob
     Args:
         flags: see `_parse_flags`.
     Raises:
-        UserError: if both spellings are there with different values.
+        UserError: if both spellings are there with different values; `x` and `./x` are one path.
     """
     spellings = (flag_field.name, flag_field.metadata["alias"])
     values = {name: flags[name] for name in spellings if flags.get(name) is not None}
@@ -268,14 +276,20 @@ def _parse_value(flag_field: Field, text: str | list[str], origin: str) -> tuple
 
 
 def _split_items(text: str | list[str], separator: str) -> list[str]:
-    """Split the items of a list at blanks, or a single word at the separator, as `0.1,0.9`."""
+    """Split the items of a list at blanks, or a single word at the separator, as `0.1,0.9`.
+
+    A word with an empty item, such as `a::b`, is left whole.
+    """
     words = text.split() if isinstance(text, str) else text
     items = words[0].split(separator) if len(words) == 1 else words
     return items if all(items) else words
 
 
 def _convert_text(kind: type, text: str | list[str]) -> object:
-    """Convert text to a value of `kind`; return the text itself if it is not one."""
+    """Convert text to a value of `kind`; return the text itself if it is not one.
+
+    A list is converted item by item. `_check_value` refuses what is left as text.
+    """
     if get_origin(kind) is list:
         words = text.split() if isinstance(text, str) else text
         return [_convert_text(get_args(kind)[0], word) for word in words]
@@ -301,7 +315,9 @@ def _inspect_type(flag_field: Field) -> tuple[type, tuple[str, ...], bool]:
 
 
 def _check_value(flag_field: Field, value: object, where: str) -> object:
-    """Check a value; return it with the type of its field.
+    """Check a value; return it with the type of its field: a whole number may become a float.
+
+    Numbers must be below 2^63, as the integers of torch are.
 
     Raises:
         UserError: naming `where`, the value and what is allowed.

@@ -32,6 +32,7 @@ WATCH = 60.0  # seconds that a lock of another machine is watched for a sign of 
 STALE = 120.0  # a lock of another machine that is this much older than a new file is not watched
 
 _WITHOUT_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""Errors of a file system that has no hard links."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Holder:
     token: str
 
     @classmethod
-    def here(cls) -> "Holder":
+    def of_this_process(cls) -> "Holder":
         """Describe this process as a holder, with a new token."""
         return cls(
             os.uname().nodename,
@@ -79,11 +80,14 @@ class FolderLock:
 
     def __init__(self, file: Path, title: str):
         self.file, self.title = file, title
-        self.holder = Holder.here()
+        self.holder = Holder.of_this_process()
         self._released = threading.Event()
 
     def acquire(self) -> None:
         """Create the lock file, in place of one whose holder is dead, and start to touch it.
+
+        A thread touches it until `release`. To find out if a holder on another machine is dead may
+        take `WATCH` seconds.
 
         Raises:
             UserError: if another process holds the folder, or the file cannot be created.
@@ -97,7 +101,7 @@ class FolderLock:
         threading.Thread(target=self._beat, name=f"lock {self.file}", daemon=True).start()
 
     def release(self) -> None:
-        """Delete the lock file if it is still that of this process."""
+        """Stop to touch the lock file, and delete it if it is still that of this process."""
         self._released.set()
         if self.holder.pid == os.getpid() and _read_holder(self.file) == self.holder:
             with suppress(OSError):
@@ -130,8 +134,8 @@ class FolderLock:
     def _is_alive(self, holder: Holder | None) -> bool:
         """Return True if the holder runs: by its process on this machine, else by signs of life.
 
-        A holder on another machine touches its file every few seconds, so this may take `WATCH`
-        seconds.
+        A holder on another machine touches its file every `BEAT` seconds, so this may take `WATCH`
+        seconds. None is a holder whose lock file is malformed, which is watched in the same way.
         """
         if holder is not None and holder.machine == self.holder.machine:
             return _read_process_start(holder.pid) == holder.started
@@ -166,6 +170,7 @@ class FolderLock:
 
 
 _held: dict[Path, FolderLock] = {}
+"""Locks of `hold_folder` in this process, by resolved folder."""
 
 
 @contextmanager
@@ -185,7 +190,7 @@ def hold_folder(folder: Path, title: str | None = None) -> Iterator[None]:
     if path in _held and _held[path].holder.pid == os.getpid():
         yield
         return
-    with _make_while_used(path, title), _hold_lock(path / ".in_use", title) as _held[path]:
+    with _create_while_used(path, title), _hold_lock(path / ".in_use", title) as _held[path]:
         for file in path.glob(".*.tmp"):
             if file.is_file() and re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", file.name):
                 file.unlink(missing_ok=True)
@@ -199,15 +204,15 @@ def hold_folder(folder: Path, title: str | None = None) -> Iterator[None]:
 def hold_name(path: Path) -> Iterator[None]:
     """Lock the name of a folder that will appear complete, by `PARENT/.NAME.in_use`, for the block.
 
-    The parent is created if needed. Temporary siblings of `create_folder_atomically` that killed
-    processes left are deleted.
+    The parent is created if needed, and deleted afterwards if it is new and still empty. Temporary
+    siblings of `create_folder_atomically` that killed processes left are deleted.
 
     Raises:
         UserError: if another process holds it, or its parent cannot be written.
     """
     path, title = Path(path).absolute(), f"--output_dir {path}"
     with (
-        _make_while_used(path.parent, title),
+        _create_while_used(path.parent, title),
         _hold_lock(path.with_name(f".{path.name}.in_use"), title),
     ):
         for left in path.parent.glob(".tmp-*"):
@@ -220,7 +225,7 @@ def hold_name(path: Path) -> Iterator[None]:
 def _hold_lock(file: Path, title: str) -> Iterator[FolderLock]:
     """Hold a `FolderLock` for the block; it is also released if a rank ends at once by an error.
 
-    Raise UserError if another process holds it.
+    Raise UserError if another process holds it, or the lock file cannot be created.
     """
     lock = FolderLock(file, title)
     lock.acquire()
@@ -233,8 +238,11 @@ def _hold_lock(file: Path, title: str) -> Iterator[FolderLock]:
 
 
 @contextmanager
-def _make_while_used(folder: Path, title: str) -> Iterator[None]:
-    """Create a folder and its parents if needed; delete those that are empty after the block.
+def _create_while_used(folder: Path, title: str) -> Iterator[None]:
+    """Create a folder and its parents if needed; delete the new ones that are empty after the
+    block.
+
+    `title` names the folder in the message.
 
     Raises:
         UserError: if it cannot be created.
@@ -253,7 +261,10 @@ def _make_while_used(folder: Path, title: str) -> Iterator[None]:
 
 
 def _create_lock_file(file: Path, text: str) -> bool:
-    """Create a file with its content in one step; return False if it exists."""
+    """Create a file with its content in one step; return False if it exists.
+
+    Raise OSError if it cannot be written.
+    """
     temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -343,4 +354,5 @@ def _read_process_start(pid: int) -> int | None:
     except OSError:
         return None
     words = text[text.rindex(")") + 2 :].split()  # the name of a program may hold blanks
+    # After the name come the state, Z and X for a process that has ended, and 18 other values.
     return None if words[0] in "ZX" else int(words[19])

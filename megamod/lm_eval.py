@@ -16,6 +16,7 @@ from pathlib import Path
 from megamod.errors import UserError, run_main
 from megamod.states.config_file import read_config_file
 
+# Model types of this package that are no causal language models.
 ENCODERS = ("ca_mtl", "mux_bert", "mux_electra", "mux_roberta")
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     """Check the model on the command line, and run the harness with this command line.
 
     Raises:
-        UserError: if the harness is not installed, or the expert of a DEMix model is not named.
+        UserError: if the harness is not installed, or as `check_harness_model`.
     """
     try:
         from lm_eval.__main__ import HarnessCLI, cli_evaluate

@@ -110,6 +110,11 @@ def test_the_shell_completes(line, expected, tmp_path):
     assert [word.strip() for word in completions.read_text().splitlines()] == expected
 
 
+def test_completion_needs_a_shell():
+    done = megamod_command(_ARGCOMPLETE="1")
+    assert done.returncode == 2 and "no shell asks" in done.stderr
+
+
 def test_recipes_are_listed_and_copied(tmp_path):
     files = shipped_files.list_shipped_files()
     assert {name: path for name, path in files.items() if path != REPOSITORY / name} == {}

@@ -28,6 +28,7 @@ def ending(monkeypatch, capsys, error: BaseException) -> tuple[int, str]:
         (errors.Interrupted("after step 7"), 130, "Interrupted: after step 7\n"),
         (KeyboardInterrupt(), 130, "Interrupted\n"),
         (OSError(28, "No space left", "out/x"), 2, "OSError: out/x: No space left\n"),
+        (OSError(28, "No space left"), 2, "OSError: No space left\n"),
         (FileNotFoundError(2, "No such file", "a"), 2, "FileNotFoundError: a: No such file\n"),
         (MemoryError("6 GB"), 2, "MemoryError: not enough memory: 6 GB\n"),
     ],

@@ -14,6 +14,7 @@ LEAVES = {
     "megamod.errors",
     "megamod.files",
     "megamod.folder_lock",
+    "megamod.names",
     "megamod.progress",
     "megamod.tables",
 }
@@ -30,7 +31,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.folder_lock": ({"megamod.errors"}, set()),
     "megamod.progress": (set(), {"tqdm"}),
     "megamod.tables": (set(), set()),
-    "megamod.documents": ({"megamod.errors"}, {"pydantic", "yaml"}),
+    "megamod.names": ({"megamod.errors"}, {"pydantic"}),
+    "megamod.documents": ({"megamod.errors", "megamod.names"}, {"pydantic", "yaml"}),
     "megamod.command_line": ({"megamod.errors"}, {"argcomplete"}),
     "megamod.shipped_files": (set(), set()),
     "megamod.flags": ({"megamod.command_line"}, {"yaml"}),

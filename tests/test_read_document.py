@@ -10,16 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from megamod.documents import (
-    Document,
-    Items,
-    Name,
-    Number,
-    check_document,
-    check_name,
-    read_document,
-)
+from megamod.documents import Document, Items, Number, check_document, read_document
 from megamod.errors import UserError
+from megamod.names import Name, check_name
 
 
 class Part(Document):

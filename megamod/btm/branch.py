@@ -18,11 +18,11 @@ from pathlib import Path
 from megamod.btm.forest_entry import RECORD
 from megamod.btm.parents import ParentModel
 from megamod.dist.scope import parse_expert_domain, to_dense_name
-from megamod.documents import check_name
 from megamod.errors import UserError
 from megamod.files import create_folder_atomically, write_json
 from megamod.folder_lock import hold_folder
 from megamod.merging.merge import average_folders
+from megamod.names import check_name
 from megamod.states.adapter import is_adapter
 from megamod.states.checkpoint_folder import (
     KINDS,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.corpus.header import HEADER, read_header
-from megamod.documents import check_domain
 from megamod.errors import UserError
 from megamod.flags import Arguments, find_origin, option, require_values
+from megamod.names import check_domain
 from megamod.tables import format_table
 
 RESERVED = ("seed", "world", "average", "evaluation")

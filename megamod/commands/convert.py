@@ -19,8 +19,8 @@ from pathlib import Path
 
 from megamod.command_line import CommandParser
 from megamod.convert import FORMATS, Options, import_format
-from megamod.documents import check_name
 from megamod.errors import UserError, run_main
+from megamod.names import check_name
 from megamod.states.output_folder import create_new_folder
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from megamod.documents import Document, Items, Key, read_document, shorten
-from megamod.errors import UserError
+from megamod.documents import Document, Items, Key, read_document
+from megamod.errors import UserError, shorten
 from megamod.merging.recipe import (
     GREEDY_SOUP,
     InputModel,

@@ -14,8 +14,8 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from megamod.documents import Document, Key, shorten
-from megamod.errors import UserError
+from megamod.documents import Document, Key
+from megamod.errors import UserError, shorten
 
 UNION = "union"
 FILE = "tokenizer.json"

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megamod.documents import Document, Items, Name, read_document
+from megamod.documents import Document, Items, read_document
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.mixture.posterior import RULES
+from megamod.names import Name
 
 FORMAT = 1
 TOLERANCE = 1e-4  # of the sum of the weights in a file

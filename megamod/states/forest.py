@@ -22,9 +22,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from megamod.documents import Document, Items, check_name, read_document, shorten
-from megamod.errors import UserError
+from megamod.documents import Document, Items, read_document
+from megamod.errors import UserError, shorten
 from megamod.files import write_json
+from megamod.names import check_name
 from megamod.states.adapter import (
     check_seed_weights,
     find_seed_folder,

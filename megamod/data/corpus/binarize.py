@@ -37,10 +37,11 @@ from megamod.data.corpus.tokenizers import (
     find_trainer,
     load_tokenizer,
 )
-from megamod.documents import check_domain, read_document
+from megamod.documents import read_document
 from megamod.errors import UserError
 from megamod.files import format_json, hash_file, sync_folder, sync_tree, write_atomic, write_json
 from megamod.folder_lock import hold_name
+from megamod.names import check_domain
 from megamod.progress import show_progress
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megamod.documents import Document, Domain, read_document
+from megamod.documents import Document, read_document
 from megamod.errors import UserError
 from megamod.files import format_json
+from megamod.names import Domain
 
 HEADER = "databin.json"
 FORMAT = 1

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from megamod.data.tasks.specs import METRICS, Column, Kind, TaskSpec
-from megamod.documents import Document, Items, Name, read_document, shorten
+from megamod.documents import Document, Items, read_document
+from megamod.errors import shorten
+from megamod.names import Name
 
 USUAL_METRICS = {  # by kind, of tasks whose file names none
     "sequence": ("accuracy",),

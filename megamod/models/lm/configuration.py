@@ -8,9 +8,9 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig
 
-from megamod.documents import is_domain
 from megamod.errors import UserError, report_damage
 from megamod.mixture.posterior import RULES
+from megamod.names import is_domain
 from megamod.states.adapter import find_seed_folder
 from megamod.states.config_file import read_config_file
 from megamod.states.forest import HOST_TYPE

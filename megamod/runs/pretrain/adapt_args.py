@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megamod.args import VERIFY_DATA, OptimArgs
-from megamod.documents import check_domain
 from megamod.errors import UserError
 from megamod.flags import Arguments, option, refuse_changes
+from megamod.names import check_domain
 
 
 @dataclass

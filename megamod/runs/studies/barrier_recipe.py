@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from megamod.documents import Document, Items, Name, Number, parse_name, read_document
+from megamod.documents import Document, Items, Number, read_document
 from megamod.errors import UserError
 from megamod.merging.alignment.options import EffectiveOptions
+from megamod.names import Name, parse_name
 
 MLM, CLM = "mlm", "clm"
 RECORD = "study.json"

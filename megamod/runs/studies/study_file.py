@@ -26,8 +26,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megamod.documents import Document, Name, parse_setting, read_document, shorten
-from megamod.errors import UserError
+from megamod.documents import Document, parse_setting, read_document
+from megamod.errors import UserError, shorten
+from megamod.names import Name
 
 Settings = dict[str, object]
 

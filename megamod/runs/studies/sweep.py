@@ -18,13 +18,14 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from megamod.btm.placement import find_free_port
 from megamod.data.tasks.specs import GLUE
-from megamod.documents import Document, Items, Name, check_document, read_document, shorten
-from megamod.errors import UserError
+from megamod.documents import Document, Items, check_document, read_document
+from megamod.errors import UserError, shorten
 from megamod.evaluation.glue import average_task_scores
 from megamod.evaluation.plots import plot_scores_by_instances, plot_trade_off
 from megamod.evaluation.seeds import compute_mean_and_deviation
 from megamod.files import write_json
 from megamod.flags import format_flags
+from megamod.names import Name
 from megamod.runs.finetune.records import RESULTS, Results
 from megamod.tables import format_score_table
 
