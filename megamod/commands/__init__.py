@@ -1,6 +1,7 @@
 """The commands of `megamod VERB`: each is a file with a function `main`, its help the docstring.
 
-A file of `launchers/` is a second door to the `main` of the same name, for deepspeed and torchrun.
+A file of `launchers/` calls the `main` of the same name, for deepspeed and torchrun, which start
+files.
 """
 
 import ast
@@ -19,11 +20,14 @@ GROUPS = {
 
 
 def list_verbs() -> list[str]:
-    """List the verbs of all commands."""
+    """List the verbs of all commands, in the order of `GROUPS`."""
     return [name.replace("_", "-") for names in GROUPS.values() for name in names]
 
 
 def read_summary(name: str) -> str:
-    """Read the first paragraph of the docstring of a command's module, without importing it."""
+    """Read the first paragraph of the docstring of a command's module, without importing it.
+
+    `name` is a module in `GROUPS`; the paragraph becomes one line.
+    """
     source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
     return " ".join(ast.get_docstring(ast.parse(source)).partition("\n\n")[0].split())

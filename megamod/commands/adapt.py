@@ -21,10 +21,11 @@ from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
 
 
 def main() -> None:
-    """Parse the flags, adapt the expert, and print the output paths.
+    """Parse the flags, adapt the expert, and print scores and output paths.
 
     Raises:
-        UserError: if a flag is missing, or as `megamod.runs.pretrain.adapt.adapt`.
+        UserError: if a flag is missing.
+        UserError, PolicyStop, Interrupted: as `megamod.runs.pretrain.adapt.adapt`.
     """
     parsed = parse_args(RunArgs, SafetyArgs, AdaptOptimArgs, AdaptArgs, doc=__doc__)
     args = parsed[-1]

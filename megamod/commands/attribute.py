@@ -17,11 +17,15 @@ from megamod.flags import parse_args
 
 
 def main() -> None:
-    """Parse the flags, compute the shares, print and write them."""
+    """Parse the flags and TEXT, compute the shares, print and write them.
+
+    Raises:
+        UserError: as `megamod.runs.attribution.attribute`.
+    """
     from megamod.runs.attribution_args import AttributionArgs
 
     argv = sys.argv[1:]
-    # The one word that is neither a flag nor the value of one.
+    # TEXT, the one word that is neither a flag nor the value of one, gets the flag --text.
     alone = [
         number
         for number, word in enumerate(argv)

@@ -23,7 +23,11 @@ from megamod.flags import parse_args
 
 
 def main() -> None:
-    """Parse the flags, run all jobs, and print the path of the forest."""
+    """Parse the flags, run all jobs, and print the path of the forest.
+
+    Raises:
+        UserError, PolicyStop, DistributedFailure, Interrupted: as `run_campaign`.
+    """
     kinds = (BtmArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, DataArgs)
     parsed = parse_args(*kinds, doc=__doc__)
     run_campaign(parsed, Path(__file__).resolve().parent)

@@ -22,7 +22,8 @@ def main() -> None:
     """Parse the command line, check every host, and print the table.
 
     Raises:
-        UserError: for a number that is not allowed, or after the faults of the file are printed.
+        UserError: for a number that is not allowed, or for faults of the file; several are printed
+            before, a single one is the message.
     """
     parser = CommandParser(__doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="lines of `NAME slots=N`")

@@ -32,7 +32,8 @@ def main() -> None:
     The output folder must be new; it is not left half-written.
 
     Raises:
-        UserError: for a format that has no such direction, or input that cannot be converted.
+        UserError: for a format that has no such direction, names that cannot be those of files, an
+            output folder that exists, or input that cannot be converted.
     """
     options = parse_arguments()
     for name in options.domains:
@@ -40,6 +41,7 @@ def main() -> None:
     module = import_format(options.format)
     format_options = Options(tuple(options.domains), options.num_attention_heads)
     source = options.input if options.input.is_dir() else options.input.parent
+    # `expert` has a single direction, so it needs no --export.
     way = "export" if options.export or options.format == "expert" else "convert"
     if not hasattr(module, way):
         other = "without" if options.export else "with"
@@ -65,7 +67,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Parse the command line; see `--help`."""
+    """Parse the command line; see `--help`. Raise UserError for words that it does not allow."""
     parser = CommandParser(__doc__)
     add = parser.add_argument
     format_options = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())

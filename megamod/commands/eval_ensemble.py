@@ -24,7 +24,11 @@ from megamod.runs.studies.ensemble_args import EnsembleArgs
 
 
 def main() -> None:
-    """Parse the flags, estimate the prior, score the mixture, print and write the results."""
+    """Parse the flags, estimate the prior, score the mixture, print and write the results.
+
+    Raises:
+        UserError: if a flag is missing, or as `join_process_group` and `mix_forest`.
+    """
     (args,) = parse_args(EnsembleArgs, doc=__doc__)
     require_values(args, "forest", "data", "domain")
 

@@ -38,8 +38,7 @@ class SweepArgs(Arguments):
 
 
 def main() -> None:
-    """Parse the flags, run the jobs that are missing, and print the table; with --dry_run print the
-    commands alone.
+    """Parse the flags, run the missing jobs and print the table; with --dry_run only the commands.
 
     Raises:
         UserError: if a flag is missing, --output_dir is a file, or as `read_sweep` and `run_sweep`.

@@ -23,7 +23,12 @@ from megamod.runs.finetune.args import FinetuneOptimArgs, FinetuneRunArgs, OneTa
 
 
 def main() -> None:
-    """Parse the flags, train, score and predict."""
+    """Parse the flags, train, score and predict.
+
+    Raises:
+        UserError: if --output_dir is missing.
+        UserError, PolicyStop, Interrupted: as `megamod.runs.finetune.run.finetune`.
+    """
     parsed = parse_args(
         FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs, OneTaskArgs, TaskArgs, doc=__doc__
     )

@@ -30,7 +30,12 @@ from megamod.runs.finetune.args import (
 
 
 def main() -> None:
-    """Parse the flags, train, score and predict."""
+    """Parse the flags, train, score and predict.
+
+    Raises:
+        UserError: if --output_dir is missing.
+        UserError, PolicyStop, Interrupted: as `megamod.runs.finetune.run.finetune`.
+    """
     parsed = parse_args(
         FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs, ManyTasksArgs, TaskListArgs, doc=__doc__
     )

@@ -34,7 +34,7 @@ class ForestArgs(Arguments):
 
     forest: str | None = option(None, "forest.json, or the folder that holds it")
     domain: list[str] | None = option(  # noqa: RUF009
-        None, "name of the expert; branch for one job of independent models: several"
+        None, "name of the expert; remove, and branch --one_world: one or several"
     )
     path: str | None = option(None, "add, upgrade: a finished run, or a model folder")
     member: str | None = option(None, "a domain, of a model or run that holds several")
@@ -104,13 +104,13 @@ def main() -> None:
     from megamod.states.forest import check_new_expert, edit_forest, find_expert, open_forest
 
     if verb in ("add", "upgrade"):
-        require_values(args, "path")
-        domain = args.domain[0] if args.domain else None
-        replaced = None
-        if verb == "upgrade":
-            require_values(args, "domain")
-            open_forest(args.forest)
-            replaced = domain
+        require_values(args, "path", *(["domain"] if verb == "upgrade" else []))
+        domain, *others = args.domain or [None]
+        if others:
+            raise UserError(f"--domain {' '.join(args.domain)}: {verb} takes one name")
+        replaced = domain if verb == "upgrade" else None
+        if replaced is not None:
+            open_forest(args.forest)  # refuses a forest that does not exist
         new = make_forest_entry(Path(args.path), domain, args.member)
         read_lm_config(new.path, "--path")
         check_new_expert(args.forest, new, replaced)
@@ -134,14 +134,14 @@ def main() -> None:
 
 
 def branch_expert(args: ForestArgs, start: BranchArgs) -> None:
-    """Write a new expert's first checkpoint and branch.json below --output_dir; print the next
-    command.
+    """Write the first checkpoint and branch.json of a new expert; print the next command.
 
     The parents are --parents, each found by --step, --share and --member, or experts of --forest.
 
     Raises:
         UserError: unless exactly one of --parents and --forest is given, if --domain or
-            --output_dir is missing, or for parents or weights that do not fit.
+            --output_dir is missing, or as `write_branch_checkpoint`, `find_parent`,
+            `select_forest_parents` and `check_parent_weights`.
     """
     require_values(args, "domain")
     require_values(start, "output_dir")

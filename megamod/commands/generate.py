@@ -58,7 +58,11 @@ class GenerateArgs(Arguments):
 
 
 def main() -> None:
-    """Parse the flags, load the model, and print a continuation of every prompt."""
+    """Parse the flags, load the model, and print the continuations of every prompt.
+
+    Raises:
+        UserError: if --model is missing, or as `load_writer` and `TextWriter.write`.
+    """
     (args,) = parse_args(GenerateArgs, doc=__doc__)
     require_values(args, "model")
     import torch

@@ -22,11 +22,15 @@ from pathlib import Path
 from megamod.errors import run_main
 from megamod.flags import parse_args
 
-_SHORT = {"-j": "--num_threads"}  # as mergekit spells it
+_SHORT = {"-j": "--num_threads"}  # the short flag of mergekit
 
 
 def main() -> None:
-    """Parse the flags, merge, and print what was merged."""
+    """Parse the flags, merge, and print a description of the result.
+
+    Raises:
+        UserError: as `megamod.runs.merge.run_merge`.
+    """
     from megamod.runs.merge import MergeArgs, run_merge
 
     argv = [_SHORT.get(word, word) for word in sys.argv[1:]]

@@ -25,7 +25,11 @@ from megamod.planning.plan_args import PlanArgs
 
 
 def main() -> None:
-    """Parse the flags, plan every job, and print the plans."""
+    """Parse the flags, plan every job, print the plans and write the files that flags ask for.
+
+    Raises:
+        UserError: for flags or a DeepSpeed file that cannot be planned, as `list_jobs`.
+    """
     parsed = parse_args(
         *(PlanArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs),
         *(OptimArgs, MuxArgs, DataArgs, BtmArgs),

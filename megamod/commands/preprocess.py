@@ -29,7 +29,10 @@ from megamod.tables import format_table
 
 
 def main() -> None:
-    """Parse the command line; write a data-bin, or a sample of lines, into --output_dir."""
+    """Parse the command line; write a data-bin, or a sample of lines, into --output_dir.
+
+    Raises UserError for flags that do not go together, or text that cannot be read.
+    """
     options = parse_arguments()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megamod").setLevel(logging.INFO)
@@ -66,7 +69,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Parse the command line; see `--help`."""
+    """Parse the command line; see `--help`. Raise UserError for words that it does not allow."""
     parser = CommandParser(__doc__)
     add = parser.add_argument
     add(
@@ -129,10 +132,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> str:
-    """Write random lines of text files, paths by domain, to OUT/NAME.txt; return a report.
+    """Write random lines of the text files in `inputs`, paths by domain, to OUT/NAME.txt.
 
-    Raises:
-        UserError: for flags that do not go with --sample_lines, or files without enough lines.
+    Returns a report, a line per domain. Raises UserError for flags that do not go with
+    --sample_lines, or as `sample_lines`.
     """
     from megamod.data.corpus.line_sample import sample_lines
 
@@ -158,20 +161,19 @@ def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> st
 
 
 def format_summary(header: dict, output: Path) -> str:
-    """Format the domains of databin.json as a table; its last line names the data-bin."""
+    """Format `header`, the content of databin.json, as a table by domain, with sums below it."""
     rows = [("domain", "train tokens", "valid tokens", "test tokens", "bytes", "replaced")]
     for name, splits in header["domains"].items():
         tokens = [f"{splits[split]['tokens']:,}" for split in ("train", "valid", "test")]
         text = sum(of["bytes"] for of in splits.values())
         rows.append((name, *tokens, f"{text:,}", str(header["replaced"][name])))
-    lines = [format_table(rows, right_aligned_columns=range(1, 6))]
+    table = format_table(rows, right_aligned_columns=range(1, 6))
     total = sum(of["tokens"] for splits in header["domains"].values() for of in splits.values())
     kind, vocabulary = header["tokenizer"]["kind"], header["vocab_size"]
-    lines.append(
-        f"{output}: {len(rows) - 1} domains, {total:,} tokens, {kind} tokenizer with "
+    return (
+        f"{table}\n{output}: {len(rows) - 1} domains, {total:,} tokens, {kind} tokenizer with "
         f"{vocabulary:,} ids, one eos per {header['items']}"
     )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,12 @@ from megamod.flags import parse_args, require_values
 
 
 def main() -> None:
-    """Parse the flags, train, and print the output paths."""
+    """Parse the flags, train, and print scores and output paths.
+
+    Raises:
+        UserError: for flags that are missing or have no effect together.
+        UserError, PolicyStop, Interrupted: as `pretrain` of `megamod.runs.pretrain`.
+    """
     run, safety, model, lora, optim, mux, data = parse_args(
         RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, MuxArgs, DataArgs, doc=__doc__
     )

@@ -19,7 +19,11 @@ from megamod.shipped_files import list_shipped_files
 
 
 def main() -> None:
-    """Parse the command line; list files, or copy them."""
+    """Parse the command line; list files, or with --output_dir copy them.
+
+    Raises:
+        UserError: for an unknown name, or a file that is there and differs.
+    """
     files = list_shipped_files()
     parser = CommandParser(__doc__)
     names = parser.add_argument(
@@ -58,9 +62,7 @@ def select_files(files: dict[str, Path], names: list[str]) -> dict[str, Path]:
 
 
 def read_first_comment(path: Path) -> str:
-    """Read the first sentence of the comment at the top of a recipe; "" without one or for other
-    files.
-    """
+    """Read the first sentence of the comment at the top of a recipe; "" for a file without one."""
     if path.suffix != ".yaml":
         return ""
     comment: list[str] = []

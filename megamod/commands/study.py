@@ -85,8 +85,7 @@ def main() -> None:
 
 
 def find_study_file(name: str) -> Path:
-    """Return the path of a study's file: `name` as a path, else the study of that name in
-    `STUDIES`.
+    """Find the file of a study: `name` as a path, else the study of that name in `STUDIES`.
 
     Raises:
         UserError: if there is none.
@@ -99,12 +98,12 @@ def find_study_file(name: str) -> Path:
 
 
 def run_missing_cells(args: StudyArgs, study, cells: list, evidence: Path) -> None:
-    """Run the cells that have no figures yet, or with --repeat run --cells again and print
-    differences.
+    """Run the cells that have no figures yet; with --repeat run --cells again, print differences.
 
     With --jobs above 1 they run in processes of this command.
 
     Args:
+        study: a `Study`, see `read_study`.
         cells: selected cells of the study.
         evidence: folder of the files of figures, which are written there except with --repeat.
     Raises:
@@ -136,6 +135,9 @@ def run_missing_cells(args: StudyArgs, study, cells: list, evidence: Path) -> No
 def print_table(args: StudyArgs, study, evidence: Path) -> None:
     """Print the table of the figures in `evidence`; write it into --document and draw --plot.
 
+    Args:
+        study: a `Study`, see `read_study`.
+        evidence: folder of the files of figures.
     Raises:
         UserError: if a file of figures does not fit the study, or a document lacks a marker's end.
     """

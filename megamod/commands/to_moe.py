@@ -21,7 +21,11 @@ from megamod.flags import parse_args, refuse_changes
 
 
 def main() -> None:
-    """Parse the flags, convert the experts to a mixture, and print it."""
+    """Parse the flags, convert the experts to a mixture or with --base edit one, and print it.
+
+    Raises:
+        UserError: as `run_to_moe`, with --base as `run_edit`.
+    """
     from megamod.runs.edit_moe import EditArgs, run_edit
     from megamod.runs.to_moe import MoeArgs, run_to_moe
 

@@ -17,10 +17,10 @@ from megamod.errors import UserError, run_main
 
 
 def main() -> None:
-    """Check each group of files and print a line for it.
+    """Check each group of files of the path on the command line, and print a line for it.
 
     Raises:
-        UserError: listing the faults, after all groups are checked.
+        UserError: listing the faults, after all groups are checked; or as `iterate_file_groups`.
     """
     parser = CommandParser(__doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="a folder, as above")
@@ -37,6 +37,8 @@ def main() -> None:
 def iterate_file_groups(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Return an iterator of (title, faults) over the groups of files of a path; it only reads.
 
+    A group is one checkpoint, model or split, for example; an intact one has no faults.
+
     Args:
         path: folder of a run, checkpoint, model, forest or data-bin, or a forest.json.
     Raises:
@@ -50,9 +52,9 @@ def iterate_file_groups(path: Path) -> Iterator[tuple[str, list[str]]]:
         from megamod.data.lm.verify import check_databin
 
         return check_databin(path)
-    from megamod.states.verify import check_path as of_states
+    from megamod.states.verify import check_path
 
-    return of_states(path)
+    return check_path(path)
 
 
 if __name__ == "__main__":

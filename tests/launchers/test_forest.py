@@ -81,6 +81,9 @@ def test_upgrade_replaces_one_expert_in_its_position(tmp_path, monkeypatch, caps
         run("upgrade", "--domain", "x", "--path", str(tmp_path / "law2"))
     with pytest.raises(UserError, match="--domain is missing"):
         run("upgrade", "--path", str(tmp_path / "law2"))
+    for verb in ("add", "upgrade"):
+        with pytest.raises(UserError, match=f"--domain law med: {verb} takes one name"):
+            run(verb, "--domain", "law", "med", "--path", str(tmp_path / "law2"))
 
 
 def test_a_branch_is_a_checkpoint(folder, tmp_path):
