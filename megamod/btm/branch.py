@@ -1,9 +1,9 @@
 """First checkpoint of a new expert, built from the checkpoints of its parents.
 
-`branch` writes RUN/checkpoints/step-N, from which `megamod pretrain --output_dir RUN` resumes
-like any interrupted run. With one parent, the optimizer state and its step are kept, and so is the
-position in the learning-rate schedule; only the data start over. The average of several parents, or
-a parent without an optimizer, starts at step 0 with a new optimizer.
+`megamod forest branch` writes RUN/checkpoints/step-N, from which `megamod pretrain --output_dir
+RUN` resumes like any interrupted run. With one parent, the optimizer state and its step are kept,
+and so is the position in the learning-rate schedule; only the data start over. The average of
+several parents, or a parent without an optimizer, starts at step 0 with a new optimizer.
 
 Source: Li et al. 2022 (Branch-Train-Merge), section 3.1, and its release for the optimizer state.
 """
@@ -50,6 +50,7 @@ SCHEDULE = ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "
 OPTIMIZER = ("optim", "muon_learning_rate")
 """Further settings that it shares. Older runs, which had no choice, say nothing of them."""
 
+# Files of a parent that are not copied to the start model.
 _SKIPPED = (MANIFEST, STATE, "config.json", "README.md", "merge.json", RECORD)
 
 
@@ -150,7 +151,7 @@ def _remove_new_folders_on_failure(folder: Path) -> Iterator[None]:
 def _write_start_model(
     parents: Sequence[ParentModel], weights: Sequence[float], start_folder: Path
 ) -> None:
-    """Write the start model as a dense folder.
+    """Write the start model, from which the expert branches, as a dense folder.
 
     It is the average of several parents by `weights`, in float32, or a copy of the only one; a
     parent that is an adapter is merged into its seed, in float32.
@@ -196,8 +197,8 @@ def _link_model(start_folder: Path, target: Path, domain: str) -> None:
 def _read_parent_state(source: ParentModel) -> StateRecord:
     """Read the state of a parent's checkpoint as that of the first checkpoint of a branch.
 
-    Kept are the step, the optimizer's numbers and the settings in `SCHEDULE` and `OPTIMIZER`; the
-    position in the data and the token counts start at 0.
+    The step, the optimizer's count of updates, the loss scaler and the settings in `SCHEDULE` and
+    `OPTIMIZER` stay; the position in the data and the token counts start at 0.
 
     Raises:
         UserError: if state.json is missing or malformed.
@@ -219,7 +220,7 @@ def _copy_optimizer(source: ParentModel, folder: Path, number: int, prefix: str)
     Args:
         folder: the new checkpoint.
         number: index of the new expert, in the names of the files.
-        prefix: precedes every name: "DOMAIN:" for independent models in one job, else "".
+        prefix: text before every name: "DOMAIN:" for independent models in one job, else "".
     """
     source_prefix = f"{source.world}:" if source.world else ""
 

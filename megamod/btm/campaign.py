@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
-from megamod.data.corpus.header import HEADER, read_header
+from megamod.data.corpus.header import read_databin_domains
 from megamod.errors import UserError
 from megamod.flags import Arguments, find_origin, option, require_values
-from megamod.names import check_domain
 from megamod.tables import format_table
 
 RESERVED = ("seed", "world", "average", "evaluation")
@@ -68,7 +67,7 @@ class Campaign:
         total_steps: steps of the schedule, including those of the seed.
         seed_steps: steps of the seed; 0: none.
         batch: sequences per step of the seed, and of all experts together.
-        expert_batch: sequences per step of one expert.
+        expert_batch: sequences per step of one expert: an equal share of `batch`.
         length: tokens per sequence.
         output: output folder of the campaign.
         adapters: the experts are LoRA adapters of the seed, with optimizers of their own.
@@ -90,10 +89,10 @@ class Campaign:
         return tuple(domain for round_ in self.rounds for domain in round_)
 
     def get_first_step(self, round_index: int) -> int:
-        """Return the step at which the experts of a round start: that of the seed, or 0.
+        """Return the step at which the experts of a round (from 0) start: the seed's last, or 0.
 
         It is 0 for adapters and in rounds after the first, whose experts start from an average,
-        because neither has an optimizer state to continue. Rounds count from 0.
+        because neither has an optimizer state to continue.
         """
         return 0 if round_index or self.adapters else self.seed_steps
 
@@ -130,6 +129,7 @@ class Campaign:
 
 
 Parsed = tuple[BtmArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, DataArgs]
+"""All arguments of megamod btm."""
 
 
 def build_campaign(parsed: Parsed) -> Campaign:
@@ -195,7 +195,7 @@ def build_campaign(parsed: Parsed) -> Campaign:
 
 
 def check_campaign_data(campaign: Campaign, parsed: Parsed) -> None:
-    """Open every split that a job of the campaign will read, before the first of them starts.
+    """Open every split that a job of the campaign will read, so that faults show before any starts.
 
     Raises:
         UserError: if one is missing, malformed or empty.
@@ -220,7 +220,7 @@ def _refuse_unsupported_flags(parsed: Parsed) -> None:
     """Refuse flags that the driver sets itself or that independent jobs cannot use.
 
     Raises:
-        UserError: naming the first such flag.
+        UserError: naming the first such flag that is set.
     """
     _, run, safety, model, _, _, data = parsed
     for args, name in ((run, "stop_step"), (safety, "resume"), (safety, "print_groups")):
@@ -281,17 +281,3 @@ def _check_known_domains(
             raise UserError(
                 f"{flag}: {domain!r} is not in {data_folder}, which holds {', '.join(available)}"
             )
-
-
-def read_databin_domains(data: Path) -> tuple[str, ...]:
-    """Read the domains of a data-bin from its header, without opening its token files.
-
-    Raises:
-        UserError: if the folder is not a data-bin, or a domain's name cannot be a folder's.
-    """
-    if (data / HEADER).exists():
-        return tuple(read_header(data).domains)
-    domains = sorted(file.parent.name for file in data.glob("*/train.idx"))
-    if not domains:
-        raise UserError(f"--data {data}: is not a data-bin; megamod preprocess writes one")
-    return tuple(check_domain(domain, f"--data {data}") for domain in domains)

@@ -1,7 +1,7 @@
-"""Adds finished experts to the forest."""
+"""Finished experts of a campaign, added to its forest."""
 
 from megamod.btm.campaign import Campaign
-from megamod.btm.forest_entry import list_seed_parents, make_forest_entry, read_branch
+from megamod.btm.forest_entry import list_seed_parents, make_forest_entry, read_branch_record
 from megamod.btm.tasks import WORLD, get_expert_folder
 from megamod.files import hash_file
 from megamod.states.adapter import get_config_file
@@ -10,13 +10,13 @@ from megamod.states.forest import Expert, edit_forest
 
 
 def add_round_to_forest(campaign: Campaign, round_index: int, in_one_world: bool = False) -> None:
-    """Add the experts of round `round_index` (from 0) to OUT/forest.json, in the order of the
-    recipe.
+    """Add the experts of a round to OUT/forest.json, in the order of the recipe.
 
     They are added together, once the round has ended, because until then the experts of the round
     start from the forest before it. Entries of the same domains are replaced.
 
     Args:
+        round_index: number of the round, from 0.
         in_one_world: the round was trained in one job of independent models, in OUT/experts/world.
     Raises:
         UserError: if the run of an expert has no model, or the forest is malformed.
@@ -36,12 +36,13 @@ def _make_world_expert(campaign: Campaign, domain: str) -> Expert:
     """Make the forest entry of an expert that was trained in one job with the others.
 
     Raises:
-        UserError: if the last checkpoint of the job lacks the state of this expert.
+        UserError: if the last checkpoint of the job lacks the state of this expert, or branch.json
+            is malformed.
     """
     run = get_expert_folder(campaign, WORLD)
     checkpoint = run / "checkpoints" / format_checkpoint_name(campaign.get_last_step(0))
     saved = StateRecord.read(checkpoint / domain)
-    branched, model = read_branch(run), run / "model" / domain
+    branched, model = read_branch_record(run), run / "model" / domain
     return Expert(
         domain=domain,
         path=model,

@@ -38,23 +38,23 @@ from megamod.dist.hostfile import Host, HostSlots, read_hostfile
 from megamod.errors import DistributedFailure, Interrupted, PolicyStop, UserError
 from megamod.folder_lock import hold_folder
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.2  # between two checks of the jobs that this driver started
 ADOPTED_POLL_SECONDS = 1.0  # between two checks of the lock of a job that another driver started
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # before a crashed job is started again
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a crashed job is started again
 USER_ERROR, POLICY_STOP = UserError.exit_code, PolicyStop.exit_code
 
 
 @dataclass
-class RunningTask:
-    """A task and its present state.
+class TaskState:
+    """State of a task in `Driver.run`: waiting, active or ended; updated in place.
 
     Attributes:
         row: its row in the table of progress.
         stage: the program that was started last; None: none yet.
         process: the running program, started by this driver; None: none.
         adopted: an earlier driver started the program that runs.
-        placement: slots of that program.
-        port: TCP port of its launcher.
+        placement: slots of that program; empty: none yet.
+        port: TCP port of DeepSpeed's launcher for it.
         log_start: size of the log in bytes when it was started.
         not_before: time of `time.monotonic` before which a crashed task is not restarted, and an
             adopted one not checked again.
@@ -87,9 +87,9 @@ class Driver:
     """Starts and watches jobs on the slots of some hosts.
 
     Attributes:
-        launchers: folder of the launchers.
-        output: output folder of the campaign.
-        hosts: hosts with their slots.
+        commands_folder: folder of the programs of stages, `megamod/commands`.
+        output: output folder of the campaign, with the existing folders jobs and logs.
+        hosts: hosts with all slots that jobs may use.
         hostfile: the file that names them; None: this machine.
         max_restarts: largest number of restarts of a job that crashes.
         screen: shows the progress.
@@ -97,7 +97,7 @@ class Driver:
         finished: rows of earlier calls of `run`, shown above the running tasks.
     """
 
-    launchers: Path
+    commands_folder: Path
     output: Path
     hosts: HostSlots
     hostfile: str | None
@@ -109,12 +109,14 @@ class Driver:
     def run(self, tasks: Sequence[Task]) -> None:
         """Run tasks in parallel, as many as the slots allow, until each has ended.
 
+        A task that an earlier driver left running is waited for.
+
         Raises:
             UserError, PolicyStop, DistributedFailure: naming the failed tasks, once all others have
                 finished.
             Interrupted: the driver received a signal, and its jobs have ended.
         """
-        jobs = [RunningTask(task, Row(task.name, "waiting", task.last)) for task in tasks]
+        jobs = [TaskState(task, Row(task.name, "waiting", task.last)) for task in tasks]
         for job in jobs:
             self._adopt_if_running(job)
         while not all(job.ended for job in jobs):
@@ -140,6 +142,7 @@ class Driver:
         self.signals += 1
 
     def _get_process_mark(self, task: Task) -> str:
+        """Return the mark of a task's processes for `find_processes`: the path of its lock."""
         return str(self._get_lock_path(task).resolve())
 
     def _get_lock_path(self, task: Task) -> Path:
@@ -148,7 +151,7 @@ class Driver:
     def _get_log_path(self, task: Task) -> Path:
         return self.output / "logs" / f"{task.name}.log"
 
-    def _adopt_if_running(self, job: RunningTask) -> None:
+    def _adopt_if_running(self, job: TaskState) -> None:
         """Adopt a task that an earlier driver left running, with the slots written in its lock
         file.
 
@@ -164,7 +167,7 @@ class Driver:
         )
         job.row.slots = format_include(job.placement)
 
-    def _start_next_stage(self, job: RunningTask, jobs: Sequence[RunningTask]) -> None:
+    def _start_next_stage(self, job: TaskState, jobs: Sequence[TaskState]) -> None:
         """Start the next unfinished program of a task, once its pause after a crash is over.
 
         If all programs have finished, the task ends as done; if no slots are free, it waits; if
@@ -197,11 +200,11 @@ class Driver:
         log = self._get_log_path(job.task)
         job.log_start = log.stat().st_size if log.exists() else 0
         command, variables = build_command(
-            stage, placement, self.launchers, self.hostfile, job.port
+            stage, placement, self.commands_folder, self.hostfile, job.port
         )
         job.process = start_process(command, variables, lock, self._get_process_mark(job.task), log)
 
-    def _check_job(self, job: RunningTask, jobs: Sequence[RunningTask]) -> None:
+    def _check_job(self, job: TaskState, jobs: Sequence[TaskState]) -> None:
         """Check whether a task's program has ended, and handle its exit code; `job` is updated.
 
         After a success the next program starts. Exit codes of user errors and policy stops, and
@@ -227,12 +230,12 @@ class Driver:
         elif code == 0 and job.task.find_next_stage() is not job.stage:
             self._start_next_stage(job, jobs)
         elif code in (USER_ERROR, POLICY_STOP):
-            self._record_failure(job, code, f"{job.stage.launcher} ended with exit code {code}")
+            self._record_failure(job, code, f"{job.stage.program} ended with exit code {code}")
         elif job.row.restarts >= self.max_restarts:
             self._record_failure(
                 job,
                 code,
-                f"{job.stage.launcher} crashed (exit code {code}), {job.row.restarts} restarts",
+                f"{job.stage.program} crashed (exit code {code}), {job.row.restarts} restarts",
             )
         else:
             job.row.restarts += 1
@@ -240,7 +243,7 @@ class Driver:
             pause = FIRST_PAUSE * 2 ** (job.row.restarts - 1)
             job.not_before = time.monotonic() + min(pause, LONGEST_PAUSE)
 
-    def _check_adopted(self, job: RunningTask) -> None:
+    def _check_adopted(self, job: TaskState) -> None:
         """Release an adopted job once its lock is free; do nothing within `ADOPTED_POLL_SECONDS` of
         the last check.
 
@@ -256,18 +259,16 @@ class Driver:
             job.adopted, job.not_before = False, 0.0
             job.row.state = "stopped" if self.signals else "waiting"
 
-    def _stop_job(self, job: RunningTask) -> None:
-        """Ask a job to stop; if that was done before, kill it from the second signal on."""
+    def _stop_job(self, job: TaskState) -> None:
+        """Ask a running job to stop; if that was done before, kill it after a second signal."""
         if job.row.state != "stopping":
             job.row.state = "stopping"
             request_stop(self._get_process_mark(job.task))
         elif self.signals > 1:
             kill_processes(self._get_process_mark(job.task))
 
-    def _record_failure(self, job: RunningTask, exit_code: int, reason: str) -> None:
-        """Mark a job as failed; its fault is the reason and the end of its log. Print the
-        reason.
-        """
+    def _record_failure(self, job: TaskState, exit_code: int, reason: str) -> None:
+        """Mark a job as failed, by the reason and the end of its log; print the reason."""
         job.ended, job.code, job.row.state = True, exit_code, "failed"
         log = self._get_log_path(job.task)
         job.fault = (
@@ -275,23 +276,23 @@ class Driver:
         )
         self.screen.print_message(job.fault.partition("\n")[0])
 
-    def _show_progress(self, jobs: Sequence[RunningTask], redraw_now: bool = False) -> None:
-        """Read the progress of all started jobs and show the table."""
+    def _show_progress(self, jobs: Sequence[TaskState], redraw_now: bool = False) -> None:
+        """Read the progress of all started jobs and show the table, see `Screen.show_jobs`."""
         for job in jobs:
             if job.active or job.ended:
                 read_progress(job.task.folder, job.row)
         self.screen.show_jobs([*self.finished, *(job.row for job in jobs)], redraw_now)
 
 
-def run_campaign(parsed: Parsed, launchers: Path) -> None:
+def run_campaign(parsed: Parsed, commands_folder: Path) -> None:
     """Run a campaign: seed, rounds of experts, averaging and evaluation.
 
     Writes the runs, logs and OUT/forest.json below --output_dir (see `megamod.btm.tasks`) and
     prints progress and scores. With --dry_run only the jobs are printed.
 
     Args:
-        parsed: all arguments, `BtmArgs` first.
-        launchers: folder of the launchers.
+        parsed: all arguments of the command.
+        commands_folder: folder of the programs of stages, `megamod/commands`.
     Raises:
         UserError: if the campaign cannot run, before anything is written; if another process holds
             the output folder; or if a job failed by a user error.
@@ -306,14 +307,14 @@ def run_campaign(parsed: Parsed, launchers: Path) -> None:
     )
     waves = plan_waves(campaign, parsed, hosts)
     if btm.dry_run:
-        print(describe_waves(campaign, waves, hosts, launchers, btm.hostfile))
+        print(describe_waves(campaign, waves, hosts, commands_folder, btm.hostfile))
         return
     check_campaign_data(campaign, parsed)
     output = campaign.output
     for folder in ("jobs", "logs", task_builders.PRIORS, task_builders.EVALUATION):
         (output / folder).mkdir(parents=True, exist_ok=True)
     with hold_folder(output / "jobs", f"--output_dir {output}"):
-        driver = Driver(launchers, output, hosts, btm.hostfile, btm.max_restarts)
+        driver = Driver(commands_folder, output, hosts, btm.hostfile, btm.max_restarts)
         _run_waves(campaign, waves, driver)
     print(f"\n{format_campaign_scores(campaign, btm.in_one_world)}")
     print(f"\nthe forest of {', '.join(campaign.domains)} is {output / 'forest.json'}")
@@ -322,7 +323,8 @@ def run_campaign(parsed: Parsed, launchers: Path) -> None:
 def _run_waves(campaign: Campaign, waves: "Sequence[Wave]", driver: Driver) -> None:
     """Print the token counts, then run the waves one after the other and call the function of each.
 
-    Meanwhile SIGTERM and SIGINT go to the driver. Raises what `Driver.run` raises.
+    Meanwhile SIGTERM and SIGINT go to the driver. Raises as `Driver.run` and
+    `add_round_to_forest`.
     """
     print(campaign.format_token_counts(), flush=True)
     before = {n: signal.signal(n, driver.handle_signal) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -340,7 +342,7 @@ Wave = tuple[list[Task], Callable[[], None]]
 
 
 def plan_waves(campaign: Campaign, parsed: Parsed, hosts: HostSlots) -> list[Wave]:
-    """Divide all tasks into waves that run one after the other; nothing is started.
+    """Divide the tasks of a campaign into waves that run one after the other; nothing is started.
 
     They are the seed, each round of experts (with --in_one_world one job of all experts), and, if
     the flags ask for them, the average and the evaluation.
@@ -360,7 +362,7 @@ def plan_waves(campaign: Campaign, parsed: Parsed, hosts: HostSlots) -> list[Wav
                 f"--seed_gpus {gpus}: --global_batch_size {campaign.batch} is not a multiple of "
                 f"{gpus} slots x --per_device_train_batch_size {run.per_device_train_batch_size}"
             )
-        waves.append(([task_builders.make_seed_task(campaign, parsed, gpus)], _do_nothing))
+        waves.append(([task_builders.make_seed_task(campaign, parsed, gpus)], lambda: None))
     if btm.in_one_world:
         world = task_builders.make_world_task(campaign, parsed)
         check_job_fits(hosts, world.gpus, "--in_one_world")
@@ -374,7 +376,7 @@ def plan_waves(campaign: Campaign, parsed: Parsed, hosts: HostSlots) -> list[Wav
             ]
             waves.append((tasks, lambda n=number: add_round_to_forest(campaign, n)))
     return waves + [
-        ([task], _do_nothing) for task in task_builders.make_final_tasks(campaign, parsed)
+        ([task], lambda: None) for task in task_builders.make_final_tasks(campaign, parsed)
     ]
 
 
@@ -382,10 +384,14 @@ def describe_waves(
     campaign: Campaign,
     waves: Sequence[Wave],
     hosts: HostSlots,
-    launchers: Path,
+    commands_folder: Path,
     hostfile: str | None,
 ) -> str:
-    """Describe slots, commands and tokens of all jobs as text, for --dry_run; start nothing."""
+    """Describe tokens, slots and commands of all jobs as text, for --dry_run; start nothing.
+
+    Slots are those that the jobs of a wave get at once; 29500 stands for the port that a launcher
+    will get.
+    """
     lines = [campaign.format_token_counts()]
     for tasks, _ in waves:
         busy: list[Host] = []
@@ -399,7 +405,7 @@ def describe_waves(
                     lines.append(f"  {stage.title}: done")
                     continue
                 usable = placement or allocate_slots(hosts, (), task.gpus)
-                command, _ = build_command(stage, usable, launchers, hostfile, port=29500)
+                command, _ = build_command(stage, usable, commands_folder, hostfile, port=29500)
                 lines.append(f"  {stage.title}: {' '.join(command)}")
     return "\n".join(lines)
 
@@ -412,7 +418,7 @@ def _count_usable_slots(sequence_count: int, hosts: HostSlots) -> int:
     )
 
 
-def _raise_failures(failed_jobs: Sequence[RunningTask]) -> None:
+def _raise_failures(failed_jobs: Sequence[TaskState]) -> None:
     """Raise one exception for all failed jobs, with their reasons; return if there are none.
 
     Raises:
@@ -431,15 +437,12 @@ def _raise_failures(failed_jobs: Sequence[RunningTask]) -> None:
     raise DistributedFailure(text)
 
 
-def _do_nothing() -> None:
-    pass
-
-
 def _write_lock_text(lock_descriptor: int, text: str) -> None:
-    """Replace the content of an open lock file."""
+    """Replace the content of an open lock file; its lock stays held."""
     os.ftruncate(lock_descriptor, 0)
     os.pwrite(lock_descriptor, text.encode(), 0)
 
 
 def _close_lock(lock_descriptor: int) -> None:
+    """Close an open lock file, which releases its lock if no other process inherited it."""
     os.close(lock_descriptor)

@@ -18,9 +18,9 @@ from megamod.states.forest import (
 from megamod.states.manifest import list_checkpoints
 from megamod.tables import format_table
 
-RECORD = "branch.json"  # in the folder of a branched run: its parents and first step
+RECORD = "branch.json"  # in the folder of a branched run, see `BranchRecord`
 WITHOUT_EFFECT = ("output_dir", "data", "deepspeed", "report_to", "logging_steps")
-"""Settings of a run that do not affect its model."""
+"""Settings of a run that do not affect its model, and so not its `config_digest`."""
 
 
 class BranchRecord(Document):
@@ -31,7 +31,7 @@ class BranchRecord(Document):
     start_update: int
 
 
-def read_branch(run: Path) -> BranchRecord | None:
+def read_branch_record(run: Path) -> BranchRecord | None:
     """Read branch.json of a run; None if the run was not branched.
 
     Raises:
@@ -48,7 +48,8 @@ def make_forest_entry(path: Path, domain: str | None = None, member: str | None 
         path: folder of a run, whose `model` is entered, or of a model.
         domain: name in the forest; None: `member`, or the only domain that the model was trained
             on.
-        member: expert to take from a model with experts; without effect for a dense model.
+        member: expert to take from a model with experts; None, or without effect, for a dense
+            model.
     Raises:
         UserError: if the folder has no model, `member` is none of its experts, its domain is
             ambiguous or unknown, or a file of the run is malformed.
@@ -129,13 +130,14 @@ def _list_expert_files(expert: Expert) -> list[Path]:
 def _read_training_record(run: Path) -> dict[str, object]:
     """Read fields of `Expert` from branch.json, the last checkpoint and run.yaml of a run.
 
-    A missing file leaves its fields out, so a bare model folder has none.
+    A missing file leaves its fields out, so a bare model folder has none. The configuration digest
+    is that of the settings in run.yaml without those in `WITHOUT_EFFECT`.
 
     Raises:
         UserError: if a file is malformed.
     """
     record: dict[str, object] = {}
-    if branched := read_branch(run):
+    if branched := read_branch_record(run):
         record["parents"] = branched.parents
         record["start_update"] = branched.start_update
     checkpoints = list_checkpoints(run / "checkpoints")

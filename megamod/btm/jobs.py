@@ -2,7 +2,7 @@
 
 A job holds a lock file through an inherited descriptor, so a held lock means that the job is alive.
 If the driver that started it was killed, the next driver waits instead of starting it twice. All
-processes of a job carry its name in their environment, so those that outlive their launcher can be
+processes of a job have its mark in their environment, so those that outlive their launcher can be
 searched for.
 """
 
@@ -21,8 +21,8 @@ from megamod.btm.placement import format_include, is_local_host, list_local_gpus
 from megamod.btm.tasks import Stage
 from megamod.dist.hostfile import HostSlots
 
-MARK = "BTM_JOB"
-TAIL_BYTES = 20_000
+MARK = "BTM_JOB"  # environment variable that holds the mark of a job
+TAIL_BYTES = 20_000  # of a log, at most, for a message
 
 
 def acquire_lock(lock_path: Path) -> int | None:
@@ -31,6 +31,8 @@ def acquire_lock(lock_path: Path) -> int | None:
     Returns:
         the descriptor that holds the lock until it and all copies in other processes are closed;
         None if the job runs.
+    Raises:
+        OSError: if the file cannot be opened.
     """
     descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -42,7 +44,7 @@ def acquire_lock(lock_path: Path) -> int | None:
 
 
 def build_command(
-    stage: Stage, placement: HostSlots, launchers: Path, hostfile: str | None, port: int
+    stage: Stage, placement: HostSlots, commands_folder: Path, hostfile: str | None, port: int
 ) -> tuple[list[str], dict[str, str]]:
     """Build the command of a stage on its slots, and its environment variables.
 
@@ -50,13 +52,13 @@ def build_command(
     DeepSpeed's launcher.
 
     Args:
-        launchers: folder of the launchers.
+        commands_folder: folder of the stage's program, `megamod/commands`.
         hostfile: file with the hosts of `placement`; None: they are this machine.
         port: free TCP port for DeepSpeed's launcher.
     Returns:
-        the words of the command, and variables that are added to the environment of this process.
+        the words of the command, and variables to add to its environment.
     """
-    program = [str(launchers / stage.launcher), *stage.arguments]
+    program = [str(commands_folder / stage.program), *stage.arguments]
     gpus = sum(len(host.slots) for host in placement)
     if not stage.ranks or (hostfile is None and gpus == 1):
         # If the job's slots are on another host, the GPUs of this machine belong to other jobs.
@@ -87,11 +89,11 @@ def start_process(
     """Start a program in a new session; its output is appended to the log after the command itself.
 
     Args:
-        variables: added to the environment of this process, without its MEGAMOD_ variables.
+        variables: added to a copy of this process's environment without MEGAMOD_ variables.
         lock_descriptor: lock of the job; the program inherits it and it is closed in this process,
             also if the start fails.
         process_mark: value of the variable `MARK`, by which `find_processes` knows the job.
-        log_path: file in an existing folder.
+        log_path: file in an existing folder, created if needed.
     Raises:
         OSError: if the log cannot be written or the program cannot be started.
     """
@@ -157,6 +159,8 @@ def read_log_tail(log_path: Path, first_byte: int, max_lines: int = 12) -> str:
     Args:
         first_byte: offset of the first byte to read; of a longer text only the last `TAIL_BYTES`
             are read.
+    Raises:
+        OSError: if there is no such log.
     """
     with open(log_path, "rb") as file:
         size = file.seek(0, os.SEEK_END)

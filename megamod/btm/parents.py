@@ -19,9 +19,11 @@ class ParentModel:
 
     Attributes:
         folder: the checkpoint or model folder.
-        member: the expert, in a model with experts.
-        step: training step of a checkpoint; None for a model folder.
-        world: the domain's subfolder in a checkpoint of independent models of one job.
+        member: the expert, in a model with experts; None for a dense model.
+        step: training step of a checkpoint whose optimizer the new expert can keep; None for a
+            model folder or an adapter's checkpoint.
+        world: the domain's subfolder in a checkpoint of independent models of one job; None for any
+            other folder.
     """
 
     folder: Path
@@ -49,7 +51,8 @@ def find_parent(
         step: select the run's checkpoint nearest to this step; -1 or None: the last.
         step_share: select the checkpoint nearest to this fraction of the last step; wins over
             `step`.
-        member: a domain, for models with experts and for independent models of one job.
+        member: a domain, for models with experts and for independent models of one job; None for a
+            single dense model.
     Raises:
         UserError: if the path is none of these, the checkpoint is incomplete, `step` or
             `step_share` is given for a path that is no run, or `member` does not fit the model.
@@ -94,8 +97,7 @@ def _read_step(checkpoint: Path) -> int | None:
 def select_checkpoint(
     path: Path, *, step: int | None = None, step_share: float | None = None
 ) -> Path | None:
-    """Select a checkpoint of a run; `path` itself if it is one; None if it has no checkpoints
-    folder.
+    """Select a checkpoint of a run; `path` itself if it is one; None if `path` is neither.
 
     Args:
         step, step_share: see `find_parent`. Of two checkpoints that are equally near the earlier
@@ -138,8 +140,8 @@ def select_forest_parents(
     Args:
         only_domains: domains of the experts; None for all.
         weights: in the order of the domains; None: equal ones. Without effect if `prior` is given.
-        prior: file with the weights, see `read_prior`.
-        topk: keep only the experts with the largest weights; 0 for all.
+        prior: file with the weights, see `read_prior`; None: those in `weights`.
+        topk: select only this many experts, those with the largest weights; 0 for all.
     Returns:
         the parents without those of weight 0, and their weights as they are, not scaled to sum 1.
     Raises:
@@ -192,7 +194,7 @@ def _check_member(folder: Path, path: Path, member: str | None) -> str | None:
     """Return `member`, or None for a dense model.
 
     Args:
-        folder: of the model.
+        folder: folder of the model.
         path: as the user named it, for messages.
     Raises:
         UserError: if the model has no such expert, or is dense and a member is named.

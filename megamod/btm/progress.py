@@ -11,7 +11,7 @@ from typing import TextIO
 from megamod.states.metrics_file import parse_record
 from megamod.tables import format_table
 
-TAIL_BYTES = 16_384
+TAIL_BYTES = 16_384  # of metrics.jsonl are read, its last ones
 COLUMNS = ("job", "state", "step", "loss", "tokens/s", "ppl", "restarts", "slots")
 
 
@@ -27,6 +27,7 @@ class Row:
         loss: training loss, in nats per token.
         rate: tokens per second.
         perplexity: mean over domains of the last evaluation.
+        restarts: restarts after crashes.
         slots: hosts and slots as in `format_include`; "" while it waits.
     """
 
@@ -49,12 +50,12 @@ class Row:
 
 
 def read_progress(folder: Path | None, row: Row) -> None:
-    """Set step, loss, rate and perplexity of `row` from the end of a run's metrics.jsonl.
+    """Set step, loss, rate and perplexity of `row`, in place, from the end of a metrics.jsonl.
 
     Values that the last `TAIL_BYTES` of the file do not contain are left as they are.
 
     Args:
-        folder: of the run; None, or a folder without the file: the row does not change.
+        folder: folder of the run; None, or a folder without the file: the row does not change.
     """
     path = folder / "metrics.jsonl" if folder else None
     if path is None or not path.exists():

@@ -11,23 +11,24 @@ from megamod.tables import format_table
 
 SCORES = "perplexity.json"
 Scores = Mapping[str, float | None]
+"""Perplexities by domain; None for one that overflowed."""
 
 
 def format_campaign_scores(campaign: Campaign, in_one_world: bool) -> str:
     """Format the perplexities that the jobs of a campaign have written, as a table by domain.
 
     The columns are the seed, each domain's own expert, the mixture and the average, with the scored
-    split; a column without any score is left out.
+    split; a column without any score is skipped, and a missing score is blank.
 
     Args:
         in_one_world: the experts are in one run, OUT/experts/world.
     """
-    seed = _read(campaign.output / SEED / SCORES)
-    mixture = _read(campaign.output / EVALUATION / "mixture.json")
-    average = _read(campaign.output / EVALUATION / "average.json")
+    seed = _read_scores(campaign.output / SEED / SCORES)
+    mixture = _read_scores(campaign.output / EVALUATION / "mixture.json")
+    average = _read_scores(campaign.output / EVALUATION / "average.json")
     experts, split = {}, "valid"
     for domain in campaign.domains:
-        run = _read(get_expert_folder(campaign, WORLD if in_one_world else domain) / SCORES)
+        run = _read_scores(get_expert_folder(campaign, WORLD if in_one_world else domain) / SCORES)
         rows = run.get("perplexity", {})
         experts[domain] = (rows.get(domain) or _take_row(rows)).get(domain)
         split = run.get("split", split)
@@ -49,7 +50,7 @@ def format_campaign_scores(campaign: Campaign, in_one_world: bool) -> str:
     return format_table(table, right_aligned_columns=range(1, len(columns) + 1))
 
 
-def _read(path: Path) -> dict:
+def _read_scores(path: Path) -> dict:
     """Read a file of scores; an empty object if it is missing or cannot be read."""
     try:
         return read_object(path)
@@ -58,5 +59,8 @@ def _read(path: Path) -> dict:
 
 
 def _take_row(rows: Mapping) -> Mapping:
-    """Return the first value: the scores of a model without experts; empty if there is none."""
+    """Return the first value: the scores of a model without experts; empty if there is none.
+
+    `rows` has scores by domain, by expert; a model without experts has one row.
+    """
     return next(iter(rows.values()), {})

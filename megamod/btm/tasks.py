@@ -21,12 +21,16 @@ from megamod.errors import UserError
 from megamod.flags import find_origin, format_flags
 from megamod.states.manifest import list_checkpoints
 
-SHAPE_OF_FOLDER: dict[str, object] = {
+FOLDER_SHAPE_FLAGS: dict[str, object] = {
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads")),
     "intermediate_size": None,
     "from_scratch": False,
 }
-"""Flags that shape a new model, with the values that a run needs to start from a folder."""
+"""Flags that shape a new model, with the values that a run needs to start from a folder.
+
+The folder's config.json has the shape then.
+"""
+# Names of jobs and of folders below the output folder.
 SEED, WORLD, AVERAGE, EVALUATION, PRIORS = "seed", "world", "average", "evaluation", "priors"
 
 
@@ -36,14 +40,14 @@ class Stage:
 
     Attributes:
         title: one word for the progress table.
-        launcher: file name in the folder of launchers.
+        program: file name in `megamod/commands`.
         arguments: command-line arguments.
-        done: checks on disk whether the program has finished.
+        done: function that reads from disk if the program has finished.
         ranks: True if it runs on the slots of its job; False: one process on this machine.
     """
 
     title: str
-    launcher: str
+    program: str
     arguments: tuple[str, ...]
     done: Callable[[], bool]
     ranks: bool = False
@@ -58,7 +62,7 @@ class Task:
         gpus: number of slots.
         stages: its programs, in order.
         folder: folder of its run; None: it has no metrics.
-        last: last step of its run.
+        last: last step of its run; 0 if it has no metrics.
     """
 
     name: str
@@ -68,7 +72,7 @@ class Task:
     last: int = 0
 
     def find_next_stage(self) -> Stage | None:
-        """Return the next program to run; None once all have finished."""
+        """Return the first program that has not finished; None once all have."""
         return next((stage for stage in self.stages if not stage.done()), None)
 
 
@@ -145,7 +149,11 @@ def make_expert_task(campaign: Campaign, parsed: Parsed, round_index: int, domai
 def make_world_task(campaign: Campaign, parsed: Parsed) -> Task:
     """Make the task that trains all experts of the first round in one job of independent models.
 
-    They are branched from the seed before, unless there is none or they are adapters.
+    They are branched from the seed before, unless there is none or they are adapters. The job has
+    the slots of all experts.
+
+    Args:
+        parsed: arguments of the campaign, from which those of the programs follow.
     """
     folder, domains = get_expert_folder(campaign, WORLD), campaign.rounds[0]
     stages: list[Stage] = []
@@ -194,8 +202,9 @@ def get_expert_folder(campaign: Campaign, domain: str) -> Path:
 
 
 def has_finished(folder: Path, step: int) -> bool:
-    """Return True if a run has ended at `step`: its scores, which are written last, are of that
-    step.
+    """Return True if a run has ended at `step`: its scores are of that step, and it has a model.
+
+    The scores, perplexity.json, are written last. A file that cannot be read counts as absent.
     """
     try:
         scores = read_object(folder / "perplexity.json")
@@ -205,6 +214,7 @@ def has_finished(folder: Path, step: int) -> bool:
 
 
 def _has_checkpoint(folder: Path) -> bool:
+    """Return True if the run in `folder` has a checkpoint; a branched one has it from the start."""
     return bool(list_checkpoints(folder / "checkpoints"))
 
 
@@ -214,10 +224,11 @@ def _select_seed_model(campaign: Campaign) -> dict[str, object]:
     """
     if not (campaign.adapters and campaign.seed_steps):
         return {}
-    return {"model": str(campaign.output / SEED / "model"), "init_from": None} | SHAPE_OF_FOLDER
+    return {"model": str(campaign.output / SEED / "model"), "init_from": None} | FOLDER_SHAPE_FLAGS
 
 
 def _list_seed_arguments(campaign: Campaign) -> tuple[str, ...]:
+    """Return the arguments of megamod forest branch that select the last checkpoint of the seed."""
     return ("--parents", str(campaign.output / SEED), "--step", str(campaign.seed_steps))
 
 

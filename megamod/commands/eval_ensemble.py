@@ -41,6 +41,7 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from megamod.dist.process import join_process_group
 
+        # This command has no --dist_timeout: half an hour is torch's own default.
         device = join_process_group(timeout_seconds=1800)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from megamod.documents import Document, read_document
 from megamod.errors import UserError
 from megamod.files import format_json
-from megamod.names import Domain
+from megamod.names import Domain, check_domain
 
 HEADER = "databin.json"
 FORMAT = 1
@@ -105,6 +105,22 @@ def read_header(folder: Path) -> DataBinHeader:
         if compute_header_digest(text, header.digest) != header.digest:
             raise UserError(f"{path}: does not have the digest in its last line; copy it again")
     return header
+
+
+def read_databin_domains(folder: Path) -> tuple[str, ...]:
+    """Read the domains of a data-bin, ours or one of fairseq, without opening its token files.
+
+    Without databin.json they are the folders with a train split, in alphabetical order.
+
+    Raises:
+        UserError: if the folder is not a data-bin, or a domain's name cannot be a folder's.
+    """
+    if (folder / HEADER).exists():
+        return tuple(read_header(folder).domains)
+    domains = sorted(file.parent.name for file in folder.glob("*/train.idx"))
+    if not domains:
+        raise UserError(f"--data {folder}: is not a data-bin; megamod preprocess writes one")
+    return tuple(check_domain(domain, f"--data {folder}") for domain in domains)
 
 
 def format_header(header: Mapping[str, object]) -> str:

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.branch import write_branch_checkpoint
-from megamod.btm.forest_entry import make_forest_entry, read_branch
+from megamod.btm.forest_entry import make_forest_entry, read_branch_record
 from megamod.btm.parents import find_parent
 from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
@@ -415,7 +415,7 @@ def _count_seed_steps(flags: Settings, extras: Mapping[str, object]) -> int:
 
 def _sum_training_seconds(run: Path) -> float:
     """Return the seconds of a run's own steps, summed over the processes that made them."""
-    branched = read_branch(run)
+    branched = read_branch_record(run)
     before = branched.start_update if branched else 0
     seconds = 0.0
     for record in read_metrics(run / "metrics.jsonl"):
