@@ -82,6 +82,8 @@ _EXPANSION = 8  # bytes of tensors per byte of the file: several may share one s
 _MOST_SETTINGS = 100_000  # values of the settings, each as often as it is referred to
 _TIMEOUT = 3600  # seconds until a child that does not even use the processor is ended
 
+_DEEPEST_SETTING = 20  # levels of nested settings that are read
+
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "state.safetensors")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """Whole weights, and the indices of sharded ones; the first that exists is read."""
@@ -100,8 +102,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     The tensors of a pickle are those in its entry "model" (fairseq), or in its top-level dict if
     there is no such entry; its settings are its entries "cfg", "args" and "config". Other files
-    have no settings. An index (`*.index.json`) stands for all of its shards. A pickle is read in a
-    child process with limits, see the module docstring.
+    have no settings. An index, a file with a name of `INDEX_FILES`, stands for all of its shards. A
+    file with any other ending is a pickle, which is read in a child process with limits, see the
+    module docstring. Tensors are on the CPU, in the dtype they are stored in.
 
     Raises:
         UserError: if the file is missing or malformed, if a shard is missing, or if a pickle
@@ -124,20 +127,30 @@ def read_checkpoint(path: Path) -> Checkpoint:
             )
         except subprocess.TimeoutExpired as error:
             raise UserError(f"{path}: reading it took more than {_TIMEOUT} s") from error
-        reason = (child.stderr.strip().splitlines() or ["it was ended"])[-1]
-        if child.returncode == UserError.exit_code and reason.startswith("UserError: "):
-            raise UserError(reason.removeprefix("UserError: "))
         if child.returncode != 0:
-            raise UserError(
-                f"{path}: could not be read within the limits on memory and time (exit code "
-                f"{child.returncode}: {reason[:300]})"
-            )
+            raise UserError(_describe_child_failure(path, child.returncode, child.stderr))
         settings = json.loads((Path(folder) / "settings.json").read_text())
         return Checkpoint(_read_safetensors(Path(folder) / "tensors.safetensors"), settings)
 
 
+def _describe_child_failure(path: Path, exit_code: int, stderr: str) -> str:
+    """Describe why the child process could not read the pickle `path`, in one sentence.
+
+    Args:
+        exit_code: exit code of the child; negative: the number of the signal that ended it.
+        stderr: its standard error, which ends with the reason.
+    """
+    reason = (stderr.strip().splitlines() or ["no message"])[-1]
+    if exit_code == UserError.exit_code and reason.startswith("UserError: "):
+        return reason.removeprefix("UserError: ")
+    if exit_code < 0 or "not enough memory" in reason:
+        ended = f"ended by signal {-exit_code}" if exit_code < 0 else reason[:300]
+        return f"{path}: could not be read within the limits on memory and time ({ended})"
+    return f"{path}: could not be read: {reason[:300]} (exit code {exit_code})"
+
+
 def _read_shards(index: Path) -> Checkpoint:
-    """Read all shards of an index; raise UserError if a listed tensor is in none of them."""
+    """Read the tensors of all shards of an index; raise UserError if a listed one is in none."""
     tensors: dict[str, Tensor] = {}
     for shard in list_shards(index):
         tensors |= read_checkpoint(shard).tensors
@@ -148,7 +161,7 @@ def _read_shards(index: Path) -> Checkpoint:
 
 
 def find_weight_file(source: Path) -> Path:
-    """Find the file that `read_checkpoint` reads: `source` itself, or a file of this folder.
+    """Find the weights of a checkpoint for `read_checkpoint`: `source` itself, or a file in it.
 
     In a folder that is the first of `WEIGHT_FILES`, or else of `INDEX_FILES`, that exists.
 
@@ -186,7 +199,8 @@ def list_pickle_globals(path: Path) -> set[str]:
     "?" stands for a name that the pickle computes.
 
     Raises:
-        UserError: if the file is no pickle, or an archive that torch.save did not write.
+        UserError: if the file is no pickle or cannot be read, or is an archive that torch.save did
+            not write.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -252,7 +266,7 @@ def _iterate_pickle_globals(file: BinaryIO) -> Iterator[str]:
 
 
 def _read_safetensors(path: Path) -> "dict[str, Tensor]":
-    """Read the tensors of a safetensors file by name; raise UserError if it is not whole."""
+    """Read the tensors of a safetensors file by name; raise UserError if it cannot be read."""
     from safetensors.torch import load_file
 
     with report_damage(f"{path}: is not a whole safetensors file"):
@@ -263,7 +277,7 @@ def _run_child() -> None:
     """Run the child process: copy a pickle into a folder as tensors.safetensors and settings.json.
 
     The command line names the pickle and the folder. Raise UserError if the pickle names anything
-    but tensors, plain values and settings.
+    but tensors, plain values and settings, or as `_load_pickle`.
     """
     path, folder = Path(sys.argv[1]), Path(sys.argv[2])
     _limit_resources(path.stat().st_size)
@@ -289,16 +303,16 @@ def _run_child() -> None:
 def _limit_resources(file_bytes: int) -> None:
     """Limit memory, processor time and file size of this process by the length of the checkpoint.
 
+    Limits grow with the length, since a checkpoint is copied in memory and on disk.
+
     Args:
         file_bytes: length of the checkpoint.
     """
     gigabyte = 2**30
-    seconds = 60 + file_bytes // (20 * 2**20)
+    seconds = 60 + file_bytes // (20 * 2**20)  # time for the imports, and at least 20 MiB a second
+    memory = 16 * gigabyte + 4 * file_bytes  # a torch for CUDA maps many gigabytes
     for kind, limit in (
-        (
-            resource.RLIMIT_AS,
-            16 * gigabyte + 4 * file_bytes,
-        ),  # a torch for CUDA maps many gigabytes
+        (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_FSIZE, gigabyte + 2 * file_bytes),
         (resource.RLIMIT_CORE, 0),
@@ -309,7 +323,7 @@ def _limit_resources(file_bytes: int) -> None:
 
 
 def _load_pickle(path: Path) -> "tuple[dict[str, Tensor], dict[str, object]]":
-    """Load the tensors and settings of a pickle whose names have been checked.
+    """Load the tensors and settings of a pickle whose names have been checked; see `Checkpoint`.
 
     Raise UserError if torch refuses it, if it is not a dict of ordinary tensors, or if its tensors
     have more elements than it stores, or too many for its length.
@@ -382,8 +396,8 @@ class _StandIn:
 def _to_json_value(value: object, depth: int, budget: Iterator[int], path: Path) -> object:
     """Convert a value to plain JSON values.
 
-    A value of another type, such as a tensor, becomes null, and so does what is nested more than 20
-    levels deep.
+    A value of another type, such as a tensor, becomes null, and so does one nested more than
+    `_DEEPEST_SETTING` levels deep.
 
     Args:
         depth: nesting of the value, 0 at the top.
@@ -394,7 +408,7 @@ def _to_json_value(value: object, depth: int, budget: Iterator[int], path: Path)
     """
     if next(budget, None) is None:
         raise UserError(f"{path}: its settings have more than {_MOST_SETTINGS:,} values")
-    if depth > 20:
+    if depth > _DEEPEST_SETTING:
         return None
     plain = partial(_to_json_value, depth=depth + 1, budget=budget, path=path)
     if isinstance(value, argparse.Namespace):

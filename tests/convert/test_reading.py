@@ -239,6 +239,22 @@ def test_a_compressed_archive_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("exit_code", "stderr", "message"),
+    [
+        (-9, "", "within the limits on memory and time .ended by signal 9"),
+        (2, "MemoryError: not enough memory: x\n", "within the limits .* not enough memory: x"),
+        (1, "Traceback\nKeyError: 'a'\n", r"could not be read: KeyError: 'a' \(exit code 1\)"),
+    ],
+)
+def test_a_child_that_fails_is_described(tmp_path, monkeypatch, exit_code, stderr, message):
+    (tmp_path / "a.pt").write_bytes(b"")
+    child = subprocess.CompletedProcess([], exit_code, "", stderr)
+    monkeypatch.setattr(reading.subprocess, "run", lambda *_, **__: child)
+    with pytest.raises(UserError, match=message):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
     "content",
     [
         b"",
