@@ -4,7 +4,7 @@ A format is a key of `FORMATS` and a module of that name in this package, with o
     convert(source: Path, options: Options) -> ConvertedModel
     export(source: Path, folder: Path, options: Options) -> list[Path]
 `convert` reads a checkpoint and writes nothing. `export` writes its files into `folder`, which
-exists, and returns their paths.
+exists, and returns their paths. Both raise UserError for what they cannot convert.
 """
 
 import importlib
@@ -40,6 +40,7 @@ class Options:
 
 
 NO_OPTIONS = Options()
+"""Options of a checkpoint whose weights and settings contain everything."""
 
 
 @dataclass
@@ -48,7 +49,7 @@ class ConvertedModel:
 
     Attributes:
         config: fields of its config.json, `model_type` and `architectures` included.
-        state: tensors by our names, tied ones once.
+        state: tensors by our names, tied ones once, in the dtype they are stored in.
         used: keys of the original that went into `state`.
         dropped: skipped keys of the original, with the reason. "config.json: NAME" is a field.
         missing: optional keys and fields that the original lacks, with their replacement.
@@ -71,5 +72,5 @@ class ConvertedModel:
 
 
 def import_format(name: str) -> ModuleType:
-    """Import the module of the format `name`, a key of `FORMATS`."""
+    """Import the module of the format `name`, a key of `FORMATS`; it has `convert` or `export`."""
     return importlib.import_module(f"{__name__}.{name}")

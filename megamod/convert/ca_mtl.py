@@ -19,12 +19,13 @@ from megamod.files import write_json
 from megamod.states.config_file import read_config_file
 from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
 
+# Fields of config.json that are copied: those that a checkpoint must have, and others.
 _STOCK = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _STOCK += ("intermediate_size", "max_position_embeddings", "type_vocab_size")
 _MORE = ("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range")
 _MORE += ("layer_norm_eps", "pad_token_id")
 _HEAD = re.compile(r"decoders\.(\d{1,4})\.model\.(weight|bias)")
-_NEW = ("attention", "intermediate", "output")
+_NEW = ("attention", "intermediate", "output")  # parts of the last block that are called new_...
 
 
 def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
@@ -37,8 +38,8 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
         options: `domains` are the names of the tasks in the order of their ids; empty: task0,
             task1 and so on.
     Raises:
-        UserError: for a field of config.json that is missing, a head that is missing or misshapen,
-            or another number of names than of heads.
+        UserError: for a file or a field of config.json that is missing, a head or a matrix that is
+            missing or misshapen, or another number of names than of heads.
     """
     file = find_weight_file(Path(source))
     path, settings = file.parent / "config.json", read_config_file(file.parent)
@@ -65,7 +66,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
             f"--tasks {' '.join(tasks)}: {len(tasks)} names of tasks, the checkpoint has "
             f"{len(sizes)} heads"
         )
-    variant, length = _detect_variant_and_length(state, settings)
+    variant, length = _detect_variant_and_length(state, settings, file)
     config = {
         "model_type": "ca_mtl",
         "architectures": ["CaMtlForMultiTask"],
@@ -88,6 +89,7 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
     Args:
         source: model folder.
         folder: existing folder that model.safetensors and config.json are written into.
+        options: without effect.
     Returns:
         paths of the written files.
     Raises:
@@ -136,12 +138,13 @@ def _stack_heads(
 ) -> list[int]:
     """Stack the heads of all T tasks into `state`; return the number of outputs of each head.
 
-    Adds heads.weight [T, L, hidden_size] and heads.bias [T, L], where L is the largest number of
-    outputs; smaller heads are filled with zeros.
+    Adds heads.weight [T, L, hidden_size] and heads.bias [T, L] in float32, where L is the largest
+    number of outputs; smaller heads are filled with zeros.
 
     Args:
         state: tensors by our names; changed in place.
-        heads: tensors by task number and "weight" or "bias".
+        heads: tensors by task number and "weight" [outputs, hidden_size] or "bias" [outputs].
+        file: the checkpoint, for messages.
     Raises:
         UserError: if there is no head, or one is missing or misshapen.
     """
@@ -163,15 +166,18 @@ def _stack_heads(
 
 
 def _detect_variant_and_length(
-    state: Mapping[str, Tensor], settings: Mapping[str, object]
+    state: Mapping[str, Tensor], settings: Mapping[str, object], file: Path
 ) -> tuple[str, int]:
     """Detect the variant ("plain", "base" or "large") and the longest sequence in tokens.
 
     Both are read from the weights, except the longest sequence of "plain", which is that of
-    `settings`, or 128.
+    `settings`, or 128, the default of `CaMtlConfig`. Raise UserError if `file`, the checkpoint,
+    lacks the matrix that shows the length.
     """
     if "bert.task_type_embeddings.weight" not in state:
         return "plain", int(settings.get("max_seq_length", 128))
-    matrix = state["bert.encoder.layer.0.attention.self.random_weight_matrix"]
+    name = "bert.encoder.layer.0.attention.self.random_weight_matrix"
+    if name not in state:
+        raise UserError(f"{file}: {name} is missing")
     large = any(key.startswith("bert.encoder.adapter_layer.0.") for key in state)
-    return "large" if large else "base", len(matrix)
+    return "large" if large else "base", len(state[name])

@@ -23,6 +23,8 @@ from megamod.files import write_json
 from megamod.states.config_file import check_claims, check_sizes, read_config_file
 from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
 
+# Fields of config.json that are copied: those that a checkpoint must have, others of transformers,
+# and those of the releases; _DEAD have no effect there.
 _STOCK = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _STOCK += ("intermediate_size", "max_position_embeddings", "type_vocab_size")
 _MORE = ("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range")
@@ -33,12 +35,12 @@ _MUX += ("gaussian_hadamard_norm", "binary_hadamard_epsilon", "learn_muxing", "t
 _MUX += ("retrieval_loss_coeff", "retrieval_percentage")
 _DEAD = ("head_temperature", "hierarchical_softmax_buckets", "use_hierarchical_softmax")
 _DEAD += ("legacy_demuxing",)
-_PREFIX = "discriminator."
+_PREFIX = "discriminator."  # of the ELECTRA wrapper's discriminator, which has none here
 
 
 @dataclass(frozen=True)
 class Original:
-    """Our model type, head and class for an original class."""
+    """Our model type, kind of head and name of our class for an original class."""
 
     model_type: str
     head: Head
@@ -149,12 +151,13 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
 
     Args:
         source: model folder.
-        folder: existing folder that the files are written into.
+        folder: existing folder that model.safetensors and config.json are written into.
         options: must not name domains.
     Returns:
         paths of the written files.
     Raises:
-        UserError: if `source` is not a multiplexed model, or `options` names domains.
+        UserError: if `source` is not a multiplexed model or has a tensor that the releases lack, or
+            if `options` names domains.
     """
     if options.domains:
         raise UserError("--domains: a multiplexed model has no experts to choose from")
@@ -246,6 +249,11 @@ def _convert_settings(
 ) -> tuple[dict[str, object], dict[str, str], dict[str, str]]:
     """Convert the fields of an original config.json to ours.
 
+    Args:
+        settings: the original fields.
+        original: our counterpart of the original class.
+        options: see `convert`.
+        file: weight file beside config.json, for messages.
     Returns:
         fields of our config.json; and as in `ConvertedModel`, the fields that are dropped, with the
         reason, and those that are missing, with their default.
@@ -300,6 +308,7 @@ def _add_generator_config(
         config: fields of our config.json; changed in place.
         stored: tensors of the checkpoint by name, without the prefix of the discriminator.
         missing: see `ConvertedModel`; changed in place.
+        file: weight file of the checkpoint, for messages.
     Raises:
         UserError: if the feed-forward of the generator's first layer is missing or no matrix.
     """

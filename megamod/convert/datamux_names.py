@@ -12,15 +12,19 @@ from megamod.models.mux import bert, electra, generator, roberta
 from megamod.models.mux.configuration import MuxBertConfig, MuxElectraConfig, MuxRobertaConfig
 
 Head = Literal["mlm", "sequence", "token", "discriminator", "wrapper"]
+"""Kind of a model's head; "wrapper" is ELECTRA's discriminator, possibly with a generator."""
 Shapes = dict[str, tuple[int, ...]]
+"""Shape of each tensor by our name."""
 FAMILIES = {"mux_bert": "bert", "mux_electra": "electra", "mux_roberta": "roberta"}
 """Model types, and the prefix of the encoder's names."""
 
 _CONFIGURATIONS = {
     config.model_type: config for config in (MuxBertConfig, MuxElectraConfig, MuxRobertaConfig)
 }
+# Encoders without a head, by model type.
 _BARE = {"mux_bert": bert.MuxBertModel, "mux_electra": electra.MuxElectraModel}
 _SOME_IDS = dict(cls_token_id=0, mask_token_id=0, prefix_fill_token_id=0)  # no shape depends on ids
+# All our classes of multiplexed models, by name.
 _CLASSES = {
     name: kind
     for module in (bert, electra, generator, roberta)

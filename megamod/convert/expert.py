@@ -11,6 +11,7 @@ from megamod.errors import UserError
 from megamod.states.dense import write_dense_model
 from megamod.states.forest import read_model_config
 
+# Records of the run and of the model with experts, which do not describe the expert's folder.
 _SKIPPED = ("README.md", "run.yaml", "state.json", "manifest.json", "merge.json")
 
 
@@ -22,6 +23,7 @@ def export(source: Path, folder: Path, options: Options) -> list[Path]:
     Args:
         source: model folder with experts.
         folder: existing folder that the files are written into.
+        options: `domains` has the name of the expert.
     Returns:
         paths of the written files.
     Raises:

@@ -24,6 +24,7 @@ from megamod.files import write_json
 from megamod.states.config_file import read_config_file
 from megamod.states.weights import extract_expert_weights, read_weights, write_tensors
 
+# Names of tensors outside of blocks and inside of one: fairseq's -> ours.
 _OUTSIDE = {
     "embed_tokens.weight": "embeddings.tokens.weight",
     "embed_positions.weight": "embeddings.positions.weight",
@@ -39,6 +40,7 @@ _INSIDE = {
 }
 _TOKENS, _POSITIONS = "decoder.embed_tokens.weight", "decoder.embed_positions.weight"
 _OUTPUT, _VERSION = "decoder.output_projection.weight", "decoder.version"
+_EXTRA_POSITIONS = 2  # rows of the position table before that of position 0, one for padding
 _SETTINGS = {
     "activation_fn": "gelu",
     "decoder_normalize_before": True,
@@ -47,14 +49,16 @@ _SETTINGS = {
     "layernorm_embedding": False,
 }
 """Settings with the only value that our model has; the weights do not show them."""
+# Settings that may hold the number of attention heads.
 _HEADS = ("decoder_attention_heads", "num_attention_heads", "heads")
+# Names of files that are preferred where a folder has several.
 _DENSE_FILES = ("model.safetensors", "pytorch_model.bin")
 _STEMS = ("checkpoint_last", "checkpoint_best")
 _ENDINGS = (".pt", ".safetensors")
 
 
 def build_key_map(layer_count: int) -> dict[str, str]:
-    """Map fairseq's key of every tensor of a dense model to ours."""
+    """Map fairseq's key of every tensor of a dense model with `layer_count` blocks to our name."""
     names = {f"decoder.{theirs}": f"model.{ours}" for theirs, ours in _OUTSIDE.items()}
     for layer in range(layer_count):
         for theirs, ours in _INSIDE.items():
@@ -68,7 +72,7 @@ def convert(source: Path, options: Options) -> ConvertedModel:
     """Read a checkpoint and give its tensors our names, in the dtype they are stored in.
 
     Args:
-        source: see the head of this module; `NAME-shared.*` alone picks that DEMix checkpoint.
+        source: see the head of this module; a file `NAME-shared.*` selects that DEMix checkpoint.
         options: `domains` names the experts in rank order, and `num_attention_heads` the heads of a
             layer; both override the settings of the checkpoint.
     Raises:
@@ -132,7 +136,7 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
     Returns:
         paths of the written files.
     Raises:
-        UserError: if `source` is not a language model of ours, if it has domain parameters outside
+        UserError: if `source` is not a language model of ours, if it has experts outside of
             feed-forwards or a tensor that fairseq lacks, or if `options` names domains.
     """
     if options.domains:
@@ -176,7 +180,10 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
 def _rename_to_fairseq(
     state: Mapping[str, Tensor], keys: Mapping[str, str], source: Path
 ) -> dict[str, Tensor]:
-    """Rename tensors to fairseq's keys; raise UserError for a tensor that fairseq lacks."""
+    """Rename tensors to fairseq's keys; raise UserError for a tensor that fairseq lacks.
+
+    `keys` has fairseq's key by our name; `source` is the model folder, for the message.
+    """
     unknown = sorted(name for name in state if name not in keys)
     if unknown:
         raise UserError(f"{source}: {unknown[0]} has no counterpart in fairseq")
@@ -184,7 +191,7 @@ def _rename_to_fairseq(
 
 
 def _insert_domain(name: str, domain: str) -> str:
-    """Return our name of a feed-forward tensor inside the expert of `domain`."""
+    """Return the name in the expert of `domain` of a dense model's feed-forward tensor `name`."""
     return name.replace(".feed_forward.", f".feed_forward.{EXPERTS_COMPONENT}.{domain}.", 1)
 
 
@@ -321,6 +328,8 @@ def _detect_config(
     Args:
         dense: all tensors of a dense model, or of a DEMix model with one of its experts, by
             fairseq's keys.
+        settings: see `_read_settings`.
+        file: weight file of the checkpoint, for messages.
     Raises:
         UserError: if a weight that shows a size is missing or no matrix, or if the number of heads
             is unknown or does not divide the hidden size.
@@ -350,7 +359,7 @@ def _detect_config(
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "intermediate_size": dense["decoder.layers.0.fc1.weight"].shape[0],
-        "max_position_embeddings": dense[_POSITIONS].shape[0] - 2,
+        "max_position_embeddings": dense[_POSITIONS].shape[0] - _EXTRA_POSITIONS,
     }
 
 
@@ -386,7 +395,7 @@ def _iterate_expected_shapes(
         if part == "embed_tokens":
             yield key, (config["vocab_size"], width)
         elif part == "embed_positions":
-            yield key, (config["max_position_embeddings"] + 2, width)
+            yield key, (config["max_position_embeddings"] + _EXTRA_POSITIONS, width)
         else:
             square = matrices.get(part, (width, width))
             vector = kind == "bias" or part.endswith("layer_norm")

@@ -16,6 +16,8 @@ from megamod.errors import UserError, report_damage
 from megamod.models.pretrained import MAX_FOREIGN
 from megamod.states.config_file import read_config_file
 
+# Old and current last parts of names; first parts of the encoder's names without prefix; all names
+# of an encoder; names of the tied tensors.
 _OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _INSIDE = ("embeddings.", "encoder.", "pooler.")
 _ENCODER = (
@@ -31,15 +33,16 @@ _TWINS = {_TIED: _WORDS, "cls.predictions.decoder.bias": "cls.predictions.bias"}
 def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
     """Read a checkpoint and rename its tensors to the current names of transformers.
 
-    A few tensors that belong to no BERT are dropped and reported. A matrix that equals the one it
-    is tied to is dropped, too.
+    A few tensors that belong to no BERT are dropped and reported. A matrix or bias that equals the
+    one it is tied to is dropped, too. Dtypes do not change.
 
     Args:
-        source: folder with config.json and pytorch_model.bin or model.safetensors, or that file.
+        source: folder with config.json and a file of `WEIGHT_FILES` or `INDEX_FILES`, or that file.
         options: without effect.
     Raises:
-        UserError: if config.json is not that of a BERT, if too many tensors belong to no BERT, or
-            if word embeddings are missing or of another shape than config.json says.
+        UserError: if config.json is not that of a BERT, if too many tensors belong to no BERT
+            (more than two, and more than the share `MAX_FOREIGN`), or if word embeddings are
+            missing or of another shape than config.json says.
     """
     file = find_weight_file(Path(source))
     path, config = file.parent / "config.json", read_config_file(file.parent)

@@ -1,6 +1,6 @@
 """Export to the OPT class of transformers, to run a model of ours without megamod.
 
-OPT is the same decoder (learned positions with two rows in front, pre-norm, biases everywhere) but
+OPT is the same decoder (learned positions after two extra rows, pre-norm, biases everywhere) but
 does not scale its embeddings. The factor is multiplied into the embedding matrix, which then cannot
 be tied to the output matrix. The exported model stores both, and is larger by one of them.
 """
@@ -19,6 +19,7 @@ from megamod.files import write_json
 from megamod.states.config_file import read_config_file
 from megamod.states.weights import DENSE_FILE, extract_expert_weights, read_weights, write_tensors
 
+# Names of tensors outside of blocks and inside of one: ours -> OPT's.
 _OUTSIDE = {
     "model.embeddings.positions.weight": "model.decoder.embed_positions.weight",
     "model.final_norm.weight": "model.decoder.final_layer_norm.weight",
@@ -33,6 +34,7 @@ _INSIDE = {
 }
 _TOKENS, _OUTPUT = "model.embeddings.tokens.weight", "lm_head.weight"
 _NORM_EPS = 1e-5  # OPT's classes have no field for it
+# Fields of config.json that have the same name there.
 _FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _FIELDS += ("max_position_embeddings", "bos_token_id", "pad_token_id", "eos_token_id")
 
@@ -40,8 +42,8 @@ _FIELDS += ("max_position_embeddings", "bos_token_id", "pad_token_id", "eos_toke
 def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
     """Write a dense model, an ELM or one expert of a DEMix model for `OPTForCausalLM`.
 
-    Logits equal those of the model here, if padded inputs come with an attention mask: OPT does not
-    derive one from the padding ids.
+    Logits equal those of our model, if padded inputs come with an attention mask: OPT does not
+    derive one from the padding ids. Weights keep their dtype.
 
     Args:
         source: model folder.

@@ -30,7 +30,7 @@ from megamod.states.tokenizer_files import copy_tokenizer
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raised when the converter writes something else, which makes cached folders stale
-FAIRSEQ = (".pt", ".pth")
+FAIRSEQ = (".pt", ".pth")  # endings of fairseq's checkpoints, for a hint in a message
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def resolve_model(
     Args:
         source: model folder or hub name.
         flag: option or key that named the source, for messages.
-        accepts_type: returns True for a model type that the command can use.
-        needed_kind: the kind of model that is accepted, for the message.
+        accepts_type: returns True for a model type that the command can use; default: for any.
+        needed_kind: the kind of model that is accepted, for the message; "": the message is silent.
     Raises:
         UserError: if there is no configuration that can be used, if its architecture is not that
             of its model type, if `accepts_type` refuses the type, or if the conversion fails.
@@ -102,7 +102,7 @@ def has_weights(name: str) -> bool:
 
 
 def has_auto_class(auto: type, model_type: str) -> bool:
-    """Return True if an Auto class of transformers has a class for this model type."""
+    """Return True if `auto`, an Auto class of transformers, has a class for this model type."""
     try:
         return auto._model_mapping.get(CONFIG_MAPPING[model_type], None) is not None
     except KeyError:

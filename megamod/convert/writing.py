@@ -15,7 +15,10 @@ from megamod.states.weights import is_finite, write_index, write_weights
 def write_converted_model(converted: ConvertedModel, folder: Path, dtype: str) -> None:
     """Write config.json and the weight files into `folder`, with an index if there are experts.
 
+    Nothing is written before all tensors are checked.
+
     Args:
+        converted: the model; it does not change.
         folder: an existing folder.
         dtype: name of the element type that all tensors are stored in, such as "float32".
     Raises:

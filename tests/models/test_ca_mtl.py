@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from megamod.convert import Options
 from megamod.convert.ca_mtl import convert, export
+from megamod.errors import UserError
 from megamod.models.ca_mtl.configuration import CaMtlConfig
 from megamod.models.ca_mtl.model import (
     CaMtlForMultiTask,
@@ -122,6 +123,21 @@ def test_there_and_back(case, tmp_path):
     )
     assert again.keys() == {key for key in second if not key.endswith("position_ids")}
     assert all(torch.equal(again[key], second[key]) for key in again)
+
+
+def test_a_checkpoint_without_the_matrix_of_its_length_is_refused(tmp_path):
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    names += ("intermediate_size", "max_position_embeddings")
+    fields = {name: SMALL[name] for name in names} | {"type_vocab_size": 2}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    tensors = {
+        "bert.task_type_embeddings.weight": torch.zeros(1, 32),
+        "decoders.0.model.weight": torch.zeros(2, 32),
+        "decoders.0.model.bias": torch.zeros(2),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="random_weight_matrix is missing"):
+        convert(tmp_path)
 
 
 @pytest.mark.parametrize(
