@@ -11,7 +11,7 @@ from types import MappingProxyType
 from megamod.dist.scope import Scope, find_scopes
 from megamod.dist.topology import DomainTopology
 
-ALIGNMENT = 2  # DeepSpeed pads flat buffers to a multiple of this times the ranks
+ALIGNMENT = 2  # DeepSpeed pads flat buffers to a multiple of this many elements times the ranks
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ def compute_step_traffic(
             for the backward pass.
         tied_names: parameters used by two modules; a model beyond the limit gathers them for each.
         frozen: elements of every frozen parameter, which only ZeRO 3 sends.
-        experts: parameters with a rank's share of the experts of a mixture; `expert_ranks`: how
-            many ranks have the same share. The exchange of tokens is `compute_exchange_traffic`.
+        experts: parameters with a rank's share of the experts of a mixture. The exchange of tokens
+            with them is not included, see `compute_exchange_traffic`.
+        expert_ranks: number of ranks that have the same share.
     Source: Rajbhandari et al. 2020 (ZeRO), section 7; Gururangan et al. 2022 (DEMix), section 3.2.
     """
     parameter_scopes = find_scopes({**element_counts, **frozen}, topology.sharing, experts)
@@ -99,6 +100,9 @@ def compute_exchange_traffic(
     Args:
         assignments: tokens of a rank's micro-batches in the step, times the experts per token.
         parallel: number n of ranks that the experts are spread over.
+        layers: number of layers with experts.
+        width: features of a token's state.
+        element_bytes: bytes of a feature as sent.
     """
     return 4 * layers * assignments * (parallel - 1) / parallel * width * element_bytes
 
@@ -107,6 +111,11 @@ def _count_elements(parameter_elements: int, ranks: int, zero_stage: int, micro_
     """Count the elements in all-gathers and reduce-scatters of a step of ZeRO 0, 1 or 2.
 
     An all-reduce counts as one of each.
+
+    Args:
+        parameter_elements: elements of the trained parameters of one scope.
+        ranks: ranks of the scope.
+        zero_stage, micro_steps: see `compute_step_traffic`.
     """
     if zero_stage == 0:
         return 2 * parameter_elements
@@ -129,6 +138,8 @@ def _count_stage_3_elements(
         weights: elements of all parameters, frozen ones included.
         gather_counts: number of times that a weight is gathered in a micro-batch; a weight that is
             absent is kept whole, and gathered once per step.
+        ranks: ranks of the scope, to whose multiples tensors are padded.
+        micro_steps: see `compute_step_traffic`.
     """
     padded = {name: _round_up(size, ranks) for name, size in weights.items()}
     gathered = sum(padded[name] * times for name, times in gather_counts.items())

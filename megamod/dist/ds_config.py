@@ -38,8 +38,8 @@ TOTAL, MICRO, STEPS = (
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
 )
-BUILT_IN = "the built-in configuration"
-HALF = ("bf16", "fp16")
+BUILT_IN = "the built-in configuration"  # names a missing file in messages
+HALF = ("bf16", "fp16")  # blocks of the number formats of 16 bits
 
 AUTO = {
     "bf16.enabled": False,
@@ -112,7 +112,7 @@ def apply_sharing_rules(config: dict[str, object], sharing: Sharing | str, world
 
     Args:
         config: a resolved configuration; changed in place.
-        sharing: parameters that domains share, also by name: "dense", "demix" or "btm".
+        sharing: parameters that domains share, also by value: "dense", "demix" or "btm".
         world_size: ranks of the run.
     Raises:
         UserError: for a combination that DeepSpeed refuses or silently trains wrongly.
@@ -211,6 +211,7 @@ def _read_json(path: Path) -> dict[str, object]:
         return dict(pairs)
 
     def refuse_constant(word: str) -> None:
+        """Raise UserError for NaN or an infinity."""
         raise UserError(f"{path}: {word} is not a number of JSON")
 
     try:
@@ -279,7 +280,10 @@ def _check_refused_keys(name: str, config: dict) -> None:
 
 
 def _check_scalars(name: str, config: dict) -> None:
-    """Raise UserError for a top-level value of a wrong type or range, or any huge integer."""
+    """Raise UserError for a top-level value of a wrong type or range, or any huge integer.
+
+    Huge is an absolute value of 2^62 or more, at any depth.
+    """
     for key, value in iterate_leaves(config):
         if type(value) is int and abs(value) >= 2**62:
             raise UserError(f"{name}: {key} is {value!r:.60}, which no size or interval can be")
@@ -304,6 +308,7 @@ def _merge_values(
     """Merge the values of the run into `config`, and return the final values.
 
     Args:
+        name: the file, for messages.
         config: content of the file; changed in place: "auto" and missing values are filled.
         values, origins: see `resolve_ds_config`.
     Returns:
@@ -351,8 +356,11 @@ def _resolve_batch_sizes(
     A size of the file or of a flag is fixed; the others follow from it, or are the run's defaults.
 
     Args:
+        name: the file, for messages.
+        config: content of the file.
         values, origins: see `resolve_ds_config`.
-        conflicts: a sentence is appended for each size that file and flag set differently.
+        conflicts: changed in place: a sentence is appended for each size that file and flag set
+        differently.
     Returns:
         the sizes by key.
     Raises:
@@ -386,7 +394,7 @@ def _resolve_batch_sizes(
 def _check_optimizer(name: str, block: dict) -> None:
     """Raise UserError for an optimizer other than AdamW, or hyperparameters out of range.
 
-    The run constructs AdamW itself, with the values of the block.
+    The run constructs AdamW itself, with the values of the block; "Adam" counts as AdamW.
     """
     kind = block.get("type", "AdamW")
     if str(kind).lower() not in ("adam", "adamw"):
@@ -430,5 +438,5 @@ def _check_block_types(name: str, config: dict) -> None:
 
 
 def _get_grad_accum_dtype(config: Mapping) -> object:
-    """Return data_types.grad_accum_dtype; None if it is not set."""
+    """Return data_types.grad_accum_dtype, such as "fp32"; None if it is not set."""
     return (config.get("data_types") or {}).get("grad_accum_dtype")

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 ANY = "any"  # a block with any keys
 
+# Top-level keys with a single value, and its type.
 SCALARS = {
     "train_batch_size": int,
     "train_micro_batch_size_per_gpu": int,
@@ -36,6 +37,7 @@ SCALARS = {
     "zero_force_ds_cpu_optimizer": bool,
 }
 
+# Blocks for which DeepSpeed has no pydantic model: see `build_key_tree`.
 BLOCKS: dict[str, object] = {
     "optimizer": {
         "type": None,
@@ -154,7 +156,7 @@ OPTIONAL_AUTO = {"data_types.keep_in_fp32_modules"}
 
 
 def load_block_models() -> dict[str, type[BaseModel]]:
-    """Import DeepSpeed and return its pydantic model of each block that has one, by key path."""
+    """Import DeepSpeed, and return its pydantic model of each block that has one, by key path."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
     from deepspeed.monitor import config as monitor
@@ -179,7 +181,11 @@ def load_block_models() -> dict[str, type[BaseModel]]:
 
 
 def build_key_tree() -> dict[str, object]:
-    """Build a tree of all keys: None for a value, a dictionary for a block, `ANY` for any block."""
+    """Build a tree of all known keys.
+
+    A key is mapped to None for a value, to a dictionary of keys for a block, or to `ANY` for either
+    of them with any content.
+    """
     tree: dict[str, object] = dict.fromkeys(SCALARS) | BLOCKS | {"timers": {}}
     for path, model in load_block_models().items():
         *parents, name = path.split(".")

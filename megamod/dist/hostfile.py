@@ -18,7 +18,8 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.tables import format_table
 
-SSH_SECONDS = 5
+SSH_SECONDS = 5  # time in which a login by ssh must succeed
+# Name of a host or user, which cannot be mistaken for an option of ssh.
 NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*")
 SEPARATORS = "@:"  # of `--include` in DeepSpeed's launcher, so no part of a name there
 
@@ -55,7 +56,10 @@ class HostfileReport:
     experts: dict[str, range] | None
 
     def list_launcher_limits(self) -> list[str]:
-        """List notes on names in the file that pdsh or `--include` cannot use, a line each."""
+        """List notes on names in the file that pdsh or `--include` cannot use, a line each.
+
+        pdsh starts ranks on other hosts for the launcher of DeepSpeed; the list may be empty.
+        """
         names = [host.name for host in self.hosts]
         notes = []
         if addresses := [name for name in names if ":" in name]:
@@ -122,8 +126,11 @@ def read_hostfile(path: str | Path, *, require_selectable: bool = False) -> Host
 
     Args:
         require_selectable: refuse names that `--include` of DeepSpeed's launcher cannot select.
+    Returns:
+        the machines in the order of their lines, with all slots.
     Raises:
-        UserError: for a name that cannot be selected, or as `check_hostfile`.
+        UserError, HostfileFaults: as `check_hostfile`.
+        UserError: for a name that cannot be selected.
     """
     hosts = check_hostfile(path).hosts
     for host in hosts if require_selectable else ():
@@ -175,7 +182,7 @@ def check_hostfile(
 
 
 def find_split_groups(hosts: Sequence[str], groups: Mapping[str, range]) -> dict[str, list[str]]:
-    """Find groups of ranks on several machines, though one of these has ranks enough for the group.
+    """Find groups of ranks on several machines, though one of these could hold the group.
 
     Args:
         hosts: the machine of each rank.
@@ -195,7 +202,7 @@ def find_split_groups(hosts: Sequence[str], groups: Mapping[str, range]) -> dict
 
 
 def format_range(numbers: range) -> str:
-    """Format a range as `3` or `3-7`."""
+    """Format a range, which must not be empty, as `3` or `3-7`."""
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
@@ -267,7 +274,7 @@ def _is_reachable_name(name: str) -> bool:
 
 
 def _normalise_ipv6(host: str) -> str | None:
-    """Shorten an IPv6 address; return None for other text."""
+    """Return the shortest form of an IPv6 address; None for other text."""
     try:
         return str(ipaddress.IPv6Address(host))
     except ValueError:
@@ -286,7 +293,7 @@ def _assign_expert_ranks(
     """Assign the ranks of all slots to experts, as `DomainTopology` does.
 
     Args:
-        lines: the machines.
+        lines: the machines, without faults.
         experts: number of experts.
     Returns:
         ranks of each expert by its number, None if they cannot be divided evenly; and faults with

@@ -7,14 +7,20 @@ MISSING = object()
 
 
 def remove_nulls(value: object) -> object:
-    """Return a copy without keys whose value is null, which means that they are not set."""
+    """Return a copy of a block without keys whose value is null, which means that they are not set.
+
+    Blocks inside lists and values of other types are returned as they are.
+    """
     if isinstance(value, dict):
         return {key: remove_nulls(inner) for key, inner in value.items() if inner is not None}
     return value
 
 
 def iterate_leaves(value: object, where: str = "") -> Iterator[tuple[str, object]]:
-    """Yield key path, such as `a.b[0]`, and value of everything that is no block and no list."""
+    """Yield key path, such as `a.b[0]`, and value of everything that is no block and no list.
+
+    `where` is the key path of `value` itself, "" at the top.
+    """
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from iterate_leaves(inner, f"{where}.{key}" if where else key)
@@ -35,7 +41,7 @@ def get_key_path(config: Mapping, key_path: str) -> object:
 
 
 def set_key_path(config: dict, key_path: str, value: object) -> None:
-    """Set the value at a dotted key path, in place; missing blocks are created."""
+    """Set the value at a dotted key path of `config`, in place; missing blocks are created."""
     *parents, key = key_path.split(".")
     for parent in parents:
         config = config.setdefault(parent, {})

@@ -34,7 +34,7 @@ class _ProcessStarter:
     local_rank_variable: str
 
 
-_OWN = _ProcessStarter("the launcher", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+_LAUNCHER = _ProcessStarter("the launcher", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 _MPI = (
     _ProcessStarter(
         "Open MPI",
@@ -51,14 +51,15 @@ _RENUMBERING = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 def set_rank_variables() -> None:
     """Set RANK, WORLD_SIZE and LOCAL_RANK from the variables of srun or mpirun.
 
-    Variables of torchrun or DeepSpeed take precedence, because these may run inside tasks of the
-    others; mpirun takes precedence over srun, which it may use. Without any of them nothing is set,
-    and the process is alone.
+    MASTER_PORT becomes 29500 then, if it is missing. Nothing is set if torchrun or DeepSpeed has
+    set them, which may run inside tasks of the others, and for a process that is alone: without
+    srun and mpirun, or as their only task. mpirun takes precedence over srun, which it may use.
 
     Raises:
-        UserError: for variables that are incomplete, not numbers, or contradict each other.
+        UserError: for variables that are incomplete, not numbers, or contradict each other, and if
+            MASTER_ADDR is not set.
     """
-    launcher_numbers = _read_rank_numbers(_OWN)
+    launcher_numbers = _read_rank_numbers(_LAUNCHER)
     # A batch script also has the variables of task 0; only processes of srun have a step.
     in_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ
     starters = (*_MPI, *(() if in_script else (_SLURM,)))
@@ -92,12 +93,13 @@ def _read_rank_numbers(starter: _ProcessStarter) -> tuple[int, int, int] | None:
     """Read rank, world size and local rank from a program's variables.
 
     Return None if the program is not active; raise UserError for numbers that are missing or wrong.
+    LOCAL_RANK alone may be missing and counts as 0.
     """
     if starter.presence_variable not in os.environ:
         return None
     numbers = []
     for name in (starter.rank_variable, starter.world_size_variable, starter.local_rank_variable):
-        text = os.environ.get(name, "0" if name == _OWN.local_rank_variable else "")
+        text = os.environ.get(name, "0" if name == _LAUNCHER.local_rank_variable else "")
         if not text.isdecimal():
             value = repr(text) if text else "not set"
             raise UserError(
@@ -160,12 +162,14 @@ def join_process_group(timeout_seconds: float) -> torch.device:
     If no launcher has set RANK, WORLD_SIZE and LOCAL_RANK, they are set in the environment, see
     `set_rank_variables`; a process started by plain `python` is alone in its group. A process with
     a launcher ends after it, and several ranks start their signs of life, see `megamod.dist.watch`.
-    The group is left at exit.
+    The group is left at exit. Every rank must call it.
 
     Args:
-        timeout_seconds: seconds after which a collective without an answer fails.
+        timeout_seconds: seconds after which a collective without an answer fails, in groups that
+            are created later, too.
     Raises:
         UserError: if the launcher's variables are wrong, or the host has no such GPU.
+        RuntimeError: if the other ranks do not join in time, see `is_distributed_failure`.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -211,21 +215,21 @@ def join_process_group(timeout_seconds: float) -> torch.device:
 
 
 def make_control_tensor(values: Sequence[float]) -> torch.Tensor:
-    """Make a small float64 tensor on the device of collectives: the GPU for NCCL, else the CPU."""
+    """Make a float64 tensor [len(values)] on the device of collectives, the GPU or else the CPU."""
     from deepspeed.accelerator import get_accelerator
 
     return torch.tensor(values, dtype=torch.float64, device=get_accelerator().current_device_name())
 
 
 def is_true_on_all_ranks(condition: bool) -> bool:
-    """Return True on every rank if `condition` is true on all of them; collective."""
+    """Return True on every rank if `condition` is true on all of them, else False; collective."""
     flag = make_control_tensor([float(condition)])
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
     return bool(flag.item())
 
 
 def broadcast_from_rank_0(number: int) -> int:
-    """Broadcast rank 0's number (below 2^53) to every rank; collective."""
+    """Return rank 0's `number` on every rank; collective. Exact up to 2^53, that of a float64."""
     tensor = make_control_tensor([number])
     torch.distributed.broadcast(tensor, 0)
     return int(tensor.item())
@@ -236,7 +240,8 @@ def fail_together(exchange_errors: bool = True) -> Iterator[None]:
     """Make an error on one rank end the block on every rank; collective.
 
     No rank is left waiting for one that failed if each collective inside the block follows
-    `check_peers` or is `all_reduce` of this module. Afterwards collectives work as before.
+    `check_peers` or is `sum_over_ranks`. Afterwards collectives work as before. The frames of an
+    error's traceback are cleared of their variables.
 
     Args:
         exchange_errors: False where the block has other collectives (a forward pass with ZeRO 3).
@@ -244,6 +249,7 @@ def fail_together(exchange_errors: bool = True) -> Iterator[None]:
     Raises:
         UserError: on every rank, for an error that the user can mend.
         PeerError: on the other ranks, for any other error; its own rank raises the error itself.
+        RuntimeError: of a collective that lost a peer, unchanged, see `is_distributed_failure`.
     """
     error, failed = None, False
     try:
@@ -273,7 +279,10 @@ def fail_together(exchange_errors: bool = True) -> Iterator[None]:
 
 
 def check_peers() -> None:
-    """Leave the surrounding `fail_together` block if another rank failed in it; collective."""
+    """Leave the surrounding `fail_together` block if another rank failed in it; collective.
+
+    It raises an exception that `fail_together` catches and that no other code should.
+    """
     if not is_true_on_all_ranks(True):
         raise _PeerFailed
 
@@ -282,13 +291,16 @@ def sum_over_ranks(tensor: torch.Tensor) -> None:
     """Sum a tensor over all ranks in place, inside a `fail_together` block; collective.
 
     If another rank failed, the block is left instead, see `check_peers`.
+
+    Args:
+        tensor: of the same shape and dtype on every rank, on the device of collectives.
     """
     check_peers()
     torch.distributed.all_reduce(tensor)
 
 
 class _PeerFailed(Exception):
-    """Another rank voted that it failed."""
+    """Another rank has failed in the `fail_together` block."""
 
 
 def _describe_error(error: Exception) -> str:
@@ -297,9 +309,11 @@ def _describe_error(error: Exception) -> str:
 
 
 def gather_texts(text: str, max_bytes: int = 255) -> list[str]:
-    """Gather the texts of all ranks, cut after `max_bytes` bytes, in the order of ranks.
+    """Gather the texts of all ranks in the order of ranks; collective.
 
-    Collective.
+    Args:
+        text: text of this rank.
+        max_bytes: bytes of UTF-8 after which a text is cut; the same on all ranks.
     """
     data = text.encode()[:max_bytes]
     encoded_text = make_control_tensor([len(data), *data, *[0] * (max_bytes - len(data))])
@@ -355,10 +369,10 @@ def get_world_size() -> int:
 
 
 def read_launcher_world_size() -> int:
-    """Return the number of ranks announced by the launcher; 1 for plain `python`."""
+    """Read the number of ranks that the launcher set in WORLD_SIZE; 1 for plain `python`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def read_launcher_rank() -> int:
-    """Return the rank announced by the launcher; 0 for plain `python`."""
+    """Read the rank that the launcher set in RANK; 0 for plain `python`."""
     return int(os.environ.get("RANK", "0"))

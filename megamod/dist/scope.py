@@ -1,7 +1,8 @@
-"""Scope of a parameter: the ranks that average its gradient, all of them or those of a domain.
+"""Scope of a parameter: the ranks that average its gradient.
 
 Dense training, DEMix and Branch-Train-Merge differ in nothing else. The scope follows from the name
-of the parameter, which for an expert contains its domain: `...experts.<domain>...`.
+of the parameter, which for an expert of a domain contains it: `...experts.<domain>...`. The experts
+of a stock mixture have no domain, and are named by the caller.
 """
 
 from collections.abc import Collection, Iterable
@@ -11,19 +12,19 @@ EXPERTS_COMPONENT = "experts"  # the component of a parameter name that is follo
 
 
 class Scope(Enum):
-    """Ranks that hold identical copies of a parameter: all of them, or those of a domain."""
+    """Ranks that hold identical copies of a parameter."""
 
-    WORLD = "world"
-    DOMAIN = "domain"
+    WORLD = "world"  # all ranks
+    DOMAIN = "domain"  # the ranks of a domain
     EXPERT = "expert"  # the ranks with the same share of a mixture's experts
 
 
 class Sharing(Enum):
-    """Parameters shared by the domains of a run: all, all but the experts, or none."""
+    """Parameters shared by the domains of a run."""
 
-    DENSE = "dense"
-    DEMIX = "demix"
-    BTM = "btm"
+    DENSE = "dense"  # all
+    DEMIX = "demix"  # all but the experts
+    BTM = "btm"  # none
 
 
 def parse_sharing(untie: str) -> Sharing:
@@ -34,13 +35,14 @@ def parse_sharing(untie: str) -> Sharing:
 def find_scopes(
     names: Iterable[str], sharing: Sharing, experts: Collection[str] = ()
 ) -> dict[str, Scope]:
-    """Return the scope of every parameter by name.
+    """Find the scope of every parameter by name.
 
-    It is the same for all parameters of dense training and of BTM, but for `experts`. In DEMix that
-    of an expert's parameters is DOMAIN, and that of all others WORLD.
+    It is the same for all parameters of dense training (WORLD) and of BTM (DOMAIN), but for
+    `experts`. In DEMix that of an expert's parameters is DOMAIN, and that of all others WORLD.
 
     Args:
         experts: parameters with a rank's share of the experts of a mixture; their scope is EXPERT.
+            Without effect in DEMix, which trains no such mixtures.
     """
     if sharing is not Sharing.DEMIX:
         # Names do not matter here: a stock mixture of experts names its modules `experts` too.
@@ -62,7 +64,8 @@ def parse_expert_domain(name: str) -> str | None:
 def to_dense_name(name: str) -> str:
     """Return the name that a parameter has in a dense model: `x.experts.law.fc1` -> `x.fc1`.
 
-    The name of a shared parameter is returned unchanged.
+    The name of a shared parameter is returned unchanged. Names of stock mixtures must not be
+    passed, see `parse_expert_domain`.
     """
     parts = name.split(".")
     if EXPERTS_COMPONENT in parts[:-1]:

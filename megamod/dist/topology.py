@@ -56,7 +56,7 @@ class DomainTopology:
 
     @property
     def ranks_per_domain(self) -> int:
-        """g, the number of ranks that hold the same expert; 1 if a rank holds several experts."""
+        """Number g of ranks that hold the same expert; 1 if a rank holds several experts."""
         return max(1, self.world_size // len(self.domains))
 
     @property
@@ -131,6 +131,9 @@ class DomainGroup:
 
     Passed to `deepspeed.initialize`, it makes the domains of a job independent of each other. Every
     rank must construct it, because creating process groups is collective.
+
+    Args:
+        topology: layout of independent models (BTM), in which a rank has one domain.
     """
 
     def __init__(self, topology: DomainTopology):

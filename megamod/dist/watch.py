@@ -26,6 +26,7 @@ REPORT_EVERY = 5  # signs of life between two looks for silent ranks
 SILENCE = 30.0  # seconds without one until rank 0 reports a rank
 STALLED = 0.8  # share of the timeout without a step until stacks are printed
 
+# Launchers as programs and as modules of Python.
 PROGRAMS = ("deepspeed", "torchrun", "accelerate")
 MODULES = (
     *("deepspeed.launcher.runner", "deepspeed.launcher.launch"),
@@ -54,7 +55,10 @@ def watch_launcher(grace: float) -> None:
 
 
 def is_launcher(command: Sequence[str]) -> bool:
-    """Return True for the command line of a program that starts ranks."""
+    """Return True for the command line, in words, of a program that starts ranks.
+
+    The program or module is among the first five words, after the interpreter and its options.
+    """
     words = command[:5]
     modules = [after for word, after in pairwise(words) if word == "-m"]
     names = [os.path.basename(word) for word in words[:2]]
@@ -88,6 +92,8 @@ class Heartbeat:
 
     Args:
         timeout: seconds after which a collective without an answer fails.
+    Raises:
+        RuntimeError: if the store does not answer.
     """
 
     def __init__(self, timeout: float):
@@ -110,7 +116,10 @@ class Heartbeat:
         self.steps += 1
 
     def stop(self) -> None:
-        """End the thread, and remove `describe_lost` from the messages of failures."""
+        """End the thread, and remove `describe_lost` from the messages of failures.
+
+        Waits at most two beats, so the thread may still end after that.
+        """
         self._stop.set()
         self._thread.join(2 * BEAT)
         with suppress(ValueError):
