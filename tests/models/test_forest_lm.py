@@ -15,7 +15,7 @@ from megamod.mixture.posterior import compute_token_weights, mix_log_probs
 from megamod.models.lm.configuration import ForestConfig
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.models.lm.forest import ForestForCausalLM
-from megamod.models.lm.forest_experts import load_experts
+from megamod.models.lm.forest_experts import ModelReader, load_experts
 from megamod.states.forest import Expert, Forest, edit_forest
 
 PAD, LONGEST = 1, 24
@@ -328,3 +328,18 @@ def test_configurations_that_cannot_be(folder, tmp_path):
     )
     with pytest.raises(ValueError, match=r"vocab_size is one of \[23, 24\]"):
         ForestForCausalLM.from_experts(forest)
+
+
+def test_a_reader_holds_the_experts_of_its_last_call(folder):
+    reader, ids = ModelReader(torch.device("cpu")), tokens(1, 5)
+
+    def domains_of(*members: str) -> set[str]:
+        names = dict(reader.read(folder / "mix", members).named_parameters())
+        return {name.split(".experts.")[1].split(".")[0] for name in names if ".experts." in name}
+
+    assert domains_of("art") == {"art"} and domains_of() == {"law", "code", "art"}
+    assert domains_of("law", "code") == {"law", "code"} and domains_of("art") == {"art"}
+    whole = reader.read(folder / "mix")
+    assert reader.read(folder / "mix") is whole  # not read again
+    expected = DemixForCausalLM.from_pretrained(folder / "mix")(ids, domain="code").logits
+    assert torch.equal(whole(ids, domain="code").logits, expected)

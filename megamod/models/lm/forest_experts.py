@@ -75,7 +75,7 @@ class ModelReader:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._folder: Path | None = None
+        self._content: tuple[Path, frozenset[str]] | None = None
         self._model: LanguageModel | None = None
 
     def read(self, folder: Path, members: Sequence[str] = ()) -> LanguageModel:
@@ -84,15 +84,16 @@ class ModelReader:
         The model that was returned before may be the same object with another adapter selected.
 
         Args:
-            members: domains whose experts to read; empty: all, or if the folder is the one read
-                last, those that it was read with.
+            members: domains whose experts to read; empty: all.
         Raises:
             UserError: if a folder cannot be read, or the adapter does not fit its seed.
         """
         seed = find_seed_folder(folder).resolve()
-        if self._model is None or members or seed != self._folder:
-            self._model = None
-            self._model, self._folder = load_lm_for_scoring(seed, members).to(self.device), seed
+        content = (seed, frozenset(members))
+        if content != self._content:
+            self._model = self._content = None  # so that two models are never held at once
+            self._model = load_lm_for_scoring(seed, members).to(self.device)
+            self._content = content
         if is_adapter(folder):
             add_adapter(self._model, folder)
         elif list_adapters(self._model):
