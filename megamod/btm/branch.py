@@ -40,7 +40,7 @@ from megamod.states.checkpoint_folder import (
 )
 from megamod.states.dense import make_dense_config, write_dense_model
 from megamod.states.forest import Parent, read_model_config
-from megamod.states.grow import link_or_copy
+from megamod.states.grow import link_file
 from megamod.states.manifest import MANIFEST, list_checkpoints
 from megamod.states.stream import ModelFolder
 from megamod.states.weights import read_weights
@@ -190,7 +190,7 @@ def _link_model(start_folder: Path, target: Path, domain: str) -> None:
     """
     for file in start_folder.iterdir():
         if file.name not in ("config.json", "README.md", "merge.json", MANIFEST):
-            link_or_copy(file, target / file.name)
+            link_file(file, target / file.name)
     write_json(target / "config.json", make_dense_config(read_model_config(start_folder), [domain]))
 
 

@@ -10,7 +10,7 @@ from megamod.mixture.prior import read_prior
 from megamod.states.adapter import is_adapter, is_model, list_model_folders
 from megamod.states.checkpoint_folder import STATE, StateRecord, parse_checkpoint_step
 from megamod.states.forest import open_forest, read_model_config
-from megamod.states.manifest import MANIFEST, find_checkpoint_faults, list_checkpoints
+from megamod.states.manifest import MANIFEST, find_file_faults, list_checkpoints
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def find_parent(
                 f"--parents {path}: is a model folder, so --step and --share do not apply"
             )
         return ParentModel(path, _check_member(path, path, member))
-    faults = find_checkpoint_faults(checkpoint)
+    faults = find_file_faults(checkpoint)
     if faults:
         raise UserError(f"--parents {checkpoint}: is not a complete checkpoint: {faults[0]}")
     if is_model(checkpoint):

@@ -101,7 +101,7 @@ def main() -> None:
 
     from megamod.btm.forest_entry import format_forest, make_forest_entry
     from megamod.models.lm.configuration import read_lm_config
-    from megamod.states.forest import check_new_expert, edit_forest, find_expert, open_forest
+    from megamod.states.forest import check_new_expert, edit_forest, find_expert_index, open_forest
 
     if verb in ("add", "upgrade"):
         require_values(args, "path", *(["domain"] if verb == "upgrade" else []))
@@ -118,13 +118,13 @@ def main() -> None:
             if replaced is None:
                 experts.append(new)
             else:
-                experts[find_expert(experts, replaced, args.forest)] = new
+                experts[find_expert_index(experts, replaced, args.forest)] = new
     elif verb == "remove":
         require_values(args, "domain")
         open_forest(args.forest)
         with edit_forest(args.forest) as experts:
             for domain in args.domain:
-                del experts[find_expert(experts, domain, args.forest)]
+                del experts[find_expert_index(experts, domain, args.forest)]
             if not experts:
                 raise UserError(
                     f"--domain {' '.join(args.domain)}: these are all of its experts; delete "

@@ -20,7 +20,7 @@ from megamod.models.lm.forest import ForestForCausalLM
 from megamod.models.lm.load import LanguageModel, load_lm
 from megamod.states.adapter import is_adapter, is_model
 from megamod.states.config_file import read_config_file
-from megamod.states.forest import FILE, find_expert, open_forest
+from megamod.states.forest import FILE, find_expert_index, open_forest
 from megamod.states.hub import find_in_hub
 from megamod.states.tokenizer_files import find_tokenizer_folder, list_tokenizer_files
 
@@ -176,7 +176,7 @@ def load_writer(
         forest = open_forest(folder)
         folders = [folder, *(expert.path for expert in forest.experts)]
         if domain is not None:  # the others are not read
-            index = find_expert(list(forest.experts), domain, folder)
+            index = find_expert_index(list(forest.experts), domain, folder)
             forest = replace(forest, experts=(forest.experts[index],))
         mixture = ForestForCausalLM.from_experts(forest)
     if domain is not None:

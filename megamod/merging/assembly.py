@@ -25,12 +25,12 @@ class TensorPlan:
     """Plan of one tensor of the result.
 
     Attributes:
-        sources: number of each model that takes part, and its name of the tensor.
-        lead_source: index of the source that has the shape and dtype.
+        sources: number of each model that takes part, and the tensor's name in it.
+        lead_source: index in `sources` of the one whose shape and dtype the result has.
         base_source: index of the source that the others are compared with; None: none.
         values: parameters of the whole merge, and of each source.
         merged_rows: number of rows that are merged; None: all.
-        copied: the tensor is that of the only source, whatever the method.
+        copied: the result is the tensor of the only source, whatever the method.
     """
 
     sources: Sequence[tuple[int, str]]
@@ -66,8 +66,8 @@ def plan_tensors(
 
     Args:
         folders: of the models, under common names.
-        copied: tensors that are taken from the template as they are; where layers are stacked, from
-            the leading source of the first or last part.
+        copied: names of tensors that are taken from the template as they are; where layers are
+            stacked, from the leading source of the first or last part.
     Returns:
         plans by name of the tensor, in the order in which the result stores them.
     Raises:
@@ -76,9 +76,12 @@ def plan_tensors(
     parts = recipe.all_parts
     for part in parts:
         _check_model_count(recipe, part)
-    targets = (
-        _yield_targets_of_stacked_layers if recipe.is_stacked else _yield_targets_of_whole_models
-    )(recipe, parts, folders, copied)
+    iterate_targets = (
+        _iterate_targets_of_stacked_layers
+        if recipe.is_stacked
+        else _iterate_targets_of_whole_models
+    )
+    targets = iterate_targets(recipe, parts, folders, copied)
     return {target.name: _plan_tensor(recipe, folders, target) for target in targets}
 
 
@@ -112,7 +115,7 @@ def _find_base(recipe: MergeRecipe, part: RecipePart) -> int | None:
     return recipe.base if part.base is None else part.base
 
 
-def _yield_targets_of_whole_models(
+def _iterate_targets_of_whole_models(
     recipe: MergeRecipe,
     parts: Sequence[RecipePart],
     folders: Sequence[TensorSource],
@@ -184,7 +187,7 @@ def _map_tensors_to_parts(
     return part_by_tensor
 
 
-def _yield_targets_of_stacked_layers(
+def _iterate_targets_of_stacked_layers(
     recipe: MergeRecipe,
     parts: Sequence[RecipePart],
     folders: Sequence[TensorSource],
@@ -196,12 +199,13 @@ def _yield_targets_of_stacked_layers(
     and the tensors in `copied`, are copied from the leading source of their part.
 
     Raises:
-        UserError: if a model lacks a layer that a slice names, or has several stacks of layers.
+        UserError: if the leading model of a part lacks a layer that its slice names, or the first
+            one has no stack of layers or several.
     """
     leads = [part.sources[recipe.find_lead_source(part)] for part in parts]
     prefix = _find_layer_prefix(recipe, folders[leads[0].model])
 
-    def yield_targets_outside_layers(number: int, before: bool) -> Iterator[_TargetTensor]:
+    def iterate_targets_outside_layers(number: int, before: bool) -> Iterator[_TargetTensor]:
         """Yield targets from part `number` for its tensors before the layers, or after them."""
         part, model = parts[number], leads[number].model
         for name, spec in folders[model].tensors.items():
@@ -211,7 +215,7 @@ def _yield_targets_of_stacked_layers(
                     copy_of = model
                 yield _TargetTensor(part, name, [name] * len(part.sources), copy_of=copy_of)
 
-    yield from yield_targets_outside_layers(0, before=True)
+    yield from iterate_targets_outside_layers(0, before=True)
     offset = 0
     for part, lead in zip(parts, leads, strict=True):
         stored = folders[lead.model]
@@ -238,11 +242,14 @@ def _yield_targets_of_stacked_layers(
                     lead.model if integers else None,
                 )
         offset += part.depth
-    yield from yield_targets_outside_layers(-1, before=False)
+    yield from iterate_targets_outside_layers(-1, before=False)
 
 
 def _find_layer_prefix(recipe: MergeRecipe, folder: TensorSource) -> str:
     """Find the name prefix of the layers of the language model, such as `model.layers.`.
+
+    Of several stacks it is the one outside of towers, or of those that which has as many layers as
+    config.json says.
 
     Raises:
         UserError: if there are no layers, or several stacks of which it is not clear which is that
@@ -257,27 +264,31 @@ def _find_layer_prefix(recipe: MergeRecipe, folder: TensorSource) -> str:
         depth = count_layers(read_model_config(folder.folder))
         prefixes = [p for p in prefixes if depth and numbers[p] >= set(range(depth))]
     if len(prefixes) != 1:
+        stacks = (
+            f"several stacks of layers, {', '.join(sorted(numbers))}" if numbers else "no layers"
+        )
         raise UserError(
-            f"{recipe.origin}: {describe_source(folder)} has several stacks of layers, "
-            f"{', '.join(sorted(numbers)) or 'none at all'}; slices are made of one"
+            f"{recipe.origin}: {describe_source(folder)} has {stacks}; slices are made of one stack"
         )
     return prefixes[0]
 
 
 def _parse_layer_number(name: str, prefix: str) -> int | None:
-    """Return the layer number in a tensor's name after `prefix`; None: it has another prefix."""
+    """Parse the layer number in a tensor's name after `prefix`; None: it has another prefix."""
     parts = split_at_layer_number(name)
     return parts[1] if parts is not None and parts[0] == prefix else None
 
 
 def _count_stored_layers(folder: TensorSource, prefix: str) -> int:
-    """Return the highest layer number that a folder stores under a name prefix, plus 1; 0: none."""
+    """Count the layers that a folder stores under a name prefix: the highest number plus 1."""
     numbers = [n for name in folder.tensors if (n := _parse_layer_number(name, prefix)) is not None]
     return max(numbers, default=-1) + 1
 
 
 def _is_before_layers(name: str) -> bool:
-    """Return True for tensors that are used before the layers: embeddings, their norms, towers."""
+    """Return True if a tensor's name says that it is used before the layers: that of an embedding,
+    its norm, or a tower.
+    """
     parts = name.split(".")
     return bool(TOWER.search(name)) or any(
         part in ("wte", "wpe") or ("embed" in part and part != "embed_out") for part in parts

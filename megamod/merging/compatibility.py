@@ -8,7 +8,7 @@ from megamod.errors import UserError
 from megamod.merging.tensors import TensorSource, describe_source
 from megamod.states.dense import make_dense_config
 from megamod.states.forest import read_model_config
-from megamod.states.stream import Spec
+from megamod.states.stream import TensorSpec
 from megamod.states.token_ids import check_same_ids
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ _HARMLESS = {
 _HARMLESS_ENDS = ("_token_id", "_token_ids", "dropout", "dropout_prob", "_loss_coef", "_drop_rate")
 _QUANTISED = ("quantization_config", "compression_config", "quantization")
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hqq_config.json")
-_MOST = 5
+_MOST = 5  # differing fields that a message lists
 
 
 def check_configs_match(
@@ -45,9 +45,11 @@ def check_configs_match(
     """Refuse models whose weights have different meanings; log other differences as warnings.
 
     Args:
-        folders: all are compared with the first.
+        folders: of the models; all are compared with the first. Only their configurations and
+            tokenizers are read.
         allow_cut: allow vocabularies of unequal size.
-        require_same_words: require that equal ids are equal words.
+        require_same_words: require that equal ids are equal words. False allows vocabularies of
+            unequal size too.
     Raises:
         UserError: naming two folders and the field of the configuration or the word in which they
             differ, or a model whose weights are quantised.
@@ -71,8 +73,7 @@ def check_configs_match(
             if key in other_fields and base_fields[key] != other_fields[key]:
                 raise UserError(
                     f"{base} and {folder} cannot be merged: {key} is {base_fields[key]!r} in "
-                    "the first, "
-                    f"{other_fields[key]!r} in the second"
+                    f"the first, {other_fields[key]!r} in the second"
                 )
         if require_same_words:
             check_same_ids(base, folder, "; a recipe with `tokenizer_source: union` unites them")
@@ -83,6 +84,7 @@ def refuse_quantised_model(folder: Path, config: Mapping[str, object]) -> None:
     """Refuse a quantised model.
 
     Args:
+        folder: of the model, in which files that quantisers write are looked for.
         config: content of its config.json.
     Raises:
         UserError: naming the key of config.json or the file that says so.
@@ -100,7 +102,10 @@ def refuse_quantised_model(folder: Path, config: Mapping[str, object]) -> None:
 
 def warn_of_config_differences(first: Path, second: Path) -> None:
     """Log a warning with the fields of two models' configurations that change the function of equal
-    weights; nothing if there are none.
+    weights; log nothing if there are none.
+
+    Args:
+        first, second: model folders; the result of a merge has the configuration of the first.
     """
     configs = (make_dense_config(read_model_config(folder)) for folder in (first, second))
     if listed := describe_config_differences(*configs):
@@ -116,6 +121,9 @@ def describe_config_differences(first: Mapping[str, object], second: Mapping[str
 
     A field that one lacks has the default of its class, if that is known. "" if there are none;
     after the first `_MOST` fields only their number.
+
+    Args:
+        first, second: fields of config.json of two dense models.
     """
     differing = _list_config_differences(first, second)
     if differing:
@@ -186,6 +194,8 @@ def check_tensors_mergeable(
 ) -> None:
     """Refuse two tensors that cannot be merged: of different shapes, or the second of integers.
 
+    Only headers are read, and config.json with `allow_cut`.
+
     Args:
         name: of the tensor in `base`; `other_name`: in `other`.
         allow_cut: allow embeddings of vocabularies of unequal size.
@@ -201,17 +211,17 @@ def check_tensors_mergeable(
     if base_spec.shape != other_spec.shape and not cuttable:
         raise UserError(
             f"{name} has shape {list(base_spec.shape)} in {describe_source(base)}, "
-            f"{list(other_spec.shape)} in "
-            f"{describe_source(other)}"
+            f"{list(other_spec.shape)} in {describe_source(other)}"
         )
     if not other_spec.dtype.is_floating_point:
         raise UserError(
             f"{name} has dtype {base_spec.dtype} in {describe_source(base)}, "
-            f"{other_spec.dtype} in {describe_source(other)}"
+            f"{other_spec.dtype} in {describe_source(other)}; only floating-point tensors can be "
+            "merged"
         )
 
 
-def _have_row_per_word(*tensors: tuple[TensorSource, Spec]) -> bool:
+def _have_row_per_word(*tensors: tuple[TensorSource, TensorSpec]) -> bool:
     """Return True if each of these tensors has a row for every word of its model."""
     return all(
         spec.shape[:1] == (get_vocab_size(read_model_config(source.folder)),)

@@ -28,7 +28,7 @@ from megamod.states.stream import ModelFolder
 from megamod.states.weight_files import ADAPTER_CONFIG, ADAPTER_FILE
 from megamod.states.weights import write_tensors
 
-_EXACT = 1024  # rows or columns up to which all singular values are computed
+_EXACT = 1024  # smaller side of a matrix up to which all singular values are computed
 _SPARE = 16  # singular vectors that the randomised method computes besides, for accuracy
 
 
@@ -52,21 +52,23 @@ class ExtractedAdapter:
         stored = f", {len(self.whole_modules)} modules stored whole" if self.whole_modules else ""
         return (
             f"{self.adapted_layers} linear layers adapted{stored}; the adapter holds "
-            f"{self.explained_share:.2%} of "
-            "the squared difference of linear layers"
+            f"{self.explained_share:.2%} of the squared difference of linear layers"
         )
 
 
 def extract_lora(
     base: Path, finetuned: Path, output: Path, rank: int, dtype: str | None = None
 ) -> ExtractedAdapter:
-    """Write the adapter that turns one model into another; its folder appears whole or not at all.
+    """Write the adapter that turns one model into another, or into its best approximation of this
+    rank; the folder appears whole or not at all.
+
+    The adapter is held in memory, and one tensor of each model at a time.
 
     Args:
         base, finetuned: model folders of one architecture that transformers knows.
         output: new folder.
         rank: largest rank of an update.
-        dtype: name of the dtype that is stored; None: float32.
+        dtype: name of the dtype of torch that is stored, such as "bfloat16"; None: float32.
     Raises:
         UserError: if the models do not fit each other, are equal or of a type that transformers
             does not know, or `output` exists.
@@ -92,7 +94,7 @@ def _write_adapter(
     rank: int,
     dtype: torch.dtype,
 ) -> ExtractedAdapter:
-    """Factorise all changed linear layers and write the adapter folder; see `extract_lora`.
+    """Write the adapter folder, with the factors of all changed linear layers; see `extract_lora`.
 
     Args:
         modules: kinds of the base's modules by name, see `map_modules_to_kinds`.
@@ -176,7 +178,8 @@ def _write_adapter(
 def _iterate_changed_tensors(
     base: TensorSource, finetuned: TensorSource
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (name, base's tensor, other's tensor) of each floating-point tensor that differs.
+    """Yield (name, base's tensor, other's tensor) of each floating-point tensor that differs, in
+    their stored dtypes.
 
     Tensors that only one model has are skipped.
 
@@ -199,7 +202,8 @@ def _factorise(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Approximate a matrix [out, in] by the product of two factors [out, r] and [r, in].
 
     r is `rank`, or less for a smaller matrix. The approximation is the best in squared error; for
-    large matrices nearly so, by a randomised method with a fixed seed.
+    large matrices nearly so, by a randomised method with a fixed seed. Each factor gets the square
+    roots of the singular values.
     """
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= _EXACT or 2 * rank > min(matrix.shape):

@@ -17,13 +17,15 @@ from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig, PreTrained
 from megamod.merging.tensors import TOWER
 
 _SIMPLE = (bool, int, float, str, type(None))
+# Attributes of modules with the layer's own number, which differs between layers that are alike.
 _INDICES = ("layer_idx", "layer_index", "layer_id", "block_idx", "idx", "layer_number", "layer_num")
 
 
 def build_config(config: Mapping[str, object]) -> PretrainedConfig | None:
     """Build the configuration object of a config.json's content.
 
-    None if transformers and megamod have no class for its `model_type`, or that refuses it.
+    None if transformers and megamod have no class for its `model_type`, or that refuses it. Code in
+    a model folder is not run.
     """
     import megamod  # noqa: F401  (its models become known to transformers)
 
@@ -70,24 +72,29 @@ def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
 
 @lru_cache(maxsize=8)
 def _list_parameter_names_cached(config_json: str) -> frozenset[str] | None:
-    """Compute `list_parameter_names`; JSON text is hashable, so results are cached by it."""
+    """Compute `list_parameter_names` from the JSON text of a configuration, which is hashable, so
+    that results are cached by it.
+    """
     config = build_config(json.loads(config_json))
     model = None if config is None else build_meta_model(config)
     return None if model is None else frozenset(name for name, _ in model.named_parameters())
 
 
 def list_parameter_names(config: Mapping[str, object]) -> frozenset[str] | None:
-    """List the parameter names of a model with this configuration; None: its class is not known."""
+    """List the parameter names of a model with this configuration.
+
+    None: its class is not known, or cannot be built. The last few results are cached.
+    """
     return _list_parameter_names_cached(json.dumps(config, sort_keys=True, default=str))
 
 
 @dataclass(frozen=True)
 class ModuleKind:
-    """A module with parameters.
+    """Kind of a module with parameters.
 
     Attributes:
         kind: "linear", "conv1d" (a linear layer with weights [in, out]) or "other".
-        tied_modules: other modules that have the same weight.
+        tied_modules: names of other modules that have the same weight.
     """
 
     kind: str
@@ -185,7 +192,7 @@ def _list_properties(kind: type) -> list[str]:
 
 
 def _find_layers(model: PreTrainedModel, layer_count: int) -> torch.nn.ModuleList | None:
-    """Find the layers of the language model: the list of `layer_count` modules outside of others.
+    """Find the layers of the language model: the list of `layer_count` modules that is in no other.
 
     None if there is no such list, or there are several outside of towers (vision, audio).
     """

@@ -16,11 +16,12 @@ from megamod.errors import UserError
 
 _SECTIONS = ("text_config", "llm_config", "language_config", "decoder")
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""Fields with the number of layers, in configurations of every family."""
 _NOT_LAYERS = re.compile(r"token_ids?$|^architectures$|^domains$|^id2label$|section|_modules$")
 _LEADING = re.compile(r"first_k|dense_layers|max_window_layers|first_.*layers|num_.*_layers_before")
 _PERIODIC = re.compile(r"period|interval|every|layer_step|sparse_step|_offset|pattern$|layer_freq")
 _LAYER_LIKE = re.compile(r"layer|idx|indices|block|attn|attention|moe|rope|pattern")
-_TRIALS = 64
+_TRIALS = 64  # most combinations of values of settings that are tried
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class LayerOrigin:
     """The source of the settings of one layer of the result.
 
     Attributes:
-        folder: of the model; `config`: its configuration.
-        layer: number of the layer in that model.
+        folder: of the model; `config`: the fields of its config.json.
+        layer: number of the layer in that model, from 0.
     """
 
     folder: Path
@@ -38,7 +39,7 @@ class LayerOrigin:
 
 
 def find_language_section(config: Mapping[str, object]) -> tuple[str | None, Mapping[str, object]]:
-    """Return key and content of the part of a configuration that describes the language model.
+    """Find the part of a configuration that describes the language model: its key and content.
 
     The key is None if that is the configuration itself. The content has the number of layers; it is
     empty if neither the configuration nor its class knows that number.
@@ -71,13 +72,14 @@ def build_stacked_config(
     """Build the configuration of a model that is stacked from layers.
 
     Args:
-        config: of the template; `folder`: its folder, for messages.
+        config: fields of the template's config.json; `folder`: its folder, for messages.
         origins: of each layer of the result.
     Returns:
         a new configuration; that of the template, with its number of layers and per-layer settings
         replaced.
     Raises:
-        UserError: if the number of layers is not known, or a setting cannot move with its layer.
+        UserError: naming the folder and the setting, if it cannot move with its layer; or if the
+            number of layers is not known.
     """
     key, section = find_language_section(config)
     depth = count_layers(config)
@@ -92,7 +94,7 @@ def build_stacked_config(
         return dict(config)
     models = _StackedModels(config, folder, origins)
     options = [
-        [(name, value) for value in _yield_stacked_values(name, models)]
+        [(name, value) for value in _iterate_stacked_values(name, models)]
         for name in models.sections[0]
         if name not in DEPTHS
     ]
@@ -113,7 +115,11 @@ def build_stacked_config(
 class _StackedModels:
     """The models whose layers are stacked, with their settings completed by their classes.
 
+    Args:
+        config: of the template; `folder`: its folder.
+        origins: of each layer of the result.
     Attributes:
+        depths: number of layers of each model; 0: unknown.
         configs, folders: of each model, the first one that of the result.
         layers: for each stacked layer, the index of its model and its number there.
         sections: language settings of each model, with those of single layers that are defaults.
@@ -175,6 +181,7 @@ class _StackedModels:
                 f"{self.folder}: these layers cannot be stacked: no configuration of a "
                 f"{new.get('model_type')} describes them"
             )
+        # Dropout does not change what a model computes, and a layer's own number is another anyway.
         ignored = {
             key
             for key in self.signatures[0][0]
@@ -195,7 +202,7 @@ class _StackedModels:
         return None
 
 
-def _yield_stacked_values(name: str, models: _StackedModels) -> Iterator[object]:
+def _iterate_stacked_values(name: str, models: _StackedModels) -> Iterator[object]:
     """Yield the values that a setting may get in the stacked model, the most likely first.
 
     It yields nothing if the setting does not depend on layers. The value as it is comes last, where
@@ -236,7 +243,7 @@ def _yield_stacked_values(name: str, models: _StackedModels) -> Iterator[object]
         if written is None and not models.can_compare_layers:
             raise UserError(
                 f"{models.folder}/config.json: {name} is {value}, the number of leading layers of "
-                "a kind; stacked so, these layers would not come first"
+                "a kind; in these slices such layers would not come first"
             )
         if written is not None:
             yield written
@@ -294,6 +301,8 @@ def _count_leading(flags: list[bool]) -> int | None:
     return count if all(flags[:count]) else None
 
 
+# Readers of a setting's value, and for each the function that writes the entries of new layers as
+# such a value; None: it cannot express them.
 _READERS: tuple[Callable[[str, object, int], list | None], ...] = (
     *(_read_list, _read_repeated_lists, _read_letters, _read_layer_numbers, _read_leading_count),
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 from megamod.errors import UserError
 from megamod.merging.tensors import TensorSource, TensorView, describe_source
 from megamod.states.adapter import find_seed_folder, is_adapter, read_adapter_config
-from megamod.states.stream import ModelFolder, Spec
+from megamod.states.stream import ModelFolder, TensorSpec
 from megamod.states.weight_files import ADAPTER_CONFIG, ADAPTER_FILE
 
 logger = logging.getLogger(__name__)
@@ -65,9 +65,13 @@ class _WeightUpdate:
 class AdaptedFolder(TensorView):
     """A base model with a LoRA adapter merged into it while it is read.
 
+    The tensors of the adapter are held in memory.
+
     Args:
-        source: the base model.
+        source: the base model, open.
         adapter: folder of the adapter.
+    Attributes:
+        tensors: those of the base, and those that the adapter adds.
     Raises:
         UserError: naming the adapter and the key or tensor, if it cannot be merged exactly.
     """
@@ -163,20 +167,21 @@ class AdaptedFolder(TensorView):
             raise UserError(
                 f"{self.adapter}: {name} has shape {list(tensor.shape)}, but "
                 f"{list(self.tensors[known].shape)} in {describe_source(self.source)}; the "
-                "adapter was made "
-                "for a model with other words or labels"
+                "adapter was made for a model with other words or labels"
             )
         key = known or name
-        self.tensors[key] = Spec(tensor.dtype, tuple(tensor.shape))
+        self.tensors[key] = TensorSpec(tensor.dtype, tuple(tensor.shape))
         self._replaced[key] = tensor
 
     def _find_base_tensor(self, name: str, required: bool = True) -> str | None:
         """Find a tensor's name in the base, whose backbone prefix may not be the adapter's.
 
-        None if the base does not store it and it is not required.
+        Args:
+            name: in the adapter, without `PREFIX`.
+            required: refuse a tensor that the base does not store; False: return None.
 
         Raises:
-            UserError: if it is required and missing.
+            UserError: if it is required and missing, or several names would fit.
         """
         if name in self.tensors:
             return name
@@ -189,8 +194,7 @@ class AdaptedFolder(TensorView):
         if required:
             raise UserError(
                 f"{self.adapter}: adapts {name}, which {describe_source(self.source)} does not "
-                "store; is it "
-                "the base that the adapter was trained on?"
+                "store; is it the base that the adapter was trained on?"
             )
         return None
 
@@ -225,7 +229,9 @@ class AdaptedFolder(TensorView):
             self.source.read_into(name, start, buffer)
 
     def compute_digest(self) -> str:
-        """Return the digest of the weights on disk: of the base, `+`, of the adapter."""
+        """Compute the digest of the weights on disk: of the base, `+`, of the adapter. Those of the
+        base are read.
+        """
         return f"{self.source.compute_digest()}+{self._digest}"
 
 
@@ -234,8 +240,10 @@ def open_weights(folder: Path, member: str | None = None) -> Iterator[TensorSour
     """Open the weights of a folder for a `with` block: of its model, or, if it holds a LoRA
     adapter, of the seed model that it names with the adapter merged in.
 
+    The seed may be downloaded.
+
     Args:
-        member: expert of a DEMix folder; None: all.
+        member: domain of one expert of a DEMix folder; None: all of it.
     Raises:
         UserError: if they cannot be read, or the adapter cannot be merged.
     """
@@ -244,10 +252,11 @@ def open_weights(folder: Path, member: str | None = None) -> Iterator[TensorSour
 
 
 def _read_config(adapter: Path) -> Mapping[str, object]:
-    """Read adapter_config.json of a LoRA adapter.
+    """Read adapter_config.json of a LoRA adapter, and check that it can be merged.
 
     Raises:
-        UserError: naming the key that cannot be merged.
+        UserError: naming the key that cannot be merged; or if there is no such file, or no weights
+            in safetensors.
     """
     config, file = read_adapter_config(adapter), adapter / ADAPTER_CONFIG
     if config.get("peft_type") != "LORA":
@@ -276,7 +285,8 @@ def _match_module_pattern(patterns: Mapping[str, float], module: str, default: f
     """Return the value of the first pattern that matches the end of a module's name, as in peft.
 
     Args:
-        patterns: values by regular expression, which must match whole words between dots.
+        patterns: values by regular expression. What it matches begins at the name's begin or after
+            a dot, and ends at the name's end.
         default: the result if none matches.
     """
     for pattern, value in patterns.items():

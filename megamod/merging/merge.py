@@ -35,7 +35,13 @@ from megamod.merging.tensors import ModelTensor, TensorSource, have_same_bits
 from megamod.merging.vocabulary import Vocabulary, unite_vocabularies
 from megamod.merging.vocabulary_view import view_with_vocabulary
 from megamod.states.output_folder import check_new_folder, create_new_folder
-from megamod.states.stream import PIECE, ModelFolder, Spec, iterate_pieces, write_streamed_tensors
+from megamod.states.stream import (
+    PIECE,
+    ModelFolder,
+    TensorSpec,
+    iterate_pieces,
+    write_streamed_tensors,
+)
 from megamod.states.weights import is_finite
 
 SHARD_BYTES = 5 * 10**9
@@ -185,7 +191,7 @@ def open_plan(recipe: MergeRecipe, shard_bytes: int, stack: ExitStack) -> MergeP
 def write_weights_and_hash_sources(
     folder: Path,
     files: Mapping[str, list[str]],
-    specs: Mapping[str, Spec],
+    specs: Mapping[str, TensorSpec],
     compute: Callable[[str], Iterable[Tensor]],
     sources: Sequence[TensorSource],
     *,
@@ -307,7 +313,7 @@ def _align_folders(recipe: MergeRecipe, folders: Sequence[TensorSource]) -> Sequ
 
 
 def update_tie_setting(
-    specs: Mapping[str, Spec], config: dict[str, object], folder: Path
+    specs: Mapping[str, TensorSpec], config: dict[str, object], folder: Path
 ) -> dict[str, object]:
     """Return the configuration of the result, `tie_word_embeddings` off if its matrices differ.
 

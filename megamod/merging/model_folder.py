@@ -16,12 +16,13 @@ from megamod.merging.vocabulary import FILE as VOCABULARY
 from megamod.merging.vocabulary import UNION, Vocabulary
 from megamod.states.dense import make_dense_config
 from megamod.states.forest import read_model_config
-from megamod.states.manifest import find_checkpoint_faults
+from megamod.states.manifest import find_file_faults
 from megamod.states.tokenizer_files import PATTERNS, VOCABULARIES, list_tokenizer_files
 from megamod.states.weight_files import compute_files_digest
 from megamod.version import __version__
 
 RECORD = "merge.json"
+"""File with the recipe of a merge and the digests of its models."""
 _CHAT = "chat_template.jinja"
 _CARRIED = ("generation_config.json", "preprocessor_config.json")
 _CARD = """---
@@ -50,6 +51,7 @@ def build_merged_config(
 
     Args:
         config: of the template; not changed.
+        recipe: of the merge; its models' config.json is read where layers are stacked.
         stored: name of the dtype of the weights; None: that of the template.
         vocabulary: of the result; None: that of the template.
     Raises:
@@ -114,7 +116,7 @@ def write_files_besides_weights(
         tokenizer: folder whose tokenizer is copied; None: the result has none.
         folder: to write into. Copied vocabulary files that lack words of `vocabulary` are deleted.
         config: content of config.json.
-        chat_template: to write; None: that of the tokenizer.
+        chat_template: to write, if there is a tokenizer; None: that of the tokenizer.
         vocabulary: of the result, to whose ids those in generation_config.json are changed; None:
             that of the tokenizer.
     Raises:
@@ -132,7 +134,7 @@ def write_files_besides_weights(
 
 
 def _adapt_files_to_vocabulary(folder: Path, has_tokenizer: bool, vocabulary: Vocabulary) -> None:
-    """Bring the files of a folder to a united vocabulary.
+    """Change the files in a folder to a united vocabulary.
 
     The ids in generation_config.json are renumbered. If the folder has a tokenizer and there are
     new words, its tokenizer.json is replaced, and files of other formats, which lack the words, are
@@ -198,15 +200,16 @@ def make_merge_record(
     tokenizer: Path | None,
     entries: Mapping[str, object],
 ) -> dict[str, object]:
-    """Make the content of merge.json.
+    """Make the content of merge.json; the tokenizer's files are read for their digest.
 
     Args:
+        recipe: of the merge.
         shares: weight of each model; None: differs between tensors.
         files: names of the weight files of the result.
-        digests: of the weights of each model.
-        seed: of all draws.
-        tokenizer: folder that has it; None: the result has none.
-        entries: further entries, or replacements.
+        digests: of the weights of each model, as `TensorSource.compute_digest` gives them.
+        seed: of all random numbers.
+        tokenizer: folder of the result's tokenizer; None: the result has none.
+        entries: further entries, which replace those of the same name.
     """
     parents = [
         {
@@ -247,6 +250,9 @@ def make_merge_record(
 def has_merge(folder: Path, record: Mapping[str, object], config: Mapping[str, object]) -> bool:
     """Return True if a folder holds the whole result of the merge that a record describes.
 
+    That is, its merge.json and config.json have this content, and its files are those of its
+    manifest, digests included. A folder without these files, or with damaged ones, does not.
+
     Args:
         record: see `make_merge_record`.
         config: of the result.
@@ -256,7 +262,7 @@ def has_merge(folder: Path, record: Mapping[str, object], config: Mapping[str, o
     except (OSError, UserError):
         return False
     expected = [json.loads(format_json(content)) for content in (record, config)]
-    return stored == expected and not find_checkpoint_faults(folder)
+    return stored == expected and not find_file_faults(folder)
 
 
 def write_merge_record(
@@ -266,11 +272,12 @@ def write_merge_record(
     config: Mapping[str, object],
     note: str,
 ) -> None:
-    """Write merge.json and the model card.
+    """Write merge.json and the model card, README.md.
 
     Args:
         record: see `make_merge_record`.
-        note: text for the card.
+        config: of the result.
+        note: paragraph for the card; "": none.
     """
     write_json(folder / RECORD, record)
     parents = record["parents"]

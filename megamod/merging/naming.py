@@ -15,7 +15,7 @@ from megamod.merging.compatibility import get_vocab_size
 from megamod.merging.settings import split_at_layer_number
 from megamod.merging.tensors import RenamedFolder, TensorSource, describe_source, have_same_bits
 from megamod.states.forest import read_model_config
-from megamod.states.stream import Spec
+from megamod.states.stream import TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ _BUFFER = re.compile(
     r"cos_cached|sin_cached|relative_position_index|num_batches_tracked)$"
 )
 _COUNTERS = "num_batches_tracked"
+"""Ending of the names of integers that may differ: batch norms count their batches in them."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class CommonNames:
     """Models under common tensor names.
 
     Attributes:
-        folders: of all models, in order.
-        copied: tensors that are copied from the template, because other models lack them.
+        folders: of all models, in order, under the names of the template.
+        copied: names of tensors that are copied from the template, because other models lack them.
     """
 
     folders: Sequence[TensorSource]
@@ -46,13 +47,14 @@ class CommonNames:
 def rename_to_template(
     folders: Sequence[TensorSource], template: int, *, all_tensors: bool = True
 ) -> CommonNames:
-    """Return views of all folders under the tensor names of the template.
+    """Match the tensors of all folders, and view them under the names of the template.
 
     Only headers are read, and contents where equal bits decide: copies of a matrix, and integers.
+    Logs a warning for a model of another class, whose head is not merged.
 
     Args:
-        folders: of the models.
-        template: number of the folder whose names are used.
+        folders: of the models, open.
+        template: index of the folder whose names are used.
         all_tensors: compare all tensors; False: only those outside of layers, where layers are
             stacked.
     Raises:
@@ -60,7 +62,7 @@ def rename_to_template(
             of integers that differ.
     """
     for folder in folders:
-        _refuse_packed_weights(folder)
+        _check_not_packed(folder)
     first = folders[template]
     renamed = [
         folder if folder is first else _adopt_backbone_prefix(first, folder) for folder in folders
@@ -96,7 +98,7 @@ def rename_to_template(
     return CommonNames(result, frozenset(copied))
 
 
-def _refuse_packed_weights(folder: TensorSource) -> None:
+def _check_not_packed(folder: TensorSource) -> None:
     """Refuse weights with tensors of their own, such as `X.weight.absmax` of 4-bit weights.
 
     Packed weights may be stored as floating-point numbers, so their dtype does not show it.
@@ -109,13 +111,12 @@ def _refuse_packed_weights(folder: TensorSource) -> None:
         if weight in folder.tensors:
             raise UserError(
                 f"{describe_source(folder)}: {name} belongs to the tensor {weight}, so that is "
-                "packed or "
-                "quantised and cannot be merged; merge the models before quantisation"
+                "packed or quantised and cannot be merged; merge the models before quantisation"
             )
 
 
-def list_tieable_pairs(specs: Mapping[str, Spec]) -> list[tuple[str, str]]:
-    """List the names (embedding, output matrix) of all pairs of equal shape.
+def list_tieable_pairs(specs: Mapping[str, TensorSpec]) -> list[tuple[str, str]]:
+    """List the names (input embedding, output matrix) of all pairs of equal shape.
 
     These are candidates: the configuration decides if they are tied. Both are recognised by their
     names alone, outside of layers, so an embedding may be in several pairs.
@@ -136,9 +137,12 @@ def list_tieable_pairs(specs: Mapping[str, Spec]) -> list[tuple[str, str]]:
 
 
 def ties_output_matrix(config: Mapping[str, object]) -> bool:
-    """Return True if a configuration ties the output matrix to the embeddings.
+    """Return True if a configuration ties the output matrix to the input embedding.
 
     If it does not say, the default of its class counts; without a known class it is taken as tied.
+
+    Args:
+        config: fields of config.json.
     """
     inner = config.get("text_config")
     tied = config.get("tie_word_embeddings")
@@ -153,7 +157,7 @@ def ties_output_matrix(config: Mapping[str, object]) -> bool:
 
 
 def _is_folder_tied(folder: TensorSource) -> bool:
-    """Return True if the folder's configuration ties the output matrix to the embeddings."""
+    """Return True if the folder's configuration ties the output matrix to the input embedding."""
     return ties_output_matrix(read_model_config(folder.folder))
 
 
@@ -185,12 +189,12 @@ def _adopt_backbone_prefix(first: TensorSource, other: TensorSource) -> TensorSo
 
 
 def _find_dots(name: str) -> list[int]:
-    """Return the positions of all dots in a name."""
+    """Find the positions of all dots in a name."""
     return [position for position, letter in enumerate(name) if letter == "."]
 
 
 def _list_layer_tensors(source: TensorSource | Mapping[str, str]) -> set[str]:
-    """Return the names of the tensors in layers, or of all tensors if there are no layers.
+    """List the names of the tensors in layers, or of all tensors if there are no layers.
 
     Args:
         source: tensors, or a mapping whose keys are their names.
@@ -207,7 +211,7 @@ def _match_names(
     Logs a warning if the models are of different classes, whose heads are not merged.
 
     Args:
-        all_tensors: match all; False: match those outside of layers, and keep those within.
+        all_tensors: match all; False: match those outside of layers; those within keep their names.
     Returns:
         a view of `other` under the names of `first`, or `other` itself if they are equal; and the
         names of tensors to copy, because `other` lacks them.
@@ -286,7 +290,7 @@ def _may_have_same_class(first: TensorSource, other: TensorSource) -> bool:
 
 
 def _find_copy(folder: TensorSource, name: str, candidates: Iterable[str]) -> str | None:
-    """Find another tensor of the folder with the same bits; None: there is none.
+    """Find the name of another tensor of the folder with the same bits; None: there is none.
 
     Only outside of layers: within them equal bits may be norms or biases that were never trained.
 
@@ -336,6 +340,7 @@ def _is_buffer(folder: TensorSource, name: str) -> bool:
     Its name says so, it is a causal mask, or it lies in a layer and the class of the model, if
     known, has no such parameter in any layer.
     """
+    # GPT-2 calls its mask [1, 1, T, T] bias; no bias of a layer has four axes.
     mask = name.endswith(".bias") and len(folder.tensors[name].shape) == 4
     if _BUFFER.search(name) or mask:
         return True
@@ -348,7 +353,7 @@ def _is_buffer(folder: TensorSource, name: str) -> bool:
         return False
     layered = {n for n in known if split_at_layer_number(n) is not None}
     stored = {n for n in folder.tensors if split_at_layer_number(n) is not None}
-    # The class is evidence only if it has most of the other tensors of the folder.
+    # The class is evidence only if it has at least half of the folder's tensors in layers.
     ends = {split_at_layer_number(n)[2] for n in layered}
     explained = sum(split_at_layer_number(n)[2] in ends for n in stored)
     return explained >= len(stored) / 2 and split_at_layer_number(name)[2] not in ends
@@ -357,6 +362,8 @@ def _is_buffer(folder: TensorSource, name: str) -> bool:
 def _check_integer_tensors(first: TensorSource, other: TensorSource, all_tensors: bool) -> None:
     """Refuse tensors of integers that differ, as they have no mean.
 
+    Args:
+        all_tensors: False: only those outside of layers.
     Raises:
         UserError: naming the first of them.
     """
@@ -371,6 +378,10 @@ def check_equal_integers(
 ) -> None:
     """Refuse two tensors, at least one of integers, unless all values are equal.
 
+    Counters of batches may differ. Both tensors are read.
+
+    Args:
+        name: of the tensor in `first`; `other_name`: in `other`.
     Raises:
         UserError: naming the tensor and both models.
     """
@@ -381,6 +392,6 @@ def check_equal_integers(
         return
     raise UserError(
         f"{name} of {describe_source(first)} and {describe_source(other)} holds integers that "
-        "differ, which have no "
-        "mean (quantised weights, or tables); merge the models before quantisation"
+        "differ, which have no mean (quantised weights, or tables); merge the models before "
+        "quantisation"
     )

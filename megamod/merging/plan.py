@@ -18,7 +18,7 @@ from megamod.merging.settings import WITHOUT_EFFECT, Scope, check_parameters
 from megamod.merging.tensors import MergeTensor, ModelTensor, TensorSource
 from megamod.merging.vocabulary import Vocabulary
 from megamod.states.forest import HOST_TYPE, read_model_config
-from megamod.states.stream import Spec, plan_shards
+from megamod.states.stream import TensorSpec, plan_shards
 from megamod.states.weights import select_weight_file
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,11 @@ class MergePlan:
     """A merge that was checked and can be carried out while its folders are open.
 
     Attributes:
-        folders: of the models; `statistics`: of each model, None: not computed.
-        tensor_plans: how each tensor is computed.
+        folders: of the models, under common names.
+        statistics: open file of each model; None: none.
+        tensor_plans: by name of the tensor in the result.
         specs: of the tensors to write; `files`: names of the tensors in each file.
-        config: configuration to write.
+        config: content of config.json to write.
         vocabulary: that the folders are read with; None: each has its own.
         is_written: True if the output folder holds the result already.
     """
@@ -41,7 +42,7 @@ class MergePlan:
     folders: Sequence[TensorSource]
     statistics: Sequence[TensorSource | None]
     tensor_plans: dict[str, TensorPlan]
-    specs: dict[str, Spec]
+    specs: dict[str, TensorSpec]
     files: dict[str, list[str]]
     config: dict[str, object]
     vocabulary: Vocabulary | None = None
@@ -87,7 +88,7 @@ class MergePlan:
 
         Args:
             name: of the tensor in the result.
-            seed: of everything that is drawn at random.
+            seed: of all random numbers.
         """
         tensor_plan, recipe = self.tensor_plans[name], self.recipe
         overall, per_model = tensor_plan.values
@@ -118,9 +119,9 @@ def make_plan(
         folders: of the recipe's models, under common names.
         shard_bytes: size above which weights are split into several files.
         vocabulary: that the folders are read with; None: each has its own.
-        copied: tensors that are taken from the template as they are.
+        copied: names of tensors that are taken from the template as they are.
     Raises:
-        UserError: naming the folder, tensor or parameter, if they cannot.
+        UserError: naming the folder, tensor or parameter, if they cannot be merged.
     """
     check_known_word(recipe.method, tuple(METHODS), f"{recipe.origin}: there is no merge method")
     check_parameters(_list_scopes(recipe), list_parameters(), recipe.method)
@@ -140,7 +141,7 @@ def make_plan(
                 if rows is not None and spec.shape[0] == config.get("vocab_size"):
                     config["vocab_size"] = rows
                 shape = spec.shape if rows is None else (rows, *spec.shape[1:])
-            spec = Spec(getattr(torch, stored) if stored else spec.dtype, shape)
+            spec = TensorSpec(getattr(torch, stored) if stored else spec.dtype, shape)
         specs[name] = spec
     if config.get("model_type") in ("demix", HOST_TYPE) and config.get("untie") != "none":
         files: dict[str, list[str]] = {}
@@ -200,7 +201,7 @@ def _count_merged_rows(
     for (number, _), count in zip(tensor_plan.sources, rows, strict=True):
         if count < expected:
             raise UserError(
-                f"{name} has {count[0]} rows in {folders[number].folder}, fewer than in the base, "
-                f"{expected[0]}"
+                f"{name} has {count[0]} rows in {folders[number].folder}, fewer than the "
+                f"{expected[0]} of the base"
             )
     return expected[0]

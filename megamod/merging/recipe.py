@@ -23,10 +23,10 @@ class InputModel:
 
     Attributes:
         path: folder of the model; `member`: expert of a DEMix folder, None: all of it.
-        parameters: settings by name.
+        parameters: settings of this model by name.
         domain: that the model was trained on, for the record.
         statistics: file for methods that weight by statistics; None: compute them.
-        calibration: text to compute them on; None: that of the recipe, if any.
+        calibration: block that names the text to compute them on; None: that of the recipe, if any.
         adapter: folder of a LoRA adapter that is merged into the model first; None: none.
         beside_anchor: take the feed-forwards of `member`, or (None) of the anchor, out of an
             anchored model.
@@ -79,7 +79,7 @@ class RecipePart:
 
     @property
     def depth(self) -> int:
-        """Number of layers, where layers are stacked."""
+        """Number of layers of a slice; for recipes whose layers are stacked."""
         first, last = self.sources[0].layers
         return last - first
 
@@ -100,7 +100,7 @@ class MergeRecipe:
         parts: of the result; empty: one part, all tensors of all models.
         module_parameters: settings of the only module, which precede `parameters`.
         copy_chat_template: give the result the chat template that most models have.
-        cut_vocabularies: cut vocabularies of unequal size to their common words.
+        cut_vocabularies: cut vocabularies of unequal size to their common rows.
         vocabulary_request: vocabulary of the result; None: that of its template.
         evaluation: held-out data of `greedy_soup`.
         calibration: text to compute statistics on, for models without text of their own.
@@ -173,8 +173,8 @@ class MergeRecipe:
         return self.origin if part.module is None else f"{self.origin}, modules, {part.module}"
 
     def list_scopes(self, part: RecipePart) -> list[Scope]:
-        """List the levels of the recipe that hold parameters for all sources of a part, nearest
-        first.
+        """List the levels of the recipe that hold parameters for all sources of a part, by
+        precedence.
         """
         return [
             (self.label_part(part), part.parameters),
@@ -194,11 +194,12 @@ def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
     a LoRA adapter alone, the model is the seed that it names.
 
     Args:
+        text: as a recipe or flag has it.
         folder: in which names are looked up that the working directory does not have.
     Returns:
         folder of the model, which may not exist, and folder of the adapter or None.
     Raises:
-        UserError: if an adapter does not name its seed.
+        UserError: as `find_seed_folder`, for an adapter alone.
     """
     whole = find_path(text, folder)
     if "+" in text and not whole.exists():
@@ -211,7 +212,10 @@ def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
 
 
 def find_path(text: str, folder: Path) -> Path:
-    """Return `text` as a path; but within `folder`, if it exists there and not as it is."""
+    """Find the path that `text` names: as it is, or in `folder` if it exists only there.
+
+    The result need not exist.
+    """
     return Path(text) if Path(text).exists() or not (folder / text).exists() else folder / text
 
 
@@ -228,15 +232,16 @@ def build_weighted_recipe(
     """Build the recipe of a weighted average.
 
     Args:
-        sources: folder, or model and adapter as `MODEL+ADAPTER`; and for an expert of a DEMix
-            folder its domain.
+        sources: folder, or model and adapter as `MODEL+ADAPTER`; and the domain of one expert of a
+            DEMix folder, None: all of it.
         weights: of each source.
         normalize: divide by the sum of the weights.
         domains: that each source was trained on, for the record; None: those of experts.
         dtype, out_dtype: see `MergeRecipe`.
         origin: flag or file of the weights, for messages.
     Raises:
-        UserError: if there is no source, or not as many weights as sources.
+        UserError: if there is no source, not as many weights as sources, or an adapter without a
+            seed.
     """
     models = [(*split_adapter(str(path)), member) for path, member in sources]
     if not models:

@@ -25,16 +25,17 @@ from megamod.merging.settings import Setting
 from megamod.merging.vocabulary import UNION, TokenizerBlock, read_vocabulary_request
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+"""Names of the dtypes that a recipe may round or store weights in."""
 _WITH_STATISTICS = ("fisher", "regmean")
 # Our own blocks, and the methods that read them; none: all methods.
 _BLOCKS = {"align": (), "evaluation": (GREEDY_SOUP,), "calibration": _WITH_STATISTICS}
 
 
-def _check_span(span: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a `layer_range`; raise ValueError if it is no [FIRST, LAST + 1]."""
-    if len(span) != 2 or not 0 <= span[0] < span[1]:
-        raise ValueError(f"{[*span]} is not [FIRST, LAST + 1], as in [0, 12]")
-    return span
+def _check_layer_range(layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a `layer_range`; raise ValueError, for pydantic, if it is no [FIRST, LAST + 1]."""
+    if len(layers) != 2 or not 0 <= layers[0] < layers[1]:
+        raise ValueError(f"{[*layers]} is not [FIRST, LAST + 1], as in [0, 12]")
+    return layers
 
 
 _Parameters = Annotated[
@@ -56,7 +57,7 @@ class _ModelEntry(Document):
 class _SliceSource(_ModelEntry):
     """Consecutive layers of a model, `layer_range` from the first to that after the last."""
 
-    layer_range: Annotated[Items[int], AfterValidator(_check_span)]
+    layer_range: Annotated[Items[int], AfterValidator(_check_layer_range)]
 
 
 class _Slice(Document):
@@ -76,7 +77,7 @@ class _Slice(Document):
 
 
 class _Module(Document):
-    """Models or slices, of which one is given."""
+    """Content of a module, or of a recipe without modules: either models or slices."""
 
     models: Annotated[Items[_ModelEntry], Field(min_length=1)] | None = None
     slices: Annotated[Items[_Slice], Field(min_length=1)] | None = None
@@ -137,14 +138,15 @@ def read_recipe(path: Path) -> MergeRecipe:
     the last input.
 
     Raises:
-        UserError: naming the file and the key: for invalid YAML, unknown keys and values.
+        UserError: naming the file and the key: for invalid YAML, unknown keys, values of the wrong
+            kind, or keys that do not go together.
     """
     path = Path(path)
     where = f"recipe {path}"
     file = read_document(path, _RecipeFile, where)
     inputs: list[InputModel] = []
     parts, module_parameters = _read_parts(file, path.parent, inputs)
-    base = _find_or_add_base(file.base_model, path.parent, inputs)
+    base = _register_base(file.base_model, path.parent, inputs)
     for model in inputs if file.merge_method not in _WITH_STATISTICS else ():
         for key in ("calibration", "statistics"):
             if getattr(model, key) is not None:
@@ -185,7 +187,7 @@ def _read_parts(
         return _read_slices_or_models(module, folder, inputs), module.parameters
     parts = []
     for name, module in file.modules.items():
-        sources = tuple(_read_source(entry, folder, inputs) for entry in module.models)
+        sources = tuple(_register_source(entry, folder, inputs) for entry in module.models)
         parts.append(RecipePart(sources, module.parameters, module=name))
     return tuple(parts), {}
 
@@ -200,16 +202,16 @@ def _read_slices_or_models(
     inputs += [_read_input(entry, folder) for entry in content.models or ()]
     parts = []
     for entry in content.slices or ():
-        sources = tuple(_read_source(source, folder, inputs) for source in entry.sources)
-        base = _find_or_add_base(entry.base_model, folder, inputs)
+        sources = tuple(_register_source(source, folder, inputs) for source in entry.sources)
+        base = _register_base(entry.base_model, folder, inputs)
         parts.append(RecipePart(sources, entry.parameters, base))
     return tuple(parts)
 
 
-def _read_source(entry: _ModelEntry, folder: Path, inputs: list[InputModel]) -> PartSource:
-    """Read a source of a part; append its model to the inputs, unless it is there already.
+def _register_source(entry: _ModelEntry, folder: Path, inputs: list[InputModel]) -> PartSource:
+    """Read a source of a part, and append its model to the inputs unless it is there already.
 
-    Its parameters are the source's, so they do not make it another model.
+    The parameters of `entry` are the source's, so they do not make it another model.
     """
     model = replace(_read_input(entry, folder), parameters={})
     if model not in inputs:
@@ -219,7 +221,11 @@ def _read_source(entry: _ModelEntry, folder: Path, inputs: list[InputModel]) -> 
 
 
 def _read_input(entry: _ModelEntry, folder: Path) -> InputModel:
-    """Read one model; its files are looked up in the working directory, then in `folder`."""
+    """Read one model; its files are looked up in the working directory, then in `folder`.
+
+    Raises:
+        UserError: as `split_adapter`.
+    """
     path, adapter = split_adapter(entry.model, folder)
     return InputModel(
         path,
@@ -232,11 +238,12 @@ def _read_input(entry: _ModelEntry, folder: Path) -> InputModel:
     )
 
 
-def _find_or_add_base(model: str | None, folder: Path, inputs: list[InputModel]) -> int | None:
-    """Return the base model's number among the inputs, appending it if it is new.
+def _register_base(model: str | None, folder: Path, inputs: list[InputModel]) -> int | None:
+    """Return the base model's number among the inputs, and append it to them if it is new.
 
     Args:
         model: as the recipe names it; None: no base, and the result is None.
+        folder: see `_read_parts`.
     """
     if model is None:
         return None

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from megamod.merging.methods.table import Method
 
 Setting = float | bool | Sequence["Setting"] | Mapping[str, "Setting"] | str
+"""A parameter in a recipe: a number, truth value, list (gradient) or list of {filter, value}."""
 Scope = tuple[str, Mapping[str, Setting]]
 """One level of a recipe: its label for messages, and its settings by name."""
-_LARGEST = 1e30
+_LARGEST = 1e30  # well within the range of float32, 3.4e38
 _LAYER = re.compile(r"(?:^|\.)(\d{1,6})(?:\.|$)")
 WITHOUT_EFFECT = ("int8_mask",)  # saves memory in mergekit; the values are the same
 
@@ -27,7 +28,7 @@ class ParameterLookup:
     Attributes:
         name: of the tensor, for filters.
         scopes: levels of the recipe, the first that has a value wins.
-        optional: parameters without a default may be missing, as for the base model.
+        optional: required parameters may be missing, as for the base model.
     """
 
     name: str
@@ -41,6 +42,7 @@ def look_up_parameters(
     """Look up all parameters of a merge method for one tensor.
 
     Args:
+        method: of the recipe, whose parameters and defaults count.
         depth: of the tensor's layer, from 0 for the first to 1 for the last.
         whole: levels for the parameters of the whole merge.
         models: levels for the parameters of each model.
@@ -64,7 +66,7 @@ def look_up_parameters(
 
 
 def check_parameters(scopes: Iterable[Scope], known: Sequence[str], method: str) -> None:
-    """Refuse parameters that no method has.
+    """Refuse parameters that no method has; those of another method than the recipe's pass.
 
     Args:
         scopes: all levels of a recipe.
@@ -91,7 +93,12 @@ def split_at_layer_number(name: str) -> tuple[str, int, str] | None:
 
 
 def compute_relative_depths(names: Iterable[str]) -> dict[str, float]:
-    """Compute the relative depth of each tensor's layer; 0 for tensors outside of layers."""
+    """Compute the relative depth of each tensor's layer, from 0 for the first to 1 for the last; 0
+    for tensors outside of layers.
+
+    Args:
+        names: of tensors; the highest layer number among them is that of the last layer.
+    """
     layers = {name: parts[1] if (parts := split_at_layer_number(name)) else None for name in names}
     last = max((layer for layer in layers.values() if layer is not None), default=0)
     return {
@@ -182,7 +189,7 @@ def _evaluate_plain_setting(setting: object, depth: float, where: str) -> float 
 
 
 def _parse_number(value: object, where: str) -> float:
-    """Parse a number within the range of float32, or a text of one: YAML 1.1 reads 1e-3 as text.
+    """Parse a number of at most `_LARGEST`, or a text of one: YAML 1.1 reads 1e-3 as text.
 
     Raises:
         UserError: if it is no such number.

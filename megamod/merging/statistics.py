@@ -1,8 +1,8 @@
 """Statistics that `fisher` and `regmean` weight models by, computed on batches of text.
 
-They are computed during a merge on text of the recipe, or from Python and kept in a file. Any torch
-module works that takes a batch as keyword arguments and returns `logits`. Names are those of
-`named_parameters`, under which weights are saved.
+They are computed during a merge on text of the recipe, or from Python and written into a file
+(`write_statistics`). Any torch module works that takes a batch as keyword arguments and returns
+`logits`. Names are those of `named_parameters`, under which weights are saved.
 """
 
 import os
@@ -34,18 +34,18 @@ def compute_diagonal_fisher(
     """Compute the diagonal of the Fisher information: squared gradients averaged over rows,
     float32.
 
-    The gradient of a row is that of the log-likelihood of labels drawn from the predictions of the
-    model, at all positions that `attention_mask` does not exclude.
+    The gradient of a row is that of the log-likelihood of labels that are sampled from the
+    predictions of the model, at all positions that `attention_mask` does not exclude.
 
     The model is set to evaluation mode, and its gradients are removed.
 
     Args:
         model: takes a batch as keyword arguments and returns `logits` [B, T, V] or [B, C].
-        batches: with `labels` if `labelled`.
+        batches: on the device of the model; with `labels` if `labelled`.
         labelled: use the gradient of the model's `loss` for those labels (the empirical Fisher).
-        seed: of the drawn labels.
+        seed: of the sampled labels.
     Returns:
-        a tensor of its shape for each parameter that has a gradient.
+        on the CPU, a tensor of its shape for each parameter that requires a gradient.
     Raises:
         UserError: if there is no batch.
     Source: Matena and Raffel 2021 (Merging Models with Fisher-Weighted Averaging), section 3.2.
@@ -78,8 +78,10 @@ def compute_input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str,
 
     Args:
         model: takes a batch as keyword arguments.
+        batches: on the device of the model.
     Returns:
-        matrices by the name of the layer's weight, with the suffix `.T` if that is [in, out].
+        on the CPU, matrices by the name of the layer's weight, with the suffix `.T` if that is
+        stored as [in, out].
     Raises:
         UserError: if there is no batch, or no linear layer was used.
     Source: Jin et al. 2022 (Dataless Knowledge Fusion by Merging Weights), section 3.
@@ -124,8 +126,11 @@ def compute_input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str,
 
 
 def write_statistics(path: Path, statistics: Mapping[str, Tensor]) -> None:
-    """Write the file that a recipe names as `statistics:`, atomically.
+    """Write the file that a recipe names as `statistics:`, atomically; an existing one is replaced.
 
+    Args:
+        path: in an existing folder.
+        statistics: of `compute_diagonal_fisher` or `compute_input_grams`.
     Raises:
         OSError: if it cannot be written.
     """
@@ -143,12 +148,12 @@ def write_statistics(path: Path, statistics: Mapping[str, Tensor]) -> None:
 def _compute_row_loss(
     model: nn.Module, row: Batch, labelled: bool, generator: torch.Generator
 ) -> Tensor:
-    """Return the summed negative log-likelihood of labels drawn from the predictions of one row.
+    """Compute the summed negative log-likelihood of labels sampled from the predictions of one row.
 
     Args:
         row: a batch of one row.
         labelled: return the model's own `loss` of the row's labels instead.
-        generator: for the drawn labels, on the CPU.
+        generator: for the sampled labels, on the CPU.
     """
     if labelled:
         return model(**row).loss
@@ -161,7 +166,7 @@ def _compute_row_loss(
     return functional.cross_entropy(logits, drawn.view(-1).to(logits.device), reduction="sum")
 
 
-_KEYS = ("path", "fraction", "batch_size")
+_KEYS = ("path", "fraction", "batch_size")  # of a `calibration:` block
 _STATISTICS: dict[str, Callable[[nn.Module, Iterable[Mapping[str, Tensor]]], dict[str, Tensor]]] = {
     "fisher": compute_diagonal_fisher,
     "regmean": compute_input_grams,
@@ -169,10 +174,12 @@ _STATISTICS: dict[str, Callable[[nn.Module, Iterable[Mapping[str, Tensor]]], dic
 
 
 def check_calibration(recipe: MergeRecipe) -> None:
-    """Refuse calibration text that cannot be used, before any work.
+    """Refuse settings and calibration text with which statistics cannot be used, before any work.
+
+    A recipe whose method needs no statistics passes.
 
     Raises:
-        UserError: naming the key, file or model.
+        UserError: naming the recipe and the key, file or model.
     """
     if recipe.method in _STATISTICS and recipe.align is not None:
         raise UserError(
@@ -232,7 +239,7 @@ def find_or_compute_statistics(recipe: MergeRecipe, folder: Path) -> list[Path |
 def _find_calibration_block(model: InputModel, recipe: MergeRecipe) -> Mapping[str, object] | None:
     """Return the `calibration:` of a model, else the recipe's; None: neither has one.
 
-    Also None if it is not needed: with a file of statistics, or a method without statistics.
+    Also None if it is not needed: with a file of statistics, or a method that reads none.
     """
     if model.statistics is not None or recipe.method not in _STATISTICS:
         return None

@@ -10,16 +10,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megamod.states.stream import PIECE, ModelFolder, Spec, iterate_pieces
+from megamod.states.stream import PIECE, ModelFolder, TensorSpec, iterate_pieces
 
 TOWER = re.compile(r"vision|visual|image|audio|speech|projector|merger|connector|perceiver")
 """Part of the names of modules that feed a language model with something other than text."""
+
 Values = Mapping[str, float | bool]
 """Parameters of one tensor by name."""
 
 
 class TensorSource(Protocol):
     """Tensors by name that are read piece by piece: an open `ModelFolder`, or a view of one.
+
+    It is read by several threads at once.
 
     Attributes:
         folder: with the model's configuration; `member`: expert of a DEMix folder, None: all.
@@ -28,29 +31,34 @@ class TensorSource(Protocol):
 
     folder: Path
     member: str | None
-    tensors: Mapping[str, Spec]
+    tensors: Mapping[str, TensorSpec]
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
-        """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on."""
+        """Fill a buffer (1-D, of the tensor's dtype) with elements from the flat index `start` on;
+        raise UserError if they cannot be read.
+        """
 
     def read(self, name: str) -> Tensor:
-        """Read a whole tensor into memory of its own."""
+        """Read a whole tensor into memory of its own; raises as `read_into`."""
 
     def compute_digest(self) -> str:
-        """Return a digest of the weights on disk, whatever a view changes."""
+        """Compute a digest of the weights on disk, whatever a view changes; reads all of them."""
 
 
 class TensorView:
     """Base class of sources that change what they read from another source.
 
     Args:
-        source: the other source; `tensors` starts as a copy of its specifications.
+        source: the other source, which must stay open; `tensors` starts as a copy of its
+            specifications.
+    Attributes:
+        adapter: folder of the LoRA adapter that is merged into the source; None: none.
     """
 
     def __init__(self, source: TensorSource):
         self.source, self.folder, self.member = source, source.folder, source.member
         self.adapter: Path | None = getattr(source, "adapter", None)
-        self.tensors: dict[str, Spec] = dict(source.tensors)
+        self.tensors: dict[str, TensorSpec] = dict(source.tensors)
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
         """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on."""
@@ -64,7 +72,7 @@ class TensorView:
         return flat.view(spec.shape)
 
     def compute_digest(self) -> str:
-        """Return a digest of the weights on disk, whatever the view changes."""
+        """Compute a digest of the weights on disk, whatever the view changes; reads all of them."""
         return self.source.compute_digest()
 
 
@@ -72,7 +80,7 @@ class RenamedFolder(TensorView):
     """A source under other names; one of its tensors may have several.
 
     Args:
-        names: name -> name in the source. Other tensors of the source are left out.
+        names: name -> name in the source. The view has no other tensors.
     """
 
     def __init__(self, source: TensorSource, names: Mapping[str, str]):
@@ -86,8 +94,8 @@ class RenamedFolder(TensorView):
 
 
 def describe_source(source: TensorSource) -> str:
-    """Return the folder of a source for messages: FOLDER, `+ADAPTER` and ` (EXPERT)` if it has
-    them.
+    """Format the folder of a source for messages, with its adapter and expert if it has them:
+    `FOLDER+ADAPTER (EXPERT)`.
     """
     adapter = getattr(source, "adapter", None)
     text = str(source.folder) if adapter is None else f"{source.folder}+{adapter}"
@@ -115,11 +123,11 @@ def have_same_bits(first: TensorSource, name: str, second: TensorSource, other_n
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """One tensor of one model.
+    """One tensor of one model, for a merge method.
 
     Attributes:
         source: the open folder; `name`: of the tensor in it.
-        values: parameters of the model for this tensor.
+        values: parameters of the model for this tensor, such as its weight.
         cast: dtype that elements are rounded to before any computation; None: none.
         rows: number of leading rows that take part; None: all.
         number: of the model in the recipe, for random numbers.
@@ -136,7 +144,7 @@ class ModelTensor:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """Number of elements of the rows that take part."""
         spec = self.source.tensors[self.name]
         return spec.numel if self.rows is None else spec.numel // spec.shape[0] * self.rows
 
@@ -152,10 +160,12 @@ class ModelTensor:
         return torch.promote_types(torch.float32, self.source.tensors[self.name].dtype)
 
     def read_into(self, start: int, out: Tensor) -> None:
-        """Fill `out` (1-D) with elements from `start` on, rounded to `cast` if there is one.
+        """Fill `out` with elements from the flat index `start` on, rounded to `cast` if it is set.
 
         Args:
-            out: of the dtype of the computation, into which stored elements are converted.
+            out: 1-D, of the dtype of the computation, into which stored elements are converted.
+        Raises:
+            UserError: if they cannot be read.
         """
         stored = self.source.tensors[self.name].dtype
         if stored == out.dtype:
@@ -183,7 +193,7 @@ class MergeTensor:
         models: the tensor of every model, in the order of the recipe.
         base: that of the base model; None: none.
         values: parameters of the whole merge for this tensor.
-        seed: of everything that is drawn at random.
+        seed: of all random numbers.
     """
 
     name: str
@@ -216,7 +226,7 @@ class MergeTensor:
         """Allocate `count` buffers of the dtype of computation, uninitialised: [count, elements].
 
         Args:
-            step: elements of each; None: those of a piece. A small tensor gets its size.
+            step: elements of each; None: those of a piece. At most those of the tensor.
         """
         step = PIECE // self.dtype.itemsize if step is None else step
         return torch.empty(count, min(self.numel, step), dtype=self.dtype)
@@ -242,7 +252,7 @@ class MergeTensor:
     def make_generator(self, model: ModelTensor) -> torch.Generator:
         """Make a random generator on the CPU, seeded by (seed, model, tensor).
 
-        So draws do not depend on threads or the order of calls, and every call starts anew.
+        So its numbers do not depend on threads or the order of calls, and every call starts anew.
         """
         text = f"{self.seed}/{model.number}/{self.name}"
         digest = hashlib.sha256(text.encode()).digest()

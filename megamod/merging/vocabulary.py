@@ -18,13 +18,14 @@ from megamod.documents import Document, Key
 from megamod.errors import UserError, shorten
 
 UNION = "union"
+"""Value of `tokenizer_source` for the words of all models."""
 FILE = "tokenizer.json"
 Donors = tuple[tuple[int, int], ...]
 """Rows to average, as (number of the model, number of the row); none: zeros."""
 
 
 class TokenEntry(Document):
-    """Source of the row of a word, as files have it."""
+    """Source of the row of a word, as a recipe has it; see `_read_row_origin` for its forms."""
 
     source: Any
     force: bool = False
@@ -43,7 +44,7 @@ class RowOrigin:
 
     Attributes:
         model: number of the input; None: zeros.
-        word: its word, or the number of its row; None: the word itself.
+        word: word of that model, or number of a row of it; None: the same word.
         force: also replace the row in models that have the word.
     """
 
@@ -72,8 +73,8 @@ class Vocabulary:
     """The vocabulary of the result.
 
     Attributes:
-        rows: for each model [words] int64, its row of each word; -1: it has none.
-        donors: for each model, the rows that replace those, by word.
+        rows: for each model [words] int64, its row of each word; -1: its donors' rows are averaged.
+        donors: for each model, by id of a word without a row, the rows to average.
         tokenizer: content of the tokenizer.json.
         has_new_words: it has words that the tokenizer it is made from lacks.
         ids: id of a word in the model with the configuration -> id in the result.
@@ -110,8 +111,8 @@ class _TokenizerWords:
     """Words of a tokenizer.json.
 
     Attributes:
-        content: of the file.
-        ids: by word, in their order.
+        content: of the file, parsed.
+        ids: by word, in the order of the ids.
         added: entries of `added_tokens` by word.
     """
 
@@ -129,11 +130,11 @@ def read_vocabulary_request(
     Args:
         block: a `TokenizerBlock`, or the value of `tokenizer_source`: the name of a model, "union"
             or "base".
-        find: from the name of a model and its key in the recipe to the number of the input; None
-            for the union.
-        where: key of the block, for messages.
+        find: takes the name of a model and its key in the recipe, for messages; returns the number
+            of the input, None for the union, or raises UserError.
+        where: file and key of the block, for messages.
     Raises:
-        UserError: naming the key, if it is not known or its value is of the wrong kind.
+        UserError: naming the key, if its value is of the wrong kind or no model.
     """
     if not isinstance(block, TokenizerBlock):
         return VocabularyRequest(find(block, where), recipe_key=where)
@@ -177,6 +178,8 @@ def _read_row_origin(
 def _find_one_model(name: object, find: Callable[[object, str], int | None], where: str) -> int:
     """Return the number of the model of that name.
 
+    Args:
+        find, where: see `read_vocabulary_request`.
     Raises:
         UserError: for the union, and for a name that is not that of a model.
     """
@@ -248,10 +251,11 @@ def _find_requested_row(
     """Find the row that a recipe names for a word, as donors to average; none: zeros.
 
     Args:
+        word: of the result, whose row `origin` gives.
         known: words of all models.
         where: key of the recipe, for the message.
     Raises:
-        UserError: if that model does not have it.
+        UserError: if the model does not have the named word. A row by number is not checked here.
     """
     if origin.model is None:
         return ()

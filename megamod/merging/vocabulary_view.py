@@ -15,9 +15,9 @@ from megamod.merging.tensors import TensorSource, TensorView
 from megamod.merging.vocabulary import Donors, Vocabulary
 from megamod.states.forest import read_model_config
 from megamod.states.rows import read_tensor_rows
-from megamod.states.stream import PIECE, Spec
+from megamod.states.stream import PIECE, TensorSpec
 
-_EXPERT = r"(?:\.experts\.[^.]+)?"
+_EXPERT = r"(?:\.experts\.[^.]+)?"  # in models with a matrix of words per expert
 _KNOWN = re.compile(rf"(?:^|\.)({INPUT_NAMES}|{OUTPUT_NAMES}){_EXPERT}\.(?:weight|bias)$")
 _NOT_VOCABULARY = re.compile(r"position|wpe|token_type")
 _INPUT = re.compile(rf"(?:^|\.)(?:{INPUT_NAMES}){_EXPERT}\.weight$")
@@ -26,10 +26,10 @@ _INPUT = re.compile(rf"(?:^|\.)(?:{INPUT_NAMES}){_EXPERT}\.weight$")
 class VocabularyView(TensorView):
     """A source with the vocabulary of the result of a merge.
 
-    Rows that it lacks are read from other sources.
+    Rows that it lacks are read from other sources, which must stay open.
 
     Args:
-        number: of the source among `folders`, which are those of all models.
+        number: index of the source in `folders`, which are those of all models.
         vocabulary_tensors: for each source the names of its tensors with a row for every word.
         vocabulary: of the result.
     Raises:
@@ -50,7 +50,7 @@ class VocabularyView(TensorView):
         used = {model for donors in self._donors.values() for model, _ in donors}
         for name in vocabulary_tensors[number]:
             spec = self.source.tensors[name]
-            self.tensors[name] = Spec(spec.dtype, (len(vocabulary), *spec.shape[1:]))
+            self.tensors[name] = TensorSpec(spec.dtype, (len(vocabulary), *spec.shape[1:]))
             self._word_tensors.add(name)
             for model in used:
                 shape = folders[model].tensors[name].shape
@@ -61,7 +61,7 @@ class VocabularyView(TensorView):
                     )
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
-        """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on.
+        """Fill a buffer (1-D, of the tensor's dtype) with elements from the flat index `start` on.
 
         In tensors of words, rows are in the order of the result's vocabulary, and the row of a
         missing word is the average of its donors' rows.
@@ -105,7 +105,8 @@ def view_with_vocabulary(
     """Return views of the folders of a merge with the vocabulary of the result.
 
     Raises:
-        UserError: naming folder and tensor, if embeddings cannot be told apart or rows are missing.
+        UserError: naming folder and tensor, if it is not clear which tensors have a row for every
+            word, or rows are missing or of several widths.
     """
     vocabulary_tensors = [_list_vocabulary_tensors(folder) for folder in folders]
     needed = [int(rows.max()) for rows in vocabulary.rows]

@@ -101,7 +101,7 @@ def _refresh(folder: Path, domain: str, args: MoeArgs, output: Path, shard_bytes
     calibration = make_calibration(args)
     with ExitStack() as stack:
         mixture = open_mixture(folder, stack)
-        number = mixture.record.find_expert(domain, folder)
+        number = mixture.record.find_expert_number(domain, folder)
     # Centred rows are differences from the mean of all domains.
     domains = mixture.record.domains if calibration.centre else [domain]
     texts = read_texts(calibration, domains, folder)

@@ -124,7 +124,7 @@ def run_to_moe(args: MoeArgs) -> None:
     anchored = check_anchored(args, experts)
     if anchored:
         experts = [Expert(domain=NAME, path=experts[0].path), *experts]
-    chosen = _count_experts_per_token(args, len(experts))
+    experts_per_token = _count_experts_per_token(args, len(experts))
     recipe = _make_recipe(args, experts)
     if anchored:
         inputs = tuple(replace(model, beside_anchor=True) for model in recipe.inputs)
@@ -134,7 +134,7 @@ def run_to_moe(args: MoeArgs) -> None:
         None if args.output_dir is None else Path(args.output_dir),
         read_trained_rows if anchored else _select_router_rows(args, recipe),
         [expert.data_digest for expert in experts],
-        chosen=chosen,
+        experts_per_token=experts_per_token,
         anchor=args.anchor or anchored,
         **args.make_options(),
     )
@@ -302,10 +302,10 @@ def _select_router_rows(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoeP
     Raises:
         UserError: if --router calibrated lacks --calibration.
     """
-    from megamod.merging.moe.rows import draw_rows, read_rows_file
+    from megamod.merging.moe.rows import initialise_rows, read_rows_file
 
     if args.router_kind == "random":
-        return partial(draw_rows, seed=args.seed)
+        return partial(initialise_rows, seed=args.seed)
     if args.router_kind == "file":
         return partial(read_rows_file, path=Path(args.router_file))
     from megamod.runs.router_rows import compute_calibrated_rows

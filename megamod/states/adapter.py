@@ -31,7 +31,11 @@ def is_adapter(folder: Path) -> bool:
 
 
 def is_model(folder: Path) -> bool:
-    """Return True for the folder of a whole model, with config.json, or of an adapter."""
+    """Return True for a folder with config.json, as that of a whole model has it, or of an adapter.
+
+    Weights are not looked for. The folder of a forest.json, whose config.json is that of a forest,
+    counts too.
+    """
     return (folder / "config.json").is_file() or is_adapter(folder)
 
 
@@ -41,14 +45,17 @@ def list_model_folders(folder: Path) -> list[Path]:
 
 
 def get_config_file(folder: Path) -> Path:
-    """Return the path of adapter_config.json for an adapter, else that of config.json."""
+    """Return the path of adapter_config.json for an adapter, else that of config.json, which need
+    not exist.
+    """
     return folder / (ADAPTER_CONFIG if is_adapter(folder) else "config.json")
 
 
 def find_seed_folder(folder: Path) -> Path:
     """Find the folder of the model that an adapter was trained on; `folder` if it is no adapter.
 
-    A seed that is named as a repository of the hub is downloaded.
+    The path of the seed is relative to the working directory, else to `folder`. A seed that is
+    named as a repository of the hub is downloaded.
 
     Raises:
         UserError: if adapter_config.json cannot be read, or its seed is neither a folder here nor
@@ -112,5 +119,9 @@ def check_seed_weights(folder: Path) -> None:
 
 
 def compute_seed_digest(seed: Path) -> str:
-    """Compute the digest of the weight files in a seed's folder, as adapters record it."""
+    """Compute the digest of the weight files in a seed's folder, as adapters record it.
+
+    Raises:
+        UserError: as `list_weight_files`.
+    """
     return compute_files_digest(list_weight_files(seed))

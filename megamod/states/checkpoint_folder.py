@@ -31,10 +31,8 @@ from megamod.states.weight_files import ADAPTER_CONFIG
 if TYPE_CHECKING:
     from torch import Tensor
 
-LATEST = "latest"
-SOUND = "sound"
-PENDING = "evaluating"
-STATE = "state.json"
+LATEST, SOUND, PENDING, STATE = "latest", "sound", "evaluating", "state.json"
+"""File names, see above."""
 WINDOW = 100  # data steps over which steps that are not finite are counted
 KINDS = ("master", "exp_avg", "exp_avg_sq", "momentum")
 """Tensors of a fragment: the weight in float32; AdamW's two moments in float32, or the momentum of
@@ -79,7 +77,7 @@ class TrainState:
 _Count = Annotated[int, Field(ge=0)]
 
 
-class _TrainState(Document):
+class _TrainStateEntry(Document):
     """Schema of the progress in state.json, see `TrainState`."""
 
     step: _Count
@@ -93,7 +91,7 @@ class _TrainState(Document):
 class _StateFile(Document):
     """Schema of state.json, see `StateRecord`."""
 
-    state: _TrainState
+    state: _TrainStateEntry
     optimizer_steps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     loss_scaler: dict[str, bool | int | float] = Field({})
     settings: dict[str, Any] = Field({})
@@ -155,7 +153,10 @@ def format_checkpoint_name(step: int) -> str:
 
 
 def parse_checkpoint_step(checkpoint: Path) -> int:
-    """Parse the step of a checkpoint from the name of its folder, `step-N`."""
+    """Parse the step of a checkpoint from the name of its folder, `step-N`.
+
+    Raises ValueError for a folder of another name.
+    """
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -165,7 +166,11 @@ def is_optimizer_file(file: Path) -> bool:
 
 
 def build_optimizer_path(folder: Path, rank: int, part: int | None = None) -> Path:
-    """Build the path of a rank's optimizer fragments in `folder`, or of part `part` of them."""
+    """Build the path of a rank's optimizer fragments in a checkpoint.
+
+    Args:
+        part: number of a part, where one rank writes several files; None: the only file.
+    """
     return folder / f"optimizer-{rank}{'' if part is None else f'-{part}'}.safetensors"
 
 
@@ -194,6 +199,8 @@ def read_fragments(
 ) -> Iterator[tuple[str, int, dict[str, "Tensor"]]]:
     """Read fragments of a file one by one: parameter name, offset in elements, tensors by kind.
 
+    Tensors are 1-D and on the CPU.
+
     Args:
         is_selected: returns True for the names of parameters to read.
     Raises:
@@ -214,6 +221,8 @@ def read_fragment_ranges(folder: Path) -> dict[str, list[tuple[int, int, Path]]]
 
     Returns:
         by name: start and stop in elements of the flattened parameter, and the file.
+    Raises:
+        SafetensorError, OSError: if a file cannot be read.
     """
     ranges: dict[str, list[tuple[int, int, Path]]] = {}
     for file in list_optimizer_files(folder):
@@ -234,7 +243,7 @@ def make_digest_entry(file: Path, digest: str | None = None) -> dict[str, object
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Mapping[str, object]]) -> None:
-    """Write manifest.json into a folder, which makes it a valid checkpoint.
+    """Write manifest.json into the folder of a checkpoint or model, atomically.
 
     Args:
         entries: by path below `folder`, see `make_digest_entry`.
@@ -248,11 +257,13 @@ def make_digest_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[s
 
 
 def write_model_manifests(folder: Path) -> None:
-    """Write a manifest into every model folder at or below `folder`."""
+    """Write a manifest into every model folder at or below `folder`, replacing those that exist.
+
+    It lists all files of the folder but adapter_config.json, where a user may have to change the
+    path of the seed.
+    """
     names = ("config.json", ADAPTER_CONFIG)
     for model in sorted({config.parent for name in names for config in folder.rglob(name)}):
-        # The path of an adapter's seed may have to be changed in its configuration.
-        left_out = (MANIFEST, ADAPTER_CONFIG)
-        files = (file for file in model.iterdir() if file.is_file() and file.name not in left_out)
-        entries = make_digest_entries(model, files)
-        write_manifest(model, entries)
+        skipped_names = (MANIFEST, ADAPTER_CONFIG)
+        files = (f for f in model.iterdir() if f.is_file() and f.name not in skipped_names)
+        write_manifest(model, make_digest_entries(model, files))

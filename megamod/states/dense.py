@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megamod.files import write_json
 from megamod.states.forest import HOST_TYPE, read_model_config
-from megamod.states.grow import link_or_copy
+from megamod.states.grow import link_file
 from megamod.states.manifest import MANIFEST
 from megamod.states.stream import ModelFolder, write_streamed_tensors
 from megamod.states.weights import DENSE_FILE
@@ -21,7 +21,7 @@ def make_dense_config(
 
     Args:
         config: fields of config.json; not changed.
-        domains: training domains of the dense model, None if they are unknown; without effect for
+        domains: training domains of the dense model; None: those of `config`. Without effect for
             stock models, whose configurations have no field for them.
     """
     config = dict(config)
@@ -43,21 +43,24 @@ def write_dense_model(
 ) -> list[Path]:
     """Write a model, or one expert of it, as a dense model folder; return its files, sorted.
 
-    Further files of the source, such as those of the tokenizer, are copied.
+    The weights are one model.safetensors: a hard link to that of the source where it is the same.
+    Further files of the source, such as those of the tokenizer, are copied; manifest and subfolders
+    are not.
 
     Args:
         source: model folder.
         member: domain of the expert; None for a model without experts.
-        folder: an existing empty folder.
-        skipped_names: names of files of the source that are not copied.
+        folder: an existing empty folder; incomplete after an error.
+        skipped_names: names of further files of the source that are not copied.
     Raises:
-        UserError: if weights or the member are missing.
+        UserError: if config.json, weights or the member are missing or malformed.
+        OSError: if something cannot be written.
     """
     source, folder = Path(source), Path(folder)
     config = read_model_config(source)
     with ModelFolder(source, member) as model:
         if member is None and [file.name for file in model.files] == [DENSE_FILE]:
-            link_or_copy(source / DENSE_FILE, folder / DENSE_FILE)
+            link_file(source / DENSE_FILE, folder / DENSE_FILE)
         else:
             files = {DENSE_FILE: list(model.tensors)}
             write_streamed_tensors(folder, files, model.tensors, lambda name: [model.read(name)])
@@ -67,8 +70,8 @@ def write_dense_model(
                 config["tie_word_embeddings"] = "lm_head.weight" not in model.tensors
     write_json(folder / "config.json", config)
     for file in source.iterdir():
-        weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
+        is_weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
         names = ("config.json", MANIFEST, *skipped_names)
-        if file.is_file() and not weights and file.name not in names:
+        if file.is_file() and not is_weights and file.name not in names:
             shutil.copyfile(file, folder / file.name)
     return sorted(file for file in folder.iterdir() if file.is_file())

@@ -43,13 +43,17 @@ from megamod.states.weight_files import has_weights
 
 FILE = "forest.json"
 MODEL_TYPE = "demix_forest"
-HOST_TYPE = "demix_host"  # a stock model with experts per domain
+"""`model_type` of config.json in the folder of a forest.json."""
+HOST_TYPE = "demix_host"
+"""`model_type` of a stock model with experts per domain."""
 
 
 class Parent(Document):
     """A model that an expert's first weights came from, with its share in their average.
 
-    `path` is as in the file: it tells where the model was, and may be gone by now.
+    Attributes:
+        path: place of the model, as in the file; it may be gone by now.
+        weight: its share in the average.
     """
 
     path: str
@@ -57,7 +61,7 @@ class Parent(Document):
 
 
 def _parse_path(value: object) -> Path:
-    """Return a path; raise ValueError for a value that is no text."""
+    """Return a value of `path` as a path; raise ValueError, for pydantic, if it is no text."""
     if not isinstance(value, str | Path):
         raise ValueError(f"{shorten(value)} is not text")
     return Path(value)
@@ -68,14 +72,15 @@ class Expert(Document):
 
     Attributes:
         domain: its name in the forest.
-        path: model folder, absolute.
+        path: folder of the model or LoRA adapter; absolute, once read by `open_forest`.
         member: its domain in the DEMix model of that folder; None for a whole model.
         parents: the models it was branched from; empty if from scratch or unknown.
+        seed: of its run; None: unknown.
         start_update: step at which it branched.
         updates: its finished steps, those of its parent up to then included.
         tokens: target tokens it was trained on itself.
         gpus: ranks it was trained on.
-        data_digest, config_digest: of its data-bin and of its run.
+        data_digest, config_digest: of its data-bin and of the settings of its run; None: unknown.
     """
 
     domain: str
@@ -123,9 +128,12 @@ def open_forest(path: str | Path) -> Forest:
     its members. A folder with a model folder per domain (independent models of one job) is a forest
     of whole models, in alphabetical order. A run's folder stands for the `model` folder in it.
 
+    Weights are not read. The seed of an adapter may be downloaded.
+
     Raises:
         UserError: if there is no expert, if a name is repeated, if a model folder or a member is
-            missing or malformed, or if vocabularies differ.
+            missing or malformed, or if vocabularies differ. Messages name `path` as the value of
+            --forest.
     """
     path = Path(path).absolute()
     file = path / FILE if path.is_dir() else path
@@ -155,10 +163,11 @@ def resolve_forest_path(path: str | Path) -> Path:
     return path if path.suffix == ".json" else path / FILE
 
 
-def find_expert(experts: list[Expert], domain: str, forest: str | Path) -> int:
+def find_expert_index(experts: list[Expert], domain: str, forest: str | Path) -> int:
     """Find the index of a domain's expert in `experts`.
 
     Args:
+        domain: value of --domain.
         forest: the user's path of the forest, for messages.
     Raises:
         UserError: if no expert has this domain.
@@ -177,7 +186,8 @@ def check_new_expert(path: str | Path, expert: Expert, replaced: str | None = No
     Args:
         path: see `resolve_forest_path`.
         expert: the new expert.
-        replaced: domain of the expert that `expert` replaces; None: it is added to all others.
+        replaced: domain of the expert that `expert` replaces, the value of --domain; None: it is
+            added to all others.
     Raises:
         UserError: if weights of the expert are missing, if it is an adapter whose seed has other
             weights now, if there is no expert `replaced`, or if the resulting forest would be
@@ -190,7 +200,7 @@ def check_new_expert(path: str | Path, expert: Expert, replaced: str | None = No
     check_seed_weights(expert.path)
     experts = _read_experts(file) if file.exists() else []
     if replaced is not None:
-        del experts[find_expert(experts, replaced, path)]
+        del experts[find_expert_index(experts, replaced, path)]
     _check_experts([*experts, expert], file)
 
 
@@ -211,15 +221,16 @@ def check_editable(path: str | Path) -> None:
 def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
     """Yield the experts of a forest.json as a list, which the block changes in place.
 
-    The list of an absent file is empty. Its folder is created if needed, and other editors wait.
-    When the block ends, the experts are checked as in `open_forest` and the file is replaced whole.
-    The folder also gets a config.json and the tokenizer of an expert, if it has none. If the block
-    or the check raises, forest.json does not change.
+    The list of an absent file is empty. Its folder is created if needed, and other editors wait,
+    also those of other processes. When the block ends, the experts are checked as in `open_forest`
+    and the file is replaced whole. The folder also gets a config.json and the tokenizer of an
+    expert, if it has none. If the block or the check raises, forest.json does not change.
 
     Args:
         path: see `resolve_forest_path`.
     Raises:
         UserError: if the file is malformed, or the changed experts are refused.
+        OSError: if the folder cannot be written.
     """
     file = resolve_forest_path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +259,9 @@ def _read_experts(file: Path) -> list[Expert]:
 
 
 def _make_entry(expert: Expert, folder: Path) -> dict[str, object]:
-    """Make the entry of an expert in the forest.json of `folder`; paths below it are relative."""
+    """Make the entry of an expert in the forest.json of `folder`, an absolute path; paths below it
+    become relative.
+    """
     return {
         **expert.model_dump(),
         "path": _make_relative(str(expert.path), folder),
@@ -288,7 +301,10 @@ def _list_members(folder: Path) -> list[Expert]:
 def _check_experts(experts: list[Expert], where: Path) -> None:
     """Raise UserError unless names are unique, models and members exist, and vocabularies agree.
 
-    `where` is the forest, for messages.
+    Reads config.json and the tokenizer files of every expert.
+
+    Args:
+        where: the forest, for messages.
     """
     names = [expert.domain for expert in experts]
     for name in names:
@@ -296,27 +312,28 @@ def _check_experts(experts: list[Expert], where: Path) -> None:
         if names.count(name) > 1:
             raise UserError(f"{where}: domain {name!r} is listed twice")
     sizes: dict[int, str] = {}
-    kinds: set[object] = set()
+    compares_sizes = False
     for expert in experts:
         config = read_model_config(expert.path)
-        apart = config.get("untie", "none") != "none"
-        if apart and expert.member not in config["domains"]:
+        has_experts = config.get("untie", "none") != "none"
+        if has_experts and expert.member not in config["domains"]:
             raise UserError(
                 f"{where}: {expert.domain} is member {expert.member!r} of {expert.path}; the "
                 f"members there are {', '.join(config['domains'])}"
             )
-        if expert.member is not None and not apart:
+        if expert.member is not None and not has_experts:
             raise UserError(
                 f"{where}: {expert.domain} is member {expert.member!r} of {expert.path}, which is "
                 "one dense model"
             )
         sizes.setdefault(config.get("vocab_size"), expert.domain)
-        words = list_tokenizer_files(find_tokenizer_folder(expert.path))
-        kinds.add(config.get("model_type") if words else "demix")
-    # Stock models pad their vocabularies; their tokenizers are compared below.
-    if len(sizes) > 1 and "demix" in kinds:
+        # Stock models pad their vocabularies, so their tokenizers are compared below; without one
+        # only the size can be compared.
+        has_tokenizer = bool(list_tokenizer_files(find_tokenizer_folder(expert.path)))
+        compares_sizes |= config.get("model_type") == "demix" or not has_tokenizer
+    if len(sizes) > 1 and compares_sizes:
         listed = ", ".join(f"{size} of {name}" for size, name in sizes.items())
-        raise UserError(f"{where}: the experts have different vocabularies: {listed}")
+        raise UserError(f"{where}: the experts have vocabularies of different sizes: {listed}")
     folders = list(dict.fromkeys(find_tokenizer_folder(expert.path) for expert in experts))
     for folder in folders[1:]:
         check_same_ids(folders[0], folder)
@@ -324,6 +341,8 @@ def _check_experts(experts: list[Expert], where: Path) -> None:
 
 def read_model_config(folder: Path) -> dict[str, object]:
     """Read config.json of a model folder; of the seed, if `folder` holds a LoRA adapter.
+
+    The seed may be downloaded.
 
     Raises:
         UserError: as `find_seed_folder` and `read_config_file`, or if a model with experts does not

@@ -15,7 +15,7 @@ from megamod.states.stream import ModelFolder
 from megamod.states.weight_files import read_index
 from megamod.states.weights import (
     INDEX_FILE,
-    has_index,
+    is_sharded,
     read_weights,
     select_weight_file,
     write_tensors,
@@ -37,15 +37,15 @@ def add_expert(
 
     Args:
         source: folder of a model with experts.
-        target: existing folder to write into.
+        target: existing folder to write into, with none of these files; incomplete after an error.
         domain: name of the new expert.
         template_domain: an expert of the source. The new expert has the same tensors, with the
             same shapes and element types.
-        dense_weights: weights of the new expert, by their names in a dense model; other weights
-            have no effect.
+        dense_weights: weights of the new expert, by their names in a dense model; they are
+            converted to the stored element types. Other weights have no effect.
     Raises:
-        UserError: if the source has no expert `template_domain`, or one named `domain` already, or
-            `dense_weights` lacks a weight or has it in another shape.
+        UserError: if the source cannot be read, has no expert `template_domain`, or one named
+            `domain` already, or `dense_weights` lacks a weight or has it in another shape.
         OSError: if something cannot be written.
     """
     source, target = Path(source), Path(target)
@@ -69,7 +69,7 @@ def add_expert(
             shape = "none" if weight is None else tuple(weight.shape)
             raise UserError(
                 f"{source}: the new expert {domain} needs {to_dense_name(name)} of shape "
-                f"{spec.shape}, given is {shape}"
+                f"{spec.shape}, but its weights have {shape}"
             )
         added[
             name.replace(
@@ -77,11 +77,11 @@ def add_expert(
             )
         ] = weight.to(spec.dtype)
 
-    if has_index(source):
+    if is_sharded(source):
         listed = read_index(source)
         weight_map = {name: listed[name] for name in source_model.tensors}
         for file in source_model.files:
-            link_or_copy(file, target / file.name)
+            link_file(file, target / file.name)
     else:
         # A single file would be read in place of the index, so its tensors are sorted into files.
         weight_map = {
@@ -90,6 +90,7 @@ def add_expert(
         write_weights(target, read_weights(source), has_experts=True)
     for name in added:
         weight_map[name] = select_weight_file(name, has_experts=True)
+    # All tensors of one expert are in one file.
     write_tensors(target / select_weight_file(name, has_experts=True), added, {"format": "pt"})
     size = sum(spec.nbytes for spec in source_model.tensors.values())
     size += sum(tensor.nbytes for tensor in added.values())
@@ -98,10 +99,11 @@ def add_expert(
     write_json(target / "config.json", {**config, "domains": [*config["domains"], domain]})
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Create `target` as a hard link to `source`, or as a copy if that is not possible.
+def link_file(source: Path, target: Path) -> None:
+    """Create `target` as a hard link to `source`, or as a copy where links are not possible.
 
-    For files that are never changed in place. Raises OSError if `target` cannot be written.
+    For files that are not changed in place. An existing `target` is overwritten by a copy. Raises
+    OSError if `target` cannot be written.
     """
     try:
         os.link(source.resolve(), target)

@@ -7,6 +7,7 @@ from pathlib import Path
 from megamod.errors import UserError
 
 HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+"""Patterns of the files that are downloaded: configuration, weights and tokenizer."""
 
 
 def is_hub_name(name: str) -> bool:

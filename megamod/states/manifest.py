@@ -1,8 +1,9 @@
-"""Validate checkpoint folders: names, sizes and digests against its manifest.
+"""Validate folders of checkpoints and models: their files against the manifest.
 
     step-N/manifest.json    {"files": {NAME: {"bytes": ..., "sha256": ...}}}, written last
 
-`megamod.train.checkpoint` writes checkpoints; here they are checked without DeepSpeed.
+`megamod.train.checkpoint` writes checkpoints, `megamod.states.checkpoint_folder` manifests; here
+they are checked without DeepSpeed.
 """
 
 import logging
@@ -44,9 +45,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def find_checkpoint(folder: Path, choice: str, below: int | None = None) -> Path | None:
     """Find the checkpoint that a value of `--resume` means; None: start from step 0.
 
+    Digests are compared too, with "auto" those of checkpoints of at most `FULL_CHECK_BYTES`. Logs a
+    warning for each newer checkpoint that is not valid.
+
     Args:
         folder: folder of the run's checkpoints.
-        choice: "auto", the valid one with the largest step; "none"; or the path of a checkpoint.
+        choice: "auto", the valid one with the largest step, if there are any; "none"; or the path
+            of a checkpoint.
         below: "auto" considers checkpoints of smaller steps only; None: all.
     Raises:
         UserError: if `choice` is a path that is not a valid checkpoint; if it is "auto" and
@@ -54,7 +59,7 @@ def find_checkpoint(folder: Path, choice: str, below: int | None = None) -> Path
     """
     if choice not in ("auto", "none"):
         path = Path(choice)
-        faults = find_checkpoint_faults(path)
+        faults = find_file_faults(path)
         if faults:
             raise UserError(f"--resume {choice}: not a valid checkpoint: {faults[0]}")
         return path
@@ -71,7 +76,7 @@ def find_checkpoint(folder: Path, choice: str, below: int | None = None) -> Path
     faults: list[str] = []
     for path in reversed(existing):
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        faults = find_checkpoint_faults(path, check_digests=size <= FULL_CHECK_BYTES)
+        faults = find_file_faults(path, check_digests=size <= FULL_CHECK_BYTES)
         if not faults:
             return path
         logger.warning("checkpoint %s is not valid (%s); trying the one before", path, faults[0])
@@ -83,11 +88,16 @@ def find_checkpoint(folder: Path, choice: str, below: int | None = None) -> Path
     return None
 
 
-def find_checkpoint_faults(path: Path, check_digests: bool = True) -> list[str]:
-    """List the faults of a checkpoint, one sentence each; empty if it is complete.
+def find_file_faults(path: Path, check_digests: bool = True) -> list[str]:
+    """List the faults of the files in a checkpoint or model folder, against its manifest.
+
+    A folder without a manifest has this one fault. Files that the manifest does not list are not
+    looked at.
 
     Args:
         check_digests: compare SHA-256 digests too, not only names and sizes.
+    Returns:
+        one sentence per missing or changed file; empty if all are as they were written.
     """
     file = path / MANIFEST
     if not file.exists():

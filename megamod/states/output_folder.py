@@ -14,6 +14,8 @@ from megamod.states.checkpoint_folder import write_model_manifests
 def check_new_folder(path: Path) -> None:
     """Check that `create_new_folder` can create the folder `path`; nothing is written.
 
+    Messages name it as the value of --output_dir.
+
     Raises:
         UserError: if it exists and is not an empty folder, or lies where nothing can be written.
     """
@@ -31,13 +33,12 @@ def check_new_folder(path: Path) -> None:
 def create_new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder, which is renamed to `path` if the block succeeds, else removed.
 
-    An empty folder at `path` is replaced.
-
-    A model in it gets a manifest with the digests of its files.
+    An empty folder at `path` is replaced. Every model folder in it gets a manifest with the digests
+    of its files.
 
     Raises:
         UserError: if `path` exists and is not an empty folder, cannot be written, or another
-            process is writing it.
+            process is writing it; also in place of an OSError of the block.
     """
     path = Path(path)
     check_new_folder(path)

@@ -14,12 +14,12 @@ class TensorReader(Protocol):
 
 
 def read_tensor_rows(source: TensorReader, name: str, row_indices: Tensor, output: Tensor) -> None:
-    """Read rows of a matrix into `output`; consecutive rows in one read.
+    """Read rows of a tensor into `output`; consecutive rows in one read.
 
     Args:
         source: reader of the tensor `name`.
-        row_indices: [n] int64, numbers of the rows.
-        output: [n, elements of a row], contiguous and of the tensor's dtype.
+        row_indices: [n] int64, indices along the first axis; any order, repetitions allowed.
+        output: [n, elements of a row], contiguous, of the tensor's dtype, on the CPU; overwritten.
     Raises:
         UserError: if the rows cannot be read.
     """

@@ -1,7 +1,9 @@
 """Reading and writing of weights larger than memory, piece by piece.
 
-No file is mapped into memory. A reader keeps the headers of its files, a writer one piece. Only the
-weight files of a folder are read, sharded or not, and no files of optimizer state.
+Elements are read and written at offsets of files, not through memory maps; the safetensors library
+maps a file only while it checks the header. A reader holds the headers of its files, a writer one
+piece per thread. Only the weight files of a folder are read, sharded or not, and no files of
+optimizer state.
 """
 
 import json
@@ -30,19 +32,19 @@ from megamod.states.weights import (
     DTYPES,
     INDEX_FILE,
     build_safetensors_header,
-    has_index,
+    is_sharded,
 )
 
 PIECE = 1 << 20  # bytes read at once: what is added up stays in the processor's second-level cache
 ANCHOR, ROW = "anchor", "row"
 """Names in an anchored model: the frozen module of a layer, and the router row of an expert or
 (`anchor_row`) of that module."""
-_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+_DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}  # B as in billion: mergekit's
 
 
 @dataclass(frozen=True)
-class Spec:
+class TensorSpec:
     """Element type and shape of a tensor."""
 
     dtype: torch.dtype
@@ -70,7 +72,8 @@ class _Location:
 class ModelFolder:
     """Reader of the tensors of a model folder, or of one safetensors file.
 
-    Headers are read at construction; `read` and `read_into` work inside a `with` block only.
+    Headers are read at construction; `read` and `read_into` work inside a `with` block only, from
+    any number of threads.
 
     Args:
         folder: model folder or safetensors file.
@@ -89,10 +92,10 @@ class ModelFolder:
 
     def __init__(self, folder: Path, member: str | None = None, *, beside_anchor: bool = False):
         self.folder, self.member = Path(folder), member
-        self.tensors: dict[str, Spec] = {}
+        self.tensors: dict[str, TensorSpec] = {}
         self._locations: dict[str, _Location] = {}
         self._descriptors: dict[Path, int] = {}
-        entries: dict[str, tuple[Spec, _Location]] = {}
+        entries: dict[str, tuple[TensorSpec, _Location]] = {}
         for file, listed_names in _find_weight_files(self.folder).items():
             file_entries = dict(_iterate_tensor_locations(file))
             if listed_names is not None and (missing := sorted(listed_names - file_entries.keys())):
@@ -110,11 +113,11 @@ class ModelFolder:
             if not beside_anchor and any(f".{ANCHOR}." in name for name in entries):
                 raise UserError(
                     f"{folder}: the expert of {member} computes beside an anchor and is no dense "
-                    "model; launchers/to_moe.py makes a mixture of both"
+                    "model; `megamod to-moe` makes a mixture of both"
                 )
         for name, (spec, location) in entries.items():
             if beside_anchor:
-                name = _name_beside_anchor(name, member)
+                name = _find_dense_name(name, member)
                 if name is None:
                     continue
             elif member is not None:
@@ -140,8 +143,7 @@ class ModelFolder:
         """Fill `buffer` with elements of a tensor, from the flat index `start_element` on.
 
         Args:
-            buffer: 1-D, contiguous, of the tensor's dtype, on the CPU.
-
+            buffer: 1-D, contiguous, of the tensor's dtype, on the CPU; overwritten.
         Raises:
             UserError: if the file ends early or cannot be read.
         """
@@ -158,19 +160,28 @@ class ModelFolder:
             remaining, offset = remaining[count:], offset + count
 
     def read(self, name: str) -> Tensor:
-        """Read a whole tensor into new memory; raises as `read_into`."""
+        """Read a whole tensor, in its shape, into new memory; raises as `read_into`."""
         spec = self.tensors[name]
         flat = torch.empty(spec.numel, dtype=spec.dtype)
         self.read_into(name, 0, flat)
         return flat.view(spec.shape)
 
     def compute_digest(self) -> str:
-        """Compute a digest of the weight files, see `compute_files_digest`."""
+        """Compute a digest of the whole weight files, see `compute_files_digest`.
+
+        With a `member`, of those that hold its tensors. The files are read anew.
+        """
         return compute_files_digest(self.files)
 
 
-def _name_beside_anchor(name: str, member: str | None) -> str | None:
-    """Return the dense name of a tensor of an anchored model; None: another expert's, or a row."""
+def _find_dense_name(name: str, member: str | None) -> str | None:
+    """Find the name that a tensor of an anchored model has in the dense model of one expert.
+
+    Args:
+        member: domain of the expert; None: the anchor in place of an expert.
+    Returns:
+        None for a tensor that the dense model lacks: a router row, or a part of another expert.
+    """
     if name.endswith((f".{ROW}", f".{ANCHOR}_{ROW}")):
         return None
     domain = parse_expert_domain(name)
@@ -183,7 +194,7 @@ def iterate_pieces(numel: int, itemsize: int = 4) -> Iterator[tuple[int, int]]:
     """Yield start and stop, in elements, of the pieces in which a tensor is processed.
 
     Args:
-        numel: elements of the tensor.
+        numel: elements of the tensor; 0 yields nothing.
         itemsize: bytes of an element; a piece has at most `PIECE` bytes.
     """
     step = PIECE // itemsize
@@ -192,8 +203,11 @@ def iterate_pieces(numel: int, itemsize: int = 4) -> Iterator[tuple[int, int]]:
 
 
 def parse_size(text: str, origin: str) -> int:
-    """Parse a size in bytes: a number with K, M, G or B (10^9, as in mergekit), or KB, MB, GB.
+    """Parse a size in bytes: a number alone, or with K, M, G or B (10^9, as in mergekit) or KB, MB
+    or GB; letters in either case.
 
+    Args:
+        origin: flag of the size, for messages.
     Raises:
         UserError: naming `origin`, if it is not such a size, or is 0.
     """
@@ -203,10 +217,11 @@ def parse_size(text: str, origin: str) -> int:
     return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
 
 
-def plan_shards(specs: Mapping[str, Spec], max_bytes: int) -> dict[str, list[str]]:
-    """Map file names to the tensors in them: one file, or shards of at most `max_bytes` bytes.
+def plan_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> dict[str, list[str]]:
+    """Map file names to the names of the tensors in them: one file, or several shards.
 
-    Tensors keep their order. A tensor larger than `max_bytes` has a shard of its own.
+    Tensors keep their order. Those of a shard have at most `max_bytes` bytes, without the header of
+    its file; a tensor larger than that has a shard of its own.
     """
     shards: list[list[str]] = [[]]
     size = 0
@@ -229,27 +244,31 @@ def plan_shards(specs: Mapping[str, Spec], max_bytes: int) -> dict[str, list[str
 def write_streamed_tensors(
     folder: Path,
     files: Mapping[str, list[str]],
-    specs: Mapping[str, Spec],
+    specs: Mapping[str, TensorSpec],
     produce: Callable[[str], Iterable[Tensor]],
     threads: int = 1,
 ) -> list[Path]:
     """Write safetensors files whose tensors are produced in pieces.
 
-    An index is written, too, unless the only file is model.safetensors.
+    An index is written, too, unless the only file is model.safetensors. Existing files are
+    replaced, and after an error files are incomplete: write into a folder that is renamed once it
+    is whole.
 
     Args:
         folder: existing folder.
-        files: file names -> the tensors in them, as from `plan_shards`.
+        files: file names -> names of the tensors in them, as from `plan_shards`.
         specs: specification of each tensor by name.
         produce: called with the name of each tensor; returns its elements in order, as contiguous
-            tensors of its dtype. One piece per thread is in memory at a time.
-        threads: number of tensors that are produced at the same time. 1 produces them in the order
-            of the files, in the caller's thread.
+            tensors of its dtype on the CPU. A piece is written before the next one is requested.
+        threads: number of tensors that are produced at the same time, each by a call of `produce`
+            in a worker thread, the largest first. 1 produces them in the order of the files, in
+            each the widest element types first, in the caller's thread.
     Returns:
         paths of the written files, with that of the index at the end.
     Raises:
         ValueError: if `produce` returns fewer or more elements than the specification says.
         OSError: if a file cannot be written.
+        Exception: the first error of `produce`.
     """
     with ExitStack() as stack:
         tensors = []  # descriptor, location in the file, name
@@ -278,7 +297,8 @@ def write_streamed_tensors(
                 _write_bytes(descriptor, raw, offset)
                 offset += piece.nbytes
             if left:
-                raise ValueError(f"{name}: {-left} bytes more than its specification says")
+                difference = f"{left} bytes fewer" if left > 0 else f"{-left} bytes more"
+                raise ValueError(f"{name}: {difference} than its specification says")
 
         if threads == 1:
             for location in tensors:
@@ -305,21 +325,22 @@ def write_streamed_tensors(
 
 
 def _write_bytes(descriptor: int, content: memoryview, offset: int) -> None:
-    """Write all bytes at an offset of an open file."""
+    """Write all of `content` at an offset (in bytes) of an open file."""
     while content:
         count = os.pwrite(descriptor, content, offset)
         content, offset = content[count:], offset + count
 
 
 def _find_weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """Find the weight files of a folder, or a single file; each with its tensors in the index.
+    """Find the weight files of a folder, or a single file; each with the names of its tensors in
+    the index.
 
-    Without an index the value is None. Raise UserError if there are no weights in safetensors, or a
-    file of the index is missing.
+    Without an index the value is None. Raise UserError if there are no weights in safetensors, the
+    index is malformed, or one of its files is missing.
     """
     if folder.suffix == ".safetensors" and folder.is_file():
         return {folder: None}
-    if not has_index(folder):
+    if not is_sharded(folder):
         if not (folder / DENSE_FILE).is_file():
             others = sorted(f.name for f in folder.glob("*.bin")) if folder.is_dir() else []
             reason = f"only {others[0]}, turn it into safetensors first" if others else "no weights"
@@ -337,7 +358,7 @@ def _find_weight_files(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _iterate_tensor_locations(file: Path) -> Iterator[tuple[str, tuple[Spec, _Location]]]:
+def _iterate_tensor_locations(file: Path) -> Iterator[tuple[str, tuple[TensorSpec, _Location]]]:
     """Yield name, specification and location of each tensor of a file, sorted by offset.
 
     Raise UserError if the file is damaged, or has a dtype that is not in `DTYPES`.
@@ -352,9 +373,9 @@ def _iterate_tensor_locations(file: Path) -> Iterator[tuple[str, tuple[Spec, _Lo
         raise UserError(f"{file}: is not a whole safetensors file: {error}") from error
     header.pop("__metadata__", None)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if entry["dtype"] not in _BY_NAME:
-            known = ", ".join(_BY_NAME)
+        if entry["dtype"] not in _DTYPES_BY_NAME:
+            known = ", ".join(_DTYPES_BY_NAME)
             hint = "; dequantise the model first" if entry["dtype"].startswith("F8") else ""
             raise UserError(f"{file}: {name} has dtype {entry['dtype']}; known are {known}{hint}")
-        spec = Spec(_BY_NAME[entry["dtype"]], tuple(entry["shape"]))
+        spec = TensorSpec(_DTYPES_BY_NAME[entry["dtype"]], tuple(entry["shape"]))
         yield name, (spec, _Location(file, 8 + length + entry["data_offsets"][0]))

@@ -11,7 +11,7 @@ from pathlib import Path
 from megamod.errors import UserError
 
 _RAW = ("merges.txt", "vocab.bpe", "dict.txt")
-"""Files of subword merges and ranks; their bytes must be equal."""
+"""Files of subword merges and dictionaries, which are not parsed; their bytes must be equal."""
 
 
 def read_token_ids(folder: Path) -> dict[str, int]:
@@ -39,9 +39,10 @@ def check_same_ids(first: Path, second: Path, remedy: str = "") -> None:
     merges and SentencePiece models must be equal if both folders have them.
 
     Args:
-        remedy: further sentence for the message.
+        remedy: end of the message, such as "; unite them".
     Raises:
-        UserError: naming both folders, the word and the id.
+        UserError: naming both folders, and the word and id or the file in which they differ; or a
+            file that cannot be read.
     """
     first, second = Path(first), Path(second)
     if _have_identical_files(first, second):
@@ -138,6 +139,7 @@ def _number_lines(content: list[str]) -> Iterator[tuple[str, int]]:
         yield line.rstrip("\r"), number
 
 
+# Later files win where two list a word.
 _READERS = {
     "vocab.txt": _number_lines,
     "vocab.json": _parse_id_mapping,

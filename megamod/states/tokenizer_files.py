@@ -12,6 +12,7 @@ PATTERNS = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *(*VOCABULARIES, "*.model", "bpe.codes"),
 )
+"""Glob patterns of all files of a tokenizer, whatever its format."""
 
 
 def list_tokenizer_files(folder: Path) -> list[Path]:
@@ -20,16 +21,20 @@ def list_tokenizer_files(folder: Path) -> list[Path]:
 
 
 def find_tokenizer_folder(folder: Path) -> Path:
-    """Return the folder of a model's tokenizer: `folder`, or else the seed's if it is an adapter.
+    """Find the folder of a model's tokenizer: `folder`, or else the seed's if it is an adapter.
 
-    The folder of a whole model is returned even if it has no tokenizer. Raises as
-    `find_seed_folder`.
+    The folder of a whole model is returned even if it has no tokenizer.
+
+    Raises:
+        UserError: as `find_seed_folder`, for an adapter without a tokenizer of its own.
     """
     return folder if list_tokenizer_files(folder) else find_seed_folder(folder)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> list[Path]:
     """Copy the tokenizer files of `source` into `folder`, unless that has a tokenizer.
+
+    Each file appears whole or not at all.
 
     Returns:
         paths of the copies; empty if there was nothing to copy.

@@ -18,7 +18,7 @@ from megamod.states.adapter import (
 from megamod.states.checkpoint_folder import LATEST, STATE
 from megamod.states.config_file import read_config_file
 from megamod.states.forest import FILE, open_forest
-from megamod.states.manifest import MANIFEST, find_checkpoint_faults, list_checkpoints
+from megamod.states.manifest import MANIFEST, find_file_faults, list_checkpoints
 from megamod.states.weight_files import INDEX_FILE, read_index
 
 CheckResult = tuple[str, list[str]]
@@ -28,6 +28,8 @@ CheckResult = tuple[str, list[str]]
 def check_path(path: Path) -> Iterator[CheckResult]:
     """Check all files of a forest, checkpoint, model, run or folder of models; yield a result each.
 
+    Args:
+        path: folder, or a forest.json. A data-bin is checked by `megamod.data.lm.verify`.
     Raises:
         UserError: if `path` holds none of these.
     """
@@ -47,7 +49,11 @@ def check_path(path: Path) -> Iterator[CheckResult]:
 def check_forest(path: Path) -> Iterator[CheckResult]:
     """Check a forest.json, the models and seeds of its experts, and checkpoints of their runs.
 
-    Runs are the parent folders of the models, and the folders next to forest.json.
+    Runs are the parent folders of the models, and the folders next to forest.json that have
+    checkpoints.
+
+    Args:
+        path: forest.json, or its folder.
     """
     file = path if path.name == FILE else path / FILE
     try:
@@ -69,6 +75,9 @@ def check_run(path: Path) -> Iterator[CheckResult]:
     """Check the checkpoints of a run by rising step, and its models: one, or one per domain.
 
     Nothing is yielded for a folder that has neither.
+
+    Args:
+        path: folder of a run, of checkpoints, or of model folders.
     """
     for folder in (path, path / "checkpoints"):
         yield from check_checkpoints(folder)
@@ -95,14 +104,15 @@ def check_checkpoint(path: Path) -> CheckResult:
     """Check the files of a checkpoint against its manifest, digests included."""
     files = [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
-    return f"{path}: checkpoint, {len(files)} files, {size:,} bytes", find_checkpoint_faults(path)
+    return f"{path}: checkpoint, {len(files)} files, {size:,} bytes", find_file_faults(path)
 
 
 def check_model_files(path: Path) -> CheckResult:
     """Check the files of a model, or of an adapter and its seed.
 
     config.json must be readable, and weight files must open and hold the tensors of the index.
-    Digests are compared if the folder has a manifest, which those of other programs lack.
+    Digests are compared if the folder has a manifest, which those of other programs lack. Only
+    weights in safetensors are opened: a folder without them has a fault.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -131,7 +141,7 @@ def check_model_files(path: Path) -> CheckResult:
             if listed_in.get(name) != stored_in.get(name)
         ]
     if (path / MANIFEST).exists():
-        faults += find_checkpoint_faults(path)
+        faults += find_file_faults(path)
     return f"{path}: model, {len(files)} weight files, {len(stored_in)} tensors", faults
 
 
@@ -145,7 +155,7 @@ def _check_adapter_files(path: Path) -> CheckResult:
         check_seed_weights(path)
     except UserError as error:
         return f"{path}: adapter", [str(error)]
-    faults = find_checkpoint_faults(path) if (path / MANIFEST).exists() else []
+    faults = find_file_faults(path) if (path / MANIFEST).exists() else []
     return f"{path}: adapter of {seed}", faults
 
 

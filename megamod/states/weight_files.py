@@ -9,7 +9,9 @@ from megamod.documents import read_object
 from megamod.errors import UserError
 
 DENSE_FILE = "model.safetensors"
+"""All weights of a model that is not sharded."""
 INDEX_FILE = "model.safetensors.index.json"
+"""File of each tensor, where weights are in several files."""
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 """Files of a LoRA adapter in the format of peft."""
 
@@ -30,8 +32,8 @@ def list_weight_files(folder: Path) -> list[Path]:
     pytorch_model.bin, and the shards of its index.
 
     Raises:
-        UserError: if an index is malformed, a shard is missing, or there are other weight files
-            without an index.
+        UserError: if an index is malformed, a shard is missing, or the only weight files are other
+            ones, which no index lists.
     """
     whole = (DENSE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
     name = next((name for name in whole if (folder / name).exists()), None)
@@ -76,7 +78,8 @@ def compute_files_digest(files: Iterable[Path]) -> str:
     """Compute a digest of files: SHA-256 of their names and of the CRC-32 of each MiB of them.
 
     It is computed faster than SHA-256 of the content. It reveals damaged or replaced weights, but
-    not weights forged to have the same CRC-32. The order of files counts.
+    not weights forged to have the same CRC-32. The order of files counts, their folders do not.
+    Raises OSError if a file cannot be read.
     """
     hashed, buffer = hashlib.sha256(), bytearray(1 << 20)
     for file in files:

@@ -9,7 +9,7 @@ The index is the one of sharded Hugging Face checkpoints, so `from_pretrained` r
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -54,10 +54,11 @@ def build_safetensors_header(
     """Build the header of a safetensors file.
 
     Args:
-        specs: element type and shape of each tensor by name.
+        specs: element type, one of `DTYPES`, and shape of each tensor by name.
         metadata: text entries of the header.
     Returns:
-        the header, and the names in the order in which their tensors must follow it.
+        the header, its length in the first 8 bytes included, and the names in the order in which
+        their tensors must follow it.
     Source: the format is described at https://github.com/huggingface/safetensors.
     """
     # Widest types first, so that every tensor begins at a multiple of its element's size.
@@ -83,7 +84,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     Unlike the writer of the safetensors library, this does not copy tensors that are contiguous on
     the CPU, and accepts views: the optimizer state of checkpoints is views of flat buffers. The
-    file is not written atomically.
+    file is not written atomically: after an error it is incomplete.
 
     Args:
         path: file to create or replace.
@@ -105,7 +106,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def write_weights(folder: Path, state: Mapping[str, Tensor], has_experts: bool) -> list[Path]:
     """Write tensors into the weight files of `select_weight_file`; return the paths of the files.
 
-    No index is written, see `write_index`. Raises OSError if a file cannot be written.
+    Existing files are replaced, not atomically. No index is written, see `write_index`.
+
+    Args:
+        folder: existing folder.
+        state: tensors by name, on any device.
+        has_experts: see `select_weight_file`.
+    Raises:
+        OSError: if a file cannot be written.
     """
     files: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
@@ -129,19 +137,24 @@ def write_index(folder: Path, names: Iterable[str], total_bytes: int) -> Path:
     return folder / INDEX_FILE
 
 
-def has_index(folder: Path) -> bool:
-    """Return True if a folder has an index of shards and no model.safetensors, which would win."""
+def is_sharded(folder: Path) -> bool:
+    """Return True if the weights of a folder are in the files of model.safetensors.index.json.
+
+    False if there is no index, or a model.safetensors as well: that is read then, as transformers
+    does.
+    """
     return (folder / INDEX_FILE).exists() and not (folder / DENSE_FILE).exists()
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Read every tensor of a model folder, by name.
+    """Read every tensor of a model folder, by name, onto the CPU.
 
     Raises:
-        UserError: if the folder has no weights, or a file of its index is missing or damaged.
+        UserError: if the folder has no weights, its index is malformed, or a weight file is missing
+            or damaged.
     """
     folder = Path(folder)
-    files = sorted(set(read_index(folder).values())) if has_index(folder) else [DENSE_FILE]
+    files = sorted(set(read_index(folder).values())) if is_sharded(folder) else [DENSE_FILE]
     state: dict[str, Tensor] = {}
     for file in files:
         if not (folder / file).exists():
@@ -157,10 +170,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def find_non_finite_weight(folder: Path) -> str | None:
     """Find the first tensor with a NaN or an infinity in the weight files at or below `folder`.
 
-    Only safetensors files are read.
+    Only safetensors files are read, one tensor at a time.
 
     Returns:
         name and file of the tensor, for a message; None if all are finite.
+    Raises:
+        SafetensorError, OSError: if a file cannot be read.
     """
     for file in sorted(folder.rglob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -196,12 +211,15 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
 def extract_expert_weights(state: Mapping[str, Tensor], domain: str) -> dict[str, Tensor]:
     """Extract the shared weights and one expert's, by their names in a dense model.
 
+    Args:
+        state: weights of a model with experts by name; the result shares its tensors.
     Raises:
         UserError: if the state holds no expert of that domain.
     """
     experts = {owner for name in state if (owner := parse_expert_domain(name))}
     if domain not in experts:
-        raise UserError(f"no expert of domain {domain!r}; there are {', '.join(sorted(experts))}")
+        known = ", ".join(sorted(experts)) or "none"
+        raise UserError(f"no expert of domain {domain!r}; there are {known}")
     return {
         to_dense_name(name): tensor
         for name, tensor in state.items()
@@ -209,7 +227,7 @@ def extract_expert_weights(state: Mapping[str, Tensor], domain: str) -> dict[str
     }
 
 
-def copy_to_experts(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+def copy_to_experts(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
     """Assign the weights of a dense model to the parameters of a model with experts.
 
     Every expert gets the same weights. The tensors themselves are shared and not copied.

@@ -33,7 +33,7 @@ sys.path.insert(0, str(REPOSITORY))
 from megamod.states.stream import (  # noqa: E402
     DENSE_FILE,
     ModelFolder,
-    Spec,
+    TensorSpec,
     iterate_pieces,
     write_streamed_tensors,
 )
@@ -72,7 +72,7 @@ def shapes(layers: int, width: int) -> dict[str, tuple[int, ...]]:
 def make_models(root: Path, size: str) -> list[Path]:
     """A base and two models near it, of random weights."""
     layers, width, dtype = SIZES[size]
-    specs = {name: Spec(dtype, shape) for name, shape in shapes(layers, width).items()}
+    specs = {name: TensorSpec(dtype, shape) for name, shape in shapes(layers, width).items()}
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 50257}
     config |= {"n_layer": layers, "n_embd": width, "n_head": width // 64, "n_positions": 1024}
     folders = []
@@ -87,7 +87,7 @@ def make_models(root: Path, size: str) -> list[Path]:
     return folders
 
 
-def _random(specs: dict[str, Spec], number: int, name: str) -> Iterator[torch.Tensor]:
+def _random(specs: dict[str, TensorSpec], number: int, name: str) -> Iterator[torch.Tensor]:
     """The same for all models, and besides the base a tenth of something of their own."""
     common, own_values = (
         torch.Generator().manual_seed(zlib.crc32(f"{name} {n}".encode())) for n in (0, number)

@@ -23,7 +23,7 @@ from megamod.btm.parents import (
 )
 from megamod.errors import UserError
 from megamod.states.forest import Expert, edit_forest
-from megamod.states.manifest import find_checkpoint_faults
+from megamod.states.manifest import find_file_faults
 from megamod.states.weights import extract_expert_weights, read_weights
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -126,10 +126,7 @@ def test_one_parent_keeps_optimizer_step_and_schedule(parents, tmp_path):
     folder = write_branch_checkpoint(
         [find_parent(parents / "dense", step=2)], [1.0], ["law"], tmp_path / "law"
     )
-    assert (
-        folder == tmp_path / "law" / "checkpoints" / "step-2"
-        and find_checkpoint_faults(folder) == []
-    )
+    assert folder == tmp_path / "law" / "checkpoints" / "step-2" and find_file_faults(folder) == []
     for kind in KINDS:
         ours, theirs = masters(folder, kind), masters(parent, kind)
         assert ours.keys() == theirs.keys()
@@ -172,7 +169,7 @@ def test_a_member_becomes_a_whole_model(parents, tmp_path):
     folder = write_branch_checkpoint(
         [find_parent(parents / "demix", member="code")], [1.0], ["code"], tmp_path / "a"
     )
-    assert find_checkpoint_faults(folder) == []
+    assert find_file_faults(folder) == []
     target_value = extract_expert_weights(read_weights(parent), "code")
     got = load_file(folder / "model.safetensors")
     assert got.keys() == target_value.keys()
@@ -203,7 +200,7 @@ def test_worlds_are_left_and_entered(parents, tmp_path):
     world = write_branch_checkpoint(
         [source], [1.0], ["x", "y"], tmp_path / "world", in_one_job=True
     )
-    assert find_checkpoint_faults(world) == []
+    assert find_file_faults(world) == []
     for kind in KINDS:
         ours, theirs = masters(world, kind), masters(alone, kind)
         assert ours.keys() == {f"{d}:{n}" for d in "xy" for n in theirs}
@@ -218,7 +215,7 @@ def test_an_average_begins_afresh(tmp_path):
     folder = write_branch_checkpoint(
         [ParentModel(m) for m in models], [0.25, 0.75], ["tax"], tmp_path / "tax"
     )
-    assert folder.name == "step-0" and find_checkpoint_faults(folder) == []
+    assert folder.name == "step-0" and find_file_faults(folder) == []
     law, med = (read_weights(model) for model in models)
     expected = {name: 0.25 * law[name].double() + 0.75 * med[name].double() for name in law}
     got, start = load_file(folder / "model.safetensors"), masters(folder)

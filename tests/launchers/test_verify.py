@@ -13,7 +13,7 @@ import torch
 from megamod.data.corpus.binarize import binarize
 from megamod.errors import UserError
 from megamod.states.forest import Expert, edit_forest
-from megamod.states.manifest import find_checkpoint, find_checkpoint_faults
+from megamod.states.manifest import find_checkpoint, find_file_faults
 from megamod.states.weights import write_index, write_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -127,7 +127,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path, monkeypatch):
         file = copy / files[number % len(files)].name
         before = file.read_bytes()
         flip(file, rng)
-        faults = find_checkpoint_faults(copy)
+        faults = find_file_faults(copy)
         if file.name == "manifest.json" and not faults:
             # only a flip between blanks, or in the spelling of a name, could leave it equal
             assert json.loads(file.read_text()) == json.loads(before)
@@ -165,8 +165,7 @@ def test_sizes_alone_are_checked_on_request(tmp_path):
     folder = write_checkpoint(tmp_path / "step-4")
     flip(folder / "shared.safetensors", random.Random(1))
     assert (
-        find_checkpoint_faults(folder, check_digests=False) == []
-        and len(find_checkpoint_faults(folder)) == 1
+        find_file_faults(folder, check_digests=False) == [] and len(find_file_faults(folder)) == 1
     )
 
 

@@ -346,6 +346,9 @@ def test_layers_that_are_not_there(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         run(tmp_path, f"merge_method: passthrough\nslices: [{{sources: {text}}}]")
     assert message in str(error.value) and "merge.yml" in str(error.value)
+    make_model(tmp_path / "c", 0, 1)
+    with pytest.raises(UserError, match="c has no layers; slices are made of one stack"):
+        run(tmp_path, f"{SLICED.replace('x', 'passthrough').replace('a,', 'c,')}[0, 1]}}]")
     linear = "merge_method: linear\nparameters: {weight: 1}\n"
     sources = "[{model: a, layer_range: [0, 1]}, {model: b, layer_range: [3, 4]}]"
     with pytest.raises(UserError, match=r"b has no h\.3\.\w+; it has 3 layers"):
@@ -373,7 +376,7 @@ def test_vocabularies_of_unequal_size(tmp_path):
     result, config = run(tmp_path, "merge_method: task_arithmetic\nbase_model: a\n" + two)
     torch.testing.assert_close(result["wte.weight"], b["wte.weight"][:6])
     assert config["vocab_size"] == 6
-    with pytest.raises(UserError, match=r"has 6 rows in .*a, fewer than in the base, 8"):
+    with pytest.raises(UserError, match=r"has 6 rows in .*a, fewer than the 8 of the base"):
         run(tmp_path, "merge_method: ties\nbase_model: b\n" + two)
 
 

@@ -16,7 +16,7 @@ from megamod.models.lm.configuration import read_lm_config
 from megamod.models.lm.load import build_lm, load_lm
 from megamod.states.checkpoint_folder import StateRecord
 from megamod.states.config_file import read_config_file
-from megamod.states.manifest import find_checkpoint_faults
+from megamod.states.manifest import find_file_faults
 from megamod.states.stream import ModelFolder
 from megamod.states.verify import check_path
 from megamod.states.weight_files import has_weights, read_index
@@ -165,7 +165,7 @@ def test_states_of_checkpoints(tmp_path, text):
 def test_manifests(tmp_path):
     for text in ("", "[]", DEEP, '{"files": 3}', '{"files": {"a": {"bytes": []}}}'):
         (tmp_path / "manifest.json").write_text(text)
-        (fault,) = find_checkpoint_faults(tmp_path)
+        (fault,) = find_file_faults(tmp_path)
         assert "manifest.json" in fault
 
 

@@ -12,7 +12,7 @@ from megamod.errors import UserError
 from megamod.states.stream import (
     PIECE,
     ModelFolder,
-    Spec,
+    TensorSpec,
     iterate_pieces,
     parse_size,
     plan_shards,
@@ -51,7 +51,7 @@ def same(ours: dict, theirs: dict) -> None:
 @pytest.mark.parametrize("most", [10**9, 3_000_000, 1])
 def test_what_is_written_in_pieces_is_read_back(tmp_path, most):
     state = random_state()
-    specs = {name: Spec(t.dtype, tuple(t.shape)) for name, t in state.items()}
+    specs = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in state.items()}
     files = plan_shards(specs, most)
     assert sorted(name for names in files.values() for name in names) == sorted(state)
     written = write_streamed_tensors(
@@ -75,11 +75,12 @@ def test_what_is_written_in_pieces_is_read_back(tmp_path, most):
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in state.values())
 
 
-def test_too_few_elements_are_noticed(tmp_path):
-    specs = {"a": Spec(torch.float32, (4,))}
-    with pytest.raises(ValueError, match="specification"):
+@pytest.mark.parametrize(("count", "message"), [(3, "4 bytes fewer than"), (6, "8 bytes more")])
+def test_a_wrong_number_of_elements_is_noticed(tmp_path, count, message):
+    specs = {"a": TensorSpec(torch.float32, (4,))}
+    with pytest.raises(ValueError, match=message):
         write_streamed_tensors(
-            tmp_path, plan_shards(specs, 99), specs, lambda name: [torch.zeros(3)]
+            tmp_path, plan_shards(specs, 99), specs, lambda name: [torch.zeros(count)]
         )
 
 

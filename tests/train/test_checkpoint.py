@@ -21,7 +21,7 @@ from train.tiny_runs import build_tiny, masters, run_tiny
 
 from megamod.errors import UserError
 from megamod.states.checkpoint_folder import TrainState
-from megamod.states.manifest import find_checkpoint, find_checkpoint_faults, list_checkpoints
+from megamod.states.manifest import find_checkpoint, find_file_faults, list_checkpoints
 from megamod.train.checkpoint import Checkpoints
 from megamod.train.fragments import iterate_fragments
 
@@ -112,7 +112,7 @@ def inject_faults(root: Path) -> list[dict[str, object]]:
                     gained=state.step - step + 1,
                     left=left,
                     left_after_resume=hidden(folder),
-                    kept=[find_checkpoint_faults(path) for path in list_checkpoints(folder)],
+                    kept=[find_file_faults(path) for path in list_checkpoints(folder)],
                 )
             )
             number, where = number + 1, fault.where
@@ -252,7 +252,7 @@ def test_every_flipped_bit_is_found(message, tmp_path):
     """300 single bits of a checkpoint, a third of them in its manifest."""
     whole = message["root"] / "limit" / "checkpoints" / "step-12"
     folder = shutil.copytree(whole, tmp_path / "step-12")
-    assert find_checkpoint_faults(folder) == []
+    assert find_file_faults(folder) == []
     random_ = random.Random(0)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for number in range(300):
@@ -261,9 +261,9 @@ def test_every_flipped_bit_is_found(message, tmp_path):
         content[random_.randrange(len(content))] ^= 1 << random_.randrange(8)
         before = file.read_bytes()
         file.write_bytes(content)
-        assert find_checkpoint_faults(folder), (file.name, bytes(content))
+        assert find_file_faults(folder), (file.name, bytes(content))
         file.write_bytes(before)
-    assert find_checkpoint_faults(folder) == []
+    assert find_file_faults(folder) == []
 
 
 def full_disk(rank: int, root: Path) -> dict[str, str]:

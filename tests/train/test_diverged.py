@@ -14,7 +14,7 @@ from train.tiny_runs import build_tiny, run_tiny
 from megamod.errors import PolicyStop, UserError
 from megamod.models.lm.configuration import read_lm_config
 from megamod.models.lm.load import build_lm
-from megamod.states.manifest import find_checkpoint_faults
+from megamod.states.manifest import find_file_faults
 from megamod.states.verify import check_path
 from megamod.states.weights import find_non_finite_weight
 from megamod.train.export import publish_model
@@ -131,7 +131,7 @@ def test_a_published_model_is_finite_and_has_digests(tmp_path):
         assert "manifest.json" in before
         assert left == ["model", "run.yaml"]
     model = tmp_path / "model"
-    assert find_non_finite_weight(model) is None and find_checkpoint_faults(model) == []
+    assert find_non_finite_weight(model) is None and find_file_faults(model) == []
     ((title, faults),) = check_path(model)
     assert ": model, " in title and faults == []
     config = bytearray((model / "config.json").read_bytes())

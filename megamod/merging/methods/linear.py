@@ -13,7 +13,7 @@ from megamod.merging.tensors import MergeTensor
 def linear(target: MergeTensor) -> Iterator[Tensor]:
     """Compute the weighted sum of the models, divided by the sum of the weights with `normalize`.
 
-    Models of weight zero are not read. Pieces share one buffer.
+    Models of weight zero are not read.
 
     Raises:
         UserError: if weights that are to be normalised sum to zero.
@@ -21,7 +21,7 @@ def linear(target: MergeTensor) -> Iterator[Tensor]:
     """
     weights = [model.values["weight"] for model in target.models]
     total = sum(weights) if target.values["normalize"] else 1.0
-    if abs(total) < 1e-12:
+    if abs(total) < 1e-12:  # the rounding error of weights such as 0.1, 0.2 and -0.3
         raise UserError(f"{target.name}: the weights sum to zero and cannot be normalised")
     used = [model for model in target.models if model.values["weight"] != 0]
     buffers = target.allocate_buffers(2)

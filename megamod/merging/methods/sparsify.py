@@ -15,14 +15,19 @@ from megamod.errors import UserError
 from megamod.merging.tensors import MergeTensor, ModelTensor
 
 _DIGIT = 16  # bits
-_TINY = 1e-7
+_TINY = 1e-7  # smaller L1 norms are taken as zero, and nothing is divided by them
 Drop = Callable[[Tensor], None]
-"""Set entries to zero in place. Must be called with the pieces in order, each once."""
+"""Sparsifies the next piece of a task vector (1-D) in place: dropped entries become 0, and some
+sparsifiers rescale those that are kept. Must be called with the pieces in order, each once."""
 
 
 @dataclass(frozen=True)
 class TaskVector:
-    """Difference of a model from the base, read in pieces."""
+    """Difference of a model from the base, read in pieces.
+
+    Attributes:
+        target: tensor of the result, whose base counts; `model`: one of its models.
+    """
 
     target: MergeTensor
     model: ModelTensor
@@ -44,11 +49,14 @@ class TaskVector:
 
 
 def keep_all(_: Tensor) -> None:
-    """Leave a piece as it is: the sparsifier of methods that use whole task vectors."""
+    """Leave a piece as it is: the `Drop` of whole task vectors, and of sparsifiers at density 1."""
 
 
 def drop_all(piece: Tensor) -> None:
-    """Set every entry to zero; NaN stays NaN, so that it is reported."""
+    """Set every entry of a piece to zero in place: the `Drop` of sparsifiers at density 0.
+
+    NaN stays NaN, so that it is reported.
+    """
     piece.mul_(0)
 
 
@@ -92,7 +100,8 @@ def drop_outliers(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]
 def drop_at_random(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
     """Prepare to keep each entry independently with probability `density`.
 
-    With `rescale_by_density` the kept entries are divided by it. Every pass draws the same.
+    With `rescale_by_density` the kept entries are divided by it. Every pass over the same pieces
+    drops the same entries.
 
     Source: Yu et al. 2023 (DARE: Language Models are Super Mario), section 3.
     """
@@ -101,7 +110,7 @@ def drop_at_random(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop
         return lambda: keep_all
     if density <= 0:
         return lambda: drop_all
-    chances = round(density * 2**_DIGIT)
+    chances = round(density * 2**_DIGIT)  # of as many random numbers, those that keep an entry
     factor = 2**_DIGIT / chances if target.values["rescale_by_density"] and chances else 1.0
 
     def start() -> Drop:
@@ -120,7 +129,8 @@ def drop_at_random(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop
 
 
 def drop_by_rank(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
-    """Prepare to keep entries at random, large ones of a row with a higher probability.
+    """Prepare to keep entries at random, large ones of a row (along the last axis) with a higher
+    probability.
 
     With `rescale_by_density` each kept entry is divided by its probability. The probability rises
     with the rank of the magnitude in its row, linearly from `density` - `epsilon` to `density` +
@@ -174,7 +184,7 @@ def compute_norm_scale(
     It is 1 if nothing is dropped, or one of the norms is next to zero.
 
     Args:
-        start: starts a pass of the sparsifier; one whole pass is made here.
+        start: starts a pass of the sparsifier; one whole pass over the task vector is made here.
         spans: see `TaskVector.iterate_pieces`.
     """
     drop, before, after = start(), 0.0, 0.0
@@ -193,8 +203,8 @@ def find_magnitude_of_rank(
     """Find the magnitude of a given rank among the entries of a tensor.
 
     Args:
-        pieces: called once per 16 bits of a number; yields all elements, of one dtype of 32 or 64
-            bits, in memory that may be overwritten.
+        pieces: called once per 16 bits of a number; yields all elements, of one floating-point
+            dtype of 32 or 64 bits, in memory that is overwritten here.
         rank: 0 for the smallest magnitude.
     Returns:
         the magnitude, the number of entries below it, and of those equal to it.
@@ -226,7 +236,8 @@ def find_magnitude_of_rank(
 def _keep_ranks(vector: TaskVector, low: int, high: int) -> Callable[[], Drop]:
     """Prepare to keep the entries whose rank by magnitude lies in [low, high), 0 the smallest.
 
-    Of equal magnitudes the first has the highest rank. The vector is read here for each limit.
+    Of equal magnitudes the first has the highest rank. The vector is read here, several times for
+    each limit that is neither 0 nor the number of entries.
     """
     count = vector.target.numel
     least, below, equal = (
@@ -265,7 +276,7 @@ def _keep_ranks(vector: TaskVector, low: int, high: int) -> Callable[[], Drop]:
 def _make_integer_source(target: MergeTensor, model: ModelTensor) -> Callable[[int], Tensor]:
     """Make a function that draws uniform signed 16-bit integers, by their number.
 
-    Every source of a tensor and model draws the same sequence. Numbers are drawn four at a time, so
+    Every source of a tensor and model gives the same sequence. Numbers are drawn four at a time, so
     two passes agree only if their pieces have the same sizes.
     """
     generator = target.make_generator(model)

@@ -1,4 +1,4 @@
-"""Spherical interpolation of two tensors, in two passes."""
+"""Spherical interpolation of two tensors, in two passes where a vector is longer than a piece."""
 
 import math
 from collections.abc import Iterator
@@ -11,14 +11,15 @@ from megamod.merging.tensors import MergeTensor, ModelTensor
 
 _STRAIGHT = 0.9995  # cosine above which the interpolation is linear
 _PARALLEL = 1e-12  # squared sine below which nuslerp is linear
-_TINY = 1e-8  # norm below which a tensor has no direction
+_TINY = 1e-8  # norm up to which a tensor has no direction
 
 
 @method("slerp", overall={"t": None}, models=(1, 1))
 def slerp(target: MergeTensor) -> Iterator[Tensor]:
     """Interpolate spherically from the base (`t` = 0) to the other model (`t` = 1).
 
-    Linear where the two are parallel or one of them is zero.
+    A tensor is one vector. The interpolation is linear if the two are nearly parallel or
+    opposite.
 
     Source: Shoemake 1985 (Animating Rotation with Quaternion Curves), section 3.3.
     """
@@ -55,7 +56,8 @@ def slerp(target: MergeTensor) -> Iterator[Tensor]:
     models=(2, 2),
 )
 def nuslerp(target: MergeTensor) -> Iterator[Tensor]:
-    """Interpolate two models spherically, with t = second weight / sum of weights.
+    """Interpolate two models spherically, with t = second weight / sum of weights, or 0.5 if that
+    sum is zero.
 
     With a base the differences from it are interpolated, and the base is added to the result. A
     tensor is one vector by default. Without `nuslerp_flatten` each row along the last axis is one;
@@ -102,7 +104,7 @@ def _interpolate_whole_tensor(
 def _interpolate_rows(
     target: MergeTensor, left: ModelTensor, right: ModelTensor, t: float
 ) -> Iterator[Tensor]:
-    """Interpolate every row along the last axis, whole rows at a time; see `nuslerp`."""
+    """Interpolate every row along the last axis, in one pass over whole rows; see `nuslerp`."""
     step, width = target.count_row_piece_elements(), max(1, target.shape[-1])
     first, second, base_buffer = target.allocate_buffers(3, step)
     for start, stop in target.iterate_row_pieces():
@@ -182,8 +184,9 @@ def _compute_factors(
     They are 1 - t and t where the vectors are parallel.
 
     Args:
-        squares, other_squares, products: squared norms and inner products, float64 of one shape,
-            that of the results.
+        squares, other_squares, products: squared norms and inner products of pairs of vectors,
+            float64 of one shape, that of the results.
+        t: share of the second vector.
     """
     norms = squares.sqrt().clamp(min=1e-7) * other_squares.sqrt().clamp(min=1e-7)
     cosine = (products / norms).clamp(-1, 1)

@@ -27,7 +27,8 @@ def fisher(target: MergeTensor) -> Iterator[Tensor]:
     the weights alone, as are tensors without statistics.
 
     Raises:
-        UserError: if one file has the tensor and another has not, or of another shape.
+        UserError: if a model has no file, one file has the tensor and another has not, or it has
+            another shape.
     Source: Matena and Raffel 2021 (Merging Models with Fisher-Weighted Averaging), section 3.
     """
     if not _has_statistic(target, "", None):
@@ -58,8 +59,9 @@ def regmean(target: MergeTensor) -> Iterator[Tensor]:
     matrix are averaged with the weights. Holds one layer of one model, in float64.
 
     Raises:
-        UserError: if one file has the matrix and another has not, or of another shape, or if the
-            weights leave no sum that can be inverted.
+        UserError: if a model has no file, one file has the matrix and another has not, it has
+            another shape, vocabularies are of unequal size, or the weights leave no sum that can be
+            inverted.
     Source: Jin et al. 2022 (Dataless Knowledge Fusion by Merging Weights), section 3.
     """
     suffix = next((s for s in ("", INPUT_FIRST) if _has_statistic(target, s, s == "")), None)
@@ -90,7 +92,8 @@ def _has_statistic(target: MergeTensor, suffix: str, square: bool | None) -> boo
         square: it is a Gram matrix of the last axis (True) or the first (False); None: it has the
             shape of the tensor.
     Raises:
-        UserError: if only some models have it, it has another shape, or a model has no file.
+        UserError: if only some models have it, it has another shape, a model has no file, or a Gram
+            matrix is that of a vocabulary that is cut.
     """
     has = []
     for model in target.models:

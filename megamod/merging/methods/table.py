@@ -19,7 +19,9 @@ from torch import Tensor
 
 from megamod.merging.tensors import MergeTensor
 
-Function = Callable[[MergeTensor], Iterator[Tensor]]
+MergeFunction = Callable[[MergeTensor], Iterator[Tensor]]
+"""Yields the elements of the merged tensor in order, in 1-D or shaped pieces of its dtype of
+computation. A piece may be overwritten when the next one is requested. It runs in any thread."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,14 @@ class Method:
         function: from one tensor of all models to pieces of the merged one.
         per_model: parameters of each model and their defaults; None: required.
         overall: parameters of the whole merge and their defaults; None: required.
-        base: role of the base model: "none" (a model like the others), "optional" or "needed" (the
-            model that the others are compared with).
-        models: smallest and largest number of models, without such a base.
+        base: role of the base model: "none" (a model like the others), or the model that the others
+            are compared with, "optional" or "needed".
+        models: smallest and largest number of models besides the one they are compared with.
         common_rows: with vocabularies of unequal size, merge the rows that all models have; False:
             those that the base has.
     """
 
-    function: Function
+    function: MergeFunction
     per_model: Mapping[str, float | None] = field(default_factory=dict)
     overall: Mapping[str, float | bool | None] = field(default_factory=dict)
     base: str = "needed"
@@ -49,15 +51,16 @@ METHODS: dict[str, Method] = {}
 """All methods by their name in recipes."""
 
 
-def method(name: str, **fields: object) -> Callable[[Function], Function]:
-    """Return a decorator that enters a function into `METHODS`, and returns it unchanged.
+def method(name: str, **fields: object) -> Callable[[MergeFunction], MergeFunction]:
+    """Make a decorator that enters a function into `METHODS`, and returns it unchanged.
 
     Args:
-        name: of the method in recipes; `fields`: attributes of `Method`.
+        name: of the method in recipes; a method of that name is replaced.
+        fields: attributes of `Method`.
     """
 
-    def register_function(function: Function) -> Function:
-        """Enter the function under the name of the method."""
+    def register_function(function: MergeFunction) -> MergeFunction:
+        """Enter the function into `METHODS` under the name of the method."""
         METHODS[name] = Method(function, **fields)
         return function
 
@@ -65,6 +68,6 @@ def method(name: str, **fields: object) -> Callable[[Function], Function]:
 
 
 def list_parameters() -> tuple[str, ...]:
-    """List the parameters of all methods, sorted: a recipe may contain those of others."""
+    """List the parameters of all methods, sorted: a recipe may contain those of other methods."""
     names = {name for entry in METHODS.values() for name in (*entry.per_model, *entry.overall)}
     return tuple(sorted(names))

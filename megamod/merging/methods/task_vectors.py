@@ -12,10 +12,13 @@ from megamod.merging.methods.table import method
 from megamod.merging.tensors import MergeTensor, ModelTensor
 
 _method = partial(method, common_rows=False)
+# Parameters of each model, and of the whole merge without and with dropping at random.
 _TAU = {"weight": None, "density": 1.0}
 _SUM = {"normalize": False, "lambda": 1.0, "rescale": False, "rescale_by_density": False}
 _DROP = _SUM | {"rescale": True}
 Sparsifier = Callable[[MergeTensor, ModelTensor], Callable[[], sparsify.Drop]]
+"""Takes the tensor and one of its models; returns a function that starts a pass over the pieces of
+the model's task vector."""
 
 
 @_method("task_arithmetic", per_model={"weight": None}, overall=_SUM)
@@ -104,20 +107,20 @@ def model_stock(target: MergeTensor) -> Iterator[Tensor]:
         for _, base, deltas in _iterate_task_vectors(target, list(target.iterate_row_pieces())):
             rows = deltas.view(len(deltas), -1, width)
             products = torch.einsum("aij,bij->iab", rows.double(), rows.double())
-            pull = _compute_agreement(products)
+            pull = _compute_pull(products)
             mean = rows.mean(0).mul_(pull.to(rows.dtype)[:, None])
             yield base.add_(mean.view(-1))
         return
     products = torch.zeros(len(target.others), len(target.others), dtype=torch.float64)
     for _, _, deltas in _iterate_task_vectors(target, list(target.iterate_pieces())):
         products += deltas @ deltas.T
-    pull = float(_compute_agreement(products))
+    pull = float(_compute_pull(products))
     for _, base, deltas in _iterate_task_vectors(target, list(target.iterate_pieces())):
         yield base.add_(deltas.mean(0), alpha=pull)
 
 
-def _compute_agreement(products: Tensor) -> Tensor:
-    """Compute how far to go from the base to the mean of the models, by their agreement.
+def _compute_pull(products: Tensor) -> Tensor:
+    """Compute how far to go from the base (0) to the mean of the models (1), by their agreement.
 
     With the mean cosine c of two of the k task vectors it is k c / (1 + (k - 1) c), and 0 where
     that divisor is.
@@ -166,7 +169,7 @@ def _iterate_task_vectors(
 def _prepare_sparsifiers(
     target: MergeTensor, sparsifier: Sparsifier | None
 ) -> tuple[list[tuple[int, int]], list[tuple[ModelTensor, sparsify.Drop, float]]]:
-    """Prepare a pass over the pieces of a tensor.
+    """Prepare a pass over the pieces of a tensor; sparsifiers read the task vectors here.
 
     Args:
         sparsifier: None: whole task vectors.
@@ -174,7 +177,7 @@ def _prepare_sparsifiers(
         spans of the pieces, and for each model of non-zero weight (model, started sparsifier,
         factor of its task vector: weight, times that which restores the norm with `rescale`).
     """
-    by_row = sparsifier is sparsify.drop_by_rank
+    by_row = sparsifier is sparsify.drop_by_rank  # which ranks the entries of whole rows
     spans = list(target.iterate_row_pieces() if by_row else target.iterate_pieces())
     models = []
     for model in target.others:
@@ -221,8 +224,8 @@ def _add_sign_elected_vectors(target: MergeTensor, sparsifier: Sparsifier) -> It
     """Yield the base plus `lambda` times those entries of the sparsified task vectors that have the
     sign of their weighted sum.
 
-    A sum of zero counts as positive. With `normalize` each entry is divided by the weights of the
-    models that contribute to it.
+    A sum of zero counts as positive. With `normalize` each entry is divided by the sum of the
+    weights of the models that contribute to it.
     """
     spans, models = _prepare_sparsifiers(target, sparsifier)
     longest = max((stop - start for start, stop in spans), default=0)

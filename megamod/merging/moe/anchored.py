@@ -25,12 +25,14 @@ def is_anchored(folder: Path) -> bool:
 
 
 def read_trained_rows(plan: MoePlan) -> RouterRows:
-    """Read the rows of anchored experts, the anchor's first.
+    """Read the router rows of anchored experts and of their anchor, in the order of the experts.
 
     Args:
-        plan: of a mixture whose first expert is the anchor of the first folder.
+        plan: of a mixture, one of whose models is read as the anchor itself (a model without
+            `member`).
     Raises:
-        UserError: naming the first tensor of the anchor that differs, and both folders.
+        UserError: naming the first tensor of the anchor that differs, and both folders; or layer
+            and expert of a row that is zero or not finite.
     """
     inputs = plan.dense.recipe.inputs
     with ExitStack() as stack:
@@ -50,12 +52,21 @@ def read_trained_rows(plan: MoePlan) -> RouterRows:
 
 
 def _iterate_rows(folder: ModelFolder, plan: MoePlan, name: str) -> Iterator[Tensor]:
+    """Yield one expert's router row [D] of each layer, in the stored dtype.
+
+    Args:
+        name: of the row's tensor in a feed-forward, such as `experts.law.row` or `anchor_row`.
+    """
     for layer in range(plan.layers):
         yield folder.read(f"{LAYERS}.{layer}.{FEED_FORWARD}.{name}")
 
 
 def _check_same_anchor(folders: Sequence[ModelFolder]) -> None:
-    """Refuse models whose anchors, rows included, are not the same bits."""
+    """Refuse models whose anchors, rows included, are not the same bits.
+
+    Raises:
+        UserError: naming the first tensor that differs, and both folders.
+    """
     first, *others = folders
     names = [n for n in first.tensors if f".{ANCHOR}." in n or n.endswith(f".{ANCHOR}_{ROW}")]
     for name in names:

@@ -59,16 +59,16 @@ def read_moe_config(folder: Path) -> tuple[dict[str, object], MoeFamily]:
 
 
 def build_moe_config(
-    folder: Path, config: Mapping[str, object], experts: int, chosen: int
+    folder: Path, config: Mapping[str, object], experts: int, experts_per_token: int
 ) -> dict[str, object]:
     """Build config.json of the mixture, every field written out, as defaults of classes differ.
 
     Args:
         folder: of the dense model, for messages; `config`: its config.json.
         experts: number E of experts.
-        chosen: experts per token.
+        experts_per_token: number of experts that the router selects for a token.
     Raises:
-        UserError: naming the first field that the mixture cannot have.
+        UserError: as `find_moe_family`, or naming the first field that the mixture cannot have.
     """
     kind, family = find_moe_family(folder, config)
     dense = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
@@ -94,7 +94,7 @@ def build_moe_config(
             fields["rope_theta"] = rotary["rope_theta"]
     fields |= {
         family.count: experts,
-        family.chosen: chosen,
+        family.chosen: experts_per_token,
         family.width: values["intermediate_size"],
         **family.constants,
     }

@@ -28,7 +28,7 @@ def convert_to_moe(
     make_rows: Callable[[MoePlan], RouterRows],
     data_digests: Sequence[str | None],
     *,
-    chosen: int,
+    experts_per_token: int,
     anchor: bool = False,
     shard_bytes: int = SHARD_BYTES,
     threads: int = 1,
@@ -38,14 +38,15 @@ def convert_to_moe(
 ) -> MoePlan:
     """Write a mixture whose experts are the feed-forwards of the models of an average.
 
-    Feed-forwards are copied bit by bit; every other tensor is that of the average.
+    Feed-forwards are copied bit by bit; every other tensor is that of the average, or with `anchor`
+    or experts of one model that of all of them.
 
     Args:
         recipe: average of the models, all with a domain; their order is that of the experts.
         output: new folder, complete or absent; None with `dry_run`.
         make_rows: computes the router rows, after all checks and before anything is written.
         data_digests: of each expert's data; None: unknown.
-        chosen: experts per token.
+        experts_per_token: number of experts that the router selects for a token.
         anchor: see `make_moe_plan`.
         shard_bytes: size above which weights are split into several files.
         threads: tensors written at the same time; does not change the result.
@@ -62,7 +63,7 @@ def convert_to_moe(
         check_new_folder(output)
     with ExitStack() as stack:
         dense = open_plan(recipe, shard_bytes, stack)
-        plan = make_moe_plan(dense, chosen, anchor=anchor, shard_bytes=shard_bytes)
+        plan = make_moe_plan(dense, experts_per_token, anchor=anchor, shard_bytes=shard_bytes)
         if dry_run:
             return plan
         check_disk_space(output, plan.nbytes)
@@ -103,7 +104,7 @@ def check_disk_space(output: Path, size: int) -> None:
     Args:
         output: folder to write; it need not exist.
     Raises:
-        UserError: with both numbers.
+        UserError: naming --output_dir and both numbers.
     """
     parent = next(folder for folder in Path(output).absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free

@@ -30,7 +30,7 @@ from megamod.states.forest import Expert, read_model_config
 from megamod.states.output_folder import create_new_folder
 from megamod.states.stream import (
     ModelFolder,
-    Spec,
+    TensorSpec,
     iterate_pieces,
     plan_shards,
     write_streamed_tensors,
@@ -76,21 +76,24 @@ def open_mixture(folder: Path, stack: ExitStack) -> Mixture:
 def drop_expert(
     folder: Path, domain: str, output: Path, *, keep_influence: bool, shard_bytes: int
 ) -> str:
-    """Write a mixture without the expert of a domain.
+    """Write a mixture without the expert of a domain; the original does not change.
+
+    A router that selects as many experts per token as there were selects all that remain.
 
     Args:
         folder: of the mixture; `output`: new folder, complete or absent.
+        domain: of the expert, the value of --drop.
         keep_influence: allow mixtures whose other weights depend on the expert.
         shard_bytes: size above which weights are split into several files.
     Returns:
         an explanation of how the weights that remain depend on the expert; "": they do not.
     Raises:
         UserError: if there is no such expert, it is the only one or the anchor, or other weights
-            depend on it without `keep_influence`.
+            depend on it without `keep_influence`; or `output` exists or does not fit on the disk.
     """
     with ExitStack() as stack:
         mixture = open_mixture(folder, stack)
-        record, number = mixture.record, mixture.record.find_expert(domain, folder)
+        record, number = mixture.record, mixture.record.find_expert_number(domain, folder)
         count = len(record.experts)
         if count == 1:
             raise UserError(f"--drop {domain}: is the only expert of {folder}")
@@ -144,17 +147,21 @@ def upgrade_expert(
 ) -> None:
     """Write a mixture with the feed-forwards of another model as the expert of a domain.
 
+    Router rows stay. The original does not change.
+
     Args:
         folder: of the mixture; `output`: new folder, complete or absent.
+        domain: of the expert that is replaced.
         expert: model, or expert of a DEMix model, whose feed-forwards are copied.
         shard_bytes: size above which weights are split into several files.
     Raises:
         UserError: if no expert has that domain, or the model is of another family, shape or
-            vocabulary, or, where experts share the other weights, has others.
+            vocabulary, or, where experts share the other weights, has others; or `output` exists or
+            does not fit on the disk.
     """
     with ExitStack() as stack:
         mixture = open_mixture(folder, stack)
-        record, number = mixture.record, mixture.record.find_expert(domain, folder)
+        record, number = mixture.record, mixture.record.find_expert_number(domain, folder)
         model = stack.enter_context(ModelFolder(expert.path, expert.member))
         dense = read_model_config(expert.path)
         kind = dense.get("host", dense.get("model_type"))
@@ -162,7 +169,7 @@ def upgrade_expert(
             raise UserError(f"--path {expert.path}: is a {kind}, {folder} a {record.model_type}")
         check_same_ids(folder, expert.path)
         if record.shared != "averaged":
-            _check_shared(mixture, model)
+            _check_same_shared(mixture, model)
         order: list[int | ModelFolder] = list(range(len(record.experts)))
         order[number] = model
         experts = list(record.experts)
@@ -178,7 +185,7 @@ def upgrade_expert(
         _write_mixture(mixture, output, order, {}, mixture.config, changed, shard_bytes)
 
 
-def _check_shared(mixture: Mixture, model: ModelFolder) -> None:
+def _check_same_shared(mixture: Mixture, model: ModelFolder) -> None:
     """Refuse a model whose weights outside of feed-forwards are not those of the mixture.
 
     Raises:
@@ -201,18 +208,22 @@ def refresh_router_rows(
     *,
     shard_bytes: int,
 ) -> None:
-    """Write a mixture with another router row for the expert of a domain.
+    """Write a mixture with other router rows, one per layer, for the expert of a domain.
+
+    The original does not change.
 
     Args:
         folder: of the mixture; `output`: new folder, complete or absent.
-        rows: [L, D] of the expert; `router`: their origin, for moe.json.
+        domain: of the expert.
+        rows: [L, D] of the expert, any dtype; `router`: their origin, for moe.json.
         shard_bytes: size above which weights are split into several files.
     Raises:
-        UserError: if the folder holds no mixture, or none of its experts has that domain.
+        UserError: if the folder holds no mixture, none of its experts has that domain, or `output`
+            exists or does not fit on the disk.
     """
     with ExitStack() as stack:
         mixture = open_mixture(folder, stack)
-        record, number = mixture.record, mixture.record.find_expert(domain, folder)
+        record, number = mixture.record, mixture.record.find_expert_number(domain, folder)
         refreshed = {**record.router.get("refreshed", {}), domain: dict(router)}
         router = {**record.router, "refreshed": refreshed}
         changed = record.model_copy(update={"router": router})
@@ -259,8 +270,8 @@ class _Segment:
     """Consecutive elements of a stored tensor, or values that are in memory.
 
     Attributes:
-        source, name, start, count: `count` elements of a tensor from `start` on.
-        values: elements in memory; they precede the others. None: read the stored ones.
+        source, name, start, count: `count` elements of a stored tensor, from `start` on.
+        values: elements in memory, used in place of stored ones; None: read those.
     """
 
     source: TensorSource | None
@@ -274,11 +285,11 @@ class _Segment:
 class _EditedTensor:
     """A tensor of the result, segment after segment."""
 
-    spec: Spec
+    spec: TensorSpec
     segments: tuple[_Segment, ...]
 
     def iterate_pieces(self) -> Iterator[Tensor]:
-        """Yield the elements in order, in pieces of the tensor's dtype."""
+        """Yield the elements in order, in contiguous pieces of the tensor's dtype."""
         for part in self.segments:
             if part.values is not None:
                 yield part.values.to(self.spec.dtype).contiguous()
@@ -299,7 +310,8 @@ class _Role:
             "entries" (an entry or row of the router per expert).
         layer: number of the layer; None outside of sparse blocks.
         expert: number of the expert of an "expert".
-        name: with `{e}` in place of that number; `parts`: of a dense feed-forward it is made of.
+        name: of the tensor, for an "expert" with `{e}` in place of its number.
+        parts: of a dense feed-forward that an expert's tensor is made of, one after the other.
     """
 
     kind: str
@@ -334,7 +346,7 @@ def _find_role(family: MoeFamily, name: str) -> _Role:
 def _plan_tensors(
     mixture: Mixture, order: Sequence[int | ModelFolder], rows: Mapping[int, Tensor]
 ) -> Iterator[tuple[str, _EditedTensor]]:
-    """Yield name and content of every tensor of the result.
+    """Yield name and content of every tensor of the result; only headers are read.
 
     Args:
         order, rows: see `_write_mixture`.
@@ -357,7 +369,10 @@ def _plan_tensors(
                 for expert in order
                 for segment in _list_segments(source, role, expert, dense, spec.numel // count)
             )
-            yield name, _EditedTensor(Spec(spec.dtype, (len(order), *spec.shape[1:])), segments)
+            yield (
+                name,
+                _EditedTensor(TensorSpec(spec.dtype, (len(order), *spec.shape[1:])), segments),
+            )
         else:
             size = spec.numel // count
             segments = tuple(
@@ -368,7 +383,7 @@ def _plan_tensors(
                 for number, e in enumerate(order)
             )
             shape = (len(order), size) if size > 1 else (1, len(order))
-            yield name, _EditedTensor(Spec(spec.dtype, shape), segments)
+            yield name, _EditedTensor(TensorSpec(spec.dtype, shape), segments)
 
 
 def _list_segments(

@@ -13,18 +13,19 @@ from megamod.merging.moe.configuration import build_moe_config, find_moe_family
 from megamod.merging.plan import MergePlan
 from megamod.merging.tensors import describe_source, have_same_bits
 from megamod.models.lm.moe_families import FEED_FORWARD, LAYERS, PARTS, MoeFamily
-from megamod.states.stream import Spec, plan_shards
+from megamod.states.stream import TensorSpec, plan_shards
 
 _FEED_FORWARD = re.compile(rf"{re.escape(LAYERS)}\.(\d+)\.{FEED_FORWARD}\.(.+)")
 
 
 @dataclass(frozen=True)
 class MoeTensor:
-    """Origin of one tensor of a mixture; without any of these it is zero.
+    """Origin of one tensor of a mixture: one of these, or none for zeros.
 
     Attributes:
         shared: name of the tensor of the merged dense model that it equals.
-        copies: expert and name in its model of each tensor that follow one another.
+        copies: tensors whose elements follow one another in it: number of the expert, and name in
+            its model.
         layer: number of the layer whose router rows it holds.
     """
 
@@ -40,10 +41,11 @@ class MoePlan:
     Attributes:
         dense: plan of the merged dense model.
         kind: model type of the mixture.
-        shared: how tensors outside of feed-forwards are made: "averaged", "asserted" (bit-equal in
+        family: names and fields of its class.
+        shared: origin of the tensors outside of feed-forwards: "averaged", "asserted" (bit-equal in
             all models) or "one model" (the experts are those of one DEMix model).
-        tensors, specs, files: of the mixture, by name and by file.
-        config: its configuration.
+        tensors, specs: of the mixture, by name; `files`: names of the tensors in each file.
+        config: content of its config.json.
     """
 
     dense: MergePlan
@@ -51,7 +53,7 @@ class MoePlan:
     family: MoeFamily
     shared: str
     tensors: dict[str, MoeTensor]
-    specs: dict[str, Spec]
+    specs: dict[str, TensorSpec]
     files: dict[str, list[str]]
     config: dict[str, object]
 
@@ -93,28 +95,33 @@ class MoePlan:
         return "\n".join(lines)
 
 
-def make_moe_plan(dense: MergePlan, chosen: int, *, anchor: bool, shard_bytes: int) -> MoePlan:
-    """Plan every tensor of a mixture; nothing but headers is read, and with `anchor` the weights.
+def make_moe_plan(
+    dense: MergePlan, experts_per_token: int, *, anchor: bool, shard_bytes: int
+) -> MoePlan:
+    """Plan every tensor of a mixture; only headers are read, and with `anchor` shared weights.
 
     Args:
         dense: plan of the experts' average; its folders are open.
-        chosen: experts per token.
+        experts_per_token: number of experts that the router selects for a token.
         anchor: require that tensors outside of feed-forwards are the same bits in all models.
         shard_bytes: size above which weights are split into several files.
     Raises:
-        UserError: if the family has no class, a field no counterpart, or tensors differ.
+        UserError: if the family has no class of mixtures, a field or tensor has no counterpart in
+            it, there are fewer experts than `experts_per_token`, or tensors differ with `anchor`.
     """
     folder = dense.folders[0].folder
     kind, family = find_moe_family(folder, dense.config)
     experts = len(dense.folders)
-    if not 1 <= chosen <= experts:
-        raise UserError(f"--topk {chosen}: there are {experts} experts, choose 1 to {experts}")
-    config = build_moe_config(folder, dense.config, experts, chosen)
+    if not 1 <= experts_per_token <= experts:
+        raise UserError(
+            f"--topk {experts_per_token}: there are {experts} experts, choose 1 to {experts}"
+        )
+    config = build_moe_config(folder, dense.config, experts, experts_per_token)
     inputs = dense.recipe.inputs
     one_model = all(model.member for model in inputs) and len({m.path for m in inputs}) == 1
     shared = "one model" if one_model else "asserted" if anchor else "averaged"
     tensors: dict[str, MoeTensor] = {}
-    specs: dict[str, Spec] = {}
+    specs: dict[str, TensorSpec] = {}
     parts: dict[int, dict[str, str]] = {}
     for name, spec in dense.specs.items():
         match = _FEED_FORWARD.fullmatch(name)
@@ -128,7 +135,7 @@ def make_moe_plan(dense: MergePlan, chosen: int, *, anchor: bool, shard_bytes: i
         for name, tensor, spec in _plan_layer(dense, family, layer, names):
             tensors[name], specs[name] = tensor, spec
     plan = MoePlan(
-        _copy_shared(dense, tensors) if shared != "averaged" else dense,
+        _plan_shared_as_copies(dense, tensors) if shared != "averaged" else dense,
         kind,
         family,
         shared,
@@ -138,19 +145,20 @@ def make_moe_plan(dense: MergePlan, chosen: int, *, anchor: bool, shard_bytes: i
         config,
     )
     if shared == "asserted":
-        _assert_shared_equal(plan)
+        _check_shared_equal(plan)
     return plan
 
 
 def _plan_layer(
     dense: MergePlan, family: MoeFamily, layer: int, names: Mapping[str, str]
-) -> Iterator[tuple[str, MoeTensor, Spec]]:
+) -> Iterator[tuple[str, MoeTensor, TensorSpec]]:
     """Yield (name, origin, specification) of the tensors of a layer's sparse block.
 
     They are those of the experts, those that are zero, and the router rows.
 
     Args:
-        layer: number of the layer.
+        dense: plan of the experts' average.
+        layer: number of the layer, from 0.
         names: part of the feed-forward -> its name in the dense model.
     """
     block, experts = f"{LAYERS}.{layer}.{family.block}", range(len(dense.folders))
@@ -162,26 +170,26 @@ def _plan_layer(
         shape = (sum(spec.shape[0] for spec in specs), specs[0].shape[1])
         if "{e}" in target:
             for e in experts:
-                spec = Spec(some.dtype, shape)
+                spec = TensorSpec(some.dtype, shape)
                 yield f"{block}.{target.format(e=e)}", MoeTensor(copies=pieces[e]), spec
         else:
             copies = tuple(piece for e in experts for piece in pieces[e])
-            spec = Spec(some.dtype, (len(experts), *shape))
+            spec = TensorSpec(some.dtype, (len(experts), *shape))
             yield f"{block}.{target}", MoeTensor(copies=copies), spec
     sizes = {"E": len(experts), "D": some.shape[1]}
     for name, shape in family.zeros.items():
         # Those with an entry per expert belong to the router, which computes in float32.
         dtype = torch.float32 if "E" in shape else some.dtype
-        spec = Spec(dtype, tuple(sizes.get(size, size) for size in shape))
+        spec = TensorSpec(dtype, tuple(sizes.get(size, size) for size in shape))
         yield f"{LAYERS}.{layer}.{name}", MoeTensor(), spec
     dtype = torch.float32 if family.float_router else some.dtype
-    rows = Spec(dtype, (sizes["E"], sizes["D"]))
+    rows = TensorSpec(dtype, (sizes["E"], sizes["D"]))
     yield f"{block}.{family.row_name}", MoeTensor(layer=layer), rows
 
 
-def _copy_shared(dense: MergePlan, tensors: Mapping[str, MoeTensor]) -> MergePlan:
-    """Return the dense plan with the tensors that experts share copied from the first model, not
-    averaged.
+def _plan_shared_as_copies(dense: MergePlan, tensors: Mapping[str, MoeTensor]) -> MergePlan:
+    """Return the dense plan, changed so that tensors that experts share are copied from the first
+    model and not averaged.
 
     Args:
         tensors: of the mixture.
@@ -196,8 +204,8 @@ def _copy_shared(dense: MergePlan, tensors: Mapping[str, MoeTensor]) -> MergePla
     return replace(dense, tensor_plans=plans)
 
 
-def _assert_shared_equal(plan: MoePlan) -> None:
-    """Refuse models whose shared tensors are not the same bits.
+def _check_shared_equal(plan: MoePlan) -> None:
+    """Refuse models whose shared tensors are not the same bits; reads them in all models.
 
     Raises:
         UserError: naming the first tensor that differs, and two folders.

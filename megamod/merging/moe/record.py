@@ -19,6 +19,7 @@ from megamod.tables import format_table
 from megamod.version import __version__
 
 FILE = "moe.json"
+"""File with the experts of a mixture, beside its config.json."""
 _CARD = """---
 library_name: transformers
 license: unknown
@@ -37,9 +38,10 @@ class ExpertRecord(Document):
     """One expert of a mixture.
 
     Attributes:
+        domain: its name in the mixture.
         path: of the model it was copied from; `member`: its domain there, in a DEMix model.
         weight: share in the average of the other weights; None: they are no average.
-        digest: of that model's weights.
+        digest: of that model's weights, as `compute_files_digest` gives it.
         data_digest: of the data-bin it was trained on; None: unknown.
     """
 
@@ -52,7 +54,15 @@ class ExpertRecord(Document):
 
 
 class MoeRecord(Document):
-    """Content of moe.json; `shared` and `router`: origin of the other weights and the routers."""
+    """Content of moe.json.
+
+    Attributes:
+        model_type: that of config.json.
+        shared: origin of the weights outside of feed-forwards, see `MoePlan.shared`.
+        experts: in the order of their numbers.
+        router: origin of the router rows: their "kind", and entries of that kind.
+        megamod: version that wrote the file.
+    """
 
     format: Literal[1] = 1
     model_type: str
@@ -66,9 +76,11 @@ class MoeRecord(Document):
         """Names of the experts, in order."""
         return [expert.domain for expert in self.experts]
 
-    def find_expert(self, domain: str, folder: Path) -> int:
-        """Return the number of a domain's expert.
+    def find_expert_number(self, domain: str, folder: Path) -> int:
+        """Find the number of a domain's expert, from 0.
 
+        Args:
+            folder: of the mixture, for messages.
         Raises:
             UserError: if the mixture in `folder` has none.
         """
@@ -85,7 +97,7 @@ def write_moe_record(folder: Path, record: MoeRecord) -> None:
 
 
 def write_moe_card(folder: Path, record: MoeRecord) -> None:
-    """Write README.md, the model card, into a model folder.
+    """Write README.md, the model card, into a model folder; an existing one is replaced.
 
     It has the experts with their digests, and the origin of all other weights.
     """
@@ -123,7 +135,7 @@ def read_moe_record(folder: Path) -> MoeRecord:
 
 
 def format_experts(record: MoeRecord) -> str:
-    """Format the experts with their models and shortened digests as a table of text."""
+    """Format the experts with their models and the begin of their digests as a table of text."""
     rows = [("expert", "model", "weights", "data")]
     for expert in record.experts:
         path = expert.path if expert.member is None else f"{expert.path} ({expert.member})"

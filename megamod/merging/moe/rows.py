@@ -12,7 +12,7 @@ from megamod.errors import UserError
 from megamod.merging.moe.plan import MoePlan
 from megamod.models.lm.moe_families import LAYERS
 
-TENSOR = "rows"  # name in a file of rows
+_TENSOR = "rows"  # name in a file of rows
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,16 @@ class RouterRows:
     record: dict[str, object] = field(default_factory=dict)
 
 
-def draw_rows(plan: MoePlan, seed: int) -> RouterRows:
-    """Draw the router rows of a mixture from a normal distribution.
+def initialise_rows(plan: MoePlan, seed: int) -> RouterRows:
+    """Initialise the router rows of a mixture from a normal distribution.
 
-    Its deviation is `initializer_range` of the mixture's configuration. Every layer has a generator
-    of its own, so rows do not depend on how many layers there are.
+    Its standard deviation is `initializer_range` of the mixture's configuration, or 0.02, the
+    default of transformers. Every layer has a generator of its own, so rows do not depend on how
+    many layers there are.
 
     Args:
         plan: of the mixture, for numbers of layers, experts and features.
+        seed: of the generators.
     """
     spread = float(plan.config.get("initializer_range", 0.02))
     rows = torch.empty(plan.layers, plan.experts, plan.width)
@@ -48,21 +50,24 @@ def draw_rows(plan: MoePlan, seed: int) -> RouterRows:
 
 
 def read_rows_file(plan: MoePlan, path: Path) -> RouterRows:
-    """Read rows from the tensor `rows` [L, E, D] of a safetensors file.
+    """Read rows from the tensor `rows` [L, E, D] of a safetensors file, into float32.
 
+    Args:
+        plan: of the mixture, whose numbers L, E and D the tensor must have.
+        path: value of --router_file, for messages too.
     Raises:
         UserError: if the file cannot be read or lacks the tensor; naming the shape, if it is
             another; naming layer and expert, if a row is zero or not finite.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            rows = file.get_tensor(TENSOR).float()
+            rows = file.get_tensor(_TENSOR).float()
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--router_file {path}: holds no tensor {TENSOR!r}: {error}") from error
+        raise UserError(f"--router_file {path}: holds no tensor {_TENSOR!r}: {error}") from error
     expected = (plan.layers, plan.experts, plan.width)
     if rows.shape != expected:
         raise UserError(
-            f"--router_file {path}: {TENSOR} has shape {list(rows.shape)}; layers, experts and "
+            f"--router_file {path}: {_TENSOR} has shape {list(rows.shape)}; layers, experts and "
             f"features of this model are {list(expected)}"
         )
     check_rows(rows, f"--router_file {path}")
