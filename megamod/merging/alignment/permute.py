@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from megamod.errors import UserError
 from megamod.merging.alignment.folding import Folding, Read, find_folding
@@ -169,6 +170,16 @@ def find_untied_by_alignment(symmetry: Symmetry, alignment: Alignment) -> dict[s
     """
     folding = find_alignment_folding(symmetry, alignment)
     return find_untied_by_changes(symmetry, compute_axis_changes(symmetry, alignment), folding)
+
+
+def untie_output_matrix(model: PreTrainedModel) -> None:
+    """Untie a model's output matrix from its input embedding, in place; its configuration says so.
+
+    The output matrix gets a copy of the values.
+    """
+    output = model.get_output_embeddings()
+    output.weight = torch.nn.Parameter(output.weight.detach().clone())
+    model.config.tie_word_embeddings = False
 
 
 def _have_equal_changes(first: list[AxisChange], second: list[AxisChange]) -> bool:

@@ -52,6 +52,7 @@ from megamod.merging.alignment.permute import (
     find_untied_by_alignment,
     permute_state,
     prepare_reference,
+    untie_output_matrix,
 )
 from megamod.merging.alignment.symmetry import find_symmetry
 from megamod.merging.compatibility import describe_config_differences, refuse_quantised_model
@@ -369,13 +370,6 @@ def _compute_curve(
         },
         "costs": dict(alignment.costs),
     }
-
-
-def untie_output_matrix(model: PreTrainedModel) -> None:
-    """Give a model an output matrix that no longer shares storage with the input embedding."""
-    output = model.get_output_embeddings()
-    output.weight = torch.nn.Parameter(output.weight.detach().clone())
-    model.config.tie_word_embeddings = False
 
 
 def _write_results(study: BarrierStudy, output: Path) -> str:

@@ -42,9 +42,9 @@ from megamod.merging.alignment.permute import (
     interpolate_states,
     permute_state,
     prepare_reference,
+    untie_output_matrix,
 )
 from megamod.merging.alignment.symmetry import find_symmetry
-from megamod.runs.studies.barrier import untie_output_matrix
 from megamod.runs.studies.language_models import count_parameters, train_or_resume
 from megamod.runs.studies.records import Figures
 from megamod.runs.studies.study_file import Cell, Study
