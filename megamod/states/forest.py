@@ -333,7 +333,7 @@ def _check_experts(experts: list[Expert], where: Path) -> None:
         compares_sizes |= config.get("model_type") == "demix" or not has_tokenizer
     if len(sizes) > 1 and compares_sizes:
         listed = ", ".join(f"{size} of {name}" for size, name in sizes.items())
-        raise UserError(f"{where}: the experts have vocabularies of different sizes: {listed}")
+        raise UserError(f"{where}: the experts have different vocabularies: {listed}")
     folders = list(dict.fromkeys(find_tokenizer_folder(expert.path) for expert in experts))
     for folder in folders[1:]:
         check_same_ids(folders[0], folder)
