@@ -325,11 +325,11 @@ for name in {modules!r}:
     importlib.import_module(name)
 import torch
 from megamod.models.lm.configuration import DemixConfig
-from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
+from megamod.models.lm.demix import DemixForCausalLM, initialise_lm_weights
 config = DemixConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
                      max_position_embeddings=4, domains=["a", "b"], untie="feedforward")
 model = DemixForCausalLM(config)
-draw_lm_weights(model, seed=0)
+initialise_lm_weights(model, seed=0)
 ids = torch.tensor([[3, 4, 5, 6]])
 loss = model(ids, labels=ids, domain="b").loss
 loss.backward()

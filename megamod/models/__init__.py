@@ -13,7 +13,11 @@ from types import ModuleType
 
 
 def _register_configurations(auto: ModuleType) -> None:
-    """Register all configurations with AutoConfig."""
+    """Register all configurations with AutoConfig.
+
+    Args:
+        auto: module of transformers that defines AutoConfig.
+    """
     from megamod.models.ca_mtl.configuration import CaMtlConfig
     from megamod.models.lm.configuration import DemixConfig, ForestConfig
     from megamod.models.lm.host_config import DemixHostConfig
@@ -25,7 +29,11 @@ def _register_configurations(auto: ModuleType) -> None:
 
 
 def _register_models(auto: ModuleType) -> None:
-    """Register all models with the other Auto classes."""
+    """Register all models with the other Auto classes.
+
+    Args:
+        auto: module of transformers that defines them.
+    """
     from megamod.models.ca_mtl.configuration import CaMtlConfig
     from megamod.models.ca_mtl.model import CaMtlForMultiTask
     from megamod.models.lm.configuration import DemixConfig, ForestConfig
@@ -41,7 +49,7 @@ def _register_models(auto: ModuleType) -> None:
 
 
 def _register_multiplexed(auto: ModuleType) -> None:
-    """Register the multiplexed encoders with the Auto classes."""
+    """Register the multiplexed encoders with the Auto classes; `auto` as in `_register_models`."""
     from megamod.models.mux import bert as mux_bert
     from megamod.models.mux import electra as mux_electra
     from megamod.models.mux import generator as mux_generator
@@ -70,6 +78,7 @@ _ON_IMPORT = {
     "transformers.models.auto.configuration_auto": _register_configurations,
     "transformers.models.auto.modeling_auto": _register_models,
 }
+"""Modules of transformers, and the functions to call with each after its first import."""
 
 
 class _RegisterAfterImport(MetaPathFinder):
@@ -78,7 +87,8 @@ class _RegisterAfterImport(MetaPathFinder):
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         """Find a module of `_ON_IMPORT` by the other finders, and wrap its loader.
 
-        None for other modules, which the other finders then serve.
+        Arguments as in `MetaPathFinder`; the last two are not used. Returns None for other modules,
+        which the other finders then serve.
         """
         if name not in _ON_IMPORT:
             return None
@@ -100,9 +110,11 @@ class _RegisteringLoader(Loader):
         self.register = register
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Create the module as the wrapped loader does; None: the import system creates it."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        """Run the module's code, then call `register` with it."""
         self.loader.exec_module(module)
         self.register(module)
 

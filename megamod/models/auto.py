@@ -32,7 +32,8 @@ def resolve_model_folder(model: str, flag: str = "--model") -> Path | None:
         model: value of the option `flag`.
         flag: name of the option, for messages.
     Raises:
-        UserError: if it is none of the three, or the folder of a LoRA adapter.
+        UserError: if it is none of the three, cannot be downloaded, or is the folder of a LoRA
+            adapter.
     """
     if model in PRESETS["demix"]:
         return None
@@ -59,15 +60,16 @@ def find_start_folder(
     """Find the folder whose weights start a run, and the flag that named it; None for new weights.
 
     --init_from wins; else it is the folder of --model, unless --from_scratch is given or the folder
-    holds nothing but a configuration.
+    holds nothing but a configuration. A preset has no weights.
 
     Args:
-        model, init_from: values of the two options.
+        model, init_from, from_scratch: values of the three options; --init_from may be None.
         config: configuration of the model to train.
     Raises:
-        UserError: if the model in the folder is of another family, has a smaller vocabulary or
-            experts by another --untie, or lacks the expert of a domain; or if its configuration or
-            weight files are missing or damaged.
+        UserError: as `resolve_model_folder`; if the model in the folder is of another family, has a
+            smaller vocabulary (stock models) or experts by another --untie, or lacks the expert of
+            a domain; if config.json is missing or damaged, or a weight file that an index lists is
+            missing.
     """
     flag = "--model" if init_from is None else "--init_from"
     if init_from is None and from_scratch:
@@ -118,7 +120,7 @@ def make_lm_config(
         vocab_size, special_ids: of the data; the latter bos_token_id, pad_token_id, eos_token_id.
         domains: names of the data's domains, in the order of their numbers.
         untie: value of --untie; "all" (an independent model per domain) makes a dense one.
-        max_positions: tokens per sequence.
+        max_positions: tokens per sequence; a folder's model may have more positions and keeps them.
         attn_implementation: None for the best that the class supports.
         overrides: fields that replace the preset's, where not None; not for a folder.
         vocab_multiple: the vocabulary of a stock model is padded to a multiple of this.
@@ -129,8 +131,8 @@ def make_lm_config(
         `make_host_classes`.
     Raises:
         UserError: if the preset or folder is unknown, does not fit the data, or cannot have experts
-            by `untie`; if a stock model is quantised; for `overrides` of a folder, and for
-            `vocab_multiple` with the project's GPT.
+            by `untie`; if a stock model is quantised; for `overrides` of a folder, sizes that do
+            not fit each other, and `vocab_multiple` with the project's GPT.
     """
     changes = {field: value for field, value in overrides.items() if value is not None}
     untie = "none" if untie == "all" else untie
@@ -195,13 +197,14 @@ def check_vocabulary_fits(
 ) -> None:
     """Refuse data whose ids a stock model does not have, or whose texts end with another id.
 
-    The model's vocabulary may be larger than the data's, as output matrices are padded.
+    The model's vocabulary may be larger than the data's, as output matrices are padded. A
+    configuration without an end-of-text id goes with every such id.
 
     Args:
         where: beginning of the message: the model and the option that named it.
-        vocab_size, special_ids: of the data; "eos_token_id" is read.
+        vocab_size, special_ids: of the data; of the ids only "eos_token_id" is read.
     Raises:
-        UserError: with both numbers.
+        UserError: with the number of the model and that of the data.
     """
     if config.vocab_size < vocab_size:
         raise UserError(
@@ -224,9 +227,15 @@ def _make_host_config(
     attn_implementation: str | None,
     anchored: bool,
 ) -> PreTrainedConfig:
-    """Make the configuration of a stock model, with experts if `untie` asks for them.
+    """Make the configuration of a stock model, with experts if `untie` is not "none".
 
-    Raise UserError for a quantised model, or one that cannot be untied so.
+    Args:
+        model: value of --model, for messages.
+        config: configuration in its folder; without experts it is returned, with
+            `attn_implementation` set, and else it is not changed.
+        domains, untie, attn_implementation, anchored: as in `make_lm_config`.
+    Raises:
+        UserError: for a quantised model, or one that cannot be untied so.
     """
     if getattr(config, "quantization_config", None):
         raise UserError(
@@ -237,7 +246,7 @@ def _make_host_config(
         if get_untie(config) != "none":
             raise UserError(
                 f"--model {model} has experts of {', '.join(get_domains(config))}: train it with "
-                f"--untie {get_untie(config)}, or take one out with convert.py --format expert"
+                f"--untie {get_untie(config)}, or take one out with megamod convert --format expert"
             )
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
@@ -263,7 +272,10 @@ def _make_host_config(
 
 
 def check_document_masking(config: PreTrainedConfig) -> None:
-    """Raise UserError if a family's attention cannot stop at the ends of documents."""
+    """Raise UserError if a language model's attention cannot stop at the ends of documents.
+
+    It can in the project's GPT and in the families of `HOSTS`, except for a Falcon with ALiBi.
+    """
     kind = getattr(config, "host", config.model_type)
     if kind != DemixConfig.model_type and kind not in HOSTS:
         raise UserError(

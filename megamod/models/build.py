@@ -1,6 +1,7 @@
 """Configurations of encoders from flags, and encoders with new weights.
 
-Pretraining and the planner build the same configuration here; only the first gives it storage.
+Pretraining and the planner make the same configuration here; the planner builds its model on the
+meta device, without storage.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from megamod.models.presets import PRESETS, SHAPE
 FAMILIES = {"masked_lm": "mux_bert", "replaced_token": "mux_electra"}
 """Model type of the multiplexed encoder that each objective trains."""
 
+# Fields of `MuxConfig` that have the name and the value of a flag.
 LOSSES = ("task_loss_coeff", "retrieval_loss_coeff", "learn_muxing")
 STRUCTURE = ("num_instances", "muxing_variant", "demuxing_variant", "num_hidden_demux_layers")
 STOCK = (
@@ -37,7 +39,7 @@ _AUTO = {"masked_lm": AutoModelForMaskedLM, "replaced_token": AutoModelForPreTra
 
 
 class EncoderFlags(Protocol):
-    """The flags of `MuxArgs` that decide about a model."""
+    """The flags of `megamod.args.MuxArgs` that a model depends on."""
 
     objective: str
     num_instances: int
@@ -77,7 +79,11 @@ def make_encoder_config(
         preset: a size of the objective's family in `PRESETS`.
         changed_fields: fields of `SHAPE` that replace the preset's, where not None; embeddings are
             never wider than a changed hidden size.
-        sequence_length: tokens of a sequence; the model gets at least 512 positions.
+        flags, vocabulary: see the two protocols.
+        sequence_length: tokens of a sequence; the model gets at least 512 positions, as BERT has.
+    Returns:
+        a `BertConfig` or `ElectraConfig` if `num_instances` is 1, else as
+        `make_multiplexed_config`.
     Raises:
         UserError: for an unknown size, or fields of a multiplexed encoder that do not fit each
             other.
@@ -105,7 +111,9 @@ def make_multiplexed_config_from_stock(
     Args:
         stock: configuration of the stock encoder, whose fields of `STOCK` are taken over.
         flags: decide about all else: multiplexing, losses and generator.
-        vocabulary: source of the cls and mask ids.
+        vocabulary: source of the cls id, and for replaced tokens of the mask id.
+    Returns:
+        as `make_multiplexed_config`.
     Raises:
         UserError: for flags that do not fit it.
     """
@@ -160,7 +168,8 @@ def make_bert_config(preset: str, vocab_size: int, **multiplexing: object) -> Pr
     """Make the configuration of a BERT to finetune from scratch.
 
     Args:
-        preset: of `PRESETS["bert"]`.
+        preset: a name in `PRESETS["bert"]`.
+        vocab_size: number of ids.
         multiplexing: fields of `MuxBertConfig`. Without `num_instances`, or with one instance, the
             result is a stock `BertConfig` and the other fields have no effect.
     Raises:
@@ -176,7 +185,7 @@ def make_bert_config(preset: str, vocab_size: int, **multiplexing: object) -> Pr
 
 
 def select_pretraining_class(config: PreTrainedConfig, objective: str) -> type:
-    """Select the Auto class that pretrains this configuration.
+    """Select the Auto class whose `from_config` builds the model that is pretrained.
 
     Sets `config.architectures` of a multiplexed ELECTRA, by which the Auto class then builds the
     model that replaces tokens.
@@ -199,6 +208,6 @@ def build_encoder(
 
     Args:
         objective: "masked_lm" or "replaced_token".
-        dtype: of the weights; None: as `from_config` chooses.
+        dtype: of the weights; None: torch's default.
     """
     return select_pretraining_class(config, objective).from_config(config, dtype=dtype)

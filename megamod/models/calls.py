@@ -8,7 +8,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 WITHOUT_EFFECT = ("use_cache", "cache_position")
-"""Arguments that say how to compute and do not change a result, so models may ignore them."""
+"""Arguments that do not change a result, only its computation, so models may ignore them."""
 
 
 def check_extra_arguments(model: PreTrainedModel, extra_arguments: Mapping[str, object]) -> None:
@@ -16,6 +16,9 @@ def check_extra_arguments(model: PreTrainedModel, extra_arguments: Mapping[str, 
 
     Trainer, PEFT and TRL pass every model the same arguments, most of them None.
 
+    Args:
+        model: for the message.
+        extra_arguments: arguments of its `forward` that are not among its parameters, by name.
     Raises:
         ValueError: naming the argument.
     """
@@ -47,11 +50,11 @@ def check_positions(position_ids: Tensor, columns: int, positions: int) -> None:
     """Refuse text that is longer than a model's position table.
 
     Args:
-        position_ids: [B, L], 0 first.
-        columns: tokens so far, padding and cached ones included.
+        position_ids: [B, L], the first position being 0.
+        columns: tokens of a row so far, padding and cached ones included.
         positions: `max_position_embeddings`.
     Raises:
-        ValueError: if a token has no position.
+        ValueError: if a token's position is not in the table.
     """
     # Reading the largest position waits for the device, so only where it can be too large.
     if columns > positions and (longest := int(position_ids.max()) + 1) > positions:
@@ -61,15 +64,16 @@ def check_positions(position_ids: Tensor, columns: int, positions: int) -> None:
         )
 
 
-def select_logit_states(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Select states to compute logits for: [B, L, D] -> [B, kept, D].
+def select_logit_positions(values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Select the positions that logits are computed for: [B, L, ...] -> [B, kept, ...].
 
     Args:
-        logits_to_keep: number of last positions, 0 for all; or a tensor of positions.
+        values: states [B, L, D], or another value of each position, such as weights [B, L].
+        logits_to_keep: number of last positions, 0 for all; or a tensor of positions [kept] int64.
     """
     if isinstance(logits_to_keep, Tensor):
-        return hidden[:, logits_to_keep]
-    return hidden[:, -logits_to_keep:]
+        return values[:, logits_to_keep]
+    return values[:, -logits_to_keep:]
 
 
 class BoundedGeneration(GenerationMixin):
@@ -84,7 +88,7 @@ class BoundedGeneration(GenerationMixin):
     ) -> GenerationConfig:
         """Set the lengths as `GenerationMixin` does, then lower them to the last position.
 
-        Logs a warning, once, if a longer text was asked for.
+        Logs a warning, once, if a longer text was asked for. `generate` calls it.
 
         Args:
             prompt: further arguments of the method that this one replaces, by name.

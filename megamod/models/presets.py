@@ -1,7 +1,7 @@
 """Named sizes of all models, by family."""
 
 SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-"""Fields of a configuration that flags may change."""
+"""Fields of a configuration that a preset sets and flags may change."""
 
 
 def _make_sizes(**shapes: tuple[int, ...]) -> dict[str, dict[str, int]]:

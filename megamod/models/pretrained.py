@@ -16,8 +16,8 @@ from transformers.utils import logging
 from megamod.errors import UserError, report_damage
 from megamod.states.weights import check_finite
 
-MAX_MISSING = 0.1  # share of the backbone's elements
-MAX_FOREIGN = 0.02  # share of the file's tensors, and never so few as two
+MAX_MISSING = 0.1  # largest share of the stock encoder's elements that a file may lack
+MAX_FOREIGN = 0.02  # largest share of a file's tensors with foreign names; two are always allowed
 STOCK_TYPES = {
     "ca_mtl": "bert",
     "mux_bert": "bert",
@@ -28,7 +28,7 @@ STOCK_TYPES = {
 
 
 class CheckedLoading(PreTrainedModel):
-    """Base of our encoders: `from_pretrained` checks the share of the weights that it took."""
+    """Base of our encoders: `from_pretrained` checks that a file has most of their weights."""
 
     @classmethod
     def from_pretrained(cls, source: object, *args: object, **kwargs: object) -> object:
@@ -54,14 +54,15 @@ def load_pretrained(
     """Load a model in float32 and check that the weights are those of such a model.
 
     Args:
-        auto: an Auto class or model class of transformers.
+        auto: an Auto class or model class of transformers, or a class of ours.
+        source: folder or hub name.
         flag: option or key that named the source, for messages.
         options: further arguments of `from_pretrained`.
     Returns:
         the model and transformers' loading report.
     Raises:
-        UserError: if it cannot be loaded, lacks weights, has some that are not finite, or would
-            ignore some of its file.
+        UserError: if it cannot be loaded or has weights that are not finite; as
+            `check_missing_weights` and `check_foreign_weights`.
     """
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # the report is checked instead of printed
@@ -92,7 +93,7 @@ def check_missing_weights(
 
     Args:
         report: of `from_pretrained`.
-        source: name of the weights in the message.
+        source: beginning of the message: the weights, and the option that named them.
     Raises:
         UserError: if more than a tenth of the elements that a stock encoder has are missing, or one
             of its tensors has another shape in the file.
@@ -121,7 +122,7 @@ def check_all_weights_loaded(report: Mapping[str, Iterable], source: str) -> Non
 
     Args:
         report: of `from_pretrained`.
-        source: name of the weights in the message.
+        source: beginning of the message.
     Raises:
         UserError: if a single weight is missing or of another shape.
     """
@@ -142,7 +143,7 @@ def check_foreign_weights(
 
     Args:
         report: of `from_pretrained`.
-        source: name of the weights in the message.
+        source: beginning of the message.
     Raises:
         UserError: if more than two of the file's tensors, and more than `MAX_FOREIGN` of them, have
             names that no stock class of this type has.
@@ -159,15 +160,16 @@ def check_foreign_weights(
     if len(foreign) > max(2, MAX_FOREIGN * total):
         raise UserError(
             f"{source}: {len(foreign)} of its {total} tensors, such as {min(foreign)}, are not "
-            f"part of a {model.config.model_type} model; convert.py makes a folder of its own kind"
+            f"part of a {model.config.model_type} model; megamod convert makes a folder of its own "
+            "kind"
         )
 
 
 def list_backbone_names(model: PreTrainedModel) -> set[str]:
-    """List the parameters of the stock encoder by their names in the model, without its pooler.
+    """List the tensors of the stock encoder by their names in the model, without its pooler.
 
     For a type that transformers has no encoder for, list all names that begin with the model's base
-    prefix; none if it has no such part.
+    prefix; none if it has no such part. A name need not be one of the model's.
     """
     prefix, stock = model.base_model_prefix, make_stock_config(model.config)
     start = f"{prefix}." if isinstance(getattr(model, prefix or " ", None), nn.Module) else ""
@@ -190,7 +192,7 @@ def list_stock_names(config: PreTrainedConfig) -> set[str]:
 
 
 def _find_stock_classes(stock: PreTrainedConfig, autos: Iterable[str]) -> set[type]:
-    """Find the classes that the Auto classes make of a configuration."""
+    """Find the classes that some Auto classes, named as in transformers, map a configuration to."""
     classes: set[type] = set()
     for auto in autos:
         # Looked up late: importing the Auto classes registers our models, which import this module.
@@ -227,7 +229,10 @@ def make_stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _is_known_name(name: str, known: set[str]) -> bool:
-    """Return True if a tensor's name, in old or new spelling, is one of the stock classes."""
+    """Return True if a tensor's name in a file is in `known`, the names of the stock classes.
+
+    Names of old files pass too: `gamma` and `beta` of norms, and buffers of positions.
+    """
     plain = name.replace("LayerNorm.gamma", "LayerNorm.weight")
     plain = plain.replace("LayerNorm.beta", "LayerNorm.bias")
     return plain in known or plain.endswith("position_ids")

@@ -147,7 +147,7 @@ def compute_parallel_exchange(module: nn.Module, tokens: int) -> float:
     )
 
 
-def list_stock_names(module: nn.Module) -> dict[str, str]:
+def map_to_stock_names(module: nn.Module) -> dict[str, str]:
     """Map names in DeepSpeed's layers to names in the stock class, of equal parameters only.
 
     These are routers and shared experts; the experts themselves are cut otherwise.
@@ -204,7 +204,7 @@ def list_pieces(module: nn.Module) -> dict[str, list[Piece]]:
     """List the pieces of every parameter with another name or cut than in the stock class."""
     pieces = {
         name: [Piece(0, module.get_parameter(name).numel(), stock, 0)]
-        for name, stock in list_stock_names(module).items()
+        for name, stock in map_to_stock_names(module).items()
     }
     for path, layer in get_parallel_layers(module).items():
         # Part of an expert -> tensor, number of its parts, and the index among these.

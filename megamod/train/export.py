@@ -29,7 +29,7 @@ from megamod.files import sync_folder, sync_tree
 from megamod.models.lm.adapter import list_adapters, write_adapter
 from megamod.states.checkpoint_folder import write_model_manifests
 from megamod.states.weights import find_non_finite_weight, write_index, write_weights
-from megamod.train.expert_parallel import gather_experts, list_expert_names, list_stock_names
+from megamod.train.expert_parallel import gather_experts, list_expert_names, map_to_stock_names
 from megamod.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class ModelExport:
         ):  # the last forward pass may have prefetched weights that were never used
             self.engine.empty_partition_cache()
         module = self.engine.module
-        names, experts = list_stock_names(module), list_expert_names(module)
+        names, experts = map_to_stock_names(module), list_expert_names(module)
         for path, parameter in module.named_parameters():
             if path in experts:
                 continue

@@ -120,7 +120,7 @@ class Monitor:
         """
         sums = torch.stack([torch.stack((s.total, s.items)) for s in self.scored]).double().sum(0)
         dist.all_reduce(sums)
-        further_metrics = self._reduce_further_metrics()
+        further_metrics = self._average_further_metrics()
         interval_seconds = time.perf_counter() - self.since
         totals, items = sums.tolist()
         for group, count in zip(self.groups, items, strict=True):
@@ -188,7 +188,7 @@ class Monitor:
         if self.writer is not None:
             self.writer.close()
 
-    def _reduce_further_metrics(self) -> dict[str, float]:
+    def _average_further_metrics(self) -> dict[str, float]:
         """Average the objective's further metrics over all ranks; collective."""
         names = list(self.scored[0].further)
         if not names:

@@ -43,7 +43,7 @@ def make_data(folder: Path) -> Path:
 def make_forest(folder: Path) -> Path:
     """A folder of whole models: small ones, with the vocabulary of a real tokenizer."""
     from megamod.models.lm.configuration import DemixConfig
-    from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
+    from megamod.models.lm.demix import DemixForCausalLM, initialise_lm_weights
 
     for seed, domain in enumerate(EXPERTS):
         config = DemixConfig(
@@ -55,7 +55,7 @@ def make_forest(folder: Path) -> Path:
             domains=list(EXPERTS),
         )
         model = DemixForCausalLM(config)
-        draw_lm_weights(model, seed)
+        initialise_lm_weights(model, seed)
         model.save_pretrained(folder / domain)
     return folder
 

@@ -34,7 +34,7 @@ Case = tuple[int, str, int, int, bool]
 def measured(rank: int, case: Case) -> int:
     """Bytes by which the resident set grew at its fullest, from the model to the third step."""
     from megamod.models.lm.configuration import DemixConfig
-    from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
+    from megamod.models.lm.demix import DemixForCausalLM, initialise_lm_weights
     from megamod.train.engine import build_engine, finish_micro_step
     from megamod.train.optim import make_adamw, set_learning_rate
 
@@ -65,7 +65,7 @@ def measured(rank: int, case: Case) -> int:
         model = DemixForCausalLM(
             DemixConfig(vocab_size=VOCAB, max_position_embeddings=LENGTH, domains=["x"], **shape)
         )
-        draw_lm_weights(model, seed=1)
+        initialise_lm_weights(model, seed=1)
         if checkpointing:
             model.gradient_checkpointing_enable()
         engine = build_engine(

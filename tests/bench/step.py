@@ -30,7 +30,7 @@ RECIPE = dict(betas=(0.9, 0.95), eps=1e-7, weight_decay=0.1)
 def make_model(untie: str, held: tuple[str, ...], domains: tuple[str, ...] = DOMAINS):
     """Four layers of width 256: a step takes 0.3 s or more on one core."""
     from megamod.models.lm.configuration import DemixConfig
-    from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
+    from megamod.models.lm.demix import DemixForCausalLM, initialise_lm_weights
 
     config = DemixConfig(
         vocab_size=VOCAB,
@@ -42,7 +42,7 @@ def make_model(untie: str, held: tuple[str, ...], domains: tuple[str, ...] = DOM
         untie=untie,
     )
     model = DemixForCausalLM(config, held if untie != "none" else None)
-    draw_lm_weights(model, seed=1)
+    initialise_lm_weights(model, seed=1)
     return model
 
 

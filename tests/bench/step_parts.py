@@ -28,7 +28,7 @@ BATCH, LENGTH, WIDTH, HEADS, LAYERS, VOCAB = 4, 512, 256, 4, 4, 16384
 
 def make_model(attention: str):
     from megamod.models.lm.configuration import DemixConfig
-    from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
+    from megamod.models.lm.demix import DemixForCausalLM, initialise_lm_weights
 
     config = DemixConfig(
         vocab_size=VOCAB,
@@ -39,7 +39,7 @@ def make_model(attention: str):
         domains=["x"],
     )
     model = DemixForCausalLM._from_config(config, attn_implementation=attention)
-    draw_lm_weights(model, seed=1)
+    initialise_lm_weights(model, seed=1)
     return model
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from megamod.dist.scope import parse_expert_domain, to_dense_name
 from megamod.models.lm.configuration import UNTIE, DemixConfig
-from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
+from megamod.models.lm.demix import DemixForCausalLM, initialise_lm_weights
 from megamod.models.presets import PRESETS
 from megamod.states.weights import extract_expert_weights, write_index, write_weights
 
@@ -31,7 +31,7 @@ def config_of(untie: str = "none", **changes) -> DemixConfig:
 def make(untie: str = "none", spread: bool = True, **changes) -> DemixForCausalLM:
     """A model whose every parameter is random, experts different."""
     model = DemixForCausalLM(config_of(untie, **changes))
-    draw_lm_weights(model, seed=0)
+    initialise_lm_weights(model, seed=0)
     if spread:
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
@@ -339,7 +339,7 @@ def test_initial_weights_do_not_depend_on_what_else_is_held(untie):
     whole = dict(make(untie, spread=False).named_parameters())
     for domain in DOMAINS:
         part = DemixForCausalLM(config_of(untie), local_domains=[domain])
-        draw_lm_weights(part, seed=0)
+        initialise_lm_weights(part, seed=0)
         for name, parameter in part.named_parameters():
             assert torch.equal(parameter, whole[name])
     dense = dict(make("none", spread=False).named_parameters())
@@ -352,7 +352,7 @@ def test_the_seed_decides():
     model = DemixForCausalLM(config_of())
     tables = []
     for seed in (0, 1, 0, 2**31):
-        draw_lm_weights(model, seed)
+        initialise_lm_weights(model, seed)
         tables.append(model.model.embeddings.tokens.weight.detach().clone())
     assert torch.equal(tables[0], tables[2])
     assert not torch.equal(tables[0], tables[1]) and not torch.equal(tables[0], tables[3])

@@ -32,7 +32,7 @@ def demix_of(stock: PreTrainedModel, untie: str = "feedforward") -> PreTrainedMo
     config._attn_implementation = "eager"
     model = model_class(config, ())
     model.load_state_dict(stock.state_dict())
-    model.copy_feed_forwards(DOMAINS)
+    model.untie_feed_forwards(DOMAINS)
     return model
 
 

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.errors import UserError
-from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
+from megamod.models.lm.demix import DemixForCausalLM, initialise_lm_weights
 from megamod.models.mux.bert import MuxBertForMaskedLM
 from megamod.models.mux.configuration import MuxBertConfig
 from megamod.train.compiled import check_compile_stage, check_compiler, compile_blocks
@@ -200,7 +200,7 @@ def test_domains_share_what_is_compiled():
     torch._dynamo.reset()
     counters.clear()
     model = DemixForCausalLM(tiny_config("feedforward"))
-    draw_lm_weights(model, seed=5)
+    initialise_lm_weights(model, seed=5)
     WITHOUT_CODE(model)
     positions, result = torch.arange(LENGTH).expand(MICRO, LENGTH), []
     for domain in DOMAINS:

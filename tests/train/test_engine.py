@@ -8,7 +8,7 @@ from train.tiny_runs import DOMAINS, ds_config, make_batch, tiny_config
 from megamod.dist.process import get_rank as my_rank
 from megamod.dist.scope import Sharing, parse_expert_domain
 from megamod.dist.topology import DomainTopology
-from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
+from megamod.models.lm.demix import DemixForCausalLM, initialise_lm_weights
 from megamod.train.engine import build_engine, finish_micro_step, get_loss_group
 
 MICRO_STEPS = 2
@@ -48,7 +48,7 @@ def steps(rank: int, cases) -> list[dict[str, object]]:
         choose = sharing is Sharing.DEMIX
         config = tiny_config("feedforward" if choose else "none", DOMAINS[:count])
         model = DemixForCausalLM(config, topology.get_rank_domains(rank) if choose else None)
-        draw_lm_weights(model, seed=5)
+        initialise_lm_weights(model, seed=5)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         engine = build_engine(
             model,
@@ -89,7 +89,7 @@ def naive(kind: str, count: int, only: str | None = None) -> dict[str, torch.Ten
     model = DemixForCausalLM(
         tiny_config("feedforward" if kind == "demix" else "none", DOMAINS[:count])
     )
-    draw_lm_weights(model, seed=5)
+    initialise_lm_weights(model, seed=5)
     batches = [b for rank in range(4) for b in batches_of_rank(rank, 4 // count)]
     batches = [b for b in batches if only in (None, DOMAINS[b["domain"]])]
     total = sum(batch["tokens"] for batch in batches)

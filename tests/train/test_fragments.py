@@ -7,7 +7,7 @@ from ranks import on_ranks
 from train.tiny_runs import DOMAINS, build_tiny, tiny_config
 
 from megamod.dist.scope import parse_expert_domain
-from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
+from megamod.models.lm.demix import DemixForCausalLM, initialise_lm_weights
 from megamod.train.fragments import (
     copy_masters_to_weights,
     iterate_fragments,
@@ -84,7 +84,7 @@ def output(tmp_path_factory):
 def test_ranges_make_up_every_parameter_once(output, number):
     untie, stage, _ = CASES[number]
     model = DemixForCausalLM(tiny_config(untie))
-    draw_lm_weights(model, seed=5)
+    initialise_lm_weights(model, seed=5)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     ranges: dict[str, list[tuple[int, int]]] = {}
     for rank, of in enumerate(output):

@@ -2,14 +2,14 @@ import pytest
 import torch
 from train.tiny_runs import DOMAINS, make_batch, tiny_config
 
-from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
+from megamod.models.lm.demix import DemixForCausalLM, initialise_lm_weights
 from megamod.train.objectives import CausalLMObjective
 
 
 def model_of(untie: str) -> DemixForCausalLM:
     """A model whose experts differ."""
     model = DemixForCausalLM(tiny_config(untie))
-    draw_lm_weights(model, seed=5)
+    initialise_lm_weights(model, seed=5)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)

@@ -16,7 +16,7 @@ from megamod.dist.process import get_world_size
 from megamod.dist.scope import Sharing, parse_sharing
 from megamod.dist.topology import DomainTopology
 from megamod.models.lm.configuration import DemixConfig, LmConfig
-from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
+from megamod.models.lm.demix import DemixForCausalLM, initialise_lm_weights
 from megamod.models.lm.host import make_dense_class, make_host_classes
 from megamod.runs.pretrain.causal_lm import make_card
 from megamod.states.checkpoint_folder import TrainState
@@ -61,7 +61,7 @@ def model_of(
     if family is None:
         config = tiny_config(untie, domains, dropout, width)
         model = DemixForCausalLM(config, held)
-        draw_lm_weights(model, seed=5)
+        initialise_lm_weights(model, seed=5)
         return config, model
     stock = tiny_stock(family, seed=5)
     if untie in ("none", "all"):
@@ -73,7 +73,7 @@ def model_of(
     config = kind(**fields, domains=list(domains), untie=untie)
     model = model_class(config, ())
     model.load_state_dict(stock.state_dict())
-    model.copy_feed_forwards(domains if held is None else held)
+    model.untie_feed_forwards(domains if held is None else held)
     return config, model
 
 

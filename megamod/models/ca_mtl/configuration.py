@@ -8,7 +8,9 @@ from transformers import PreTrainedConfig
 from megamod.nn.conditioning import compute_block_shape
 
 VARIANTS = ("base", "large", "plain")
+"""Values of `CaMtlConfig.variant`."""
 KINDS = ("sequence", "regression", "token")
+"""Values of `CaMtlConfig.task_kinds`."""
 
 
 @strict
@@ -32,7 +34,7 @@ class CaMtlConfig(PreTrainedConfig):
     """
 
     model_type = "ca_mtl"
-    first_position = 0
+    first_position = 0  # row of the position table for the first token; see `EncoderEmbeddings`
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "task_totals",
         "task_items",

@@ -127,7 +127,8 @@ class CaMtlForMultiTask(CheckedLoading):
             input_ids: [B, S], S at most `max_seq_length`.
             task_ids: [B] int64, index of each row's task in the configuration; may be None for a
                 model of one task.
-            attention_mask: [B, S], 0 at padding, which is on the right.
+            attention_mask: [B, S], 0 at padding, which is on the right; None: no padding.
+            token_type_ids: [B, S]; None: one segment.
             labels: [B], class or value of each row; or [B, S] int64, -100 where there is none, if
                 all rows are of tasks with labels of tokens.
             num_items_in_batch: [T], divisor of the summed loss of each task; None for the numbers
@@ -140,8 +141,8 @@ class CaMtlForMultiTask(CheckedLoading):
             `CaMtlOutput` (a tuple if `return_dict` is False); loss, totals and items only with
             labels.
         Raises:
-            ValueError: if there are no ids, if rows are too long, if a model of several tasks gets
-                no task ids, or if the model does not take an argument of `more`.
+            ValueError: if there are no ids, if rows are longer than `max_seq_length`, if a model of
+                several tasks gets no task ids, or if the model does not take an argument of `more`.
         """
         token_labels = more.pop("token_labels", None)
         check_extra_arguments(self, more)
@@ -204,7 +205,7 @@ class CaMtlForMultiTask(CheckedLoading):
         return tuple(logits)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise a module as BERT does, conditioning layers too, from torch's generator.
+        """Initialise a module as BERT does, in place, from torch's global generator.
 
         Conditional norms start as plain ones, and weights of the attention bias at 0.
         """
@@ -219,7 +220,12 @@ class CaMtlForMultiTask(CheckedLoading):
 
 
 class SingleTaskModel(nn.Module):
-    """Classifier of one task of a multi-task model, with the interface of transformers."""
+    """Classifier of one task of a multi-task model, with the interface of transformers.
+
+    Args:
+        model: held, not copied.
+        task: number of the task in its configuration.
+    """
 
     def __init__(self, model: CaMtlForMultiTask, task: int):
         super().__init__()
@@ -306,7 +312,7 @@ def freeze_blocks(
 
 
 def _unfreeze_conditioning(block: ConditionalLayer, as_released: bool) -> None:
-    """Let the conditioning layers of a block require gradients."""
+    """Let the conditioning layers of a block require gradients; arguments as `freeze_blocks`."""
     attention = block.attention["self"]
     attention.random_weight_matrix.requires_grad_(True)
     attention["cond_block_diag_attn"].requires_grad_(not as_released)
@@ -318,5 +324,5 @@ def _unfreeze_conditioning(block: ConditionalLayer, as_released: bool) -> None:
 
 
 def _is_conditioning_module(name: str) -> bool:
-    """Return True for a module of a block that BERT does not have."""
+    """Return True for a module that BERT does not have; `name` is relative to the block."""
     return name.startswith("adapter") or "gb_weights" in name

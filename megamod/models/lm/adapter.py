@@ -29,7 +29,7 @@ NEW = "default"
 SEED = "seed"
 """Name that selects no adapter: the model as it was before adapters were added."""
 PREFIX = "base_model.model."
-"""Prefix of tensor names in files of peft."""
+"""Prefix of tensor names in files of peft, before the names in the model."""
 
 
 def make_lora_fields(
@@ -50,6 +50,8 @@ def make_lora_fields(
         dropout: share of an update's inputs that is set to 0 in training.
         targets: names of linear layers, or their last parts; None: all of the decoder layers.
         seed_name: folder or hub name of the model that is adapted, written into the fields.
+    Returns:
+        fields by name; `target_modules` are names of the model's layers, or their last parts.
     Raises:
         UserError: if a target is no linear layer of the decoder layers, or these are not known.
     """
@@ -94,8 +96,10 @@ def add_new_adapter(model: PreTrainedModel, fields: Mapping[str, object], seed: 
     """Put a new adapter, whose update is zero, into a model and freeze everything else.
 
     Args:
-        fields: of a `LoraConfig`.
-        seed: of its first matrices; equal seeds give equal ones.
+        model: changed in place.
+        fields: of a `LoraConfig`, as `make_lora_fields` makes them.
+        seed: of its first matrices; equal seeds give equal ones. torch's global generator is left
+            as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -105,8 +109,14 @@ def add_new_adapter(model: PreTrainedModel, fields: Mapping[str, object], seed: 
 def add_blank_adapter(model: PreTrainedModel, fields: Mapping[str, object]) -> None:
     """Put an adapter without values into a model whose tensors have no storage; freeze the rest.
 
-    peft moves new layers to the device of the model, which tensors without storage do not allow.
+    The planner calls it under a fake-tensor mode, in which the adapter gets no storage either.
+
+    Args:
+        model: changed in place.
+        fields: of a `LoraConfig`, as `make_lora_fields` makes them.
     """
+    # peft moves new layers to the device of the model, which tensors without storage do not allow:
+    # they are made outside the mode, on the meta device (low_cpu_mem_usage), and then replaced.
     with unset_fake_temporarily():
         _inject(model, fields, NEW, low_cpu_mem_usage=True)
     for key, parameter in list(model.named_parameters()):
@@ -123,10 +133,11 @@ def list_adapters(model: nn.Module) -> list[str]:
 def select_adapter_tensors(
     model: PreTrainedModel, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Select the tensors of the trained adapter, under the names of peft's files.
+    """Select the tensors of the trained adapter (`NEW`), under the names of peft's files.
 
     Args:
-        state: parameters by name, those of the adapter at least.
+        model: has the adapter.
+        state: parameters by their names in the model, those of the adapter at least.
     """
     from peft import get_peft_model_state_dict
 
@@ -139,11 +150,12 @@ def select_adapter_tensors(
 def write_adapter(
     model: PreTrainedModel, state: Mapping[str, Tensor], seed_digest: str, folder: Path
 ) -> list[Path]:
-    """Write the trained adapter as peft does; return its two files.
+    """Write the trained adapter (`NEW`) as peft does; return its two files.
 
     Args:
-        state: parameters by name, those of the adapter at least.
+        state: parameters by their names in the model, those of the adapter at least.
         seed_digest: fingerprint of the adapted model's weights, kept in the file's metadata.
+        folder: exists; files of these names are replaced.
     """
     fields = list_adapter_fields(model)[NEW] | {"inference_mode": True}
     write_json(folder / ADAPTER_CONFIG, fields)
@@ -155,9 +167,11 @@ def write_adapter(
 def add_adapter(model: PreTrainedModel, folder: Path) -> str:
     """Add the LoRA adapter in a folder to the model it was trained on, and select it.
 
+    Args:
+        model: changed in place; after an error it may have layers of the adapter.
+        folder: of the adapter.
     Returns:
         the name that `select_adapter` takes: "adapter_0", "adapter_1", ...
-
     Raises:
         UserError: if files are missing or damaged, the adapter is no LoRA, does not fit the model,
             or changes more than its decoder layers.
@@ -194,6 +208,7 @@ def add_empty_adapter(model: PreTrainedModel, name: str, fields: Mapping[str, ob
     """Add an adapter to a model and select it; its weights are to be loaded afterwards.
 
     Args:
+        model: changed in place.
         name: of the adapter in the model.
         fields: of its `LoraConfig`.
     """
@@ -207,8 +222,11 @@ def list_adapter_fields(model: PreTrainedModel) -> dict[str, dict[str, object]]:
 
 
 def select_adapter(model: PreTrainedModel, name: str) -> None:
-    """Select the adapter that following calls use, frozen; `SEED`: none.
+    """Select the adapter that following calls use, and freeze it.
 
+    Args:
+        model: changed in place.
+        name: as `add_adapter` returned it; `SEED`: no adapter.
     Raises:
         UserError: if the model has no adapter of that name.
     """
@@ -226,8 +244,10 @@ def select_adapter(model: PreTrainedModel, name: str) -> None:
 
 
 def select_expert(model: PreTrainedModel, domain: str) -> None:
-    """Select the adapter of a model with adapters, else the expert of a domain.
+    """Select the expert that following calls use: an adapter, if the model has any, or a domain's.
 
+    Args:
+        domain: name of the domain, or of the adapter in the model, or `SEED`.
     Raises:
         UserError: if the model does not hold it.
     """
@@ -242,8 +262,11 @@ def _inject(
 ) -> None:
     """Add the layers of an adapter to a model, in place, under a name; their weights are new.
 
+    Only the adapter's weights require gradients then.
+
     Args:
-        fields: of the `LoraConfig`; `options`: of `inject_adapter_in_model`.
+        fields: of the `LoraConfig`.
+        options: further arguments of peft's `inject_adapter_in_model`.
     """
     from peft import PeftConfig, inject_adapter_in_model
 

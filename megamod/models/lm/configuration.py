@@ -29,7 +29,7 @@ layer (DEMix), of every second layer, of the last layer; whole blocks; blocks an
 embeddings and output matrix."""
 
 ADAPTERS = "adapters"
-"""Field of a part of a forest: for each adapter in it, the fields of its `LoraConfig`."""
+"""Field of a part of a forest: the fields of the `LoraConfig` of each adapter, by its name."""
 
 SPECIAL_IDS = ("bos_token_id", "pad_token_id", "eos_token_id")
 
@@ -43,9 +43,10 @@ class DemixConfig(PreTrainedConfig):
         max_position_embeddings: longest sequence, in tokens; the table has two rows more.
         domains: names of the domains, in the order of training; their order is their numbering.
         untie: which parts exist once per domain, see `UNTIE`.
-        domain: whose expert a model made from this configuration uses; None: to be chosen later.
+        domain: whose expert a model made from this configuration uses; None: selected later.
     Raises:
-        ValueError: for an unknown `untie`, or domains that are missing, doubled or not nameable.
+        ValueError: for an unknown `untie`, or domains that are missing, named twice, or not fit to
+            be part of a parameter's name.
     """
 
     model_type = "demix"
@@ -98,9 +99,9 @@ class ForestConfig(PreTrainedConfig):
             adapter in that part, or None if the part is the expert.
         prior: probability of each expert before any token is seen; None: all alike.
         rule: what the weights are inferred from: all tokens so far ("history") or the last one.
-        temperature: what the log-likelihoods of tokens are divided by ("history" alone).
-        forgetting: what older log-likelihoods are multiplied by with every token ("history" alone).
-        topk: use the experts with the largest prior only, so many of them; 0: all.
+        temperature: divisor of the log-likelihoods of tokens, above 0 ("history" alone).
+        forgetting: factor of older log-likelihoods with every token, 0 to 1 ("history" alone).
+        topk: use this many experts, those with the largest prior; 0: all.
         domain: use the expert of this domain alone; it sets `prior`.
     Raises:
         ValueError: if the parts do not fit each other, or a value is not allowed.
@@ -263,7 +264,7 @@ def get_untie(config: PreTrainedConfig) -> str:
 
 
 def get_max_sequence_length(config: PreTrainedConfig) -> int | None:
-    """Return the longest sequence of a model in tokens; None without a limit."""
+    """Return the longest sequence of a model in tokens; None if its configuration has no limit."""
     for name in ("max_position_embeddings", "max_seq_len"):
         if getattr(config, name, None):
             return getattr(config, name)
@@ -275,7 +276,7 @@ def has_own_feed_forward(untie: str, layer_index: int, layer_count: int) -> bool
 
     Args:
         untie: see `UNTIE`; the values for whole blocks or matrices give False.
-        layer_index: number of the layer, from 0.
+        layer_index, layer_count: number of the layer, from 0, and of all layers.
     """
     return (
         untie == "feedforward"
@@ -285,7 +286,7 @@ def has_own_feed_forward(untie: str, layer_index: int, layer_count: int) -> bool
 
 
 def check_domain_names(domains: Sequence[str]) -> None:
-    """Raise ValueError for names that are doubled or cannot be part of a parameter's name."""
+    """Raise ValueError for a name that is there twice or cannot be part of a parameter's name."""
     for domain in domains:
         if not is_domain(domain) or hasattr(nn.ModuleDict, domain):
             raise ValueError(

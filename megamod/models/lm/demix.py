@@ -24,11 +24,11 @@ from megamod.models.calls import (
     BoundedGeneration,
     check_extra_arguments,
     format_output,
-    select_logit_states,
+    select_logit_positions,
 )
 from megamod.models.lm.adapter import select_expert
 from megamod.models.lm.configuration import DemixConfig
-from megamod.models.lm.demix_draw import draw_module_weights
+from megamod.models.lm.demix_init import initialise_module_weights
 from megamod.models.lm.demix_model import DemixModel, DemixPreTrainedModel
 from megamod.models.lm.documents import compute_document_mask, compute_document_positions
 from megamod.nn.demix import (
@@ -85,7 +85,8 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         UserError: if `config.domain` names a domain without an expert here.
     """
 
-    document_end: int | None = None  # with `shift_labels` no attention across this id
+    # Id that ends a document: with `shift_labels` attention stops at it. None: nowhere.
+    document_end: int | None = None
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embeddings.tokens.weight"}
 
     def __init__(self, config: DemixConfig, local_domains: Sequence[str] | None = None):
@@ -116,7 +117,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         return get_selected_expert(self.lm_head)
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
-        """Resize the embeddings as `PreTrainedModel` does.
+        """Resize the embeddings, and the output matrix, as `PreTrainedModel` does.
 
         Raises:
             ValueError: if each domain has an embedding or output matrix of its own, which cannot be
@@ -133,8 +134,10 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
     def set_domain(self, domain: str) -> None:
         """Select the expert, or the adapter, that this and all following calls use.
 
+        Args:
+            domain: name of the domain, or of the adapter in the model, or `adapter.SEED`.
         Raises:
-            UserError: if this process does not hold the domain's expert.
+            UserError: if this process does not hold it.
         """
         select_expert(self, domain)
 
@@ -236,7 +239,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
             output["token_log_probs"] = -losses.detach()
             output["loss"] = losses.sum() / get_loss_divisor(shift_labels, num_items_in_batch)
         else:
-            output["logits"] = self.lm_head(select_logit_states(hidden, logits_to_keep))
+            output["logits"] = self.lm_head(select_logit_positions(hidden, logits_to_keep))
         return format_output(self, output, return_dict)
 
 
@@ -279,6 +282,7 @@ def score_labels(
     """Compute the loss of labels from the states before the output matrix.
 
     Args:
+        model: one with `score_states`, also a stock model with `HostMixin`.
         hidden: [B, L, D].
         shift_labels: [B, L], the token that follows each position; -100 is not scored.
         num_items_in_batch: divisor of the summed loss; None for the number of labels.
@@ -290,8 +294,8 @@ def score_labels(
 
 
 @torch.no_grad()
-def draw_lm_weights(model: DemixForCausalLM, seed: int) -> None:
-    """Draw every weight as a pure function of the seed and the module's name in a dense model.
+def initialise_lm_weights(model: DemixForCausalLM, seed: int) -> None:
+    """Initialise all weights, each a pure function of the seed and its module's dense name.
 
     All experts of a domain-wise module start equal, and every rank starts with the same shared
     weights, whichever experts it holds (the DEMix release gets this from one seed everywhere). An
@@ -301,7 +305,7 @@ def draw_lm_weights(model: DemixForCausalLM, seed: int) -> None:
     for name, module in model.named_modules():
         weight_name = to_dense_name(f"{name}.weight").encode()
         generator = torch.Generator().manual_seed(zlib.crc32(weight_name, seed))
-        draw_module_weights(module, model.config, generator)
+        initialise_module_weights(module, model.config, generator)
     model.tie_weights()
     embeddings = model.model.embeddings
     for parameter, tensor in model.lm_head.named_parameters():

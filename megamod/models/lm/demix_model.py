@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from megamod.dist.scope import EXPERTS_COMPONENT
 from megamod.models.calls import check_extra_arguments, check_positions, format_output
 from megamod.models.lm.configuration import DemixConfig, has_own_feed_forward
-from megamod.models.lm.demix_draw import draw_module_weights
+from megamod.models.lm.demix_init import initialise_module_weights
 from megamod.nn.attention import SelfAttention
 from megamod.nn.demix import DomainExperts, get_selected_expert
 from megamod.nn.encoder import was_loaded_from_file
@@ -37,15 +37,15 @@ class DemixPreTrainedModel(PreTrainedModel):
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For classes outside transformers modules without parameters of their own would be passed
-        # over, and those are the ones that `draw_module_weights` knows.
+        # over, and those are the ones that `initialise_module_weights` knows.
         super()._initialize_weights(module, is_custom_code=False)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw a module's weights from the global generator; all experts get those of the first.
+        """Initialise a module from torch's global generator; experts get the weights of the first.
 
-        Weights that were loaded from a file stay as they are.
+        transformers calls it. Weights that were loaded from a file stay as they are.
         """
-        draw_module_weights(module, self.config, None)
+        initialise_module_weights(module, self.config, None)
         if isinstance(module, DomainExperts):
             first, *others = module.experts.values()
             for other in others:
@@ -67,9 +67,11 @@ class DemixModel(DemixPreTrainedModel):
         size, untie = config.hidden_size, config.untie
 
         def build_per_domain(build: Callable[[], nn.Module], is_per_domain: bool) -> nn.Module:
+            """Build a module once, or an expert of it for each domain held."""
             return DomainExperts(build, domains) if is_per_domain else build()
 
         def build_block(layer: int) -> DecoderBlock:
+            """Build the block of a layer, numbered from 0."""
             is_per_domain = has_own_feed_forward(untie, layer, config.num_hidden_layers)
             return DecoderBlock(
                 SelfAttention(
@@ -129,8 +131,8 @@ class DemixModel(DemixPreTrainedModel):
             attention_mask: [B, S] nonzero at real tokens, S = cached + L; without it (and without
                 position_ids) padding is recognised by its id. Or [B, 1, L, S] bool with
                 position_ids, True where attention is allowed.
-            position_ids: [B, L], 0 first. Given without a mask they promise that nothing is
-                padded, which spares the search for padding.
+            position_ids: [B, L], the first position being 0. Passed without a mask they promise
+                that nothing is padded, which spares the search for padding.
             inputs_embeds: [B, L, D] rows of the embedding table, in place of input_ids.
             past_key_values: cache of earlier tokens, extended in place.
             use_cache: True: make a cache if there is none; False: do not return one. With gradient

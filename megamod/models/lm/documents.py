@@ -42,6 +42,7 @@ def make_additive_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         positions: [B, L], result of `compute_document_positions`.
+        dtype: of the mask: that of the scores.
     """
     allowed = compute_document_mask(positions)
     zeros = torch.zeros(allowed.shape, dtype=dtype, device=positions.device)
@@ -58,9 +59,11 @@ def make_alibi_of_rows(
     which a softmax cancels.
 
     Args:
-        build_alibi_tensor: the method of transformers.
+        build_alibi_tensor: the method of BLOOM's model in transformers.
         attention_mask: [B, L] or [B, 1, L, L].
         args, more: further arguments of that method, number of heads and dtype.
+    Returns:
+        the result of that method: [B * heads, 1, L].
     """
     if attention_mask.dim() == 4:
         attention_mask = torch.ones_like(attention_mask[:, 0, 0])

@@ -7,8 +7,10 @@ from megamod.nn.anchored import AnchoredExperts
 
 
 def list_feed_forward_names(model: nn.Module) -> set[str]:
-    """List the names of the parameters inside feed-forwards of a dense model.
+    """List the names of the parameters inside feed-forwards of a dense language model.
 
+    Args:
+        model: the project's GPT or a stock model.
     Raises:
         KeyError: if the model is of a family without a row in the table of hosts.
     """

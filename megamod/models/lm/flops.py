@@ -7,7 +7,9 @@ from megamod.models.lm.configuration import LmConfig, get_untie
 from megamod.models.lm.hosts import HOSTS
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Fields with the number of experts in a layer; the configuration of a stock mixture has one."""
 ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
+"""The same for the number of experts that a token passes through."""
 
 
 def compute_flops_per_token(config: LmConfig, module: nn.Module, sequence_length: int) -> float:
@@ -18,6 +20,9 @@ def compute_flops_per_token(config: LmConfig, module: nn.Module, sequence_length
 
     N counts the parameters that take part in a matrix product for one token; the span of a layer is
     `sequence_length`, or its attention window if that is shorter.
+    Args:
+        config, module: configuration of the model, and the model, which may be on the meta device.
+        sequence_length: in tokens.
     Source: Chowdhery et al. 2022, appendix B.
     """
     trained, frozen = count_active_parameters(config, module)
@@ -79,7 +84,7 @@ def _compute_active_expert_share(config: LmConfig) -> float:
 
 
 def _list_attention_spans(config: LmConfig, length: int) -> list[int]:
-    """List for each layer how many keys attention compares a query with."""
+    """List the span of each layer in tokens: `length`, or the attention window if shorter."""
     layers = config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
     if not window or getattr(config, "use_sliding_window", True) is False:

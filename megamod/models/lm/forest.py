@@ -22,7 +22,7 @@ from megamod.models.calls import (
     BoundedGeneration,
     check_extra_arguments,
     format_output,
-    select_logit_states,
+    select_logit_positions,
 )
 from megamod.models.lm.adapter import (
     add_empty_adapter,
@@ -46,9 +46,10 @@ from megamod.states.forest import FILE, Forest, open_forest
 class ForestOutput(DemixOutput):
     """`DemixOutput` plus the weights of the experts.
 
-    logits: [B, L, V] float32, normalised: the logarithm of the mixed probabilities.
-    log_weights: [E, B, L] float32, of the experts in use, for predicting the token after each
-        position.
+    Attributes:
+        logits: [B, kept, V] float32, normalised: the logarithm of the mixed probabilities.
+        log_weights: [E, B, L] float32, logarithms of the weights of the E experts in use, for
+            predicting the token after each position.
     """
 
     log_weights: Tensor | None = None
@@ -62,7 +63,8 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
     it to the posterior too.
 
     Args:
-        parts: the models that `config.parts` describes; None to make new ones.
+        parts: the models that `config.parts` describes, with their adapters; None: new ones are
+            built.
     Raises:
         ValueError: if the configuration names no experts, or its prior does not fit them.
         UserError: if `config.domain` has no expert.
@@ -113,13 +115,15 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
     def from_experts(
         cls, forest: Forest, config: ForestConfig | None = None, **kwargs: object
     ) -> "ForestForCausalLM":
-        """Build the model of an opened forest.
+        """Build the model of an opened forest, in evaluation mode.
 
         Args:
+            forest: experts, in the order that `domains` then has.
             config: how to mix; None for the defaults. Its experts are replaced by the forest's.
             kwargs: passed to `from_pretrained` of each expert, such as dtype and device_map.
         Raises:
-            UserError: if a folder cannot be read.
+            UserError: if a folder cannot be read, a member or adapter does not fit its model, or
+                `config.domain` has no expert.
             ValueError: if the experts, or the prior, do not fit each other.
         """
         if config is not None and config._attn_implementation is not None:
@@ -154,9 +158,11 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         there, as by `from_experts`.
 
         Args:
+            folder: folder, or hub name of a saved mixture.
             config: how to mix; None: as the folder's config.json says.
+            args, kwargs: passed to `PreTrainedModel.from_pretrained`; `args` not for a forest.
         Raises:
-            UserError: if forest.json or a folder of an expert cannot be read.
+            UserError: if forest.json or a folder of an expert cannot be read; as `from_experts`.
             ValueError: if the experts, or the prior, do not fit each other.
         """
         if not (Path(folder) / FILE).is_file():
@@ -175,14 +181,17 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         return tuple(expert["domain"] for expert in self.config.experts)
 
     def set_prior(self, prior: Sequence[float] | Mapping[str, float] | None) -> None:
-        """Set the probabilities of the experts before any token is seen.
+        """Set the probabilities of the experts before any token is seen, in the configuration.
+
+        A cache that was filled under another prior cannot be used with it.
 
         Args:
             prior: in the order of `domains`, or by domain (0 for a domain without an entry); None:
                 equal probabilities.
         Raises:
             UserError: if there is no expert of a domain.
-            ValueError: if it does not fit the experts, is negative or does not sum to 1.
+            ValueError: if it has another length than `domains`, a negative entry, or a sum that is
+                not 1 within 1e-4.
         """
         if isinstance(prior, Mapping):
             unknown = sorted(set(prior) - set(self.domains))
@@ -221,7 +230,11 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         return selected, weights / weights.sum()
 
     def _select_part(self, expert_index: int) -> LanguageModel:
-        """Return the model that holds an expert, with that expert or adapter of it selected."""
+        """Return the model that holds an expert, after selecting that expert or adapter in it.
+
+        Args:
+            expert_index: position in `config.experts`.
+        """
         entry = self.config.experts[expert_index]
         part = self.parts[entry["part"]]
         if entry["member"] is not None:
@@ -247,11 +260,12 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         The weights follow `input_ids`; labels only say which predictions are scored.
 
         Returns:
-            `ForestOutput`: logits, with labels also the loss (nats, without gradient) and
-            log-probabilities of the mixture; with `shift_labels` these without logits.
+            `ForestOutput` (a tuple if `return_dict` is False): logits, with labels also the loss
+            (nats, without gradient) and log-probabilities of the mixture; with `shift_labels` these
+            without logits.
         Raises:
-            ValueError: if the cache is of another kind than `DynamicCache()`, or was filled by
-                other experts than those in use now; if a cache is used and an expert has a
+            ValueError: if the cache is of another kind than `DynamicCache()`, or has another number
+                of layers than the experts in use need; if a cache is used and an expert has a
                 recurrent state; if `topk` is set without a prior; or if the model does not take an
                 argument of `more`.
         """
@@ -329,7 +343,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
             that of each label [E, B, L].
         """
         cached_length, length = expert_caches[0].get_seq_length(), input_ids.shape[1]
-        # What each position is asked for: the token that follows it, or what labels say it is.
+        # Targets of the positions: the tokens that follow, or other tokens that labels name.
         following = nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100)
         if shift_labels is not None:
             following = shift_labels.where(shift_labels != -100, following)
@@ -343,7 +357,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
                 input_ids, attention_mask, position_ids, expert_cache
             )
             rows, targets = states, following
-            if cached_length:  # the last cached position is asked for the first token of this pass
+            if cached_length:  # the last cached position predicts the first token of this pass
                 rows = torch.cat([expert_cache.get_last_states(), states], dim=1)
                 targets = torch.cat([input_ids[:, :1], following], dim=1)
             if shift_labels is None:  # nothing is known yet of what follows the last token
@@ -370,32 +384,32 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
     ) -> Tensor:
         """Compute the log-probabilities of the mixture, log sum_j w_j softmax_j: [B, kept, V].
 
-        At most two experts' logits exist at a time.
+        Experts are computed one after the other: at most two tensors of that size exist at a time.
 
         Args:
             expert_indices: positions in `config.experts`.
             hidden: states before the output matrix, [B, L, D] of each of these experts.
             log_weights: [E, B, L], logarithms of w_j.
-            logits_to_keep: see `select_logit_states`.
+            logits_to_keep: see `select_logit_positions`; V is the smallest vocabulary of all parts.
         """
         mixed = None
         for number, expert in enumerate(expert_indices):
             logits = (
                 self._select_part(expert)
-                .compute_logits(select_logit_states(hidden[number], logits_to_keep))
+                .compute_logits(select_logit_positions(hidden[number], logits_to_keep))
                 .float()
             )
             # Output matrices may be padded; the rows that all experts have are those of tokens.
             log_probs = logits.log_softmax(-1)[..., : self.config.vocab_size]
             weighted = (
-                log_probs + select_logit_states(log_weights[number], logits_to_keep)[..., None]
+                log_probs + select_logit_positions(log_weights[number], logits_to_keep)[..., None]
             )
             mixed = weighted if mixed is None else torch.logaddexp(mixed, weighted, out=mixed)
         return mixed
 
 
 def _select_part_fields(part: LanguageModel) -> dict:
-    """Return a part's configuration as it is kept in `config.parts`, its adapters included."""
+    """Return the fields of a part's configuration for `config.parts`, its adapters included."""
     left_out = ("transformers_version", "architectures")
     changed = part.config.to_diff_dict().items()
     fields = {name: value for name, value in changed if name not in left_out}

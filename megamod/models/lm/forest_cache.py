@@ -57,15 +57,20 @@ class ExpertCache:
         return self.cache.update(key, value, self.first + layer)
 
     def get_last_states(self) -> Tensor:
-        """Return the states of the last cached token, [B, 1, D]."""
+        """Return the state of the last cached token before the output matrix, [B, 1, D].
+
+        There must be a cache with tokens in it, which `get_seq_length` tells.
+        """
         return self._get_evidence_layer().keys[:, 0, -1:]
 
     def get_real_tokens(self) -> Tensor:
-        """Return a mask of cached tokens that are not padding, [B, S] bool."""
+        """Return a mask of cached tokens that are not padding, [B, S] bool; there must be some."""
         return self._get_evidence_layer().values[:, 0, :, 1] > 0
 
     def add_evidence(self, states: Tensor, log_probs: Tensor, real_tokens: Tensor) -> Tensor:
         """Add the evidence of L new tokens; return the log-probabilities of all tokens [B, S].
+
+        S counts cached and new tokens; without a cache these are the new ones alone.
 
         Args:
             states: [B, L, D] before the output matrix.
@@ -77,6 +82,7 @@ class ExpertCache:
         return values[:, 0, :, 0]
 
     def _get_evidence_layer(self) -> CacheLayerMixin:
+        """Return the layer of the cache that follows the expert's own layers."""
         return self.cache.layers[self.first + self.layers]
 
 
@@ -87,7 +93,8 @@ def split_cache(cache: Cache | None, layer_counts: Sequence[int]) -> list[Expert
         cache: an empty one, or one that the same experts filled; None: parts that keep nothing.
         layer_counts: number of layers of each expert, without its layer of evidence.
     Raises:
-        ValueError: if the cache cannot grow, or was filled by other experts.
+        ValueError: if the cache is of a kind that cannot grow, or has layers and their number is
+            not that of these experts.
     """
     if cache is not None and getattr(cache, "layer_class_to_replicate", None) is None:
         raise ValueError(

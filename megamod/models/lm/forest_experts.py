@@ -18,7 +18,13 @@ from megamod.states.forest import Expert, Forest
 
 @dataclass(frozen=True)
 class LoadedExpert:
-    """An expert in memory: call `model(..., domain=member)`, also where member is None."""
+    """An expert in memory: call `model(..., domain=member)`, also where member is None.
+
+    Attributes:
+        domain: of the expert in its forest.
+        model: holds the expert, and maybe others.
+        member: name of the expert in the model, see `add_member`; None: the model is the expert.
+    """
 
     domain: str
     model: LanguageModel
@@ -30,14 +36,16 @@ def load_experts(
 ) -> Iterator[LoadedExpert]:
     """Yield the experts one after the other, in the order of the forest, their member selected.
 
-    Experts of one DEMix model come as one module, read once and without experts that are not
-    wanted; so do adapters of one seed. A module is let go after its last expert, so that a loop
-    that keeps nothing holds one model at a time.
+    Experts of one DEMix model come as one module, read once and without other experts; so do
+    adapters of one seed. A module is dropped after its last expert, so that a loop that keeps
+    nothing holds one model at a time, if experts of one module follow each other.
 
     Args:
+        device: where the modules are moved, in evaluation mode.
         only_domains: domains to load; None for all.
     Raises:
-        UserError: if a domain of `only_domains` is not in the forest, or a folder cannot be read.
+        UserError: if a domain of `only_domains` is not in the forest, a folder cannot be read, or a
+            member or adapter does not fit its model.
     """
     for domain in only_domains or ():
         if domain not in forest.domains:
@@ -71,6 +79,9 @@ class ModelReader:
     """Reads model folders for scoring, one after the other, and holds the one read last.
 
     Folders that follow each other and are adapters of one seed, or the seed, share its weights.
+
+    Args:
+        device: where the models are moved.
     """
 
     def __init__(self, device: torch.device):
@@ -107,8 +118,9 @@ def load_lm_for_scoring(
     """Load a model folder for scoring, in evaluation mode.
 
     Args:
-        members: domains whose experts to load; domains that the model does not have are passed
-            over, and if none is left all experts are loaded.
+        folder: of a model, or of a LoRA adapter, which is put into its seed.
+        members: domains whose experts to load; domains that the model does not have are skipped,
+            and if none is left all experts are loaded.
         kwargs: passed to `from_pretrained`, such as dtype.
     Raises:
         UserError: as `load_lm`.
@@ -119,7 +131,7 @@ def load_lm_for_scoring(
 
 
 def check_member(expert: Expert, config: PreTrainedConfig) -> None:
-    """Raise UserError if a model lacks the expert's member, or needs one."""
+    """Raise UserError if the model of `config` lacks the expert's member, or needs one named."""
     has_experts, domains = get_untie(config) != "none", get_domains(config)
     if expert.member is not None and (not has_experts or expert.member not in domains):
         available = ", ".join(domains) if has_experts else "none, the model is dense"
@@ -133,12 +145,14 @@ def check_member(expert: Expert, config: PreTrainedConfig) -> None:
 
 
 def add_member(model: LanguageModel, expert: Expert, experts: Sequence[Expert]) -> str | None:
-    """Return the name that selects an expert in the model that holds it, None if it is the model.
+    """Make an expert selectable in the model that holds it, and return the name that selects it.
 
-    An adapter is added to the model first. `SEED` selects the seed itself, if adapters of it are
-    among the experts; otherwise the name is the expert's `member`.
+    If the expert is an adapter, it is added to the model. `SEED` selects the seed itself, if
+    adapters of it are among the experts; otherwise the name is the expert's `member`, None if the
+    expert is the whole model.
 
     Args:
+        model: holds the expert, or is the seed of the adapter; changed in place.
         experts: all experts in use.
     Raises:
         UserError: as `add_adapter`.

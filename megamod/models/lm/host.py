@@ -37,6 +37,7 @@ from megamod.nn.anchored import AnchoredExperts
 from megamod.nn.demix import DomainExperts
 
 Scores = tuple[Tensor, Tensor]
+"""Summed loss of labels in nats, and the log-probability of each; see `HostMixin.score_states`."""
 
 
 class HostMixin:
@@ -45,11 +46,14 @@ class HostMixin:
     Args:
         config: the stock configuration, or one made by `make_host_classes`.
         local_domains: domains whose experts are held; None: all; empty: the feed-forwards are left
-            whole until `copy_feed_forwards` is called.
+            whole until `untie_feed_forwards` is called.
+    Raises:
+        UserError: if `config.domain` names a domain without an expert here.
     """
 
     config: PreTrainedConfig
-    document_end: int | None = None  # with `shift_labels` no attention across this id
+    # Id that ends a document: with `shift_labels` attention stops at it. None: nowhere.
+    document_end: int | None = None
 
     def __init__(self, config: PreTrainedConfig, local_domains: Sequence[str] | None = None):
         super().__init__(config)
@@ -65,7 +69,7 @@ class HostMixin:
             self.base_model.build_alibi_tensor = functools.partial(make_alibi_of_rows, build)
         domains = getattr(config, "domains", ()) if local_domains is None else local_domains
         if domains and config.model_type == HOST_TYPE:
-            self.copy_feed_forwards(domains)
+            self.untie_feed_forwards(domains)
             if config.domain is not None:
                 self.set_domain(str(config.domain))
 
@@ -85,11 +89,14 @@ class HostMixin:
         # The layers are those of transformers and initialise their buffers as it expects.
         return False
 
-    def copy_feed_forwards(self, domains: Sequence[str]) -> None:
-        """Replace each feed-forward that `config.untie` selects by `DomainExperts`.
+    def untie_feed_forwards(self, domains: Sequence[str]) -> None:
+        """Replace each feed-forward that `config.untie` selects by `DomainExperts`, in place.
 
         All experts start with the weights of the replaced module, each in storage of its own. With
         `config.anchored` it is `AnchoredExperts`, whose frozen anchor is the replaced module.
+
+        Args:
+            domains: names of the experts to hold, at least one.
         """
         layers = self.get_submodule(self.host.layers)
         for number, layer in enumerate(layers):
@@ -109,8 +116,10 @@ class HostMixin:
     def set_domain(self, domain: str) -> None:
         """Select the expert, or the adapter, that this and all following calls use.
 
+        Args:
+            domain: name of the domain, or of the adapter in the model, or `adapter.SEED`.
         Raises:
-            UserError: if this process does not hold the domain's expert.
+            UserError: if this process does not hold it.
         """
         select_expert(self, domain)
 
@@ -192,6 +201,10 @@ class HostMixin:
         """Run the stock forward pass; with `shift_labels`, compute the loss without logits.
 
         Args:
+            input_ids: [B, L].
+            attention_mask: [B, S], S = cached + L, or another that the stock class takes; None: no
+                padding.
+            position_ids: [B, L]; ignored by families that take none.
             labels: [B, L], shifted by the stock class.
             num_items_in_batch: divisor of the summed loss; None: the number of labels.
             domain: expert to select first, for this and all following calls.
@@ -237,7 +250,11 @@ class HostMixin:
         position_ids: Tensor | None,
         past_key_values: Cache | None,
     ) -> dict[str, object]:
-        """Make the stock base model's keyword arguments from `compute_hidden_states`' own."""
+        """Make keyword arguments of the stock forward pass from those of `compute_hidden_states`.
+
+        The base model takes them, and for a family that is not in `HOSTS` the stock class with its
+        output matrix. `position_ids` are not among them for a family that takes none.
+        """
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask.long()  # some families do arithmetic on it
         inputs = {
@@ -252,8 +269,8 @@ class HostMixin:
         return inputs
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # Tables of rotary frequencies lose their meaning in half precision: buffers keep theirs.
         """Convert parameters and buffers as every module does, but keep the buffers' dtypes."""
+        # Tables of rotary frequencies lose their meaning in half precision.
         float_buffers = [
             (module, name, buffer)
             for module in self.modules()
@@ -268,7 +285,7 @@ class HostMixin:
 
 
 def find_stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Find the causal language model of transformers for a stock configuration.
+    """Find the class of causal language model in transformers for a stock configuration.
 
     Raises:
         ValueError: if there is none.
@@ -295,8 +312,10 @@ def make_dense_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def make_host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """Make the configuration class and the model class of a family with an expert per domain.
 
-    The model class is registered with `AutoModelForCausalLM`.
+    The model class is registered with `AutoModelForCausalLM`. Later calls return the same classes.
 
+    Args:
+        model_type: of the stock family.
     Raises:
         ValueError: if the family is not in `HOSTS`.
     """
@@ -312,6 +331,8 @@ def make_host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[Pre
 
     @strict
     class HostConfig(stock_config):
+        """Fields of the stock family, those of `DemixConfig` that name experts, and the family."""
+
         domains: list[str] | tuple[str, ...] = ()
         untie: str = "none"
         domain: str | None = None
@@ -357,7 +378,7 @@ def takes_position_ids(model: type[PreTrainedModel]) -> bool:
 
 
 def _copy_module(module: nn.Module) -> nn.Module:
-    """Copy a module with weights of its own."""
+    """Copy a module; parameters and buffers of the copy have storage of their own."""
     # `Tensor.__deepcopy__` copies storages, and those of the fake tensors of a plan have no memory.
     weights = {
         id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in module.parameters()
@@ -377,12 +398,14 @@ def _register_checkpoint_renaming(
 
 @functools.cache
 def _make_scoring_head(head: type[nn.Module]) -> type[nn.Module]:
-    """Make a subclass of an output layer that, called with labels, returns the loss.
+    """Make a subclass of an output layer that, called with labels, returns their scores.
 
-    The loss is computed inside the module's call, so that ZeRO 3 gathers the weight for it.
+    They are computed inside the module's call, so that ZeRO 3 gathers the weight for them. An
+    object of it needs the attributes `scale` and `softcap`, which apply to logits of scores alone.
     """
 
     def forward(self: nn.Module, hidden: Tensor, labels: Tensor | None = None) -> Tensor | Scores:
+        """Compute plain logits [..., V], or with labels [...] as `HostMixin.score_states`."""
         if labels is None:
             return head.forward(self, hidden)
         return linear_cross_entropy(

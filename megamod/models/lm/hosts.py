@@ -37,6 +37,8 @@ PLAIN = (
 """Families with `model.layers`, a module `mlp` and unscaled logits."""
 
 SOFTCAP = "final_logit_softcapping"
+"""Field of Gemma's configurations, and of others, with the bound of logits."""
+
 HOSTS: dict[str, Host] = {
     **dict.fromkeys(PLAIN, Host()),
     **dict.fromkeys(("gemma2", "gemma3_text", "vaultgemma", "nanochat"), Host(softcap=SOFTCAP)),

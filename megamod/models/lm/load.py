@@ -1,4 +1,4 @@
-"""Language models made and loaded, holding the experts that a rank needs."""
+"""Language models with new weights or those of a folder, and the experts that a rank holds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from megamod.dist.scope import to_dense_name
 from megamod.errors import UserError, report_damage
 from megamod.models.lm.adapter import add_adapter
 from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, read_lm_config
-from megamod.models.lm.demix import DemixForCausalLM, DemixOutput, draw_lm_weights
+from megamod.models.lm.demix import DemixForCausalLM, DemixOutput, initialise_lm_weights
 from megamod.models.lm.host import find_stock_class, make_dense_class, make_host_classes
 from megamod.states.adapter import find_seed_folder, is_adapter
 from megamod.states.weight_files import has_weights
@@ -90,8 +90,8 @@ def build_lm(
 
     Args:
         config: of the model to build; with experts if it has domains.
-        seed: random seed of new weights; a shared weight depends on it and its name alone, not on
-            the experts held.
+        seed: random seed of new weights; shared weights depend on it alone, and not on the experts
+            that are held.
         init_from: model folder to take the weights from; None: new weights. Each expert starts as a
             copy of a dense folder's feed-forward; a folder with experts must have all domains held.
         local_domains: domains whose experts this process holds; None: all.
@@ -106,7 +106,7 @@ def build_lm(
         return load_lm(folder, config, local_domains, dtype=torch.float32, flag=flag)
     model = DemixForCausalLM(config, local_domains)
     if init_from is None:
-        draw_lm_weights(model, seed)
+        initialise_lm_weights(model, seed)
         return model
     state = read_weights(Path(init_from))
     parameters = dict(model.named_parameters())
@@ -138,15 +138,16 @@ def select_lm_class(config: LmConfig) -> type:
 
 
 def _build_host(config: LmConfig, seed: int, local_domains: Sequence[str] | None) -> LanguageModel:
-    """Build a stock model with new weights; with domains, its experts are copies of one draw.
+    """Build a stock model with new weights; with domains, all its experts start equal.
 
     The weights are drawn before the experts are copied, so shared ones are those of a dense model.
+    torch's global generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = select_lm_class(config)(config, ())
     if config.model_type == HOST_TYPE:
-        model.copy_feed_forwards(config.domains if local_domains is None else local_domains)
+        model.untie_feed_forwards(config.domains if local_domains is None else local_domains)
     return model
 
 
@@ -163,14 +164,16 @@ def load_lm(
     is loaded and the adapter is put into it.
 
     Args:
+        folder: of a model or a LoRA adapter.
         config: configuration to load the weights into; None: the folder's own. If it has experts
-            and the folder is dense, each expert starts as a copy of the dense feed-forward.
+            and the folder is dense, each expert of a stock model starts as a copy of the dense
+            feed-forward.
         local_domains: domains whose experts to load; None: all.
         flag: option that named the folder, for messages.
         kwargs: passed to `from_pretrained`, such as dtype.
     Raises:
-        UserError: if the folder is no language model or of another family than `config`, if a
-            weight is missing or not finite, or if the adapter does not fit.
+        UserError: if the folder is no language model or of another family than `config`, cannot be
+            read, if a weight is missing or not finite, or if the adapter does not fit.
     """
     if is_adapter(folder):
         model = load_lm(find_seed_folder(folder), config, local_domains, flag, **kwargs)
@@ -195,7 +198,7 @@ def load_lm(
         raise UserError(f"{where}: the weights lack {min(report['missing_keys'])}")
     check_finite(model.named_parameters(), where)
     if split:
-        model.copy_feed_forwards(config.domains if local_domains is None else local_domains)
+        model.untie_feed_forwards(config.domains if local_domains is None else local_domains)
     return model
 
 

@@ -29,7 +29,10 @@ class MuxBertModel(MuxBareModel):
 
 
 class MuxMaskedLM(MuxPreTrainedModel):
-    """Masked language model with the retrieval head, without a task demultiplexer."""
+    """Masked language model with the retrieval head, without a task demultiplexer.
+
+    A subclass creates the head by `add_retrieval_head`, whose matrix predicts masked tokens too.
+    """
 
     pretraining: ClassVar[bool] = True
     sees_segments: ClassVar[bool] = True
@@ -70,11 +73,12 @@ class MuxMaskedLM(MuxPreTrainedModel):
             input_ids: [R, S]. With a prefix and labels the last N + 1 columns are dropped, as in
                 pretraining; without labels only those without a position.
             attention_mask: [R, S]; used only by contextual multiplexers and with `mask_padding`.
-            token_type_ids, position_ids: [R, S], of the tokens.
+            token_type_ids, position_ids: [R, S], of the tokens; None: segment 0, consecutive.
             labels: [R, S] tokens to predict, -100 elsewhere.
             num_items_in_batch, num_retrieval_items: divisors of the summed losses; None for the
                 numbers of items in this batch.
-            retrieval_slots: [B, T], see `draw_retrieved_instances`; None to draw them.
+            retrieval_slots: [B, T], instance that each mixed position retrieves, see
+                `draw_retrieved_instances`; None to draw them.
             output_logits: False: with labels, compute no logits, which is faster; None: as the
                 configuration says.
         Returns:
@@ -118,6 +122,8 @@ class MuxMaskedLM(MuxPreTrainedModel):
         Args:
             inputs: ids, attention mask, token types and positions, [R, S] each; all but the ids may
                 be None, and stay so.
+        Returns:
+            the four in the same order, [R, S + added].
         """
         config, columns = self.config, inputs[0].shape[1]
         room = config.max_position_embeddings - config.first_position - columns
@@ -141,7 +147,7 @@ class MuxMaskedLM(MuxPreTrainedModel):
             hidden: mixed states; used where `logits` is None, and then no logits are stored.
             labels: [R, S], -100 where there is none.
             logits: [R, S, V] of these labels, or None.
-            num_items: the divisor; None for the number of labels.
+            num_items: the divisor; None for the number of labels, at least 1.
         """
         aligned_labels = self.align_labels(labels)
         selected = aligned_labels != IGNORED

@@ -88,7 +88,8 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
             labels: [R] classes, or values if num_labels is 1; with labels there is a loss.
             num_items_in_batch, num_retrieval_items: divisors of the summed losses; None for the
                 numbers of items in this batch.
-            retrieval_slots: [B, T], see `draw_retrieved_instances`; None to draw them.
+            retrieval_slots: [B, T], instance that each mixed position retrieves, see
+                `draw_retrieved_instances`; None to draw them.
         Returns:
             `MuxOutput` with logits [R, C]; a tuple if `return_dict` is False.
         Raises:
@@ -99,6 +100,7 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
         check_extra_arguments(self, more)
         batch = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
         retrieves = labels is not None and self.config.retrieval_loss_coeff > 0
+        # Only the cls column is read, which is the first one or ends the prefix.
         hidden = self.encode(batch, None if retrieves else self.config.prefix_length or 1)
         logits = self.compute_row_logits(hidden).flatten(0, 1)[: batch.rows]
         output = MuxOutput(logits=logits)
@@ -130,7 +132,7 @@ class MuxTokenClassifier(MuxPreTrainedModel):
         return self.classifier(self.dropout(states))
 
     def compute_token_logits(self, hidden: MixedStates, selected: Tensor | None) -> Tensor:
-        """Compute logits of tokens: mixed states [B, T, D] -> [B * N, S, C].
+        """Compute logits of tokens: mixed states [B, T, D] -> [B * N, S, C], without the prefix.
 
         Args:
             selected: [B * N, S] bool, tokens to compute logits for, 0 elsewhere; None: all.

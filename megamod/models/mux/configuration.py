@@ -27,15 +27,15 @@ class MuxConfig(PreTrainedConfig):
         learn_muxing: whether the keys are trained.
         task_loss_coeff, retrieval_loss_coeff: weights of the two terms of the loss.
         retrieval_percentage: share of the tokens to retrieve (classification and generators).
-        filler: which rows fill up the last group of a batch to classify: "deterministic" takes
-            them in order, "random" draws them, as the release does.
+        filler: rows that fill up the last group of a batch: "deterministic" takes the batch's
+            rows in order, "random" draws them, as the release does.
         use_token_type_ids: whether classifiers see the segment of a token; the release ignores it.
         mask_padding: whether positions that are padding in all instances are masked in attention;
             the release masks none.
         padding_logits: whether token classifiers compute logits at padding in evaluation; if not
             they are 0, which is faster.
-        kernels: what runs multiplexer and demultiplexer: "triton", "reference" (plain torch), or
-            "auto", which is Triton on a GPU.
+        kernels: implementation of multiplexer and demultiplexer: "triton", "reference" (plain
+            torch), or "auto", which is Triton on a GPU.
         output_logits: False: a masked LM that is given labels computes no logits.
         cls_token_id: id that overwrites column 0 of a row, and ends a prefix.
         mask_token_id: id of the tokens that the replaced-token model replaces.
@@ -47,9 +47,10 @@ class MuxConfig(PreTrainedConfig):
             multiplexer can divide the features among, or special ids outside the vocabulary.
     """
 
+    # Values of `muxing_variant` and `demuxing_variant` that the family has.
     multiplexers = KEYED
     demultiplexers = ("index_pos", "index")
-    first_position = 0
+    first_position = 0  # row of the position table for the first token; see `EncoderEmbeddings`
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *("task_loss", "retrieval_loss", "retrieval_correct", "retrieval_count"),
     ]

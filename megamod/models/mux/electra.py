@@ -18,9 +18,9 @@ from megamod.models.mux.types import MuxOutput, PreparedBatch
 
 
 def mark_default_initialisation(linear: nn.Linear) -> nn.Linear:
-    """Mark a layer in place, so that `initialise_weights` keeps torch's own initialisation.
+    """Mark a layer, so that `initialise_weights` keeps torch's own initialisation; return it.
 
-    The release initialises these layers so. Returns the layer.
+    The release initialises these layers so. Sets the attribute `default_initialisation`.
     """
     linear.default_initialisation = True
     return linear
@@ -51,7 +51,7 @@ class MuxElectraModel(MuxElectraPreTrainedModel, MuxBareModel):
 
 
 class DiscriminatorHead(nn.Module):
-    """Logit per state: dense, gelu, dense."""
+    """Logit per state: dense, gelu, dense; states of `size` features."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -135,7 +135,8 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
         """Detect the replaced tokens of a prepared batch.
 
         Args:
-            batch: result of `prepare_batch`; its attention mask selects the tokens that count.
+            batch: result of `prepare_batch`; its attention mask selects the tokens that count, and
+                without a mask all do.
             labels: [R, S], 1 where a token was replaced; None: no loss.
             num_items, num_retrieval_items: divisors of the summed losses of detection and of
                 retrieval; None for the numbers of items in this batch.
@@ -169,7 +170,7 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
 
 
 class ElectraClassifier(nn.Module):
-    """Dense, gelu, projection, with dropout before both."""
+    """Dense, gelu, projection, dropout before both: from `size` features to `labels` logits."""
 
     def __init__(self, size: int, labels: int, dropout: float):
         super().__init__()

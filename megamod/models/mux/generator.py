@@ -91,6 +91,7 @@ class PlainGenerator(nn.Module):
     """ELECTRA's generator, which does not multiplex rows; attention masks padding.
 
     Args:
+        config: of the generator, see `MuxElectraConfig.make_generator_config`.
         own_embeddings: False if embeddings are passed to `compute_decoder_inputs`.
     """
 
@@ -270,10 +271,13 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
     ) -> tuple[Tensor, Tensor]:
         """Return the generator's loss, and ids [R, S] with its tokens in place of the masks.
 
+        Masks in columns that a prefix drops stay masks.
+
         Args:
             fields: input_ids, attention_mask, token_type_ids, position_ids, as in `forward`.
             masked: [R, S] bool, the tokens to replace.
-            num_items, num_retrieval_items: divisors of the summed losses, or None.
+            num_items, num_retrieval_items: divisors of the summed losses; None for the numbers of
+                items in this batch.
             labels, random_ids, retrieved_instances: `labels`, `random_ids` and `generator_slots` of
                 `forward`.
         """
@@ -314,7 +318,8 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
 def sample_tokens(states: Tensor, decoder: nn.Linear) -> Tensor:
     """Draw tokens from softmax(decoder(states)): [R, D] -> [R] int64, without gradient.
 
-    Rows are scored in chunks, so that logits of all of them never exist at once.
+    The draws are those of torch's global generator. Rows are scored in chunks of about
+    `_SAMPLED_TOGETHER` logits, to bound the memory.
     """
     rows = max(1, _SAMPLED_TOGETHER // decoder.out_features)
     sampled = [

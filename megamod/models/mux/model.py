@@ -150,7 +150,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             self.add_retrieval_head()
 
     def add_retrieval_head(self) -> None:
-        """Create `retrieval_head`, for RSA on `demux_module`; tie its matrix if settings do."""
+        """Create `retrieval_head`, and `demux_module` for RSA; tie its matrix if settings do."""
         config = self.config
         if config.tie_word_embeddings and self.ties_vocabulary:
             source = f"{self.base_model_prefix}.embeddings.word_embeddings.weight"
@@ -201,8 +201,8 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         """Fill up the last group with copies of rows, add prefixes, and check the length.
 
         Args:
-            input_ids, attention_mask, token_type_ids: [R, S]; token types are dropped if neither
-                the class nor the configuration uses them.
+            input_ids, attention_mask, token_type_ids: [R, S], the last two may be None; token types
+                are dropped if neither the class nor the configuration uses them.
             position_ids: see the class's `forward`.
         Raises:
             ValueError: for a batch that is missing, empty or too long, or too short for a prefix.
@@ -244,11 +244,11 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         queries: int | None = None,
         embeddings: EncoderEmbeddings | None = None,
     ) -> MixedStates:
-        """Embed, multiplex and encode a batch.
+        """Embed, multiplex and encode the result of `prepare_batch`.
 
         Args:
             queries: number of first columns to compute; None for all.
-            embeddings: used in place of the model's own.
+            embeddings: used in place of the model's own; None: its own.
         Returns:
             [B, queries or T, D], the last norm pending if the kernels of RSA apply it.
         """
@@ -285,7 +285,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     ) -> Tensor:
         """Compute states of instances: [B, N, columns, D], or with R pairs only those, [R, D].
 
-        Positions of pairs count all columns, the prefix included.
+        `columns` and positions of pairs count all columns, the prefix included.
         """
         if self.config.prefix_length:
             return self.demultiplexer(
@@ -309,7 +309,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         retrieved_instances: Tensor | None,
         num_items: Tensor | float | None,
     ) -> None:
-        """Retrieve one token per mixed position.
+        """Add the loss of retrieving one token per mixed position to the output of a batch.
 
         Args:
             output: gets `retrieval_loss`, `retrieval_correct` and `retrieval_count`, in place.
@@ -372,7 +372,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return score_tokens(states, decoder, labels, return_logits=not self.training)[:2]
 
     def _prepend_prefix(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """Prepend a prefix [B * N, P]; in pretraining drop as many last tokens.
+        """Prepend a prefix [B * N, P] to ids or a mask; in pretraining drop as many last columns.
 
         Raise ValueError if no token would remain.
         """
@@ -393,7 +393,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return (batch.position_ids, None) if self.sees_segments else (None, batch.position_ids)
 
     def _first_block_takes_embeddings(self, queries: int | None) -> bool:
-        """Return True if the first block attends to plain embeddings, and from every column."""
+        """Return True if `embed_and_attend` can run the first block: plain, all columns, D wide."""
         backbone, layers = self.backbone, self.backbone.encoder.layer
         narrow = hasattr(backbone, "embeddings_project")
         plain = is_plain(*layers[0].attention["self"].values())

@@ -19,7 +19,7 @@ from megamod.nn.retrieval import IGNORED, MlpRetrievalHead, score_tokens
 
 
 class PrefixSequenceHead(PrefixDemultiplexer):
-    """Prefix demultiplexer with classifier: out_proj(gelu(dense z)) of its output z."""
+    """Prefix demultiplexer, and a classifier of its output z: out_proj(gelu(dense z))."""
 
     def __init__(self, config: MuxRobertaConfig):
         super().__init__(config.hidden_size, config.layer_norm_eps)
@@ -32,7 +32,7 @@ class PrefixSequenceHead(PrefixDemultiplexer):
 
 
 class PrefixTokenHead(PrefixDemultiplexer):
-    """Prefix demultiplexer with classifier: decoder(z)."""
+    """Prefix demultiplexer, and a classifier of its output z: decoder(z)."""
 
     def __init__(self, config: MuxRobertaConfig):
         super().__init__(config.hidden_size, config.layer_norm_eps)
@@ -44,7 +44,7 @@ class PrefixTokenHead(PrefixDemultiplexer):
 
 
 class MlpHead(nn.Module):
-    """A network per instance with classifier: out_proj(LN(gelu(dense x)))."""
+    """A network per instance, and a classifier of its output x: out_proj(LN(gelu(dense x)))."""
 
     def __init__(self, config: MuxRobertaConfig):
         super().__init__()

@@ -9,15 +9,16 @@ from megamod.nn.encoder import was_loaded_from_file
 from megamod.nn.transformer import Embeddings, FeedForward
 
 
-def draw_module_weights(
+def initialise_module_weights(
     module: nn.Module, config: DemixConfig, generator: torch.Generator | None
 ) -> None:
-    """Initialise one module as fairseq does, in place.
+    """Initialise one module as fairseq does, in place, if it has an initialisation of its own.
 
-    Attention, feed-forwards, embeddings and norms are initialised whole; other modules, and their
-    children, are left alone. The embedding of padding is 0, unless it was loaded from a file.
+    Attention, feed-forwards, embeddings and norms have one, for all their parameters; another
+    module is left as it is. The embedding of padding is 0, unless it was loaded from a file.
 
     Args:
+        config: of the model, for its hidden size.
         generator: None for torch's global one.
     """
     if isinstance(module, SelfAttention):
