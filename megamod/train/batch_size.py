@@ -7,7 +7,7 @@ from megamod.dist.topology import DomainTopology
 
 
 def count_domains_per_rank(topology: DomainTopology) -> int:
-    """Count the domains that take turns on a rank; 1 if micro-batches may mix all domains."""
+    """Count the domains that take turns on a rank; 1 in dense runs: micro-batches mix domains."""
     return 1 if topology.sharing is Sharing.DENSE else len(topology.get_rank_domains(0))
 
 
@@ -18,8 +18,11 @@ def count_micro_steps(run: RunArgs, topology: DomainTopology) -> int:
     --gradient_accumulation_steps counts micro-batches per domain: a rank with several domains takes
     that many of each.
 
+    Args:
+        run: its batch flags are in sequences.
     Raises:
-        UserError: if --global_batch_size is not a whole number of micro-batches.
+        UserError: if --global_batch_size is not a whole number of micro-batches of all ranks, and
+            of all domains of a rank.
     """
     domains_per_rank, micro_batch = (
         count_domains_per_rank(topology),

@@ -22,14 +22,12 @@ from types import MappingProxyType
 import deepspeed
 import torch.distributed as dist
 from safetensors import safe_open
-from transformers import PreTrainedConfig
 
 from megamod.dist.process import broadcast_from_rank_0, is_true_on_all_ranks
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError, report_damage
 from megamod.files import hash_file, sync_file, sync_folder, write_atomic
-from megamod.models.lm.configuration import DemixConfig, read_lm_config
 from megamod.states.checkpoint_folder import (
     LATEST,
     PENDING,
@@ -46,6 +44,7 @@ from megamod.states.checkpoint_folder import (
     write_manifest,
 )
 from megamod.states.manifest import find_checkpoint, list_checkpoints
+from megamod.train.branched_model import check_branched_model
 from megamod.train.fragments import (
     copy_masters_to_weights,
     iterate_fragment_shards,
@@ -56,21 +55,6 @@ from megamod.train.fragments import (
 
 logger = logging.getLogger(__name__)
 
-SHARED_GPT_FIELDS = (
-    *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-    *("intermediate_size", "max_position_embeddings", "tie_word_embeddings", "untie"),
-)
-"""Fields of the project's GPT that a branch shares with its parent."""
-
-UNSHARED_STOCK_FIELDS = frozenset(
-    (
-        *("dtype", "use_cache", "transformers_version", "architectures", "domains"),
-        *("attn_implementation", "_attn_implementation", "_name_or_path", "_commit_hash"),
-    )
-)
-"""Fields of stock configurations that a branch need not share with its parent."""
-
-
 ModelWriter = Callable[[Path], list[Path]]
 """Writes this rank's files of the model folder and returns them. Called on every rank."""
 
@@ -80,7 +64,8 @@ class History:
     """Steps between the last checkpoint and the one to write.
 
     Attributes:
-        sound: step of the last checkpoint if finite steps followed it; None: it is as before.
+        sound: step of the last checkpoint if finite steps followed it; None: the sound checkpoint
+            is the same as before.
         replaced: step of the last checkpoint if nothing was trained since: its weights are equal.
         diverged: the run stops because a step was not finite, so no older checkpoint is deleted
             but the replaced one.
@@ -107,6 +92,9 @@ class Checkpoints:
         """Prepare to save and load.
 
         Args:
+            folder: of the run's checkpoints; `save` creates it.
+            engine: its model and optimizer are saved, and changed by `resume` and `load`.
+            write_model: see `ModelWriter`.
             settings: values that a resumed run must repeat.
             keep_count: number of checkpoints to keep; None: all.
             defaults: values of settings that an older checkpoint does not have.
@@ -173,7 +161,13 @@ class Checkpoints:
     def load(self, path: Path) -> TrainState:
         """Load the checkpoint in `path` into the engine; collective.
 
-        Raise UserError if it was made with other settings or another model, or is damaged.
+        Its weights, its optimizer's state and the dynamic loss scale of fp16 are overwritten.
+
+        Returns:
+            the state of the run at that checkpoint.
+        Raises:
+            UserError: if it was made with other settings or another model, or is damaged. If an
+                optimizer file is, the engine holds a part of it and cannot be trained.
         """
         folder = self._get_state_folder(path)
         if not (folder / STATE).is_file():
@@ -186,7 +180,7 @@ class Checkpoints:
         saved_settings = {**self.defaults, **saved.settings}
         if saved.branched:  # from another run: it says only what both must agree on
             saved_settings = {**self.settings, **saved.settings}
-            _check_branched_model(folder, self.engine.module.config)
+            check_branched_model(folder, self.engine.module.config)
         differences = [
             f"{key}: {saved_settings.get(key)!r} then, {value!r} now"
             for key, value in self.settings.items()
@@ -209,8 +203,8 @@ class Checkpoints:
     def begin_evaluation(self, step: int) -> None:
         """Record that the evaluation after `step` is due: a resumed run repeats it if it fails.
 
-        Call it before the checkpoint of that step is written. A disk that takes no record is
-        reported and ignored.
+        Call it before the checkpoint of that step is written, on any ranks: rank 0 writes. A disk
+        that takes no record is reported and ignored.
         """
         if dist.get_rank() == 0:
             try:
@@ -232,9 +226,14 @@ class Checkpoints:
         return bool(broadcast_from_rank_0(due))
 
     def find_newest(self, below: int | None = None) -> Path | None:
-        """Find the newest valid checkpoint of this run, of a step `below` a limit; collective.
+        """Find the newest valid checkpoint of this run; collective.
 
-        None if there is no checkpoint; raise UserError if there are some and none is valid.
+        Args:
+            below: only checkpoints of smaller steps count; None: all.
+        Returns:
+            its folder; None if there is no checkpoint.
+        Raises:
+            UserError: if there are checkpoints and none is valid.
         """
         return self._select_checkpoint("auto", below)
 
@@ -265,7 +264,10 @@ class Checkpoints:
             return is_true_on_all_ranks(False)
 
     def _write_optimizer(self, folder: Path) -> list[Path]:
-        """Write this rank's fragments. Without ZeRO every rank holds all; rank 0 writes them."""
+        """Write this rank's fragments and return the files.
+
+        Without ZeRO every rank holds all, and rank 0 writes them.
+        """
         prefix, rank, paths = self._get_name_prefix(), dist.get_rank(), []
         for number, shard in enumerate(iterate_fragment_shards(self.engine)):
             if self.engine.zero_optimization_stage() == 0 and rank > 0:
@@ -348,13 +350,17 @@ class Checkpoints:
             sync_folder(subfolder)
         write_manifest(temporary, digests)
         if final.exists():
-            # It cannot be valid: a valid one would have been resumed from.
+            # It is invalid, or of later steps than the checkpoint that --resume PATH named.
             shutil.rmtree(final)
         os.rename(temporary, final)
         write_atomic(self.folder / LATEST, final.name + "\n")  # syncs both names
 
     def _delete_older(self, final: Path, history: History) -> None:
-        """Record the sound checkpoint; delete those beyond the number to keep, see `save`."""
+        """Record the sound checkpoint; delete those beyond the number to keep, see `save`.
+
+        Args:
+            final: folder of the checkpoint that was just written.
+        """
         if history.sound is not None:
             write_atomic(self.folder / SOUND, f"{history.sound}\n")
         if not self.keep:
@@ -371,7 +377,7 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def find_sound(self) -> Path | None:
-        """Return the newest checkpoint known to be followed by finite steps; None without one."""
+        """Find the newest checkpoint known to be followed by finite steps; None without one."""
         try:
             step = int((self.folder / SOUND).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -388,36 +394,17 @@ class Checkpoints:
         dist.barrier()
 
 
-def _check_branched_model(folder: Path, config: PreTrainedConfig) -> None:
-    """Raise UserError if weights of another run differ in shape or meaning from this run's.
-
-    Args:
-        folder: model folder in the checkpoint of the other run.
-        config: of this run's model.
-    """
-    saved, current = read_lm_config(folder).to_dict(), config.to_dict()
-    names = (
-        SHARED_GPT_FIELDS
-        if config.model_type == DemixConfig.model_type
-        else sorted(saved | current)
-    )
-    differences = [
-        f"{name}: {saved.get(name)!r} there, {current.get(name)!r} now"
-        for name in names
-        if saved.get(name) != current.get(name) and name not in UNSHARED_STOCK_FIELDS
-    ]
-    if differences:
-        raise UserError(
-            f"{folder} branched off another model than this run has; " + "; ".join(differences)
-        )
-
-
 def _read_optimizer(
     path: Path, engine: deepspeed.DeepSpeedEngine, prefix: str, branched: bool
 ) -> None:
-    """Fill this rank's fragments from the fragments of any number of ranks.
+    """Fill this rank's fragments, in place, from the fragments of any number of ranks.
 
-    Raise UserError if elements are missing. Moments that a `branched` checkpoint lacks are zero.
+    Args:
+        path: checkpoint.
+        prefix: of the names in its files, before those in the engine.
+        branched: moments that the checkpoint lacks are set to zero.
+    Raises:
+        UserError: if elements are missing; some fragments are filled then.
     """
     pieces = read_fragment_ranges(path)
     opened = {file: safe_open(file, framework="pt") for row in pieces.values() for *_, file in row}

@@ -33,7 +33,7 @@ DS_KEYS = {
     "bf16.enabled": "precision",
     "fp16.enabled": "precision",
 }
-"""Keys of a DeepSpeed file, and the field of ours that decides the same."""
+"""Keys of a DeepSpeed file, and the flag that sets the same (of `betas`, one of two flags)."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,14 @@ def resolve_settings(
         hidden_size: hidden size of the model, for bucket sizes that are "auto".
         mixture: configuration of the mixture of experts that is trained; None: another model.
     Raises:
-        UserError: see `resolve_ds_config`, `apply_sharing_rules`, `apply_muon_rules`,
-            `apply_expert_parallel_rules` and `make_loop_plan`.
+        UserError: see `count_micro_steps`, `resolve_ds_config`, `apply_ds_values`,
+            `apply_sharing_rules`, `apply_muon_rules`, `apply_expert_parallel_rules` and
+            `make_loop_plan`.
     """
     run, optim = copy.copy(run), copy.copy(optim)
     steps = count_micro_steps(run, topology)
     ranks = topology.ranks_per_domain if topology.sharing is Sharing.BTM else topology.world_size
-    # Alone, a dense model gains nothing from ZeRO's flat buffers, which cost 4 % of a step.
+    # On one rank a dense model gains nothing from ZeRO's flat buffers, which cost 4 % of a step.
     alone = topology.sharing is Sharing.DENSE and topology.world_size == 1
     plain = alone and safety.deepspeed is None and run.precision in (None, "fp32")
     values = {
@@ -177,10 +178,12 @@ def apply_muon_rules(config: dict[str, object]) -> None:
 def make_loop_plan(
     run: RunArgs, optim: OptimArgs, safety: SafetyArgs, topology: DomainTopology
 ) -> Plan:
-    """Build the settings of the training loop.
+    """Make the settings of the training loop.
 
     Without --warmup_steps the warm-up is --warmup_ratio of all steps, rounded down.
 
+    Args:
+        run, optim, safety: resolved flags.
     Raises:
         UserError: if the policy for losses that are not finite is impossible in this run.
     """
@@ -196,6 +199,7 @@ def make_loop_plan(
         )
     warmup = optim.warmup_steps
     if warmup is None:
+        # The product of 100 and 0.29 is 28.999999999999996.
         warmup = int(run.max_steps * optim.warmup_ratio + 1e-9)
     return Plan(
         max_steps=run.max_steps,
@@ -225,7 +229,8 @@ def get_offload_folder(run: RunArgs) -> Path:
 def remove_offload_files(run: RunArgs, config: Mapping[str, object]) -> None:
     """Delete the files of an offloaded optimizer; collective.
 
-    Nothing is deleted unless the optimizer was offloaded to `get_offload_folder`.
+    Nothing is deleted unless the optimizer was offloaded to `get_offload_folder`. A disk error is
+    ignored.
 
     Args:
         config: resolved DeepSpeed configuration.

@@ -1,6 +1,6 @@
 """DeepSpeed engine of a model, with the process groups of a topology.
 
-Only this file, `fragments.py` and `expert_parallel.py` use internals of DeepSpeed.
+Only this file, `fragments.py`, `expert_parallel.py` and `muon.py` use internals of DeepSpeed.
 """
 
 import copy
@@ -23,6 +23,7 @@ from megamod.train.expert_parallel import get_parallel_layers, is_expert_paralle
 from megamod.train.hidden_matrices import mark_hidden_matrices
 
 MakeOptimizer = Callable[[list[dict[str, object]]], torch.optim.Optimizer]
+"""From parameter groups, as torch takes them, to an optimizer."""
 
 
 class _EngineLayer:
@@ -63,8 +64,8 @@ def build_engine(
     (BTM) get a data-parallel world of their domain's ranks.
 
     Args:
-        make_optimizer: from parameter groups to an optimizer.
-        config: resolved DeepSpeed configuration.
+        make_optimizer: called with the groups of trained parameters.
+        config: resolved DeepSpeed configuration; not changed.
         decay_vectors: False for no weight decay of norms and biases.
         muon: True if `make_optimizer` makes Muon, which needs hidden matrices in a group of theirs.
     Raises:
@@ -94,6 +95,7 @@ def build_engine(
             )
 
         def make_after_replacement(_: object) -> torch.optim.Optimizer:
+            """Make the optimizer of the model as it is now; DeepSpeed's argument is not used."""
             parts = _make_parameter_groups(model, decay_vectors, muon)
             parts = split_params_into_different_moe_groups_for_optimizer(parts)
             return make_optimizer([part for part in parts if part["params"]])
@@ -126,7 +128,7 @@ def build_engine(
 def _make_parameter_groups(
     model: nn.Module, decay_vectors: bool, muon: bool
 ) -> list[dict[str, object]]:
-    """Make groups of the trained parameters with their settings, none of them empty.
+    """Group the trained parameters with their settings; no group is empty.
 
     Args:
         decay_vectors: False: norms and biases are a group without weight decay.
@@ -151,7 +153,10 @@ def _make_parameter_groups(
 
 
 def _mark_deepspeed_experts(model: nn.Module, topology: DomainTopology) -> str:
-    """Give every `DomainExperts` the class and marks of DeepSpeed; return the group name."""
+    """Give every `DomainExperts` of a model the class and marks of DeepSpeed, in place.
+
+    Return DeepSpeed's name of the process groups of this expert-parallel size.
+    """
     size = topology.expert_parallel_size
     name = f"ep_size_{size}"
     for module in iterate_domain_experts(model):
@@ -206,7 +211,7 @@ def finish_micro_step(engine: deepspeed.DeepSpeedEngine, max_grad_norm: float) -
         the gradient norm before clipping; None before the last micro-step, and if the update was
         skipped because the norm is not finite.
     Raises:
-        PolicyStop: fp16 gradients overflow whatever the loss scale.
+        PolicyStop: fp16 gradients overflow at the smallest loss scale.
     """
     boundary = engine.is_gradient_accumulation_boundary()
     if not boundary or engine.zero_optimization_stage() > 0:

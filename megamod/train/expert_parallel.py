@@ -1,7 +1,7 @@
 """Expert parallelism of a mixture of experts, by the AutoEP of DeepSpeed.
 
 DeepSpeed puts a layer with E/n of the experts in the place of each sparse block, and two all-to-all
-exchanges around them. Its tensors are called and cut otherwise than those of the stock class: here
+exchanges around them. Its tensors are named and split otherwise than those of the stock class: here
 they are read and written under the stock names, so that checkpoints and model folders are those of
 any other run of the mixture.
 
@@ -26,6 +26,7 @@ from megamod.models.lm.moe_families import LAYERS, MOE_FAMILIES
 from megamod.models.lm.routing import is_mixture
 
 KEY = "expert_parallel"
+"""Name of the block in a DeepSpeed file."""
 DESCRIPTIONS: dict[str, dict[str, object]] = {
     "mixtral": {},
     "qwen2_moe": {},
@@ -37,6 +38,7 @@ DESCRIPTIONS: dict[str, dict[str, object]] = {
     },
 }
 """Model types that DeepSpeed spreads over ranks, with the keys that describe them to it."""
+# Modules in DeepSpeed's layer -> modules in the stock block, of equal parameters.
 _RENAMED = {
     "router.gate": "gate",
     "shared_experts": "shared_expert",
@@ -53,7 +55,9 @@ def apply_expert_parallel_rules(
 
     Args:
         config: a resolved configuration; changed in place.
-        model: configuration of the mixture that is trained; None: the run has none.
+        model: configuration of the mixture that is trained; None: the run trains another model.
+        optim: flags of the optimizer.
+        world_size: number of ranks.
     Raises:
         UserError: if the model, the ranks or another setting do not go with it.
     """
@@ -100,7 +104,7 @@ def is_expert_parallel(config: Mapping[str, object]) -> bool:
 
 
 def get_parallel_layers(module: nn.Module) -> dict[str, AutoEPMoELayer]:
-    """Return DeepSpeed's layers by the path of the block whose place they took.
+    """Return DeepSpeed's layers by the path, in the model, of the block whose place they took.
 
     Empty for a model that is no mixture, or whose experts are not spread over ranks.
     """
@@ -116,7 +120,7 @@ def get_parallel_layers(module: nn.Module) -> dict[str, AutoEPMoELayer]:
 
 
 def list_expert_names(module: nn.Module) -> list[str]:
-    """List the parameters that hold a rank's share of the experts."""
+    """List the names of the parameters that hold a rank's share of the experts."""
     return [f"{path}.experts.w{n}" for path in get_parallel_layers(module) for n in (1, 2, 3)]
 
 
@@ -148,9 +152,9 @@ def compute_parallel_exchange(module: nn.Module, tokens: int) -> float:
 
 
 def map_to_stock_names(module: nn.Module) -> dict[str, str]:
-    """Map names in DeepSpeed's layers to names in the stock class, of equal parameters only.
+    """Map names in DeepSpeed's layers to names of equal parameters in the stock class.
 
-    These are routers and shared experts; the experts themselves are cut otherwise.
+    These are routers and shared experts; the experts themselves are split otherwise.
     """
     names = {}
     for path, layer in get_parallel_layers(module).items():
@@ -163,6 +167,8 @@ def map_to_stock_names(module: nn.Module) -> dict[str, str]:
 
 def gather_experts(module: nn.Module, keep: bool) -> dict[str, Tensor]:
     """Gather the experts of all ranks under their stock names; collective.
+
+    Peak memory on every rank: all experts of one layer, and with `keep` of all layers.
 
     Args:
         keep: False on ranks that take part without keeping the result.
@@ -201,7 +207,7 @@ class Piece:
 
 
 def list_pieces(module: nn.Module) -> dict[str, list[Piece]]:
-    """List the pieces of every parameter with another name or cut than in the stock class."""
+    """List the pieces of each parameter with another name or split than in the stock class."""
     pieces = {
         name: [Piece(0, module.get_parameter(name).numel(), stock, 0)]
         for name, stock in map_to_stock_names(module).items()

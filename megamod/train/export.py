@@ -34,6 +34,7 @@ from megamod.version import __version__
 
 logger = logging.getLogger(__name__)
 
+# README.md of a model folder; `base` is empty or a further line of its header.
 TEMPLATE = """---
 library_name: {library}{base}
 license: unknown
@@ -85,7 +86,7 @@ class Card:
 
 
 class ModelExport:
-    """Callable that writes this rank's files of the model folder and returns them; collective.
+    """Callable that writes this rank's files of a model folder and returns them; collective.
 
     Rank 0 writes what all domains share; the lead of each domain writes its expert. Of a model with
     an adapter, the adapter alone is written.
@@ -105,9 +106,11 @@ class ModelExport:
         """Prepare to write; nothing is written yet.
 
         Args:
-            config: of the whole model, all domains.
+            engine: of the model to write.
+            config: of the whole model, all domains; its `architectures` and `dtype` are set.
             tokenizer: folder whose files are copied; None: none.
             run_file: the run's recipe, copied.
+            card: content of README.md.
             companions: further files to copy.
             seed_digest: digest of the weights that an adapter was trained on.
         """
@@ -128,8 +131,12 @@ class ModelExport:
         Of independent models (BTM) the first rank of each writes all of it, into a subfolder named
         as its domain.
 
+        Args:
+            folder: exists; files of these names are replaced.
         Returns:
             the files that this rank wrote.
+        Raises:
+            OSError: if one cannot be written, on the ranks where that is so.
         """
         rank, sharing = dist.get_rank(), self.topology.sharing
         is_lead = self.topology.is_group_lead(rank)
@@ -162,12 +169,14 @@ class ModelExport:
 
         Args:
             keep_copies: False on ranks that write nothing: those need no copies under ZeRO 3.
+        Returns:
+            tensors by name: the parameters themselves, except under ZeRO 3; there without
+            `keep_copies` only buffers.
         """
         state = {}
         is_unpartitioned = self.engine.zero_optimization_stage() < 3
-        if (
-            not is_unpartitioned
-        ):  # the last forward pass may have prefetched weights that were never used
+        if not is_unpartitioned:
+            # The last forward pass may have prefetched weights that were never used.
             self.engine.empty_partition_cache()
         module = self.engine.module
         names, experts = map_to_stock_names(module), list_expert_names(module)
@@ -257,7 +266,7 @@ def publish_model(export: Callable[[Path], object], folder: Path) -> None:
     """Write the final model folder, whole or not at all; collective.
 
     A folder of that name is replaced. Every model folder in it gets a manifest with the digests of
-    its files, as a checkpoint has.
+    its files, as a checkpoint has. It is written as `.NAME.tmp` beside it and then renamed.
 
     Args:
         export: a `ModelExport`, or another function that writes into a folder on every rank.

@@ -129,7 +129,7 @@ def _unwrap_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimize
 def _iterate_stage_1_2_fragments(
     zero: DeepSpeedZeroOptimizer, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[Fragment]:
-    """Yield this rank's fragments of ZeRO stage 1 and 2; `names` are those of the parameters."""
+    """Yield this rank's fragments of ZeRO stage 1 and 2; `names` are those in the module."""
     for group, flat in enumerate(zero.single_partition_of_fp32_groups):
         momenta = _get_whole_momenta(zero, group, flat)
         for parameter in zero.bit16_groups[group]:
@@ -152,7 +152,13 @@ def _iterate_stage_1_2_fragments(
 def _get_whole_momenta(
     zero: DeepSpeedZeroOptimizer, group: int, flat: Tensor
 ) -> dict[torch.nn.Parameter, Tensor] | None:
-    """Return Muon's momentum of each matrix in this rank's part; None for a group of AdamW."""
+    """Return Muon's momentum of each matrix in this rank's part; None for a group of AdamW.
+
+    A momentum is flattened and covers the whole matrix; it is created at zero if it is missing.
+
+    Args:
+        group: number of the parameter group; `flat`: the float32 masters of its part on this rank.
+    """
     if not zero.optimizer.param_groups[group].get("use_muon"):
         return None
     held, state = zero.params_in_partition[group], zero.optimizer.state[flat]
@@ -184,7 +190,7 @@ def _iterate_stage_3_shards(
 def _iterate_stage_3_fragments(
     zero: DeepSpeedZeroOptimizer_Stage3, group_index: int, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[Fragment]:
-    """Yield this rank's fragments of ZeRO stage 3 in a group of parameters."""
+    """Yield this rank's fragments of ZeRO stage 3 in a group, which must be in memory."""
     muon = zero.use_muon and zero.sub_groups_using_muon[group_index]
     for parameter in zero.fp16_groups[group_index]:
         _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
@@ -203,6 +209,8 @@ def _divide_by_stock_names(
 ) -> Iterator[list[Fragment]]:
     """Divide fragments of a rank into ranges of the tensors of the stock class.
 
+    Args:
+        module: a mixture whose experts are spread over ranks.
     Yields:
         lists in which no tensor occurs twice, as a file of fragments needs it.
     """
@@ -260,7 +268,8 @@ def _make_fragment(
     Moments that do not exist yet are created in the optimizer's state, at 0.
 
     Args:
-        start: offset of the fragment in the parameter `name`.
+        start: offset of the fragment in the parameter `name`, flattened.
+        flat_masters: any shape; `offset` counts its elements.
         optimized_tensor: key of the moments in the optimizer's state.
         muon: True if Muon trains the parameter, whose only moment is a momentum.
     """

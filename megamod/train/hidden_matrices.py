@@ -9,7 +9,10 @@ def mark_hidden_matrices(model: nn.Module) -> None:
     """Set the attribute `use_muon` of every parameter of a language model, which DeepSpeed reads.
 
     True for parameters of two or more dimensions outside the embeddings (tables of positions among
-    them) and the output head.
+    them) and the output head, else False.
+
+    Args:
+        model: a causal language model, changed in place.
     """
     head = model.get_output_embeddings()
     outside = {

@@ -34,7 +34,7 @@ from megamod.train.optim import Schedule, set_learning_rate
 
 logger = logging.getLogger(__name__)
 
-MEAN_LOSS_DECAY = 0.98  # of the running mean that spikes are compared with
+MEAN_LOSS_DECAY = 0.98  # per step, of the running mean that spikes are compared with
 
 SelectBatches = Callable[[deepspeed.DeepSpeedEngine, Sequence[Batch]], Sequence[Batch]]
 """Selects from this rank's micro-batches of a step those to train on; called on every rank."""
@@ -53,8 +53,8 @@ class Plan:
         schedule: from finished steps to the learning rate of the next step.
         max_grad_norm: largest gradient norm; 0: no limit.
         nonfinite: policy for a loss or gradient that is not finite: "stop", "skip" or "rollback".
-        max_nonfinite_steps: so many of the last `WINDOW` steps may be skipped or rolled back.
-        spike_factor: a loss of more than so many running means counts as not finite; 0: off.
+        max_nonfinite_steps: number of the last `WINDOW` steps that may be skipped or rolled back.
+        spike_factor: a loss above this multiple of the running mean counts as not finite; 0: off.
         save_failure: "continue" or "stop" if a checkpoint cannot be written.
     """
 
@@ -123,6 +123,7 @@ def train(
     engine.train()  # a loaded model is in evaluation mode
 
     def is_due(interval_steps: int) -> bool:
+        """Return True after every `interval_steps` steps, unless it is 0, and after the last."""
         return state.step == plan.stop_step or (
             interval_steps > 0 and state.step % interval_steps == 0
         )
@@ -333,7 +334,13 @@ def _format_reason(plan: Plan, state: TrainState, checkpoints: Checkpoints) -> s
 def _all_reduce_totals_and_stop(
     item_counts: Sequence[float], stop_reason: int, group: dist.ProcessGroup | None
 ) -> tuple[list[float], Stop]:
-    """Sum the items and find the largest reason to stop, over a group; collective."""
+    """Sum the items and find the largest reason to stop, over a group; collective.
+
+    Args:
+        item_counts: items of this rank, for each term of the loss; may be empty.
+        stop_reason: value of `Stop` on this rank.
+        group: None: all ranks.
+    """
     counts = make_control_tensor(
         [*item_counts, *(float(stop_reason >= reason) for reason in Stop if reason)]
     )
@@ -356,6 +363,7 @@ class _Saver:
     """
 
     def __init__(self, checkpoints: Checkpoints, on_failure: str, loaded_state: TrainState):
+        """Start with the loaded state, or a new one; `on_failure` is `Plan.save_failure`."""
         self.checkpoints = checkpoints
         self.on_failure = on_failure
         self.failed = False
@@ -368,7 +376,7 @@ class _Saver:
         self.finite: list[bool] = []
 
     def note_step(self, finite: bool) -> None:
-        """Note whether a step was finite."""
+        """Note that a step was taken, and if it was finite."""
         self.finite.append(finite)
 
     def note_rollback(self, state: TrainState) -> None:

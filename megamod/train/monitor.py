@@ -40,9 +40,10 @@ class Monitor:
     written by rank 0 only.
 
     Args:
-        folder: of the run; gets metrics.jsonl and, for TensorBoard, `tb`.
+        folder: of the run, which exists; gets metrics.jsonl and, for TensorBoard, `tb`.
         groups: names of the losses that are logged separately, such as domains.
         unit: items that a loss is the mean over: "tokens" or "examples".
+        max_steps: last step of the run.
         flops_per_token: of a forward and backward pass; None where that is not defined.
         peak_flops: FLOP/s of one device; None if unknown, and then no MFU is printed.
         first_step: finished steps of a resumed run, else 0.
@@ -103,7 +104,8 @@ class Monitor:
         Args:
             scores: of the step's micro-batches on this rank.
             grad_norm: None if the update was skipped.
-            data_seconds, step_seconds: time until the batches were there, and until the end.
+            data_seconds, step_seconds: time from the start of the step until its batches were read,
+                and until its end.
         """
         self.scored += scores
         self.norm, self.rate = grad_norm, learning_rate
@@ -116,7 +118,8 @@ class Monitor:
     def write_record(self, state: TrainState) -> None:
         """Write one record of the collected steps, summed over all ranks; collective.
 
-        Adds the interval's items to `state.tokens` on every rank, and discards the steps.
+        There must be at least one step. Adds the interval's items to `state.tokens` on every rank,
+        and discards the steps.
         """
         sums = torch.stack([torch.stack((s.total, s.items)) for s in self.scored]).double().sum(0)
         dist.all_reduce(sums)
@@ -159,6 +162,7 @@ class Monitor:
         evaluation.
 
         Args:
+            step: finished steps.
             scores: by domain or task.
             split: name of the evaluated data, such as "valid".
             kind: name of the score.
@@ -182,14 +186,20 @@ class Monitor:
         self.metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def close(self) -> None:
-        """Close the progress bar and TensorBoard; metrics.jsonl is flushed after every record."""
+        """Close the progress bar and TensorBoard.
+
+        metrics.jsonl stays open, and is flushed after every record.
+        """
         if self.bar is not None:
             self.bar.close()
         if self.writer is not None:
             self.writer.close()
 
     def _average_further_metrics(self) -> dict[str, float]:
-        """Average the objective's further metrics over all ranks; collective."""
+        """Average the objective's further metrics over all steps and ranks; collective.
+
+        A metric without items on any rank is not among the result.
+        """
         names = list(self.scored[0].further)
         if not names:
             return {}
@@ -255,7 +265,7 @@ def find_peak_flops(device_name: str) -> float | None:
 def write_environment(path: Path) -> None:
     """Write versions and hardware of a run to a JSON file.
 
-    Of the environment it holds only three variables, which cannot be secrets.
+    Of the environment variables it holds only three, which cannot be secrets.
     """
     packages = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "triton", "megamod")
     versions = {}

@@ -35,10 +35,11 @@ def make_muon(
     process.
 
     Args:
-        groups: parameter groups, each with `use_muon`; their settings are set in place.
+        groups: parameter groups, each with `use_muon`; their settings are set in place, except a
+            `weight_decay` that they have.
         scale: learning rate of Muon as a multiple of AdamW's; `set_learning_rate` applies it.
         weight_decay: decoupled weight decay of both.
-        adamw: further arguments of `torch.optim.AdamW`.
+        adamw: further arguments of `torch.optim.AdamW`, `betas` and `eps`.
     """
     if not torch.accelerator.is_available():
         _use_plain_update()

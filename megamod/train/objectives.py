@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from megamod.models.mux.types import MuxOutput
 
 Batch = dict[str, object]
+"""Fields of a micro-batch by name; see the class docstrings for those that an objective reads."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ class Objective(Protocol):
 class CausalLMObjective:
     """Next-token cross entropy with equal weight for every target token.
 
+    Batches are those of `megamod.data.lm.batches`.
+
     Args:
         domains: names by number.
+        device: that of the model.
         selects_expert: True if the model selects an expert by the domain of the batch.
     """
 
@@ -120,11 +124,11 @@ class MixtureLMObjective(CausalLMObjective):
         self.experts = tuple(experts)
 
     def compute_loss(
-        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
+        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
         """Run the model, and add the weighted load-balance loss to its loss."""
         with record_routing(engine.module) as layers:
-            scored = super().compute_loss(engine, batch, items)
+            scored = super().compute_loss(engine, batch, item_totals)
         is_target = (batch["labels"] != -100).to(self.device, non_blocking=True)
         balance = compute_balance_losses(layers, is_target.flatten())
         loss = scored.loss + self.coefficient * balance.mean()

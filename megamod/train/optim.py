@@ -10,6 +10,7 @@ from torch import nn
 from megamod.args import OptimArgs
 
 Schedule = Callable[[int], float]
+"""From the number of finished steps to the learning rate of the next step."""
 
 
 def make_adamw(
@@ -19,9 +20,10 @@ def make_adamw(
     eps: float,
     weight_decay: float,
 ) -> torch.optim.AdamW:
-    """Make AdamW with decoupled weight decay.
+    """Make AdamW with decoupled weight decay; its learning rate is 0 until it is set.
 
-    The caller sets the learning rate before every step.
+    Args:
+        parameters: these, or groups of them, whose own settings replace the arguments.
     """
     return torch.optim.AdamW(
         parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
@@ -31,7 +33,7 @@ def make_adamw(
 def make_optimizer_factory(
     optim: OptimArgs,
 ) -> Callable[[list[dict[str, object]]], torch.optim.Optimizer]:
-    """Return a function from parameter groups to the optimizer that the flags describe."""
+    """Make a function from parameter groups to the optimizer that the flags describe."""
     betas, eps = (optim.adam_beta1, optim.adam_beta2), optim.adam_epsilon
     if optim.optim == "adamw":
         return partial(make_adamw, betas=betas, eps=eps, weight_decay=optim.weight_decay)

@@ -15,6 +15,7 @@ from megamod.train.objectives import Batch
 
 RULES = ("release", "paper")
 REGRESSION_RULES = ("borrow", "mean", "release")
+"""Values of `rule` and `regression`, see `score_uncertainty`."""
 BORROWER, LENDER = "sts-b", "mrpc"  # of the release: both compare two sentences
 
 
@@ -34,11 +35,11 @@ def score_uncertainty(
     rule: str = "release",
     regression: str = "borrow",
 ) -> Tensor:
-    """Score each candidate row by its entropy.
+    """Score each candidate row by its entropy; rows with larger scores are selected.
 
     Args:
         entropy: [B] float32, see `TaskHeads.compute_entropy`.
-        row_task_ids: [B] int64.
+        row_task_ids: [B] int64, task of each row.
         tasks, kinds: names and kinds of all tasks.
         rule: "release" multiplies a row's entropy by its task's mean, which also favours uncertain
             tasks; with "paper" the row's entropy decides alone. Both divide by the largest mean of
