@@ -1,4 +1,4 @@
-"""The command `megamod attribute` as a file, for deepspeed and torchrun."""
+"""The command `megamod attribute` as a file that python, deepspeed and torchrun run."""
 
 from megamod.commands.attribute import main
 from megamod.errors import run_main

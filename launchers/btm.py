@@ -1,4 +1,4 @@
-"""The command `megamod btm` as a file, for deepspeed and torchrun."""
+"""The command `megamod btm` as a file that python, deepspeed and torchrun run."""
 
 from megamod.commands.btm import main
 from megamod.errors import run_main

@@ -1,4 +1,4 @@
-"""The command `megamod check-hostfile` as a file, for deepspeed and torchrun."""
+"""The command `megamod check-hostfile` as a file that python, deepspeed and torchrun run."""
 
 from megamod.commands.check_hostfile import main
 from megamod.errors import run_main

@@ -1,4 +1,4 @@
-"""The command `megamod convert` as a file, for deepspeed and torchrun."""
+"""The command `megamod convert` as a file that python, deepspeed and torchrun run."""
 
 from megamod.commands.convert import main
 from megamod.errors import run_main

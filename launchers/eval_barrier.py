@@ -1,4 +1,4 @@
-"""The command `megamod eval-barrier` as a file, for deepspeed and torchrun."""
+"""The command `megamod eval-barrier` as a file that python, deepspeed and torchrun run."""
 
 from megamod.commands.eval_barrier import main
 from megamod.errors import run_main

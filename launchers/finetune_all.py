@@ -1,4 +1,4 @@
-"""The command `megamod finetune-all` as a file, for deepspeed and torchrun."""
+"""The command `megamod finetune-all` as a file that python, deepspeed and torchrun run."""
 
 from megamod.commands.finetune_all import main
 from megamod.errors import run_main

@@ -1,4 +1,4 @@
-"""The command `megamod finetune-glue` as a file, for deepspeed and torchrun."""
+"""The command `megamod finetune-glue` as a file that python, deepspeed and torchrun run."""
 
 from megamod.commands.finetune_glue import main
 from megamod.errors import run_main

@@ -1,4 +1,4 @@
-"""The command `megamod finetune-mtl` as a file, for deepspeed and torchrun."""
+"""The command `megamod finetune-mtl` as a file that python, deepspeed and torchrun run."""
 
 from megamod.commands.finetune_mtl import main
 from megamod.errors import run_main

@@ -1,4 +1,4 @@
-"""The command `megamod finetune-ner` as a file, for deepspeed and torchrun."""
+"""The command `megamod finetune-ner` as a file that python, deepspeed and torchrun run."""
 
 from megamod.commands.finetune_ner import main
 from megamod.errors import run_main

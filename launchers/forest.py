@@ -1,4 +1,4 @@
-"""The command `megamod forest` as a file, for deepspeed and torchrun."""
+"""The command `megamod forest` as a file that python, deepspeed and torchrun run."""
 
 from megamod.commands.forest import main
 from megamod.errors import run_main

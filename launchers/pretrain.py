@@ -1,4 +1,4 @@
-"""The command `megamod pretrain` as a file, for deepspeed and torchrun."""
+"""The command `megamod pretrain` as a file that python, deepspeed and torchrun run."""
 
 from megamod.commands.pretrain import main
 from megamod.errors import run_main

@@ -1,4 +1,4 @@
-"""The command `megamod study` as a file, for deepspeed and torchrun."""
+"""The command `megamod study` as a file that python, deepspeed and torchrun run."""
 
 from megamod.commands.study import main
 from megamod.errors import run_main

@@ -1,4 +1,4 @@
-"""The command `megamod to-moe` as a file, for deepspeed and torchrun."""
+"""The command `megamod to-moe` as a file that python, deepspeed and torchrun run."""
 
 from megamod.commands.to_moe import main
 from megamod.errors import run_main

@@ -1,4 +1,4 @@
-"""The command `megamod verify` as a file, for deepspeed and torchrun."""
+"""The command `megamod verify` as a file that python, deepspeed and torchrun run."""
 
 from megamod.commands.verify import main
 from megamod.errors import run_main
