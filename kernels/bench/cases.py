@@ -34,7 +34,13 @@ VOCABULARY = 30522
 
 @dataclass(frozen=True)
 class Shape:
-    """Groups, instances, tokens, width, heads."""
+    """Shape of the inputs of a case.
+
+    Attributes:
+        groups, instances: B, N.
+        length: tokens of a sequence.
+        size, heads: hidden size D, and attention heads.
+    """
 
     groups: int
     instances: int
@@ -53,12 +59,13 @@ class Case:
     """One operation at one shape.
 
     Attributes:
+        device: "cuda" or "cpu".
         inputs: keyword arguments of every variant.
         variants: "ours" and its competitors, each from the inputs to one tensor.
         compiled: those of them that are measured compiled as well.
         differentiable: inputs whose gradients are computed.
         reference: the definition, which is computed in float64.
-        bytes, flops: the least, by mode.
+        bytes, flops: least numbers of bytes moved and of operations, by mode.
         compiled_only: further competitors that are never run as they are.
     """
 
@@ -74,10 +81,10 @@ class Case:
 
 
 def parse_shape(text: str) -> Shape:
-    """Parse SIZE-nN[-sLENGTH][-gGROUPS].
+    """Parse SIZE-nN[-sLENGTH][-gGROUPS]; 128 tokens and 32 groups where they are missing.
 
     Raises:
-        SystemExit: for anything else.
+        SystemExit: for anything else, with a message that names --shape.
     """
     result = re.fullmatch(r"(\w[\w.]*)-n(\d+)(?:-s(\d+))?(?:-g(\d+))?", text)
     if not result or result[1] not in SIZES:
@@ -94,7 +101,7 @@ def _draw_parameter(device: str, dtype: torch.dtype, *shape: int, scale: float =
 
 
 def _add_up_modes(forward: float, backward: float) -> dict[str, float]:
-    """Return the lower bounds by mode: forward, backward, and their sum."""
+    """Make the lower bounds by mode: forward, backward, and their sum."""
     return {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}
 
 
@@ -234,7 +241,7 @@ def make_mux_embed_case(shape: Shape, dtype: str, device: str) -> Case:
 
 
 def make_mux_attention_case(shape: Shape, dtype: str, device: str) -> Case:
-    """From token ids to what the first block's heads read, and the residual, which is added.
+    """From token ids to the attention of the first block, and the residual, which is added.
 
     "ours" is what "auto" does; "ours fused" embeds and projects in one kernel.
     """
@@ -354,6 +361,7 @@ def make_keyed_linear_case(shape: Shape, dtype: str, device: str) -> Case:
     )
 
 
+# `run.py --list` prints the first lines of these docstrings.
 CASES: dict[str, Callable[[Shape, str, str], Case]] = {
     "multiplex": make_multiplex_case,
     "mux_embed": make_mux_embed_case,

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-CYCLES_PER_SECOND = 2e9  # of a GPU, about: only how long it is kept waiting depends on it
-LONGEST_WAIT = 0.02
+CYCLES_PER_SECOND = 2e9  # of a GPU, about; sets the time that it is kept waiting
+LONGEST_WAIT = 0.02  # seconds
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,17 @@ class MachineSpeed:
     flops_per_second: float
     software: str = ""
 
-    def record(self) -> dict[str, object]:
-        """Return the values for a JSON file, which `format_machine_speed` formats."""
+    def make_record(self) -> dict[str, object]:
+        """Make the values for a JSON file, which `format_machine_speed` formats."""
         return asdict(self)
 
 
 class Clock:
-    """Timer of calls on one device, with cold caches."""
+    """Timer of calls on one device, with cold caches: a large buffer is written before each.
+
+    Args:
+        device: "cuda" or "cpu".
+    """
 
     def __init__(self, device: str):
         self.cuda = device == "cuda"
@@ -57,8 +61,9 @@ class Clock:
         return start.elapsed_time(stop) / 1000
 
     def measure_host_time(self, call: Callable[[], object], rounds: int = 3) -> float:
-        """Return the least seconds until a call returns on the host, whether or not the device is
-        done.
+        """Measure the seconds until a call returns on the host, done or not on the device.
+
+        The least of `rounds` calls.
         """
         result = []
         for _ in range(rounds):
@@ -93,7 +98,7 @@ def measure_machine_speed(device: str) -> MachineSpeed:
 
 
 def format_machine_speed(speed: dict[str, object]) -> str:
-    """Format the values of `MachineSpeed.record` in one line."""
+    """Format the values of `MachineSpeed.make_record` in one line."""
     copy, gemm = speed["bytes_per_second"] / 1e9, speed["flops_per_second"] / 1e12
     return f"{speed['device']}, {speed['software']}: copy {copy:.0f} GB/s, GEMM {gemm:.3g} TFLOP/s"
 
@@ -109,7 +114,7 @@ def list_software_versions() -> str:
 
 
 def compute_percentiles(times: Sequence[float]) -> tuple[float, float, float]:
-    """Compute the 20th, 50th and 80th percentile."""
+    """Compute the 20th, 50th and 80th percentile of at least one time."""
     if len(times) < 2:
         return times[0], times[0], times[0]
     cuts = statistics.quantiles(times, n=10, method="inclusive")

@@ -6,7 +6,10 @@ from typing import NoReturn
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Exit with the code that `main` returns, or with 2 for a mistake, as 1 is a missed floor."""
+    """Exit with the code that `main` returns, or with 2 for a mistake, as 1 is a missed floor.
+
+    A mistake is a SystemExit with a message, which is printed to stderr.
+    """
     try:
         code = main()
     except SystemExit as mistake:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-FAULT = 9  # exit code of the checker where it found something
+FAULT = 9  # exit code of the checker for a bad memory access
 
 
 def main() -> int:
@@ -47,9 +47,7 @@ def main() -> int:
 
 
 def run_under_checker(device: str) -> int:
-    """Run this program under compute-sanitizer and return its exit code; 0 if it is not
-    installed.
-    """
+    """Run this program under compute-sanitizer and return the exit code; 0 if that is missing."""
     checker = shutil.which("compute-sanitizer")
     if checker is None:
         print("compute-sanitizer is not on the PATH: memory accesses were not checked")

@@ -54,9 +54,7 @@ def _transpose_positions_first(x: Tensor) -> Tensor:
 def make_flex_variants(
     instances: int, length: int, heads: int, device: str
 ) -> dict[str, Callable[..., Tensor]]:
-    """Make the FlexAttention variants by name; empty without a GPU, where they have no backward
-    pass.
-    """
+    """Make the FlexAttention variants by name; none for a CPU, where they have no backward pass."""
     if torch.device(device).type != "cuda":
         return {}
     return {

@@ -11,13 +11,16 @@ class Floor:
     """The least speed of ours, against other variants of the same run or the least possible time.
 
     Attributes:
-        peers: endings of the names of those that count, of which the fastest is compared: its time
-            over ours. Empty: the share of the floor of bytes and operations.
-        instances: from and to which N it holds.
+        title: of the value that is limited.
+        ops, modes: operations and modes that it holds for, in bf16.
+        peers: names of the variants of which the fastest is compared: its time over ours. Empty:
+            the share of the floor of bytes and operations.
+        limit: least value.
+        instances: smallest and largest N that it holds for.
         least_bytes: of cases that are judged; in smaller ones starting a kernel takes most time.
     """
 
-    what: str
+    title: str
     ops: tuple[str, ...]
     modes: tuple[str, ...]
     peers: tuple[str, ...]
@@ -39,29 +42,37 @@ class Floor:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict of one floor for one shape; `value` is None without a measurement."""
+    """Verdict of one floor for one shape.
+
+    Attributes:
+        shape: operation, shape and mode.
+        title: of the value.
+        value: None without a measurement.
+        limit: least value; the largest if `larger` is False.
+    """
 
     shape: str
-    what: str
+    title: str
     value: float | None
     limit: float
     larger: bool = True
 
     @property
     def met(self) -> bool | None:
-        """Return True if the floor is met; None: not measured."""
+        """True if the floor is met; None: not measured."""
         if self.value is None:
             return None
         return self.value >= self.limit if self.larger else self.value <= self.limit
 
-    def word(self) -> str:
-        """Return MET, MISSED or "not measured"."""
+    @property
+    def status(self) -> str:
+        """MET, MISSED or "not measured"."""
         return {None: "not measured", True: "MET", False: "MISSED"}[self.met]
 
     def __str__(self) -> str:
         result = "-" if self.value is None else f"{self.value:.3g}"
         sign = ">=" if self.larger else "<="
-        return f"{self.shape}: {self.what} {result}, floor {sign} {self.limit:g}: {self.word()}"
+        return f"{self.shape}: {self.title} {result}, floor {sign} {self.limit:g}: {self.status}"
 
 
 DEMUX = ("rsa_demux", "rsa_demux_l3")
@@ -71,7 +82,7 @@ COMPILED = ("compile eager", "max-autotune eager")
 ATTENTION = ("eager sdpa", "compile eager sdpa", "compile flex mask", "compile flex batches")
 MODES = ("fwd", "bwd", "fwd_bwd")
 BOTH = MODES[2:]
-LARGE = 4e8
+LARGE = 4e8  # bytes
 FLOORS = (
     Floor("best compile of the concatenated form / ours", DEMUX[:1], BOTH, CONCAT, 2.0, (5, 64)),
     Floor("best compile of the concatenated form / ours", DEMUX[:1], BOTH, CONCAT, 1.6, (2, 4)),
@@ -82,7 +93,7 @@ FLOORS = (
     Floor("best compile / ours", ("multiplex",), MODES, COMPILED, 0.97),
     Floor("share of copy bandwidth", ("multiplex",), ("fwd",), (), 0.85, least_bytes=LARGE),
 )
-OVERHEAD_US = 15.0
+OVERHEAD_US = 15.0  # largest overhead of a launch on the host, in microseconds
 
 
 def group_by_case(rows: Iterable[Row]) -> dict[tuple[object, ...], dict[str, Row]]:
@@ -95,11 +106,9 @@ def group_by_case(rows: Iterable[Row]) -> dict[tuple[object, ...], dict[str, Row
 
 
 def judge_floors(rows: Iterable[Row], floors: Sequence[Floor] = FLOORS) -> list[Verdict]:
-    """List the verdicts of all floors that apply to these rows. If ours failed, its floors are
-    missed.
-    """
+    """List the verdicts of all floors that apply to these rows; if ours failed, they are missed."""
     return [
-        Verdict(" ".join(key[:3]), floor.what, _compute_value(floor, variants), floor.limit)
+        Verdict(" ".join(key[:3]), floor.title, _compute_value(floor, variants), floor.limit)
         for key, variants in group_by_case(rows).items()
         for floor in floors
         if "ours" in variants and floor.fits(variants["ours"])
@@ -115,7 +124,7 @@ def judge_overhead(overhead: Mapping[str, float]) -> Verdict:
 
 
 def _compute_value(floor: Floor, variants: Mapping[str, Row]) -> float | None:
-    """Return the ratio that a floor limits; 0 if ours failed, None without a competitor's time."""
+    """Compute the value that a floor limits; 0 if ours failed, None without a competitor's time."""
     ours = variants["ours"]
     if "failed" in ours:
         return 0.0

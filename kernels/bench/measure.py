@@ -1,6 +1,4 @@
-"""Measurement of one operation at one shape: times of all variants in turns, errors against
-float64.
-"""
+"""Measurement of one case: times of all variants in turns, and errors against float64."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +9,7 @@ from cases import Case
 from clock import Clock, MachineSpeed, compute_percentiles, synchronise
 from torch import Tensor
 
-TUNED = "max-autotune-no-cudagraphs"
+TUNED = "max-autotune-no-cudagraphs"  # mode of `torch.compile`
 OUT_OF_TIME = "no time left"
 
 Variant = Callable[..., Tensor]
@@ -19,7 +17,7 @@ Row = dict[str, object]
 
 
 def make_variants(case: Case, compiled: str) -> dict[str, Variant]:
-    """Return the variants by name: ours, plain torch, and torch compiled.
+    """Make the variants by name: ours, plain torch, and torch compiled.
 
     Args:
         compiled: "none", "default", or "all" for max-autotune too.
@@ -45,11 +43,16 @@ def measure_case(
     rounds: int,
     deadline: float = float("inf"),
 ) -> list[Row]:
-    """Measure a row for each variant; a variant that fails or runs out of time has a row that says
-    so.
+    """Measure a row for each variant, in one mode.
+
+    A variant that raises an error, or that is not run for lack of time, has a row with "failed".
 
     Args:
-        deadline: of `time.monotonic`, after which no further variant is compiled.
+        mode: "fwd", "bwd" or "fwd_bwd".
+        variants: result of `make_variants`.
+        rounds: timed calls of each variant.
+        deadline: time of `time.monotonic` after which only "ours" is run if it has not been yet;
+            variants that have been run are timed all the same.
     """
     clock = Clock(case.device)
     exact = compute_exact_results(case, mode)
@@ -65,6 +68,7 @@ def measure_case(
             rows[name] |= compute_errors(result, exact)
             call = _make_call(case, variant, mode, upstream)
             call()
+            # Twice the host's time, so that the whole call is queued before a GPU starts it.
             calls[name] = call, 2 * clock.measure_host_time(call)
         except Exception as error:
             rows[name]["failed"] = format_error(error)
@@ -92,8 +96,11 @@ def measure_case(
 
 
 def compute_exact_results(case: Case, mode: str) -> list[Tensor]:
-    """Compute the value in float64; unless in mode "fwd" then the gradients and, last, the upstream
-    gradient.
+    """Compute the value in float64; unless `mode` is "fwd" also gradients.
+
+    Returns:
+        the value; the gradients of `case.differentiable`; and last the gradient of the value that
+        they are computed from, which is drawn at random, in the dtype of the inputs.
     """
     wide = {
         name: tensor.detach().double() if tensor.is_floating_point() else tensor
@@ -111,8 +118,9 @@ def compute_exact_results(case: Case, mode: str) -> list[Tensor]:
 
 
 def compute_errors(result: Sequence[Tensor], exact: Sequence[Tensor]) -> Row:
-    """Compute relative errors (norm of the difference over norm): of the value, and of the worst
-    gradient.
+    """Compute the relative errors "error" of the value and "grad_error" of the worst gradient.
+
+    They are norms of the difference over norms; "grad_error" is None without gradients.
     """
     errors = [
         float((ours.double() - expected).norm() / expected.norm().clamp_min(1e-300))

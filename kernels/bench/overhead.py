@@ -18,6 +18,12 @@ def measure_launch_overhead(
 
     Neither needs a gradient. The device has so little to do that only the host's work is seen;
     both take turns, the least of all rounds counts.
+
+    Args:
+        device: "cuda" or "cpu".
+        calls, rounds: calls of a round, and rounds of each of the two.
+    Returns:
+        "ours_us", "torch_us" and their difference "extra_us".
     """
     cuda = device == "cuda"
     x = torch.randn(2, 2, 4, 256, device=device).to(torch.bfloat16)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clock import format_machine_speed
-from floors import group_by_case, judge_floors, judge_overhead
+from floors import Verdict, group_by_case, judge_floors, judge_overhead
 
 Row = Mapping[str, object]
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
@@ -25,20 +25,24 @@ def format_table(rows: Sequence[Row], header: bool = True) -> str:
             f"{'floor':>8} {'share':>6} {'error':>8} {'of grads':>8}"
         )
     for row in rows:
-        folder = f"{row['op']:16} {row['shape']:14} {row['mode']:8} {row['variant']:26} "
+        start = f"{row['op']:16} {row['shape']:14} {row['mode']:8} {row['variant']:26} "
         if "failed" in row:
-            lines.append(folder + f"failed: {row['failed']}")
+            lines.append(start + f"failed: {row['failed']}")
             continue
         spread = f"{row['us_p20']:.1f}..{row['us_p80']:.1f}"
         lines.append(
-            folder + f"{row['us']:9.1f} {spread:>19} {row['floor_us']:8.1f} "
+            start + f"{row['us']:9.1f} {spread:>19} {row['floor_us']:8.1f} "
             f"{row['share_of_floor']:6.2f} {row['error']:8.1e} {_format_grad_error(row):>8}"
         )
     return "\n".join(lines)
 
 
 def format_markdown(record: Mapping[str, object]) -> str:
-    """Format a record for a document: a line per case, ours against the best of the others."""
+    """Format a record for a document: a line per case, ours against the best of the others.
+
+    Args:
+        record: as `run.measure_requests` returns it.
+    """
     result = [f"{format_machine_speed(record['yard'])}, both measured in the same run.", ""]
     result += [
         "| op | shape | mode | dtype | ours, us | share of the floor | error | of gradients | "
@@ -63,7 +67,7 @@ def format_markdown(record: Mapping[str, object]) -> str:
             cells += ["-", "-"]
         case_verdicts = judge_floors(variants.values())
         cells.append(
-            "; ".join(f"{v.word()} ({v.what} {_format_limit(v)})" for v in case_verdicts) or "-"
+            "; ".join(f"{v.status} ({v.title} {_format_limit(v)})" for v in case_verdicts) or "-"
         )
         result.append(f"| {' | '.join(cells)} |")
     if overhead := record.get("overhead"):
@@ -80,7 +84,7 @@ def format_verdicts(record: Mapping[str, object]) -> list[str]:
     return [str(verdict) for verdict in list_verdicts(record)]
 
 
-def list_verdicts(record: Mapping[str, object]) -> list:
+def list_verdicts(record: Mapping[str, object]) -> list[Verdict]:
     """List all verdicts of a record."""
     result = judge_floors(record["rows"])
     if overhead := record.get("overhead"):
@@ -103,7 +107,11 @@ def replace_between_markers(path: Path, begin: str, end: str, text: str) -> None
 
 
 def write_docs(record: Mapping[str, object], path: Path) -> None:
-    """Write a record's table between the markers of a document."""
+    """Write a record's table between the markers BEGIN and END of a document.
+
+    Raises:
+        SystemExit: as `replace_between_markers`.
+    """
     replace_between_markers(path, BEGIN, END, format_markdown(record))
 
 
@@ -130,7 +138,10 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot_times(rows: Sequence[Row], path: Path) -> None:
-    """Plot times and shares of the floor of every variant: a panel per operation and mode."""
+    """Plot times and shares of the floor of every variant: a panel per operation and mode.
+
+    Without matplotlib, or without times, nothing is written.
+    """
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -177,21 +188,25 @@ def _select_colours(rows: Sequence[Row], palette) -> dict[str, object]:
 
 
 def _list_failed(variants: Mapping[str, Row]) -> list[tuple[str, Row]]:
+    """List the names and rows of the variants without a time."""
     return [(name, row) for name, row in variants.items() if "failed" in row]
 
 
 def _format_grad_error(row: Row) -> str:
+    """Format the error of the worst gradient; "-" without one."""
     return "-" if row.get("grad_error") is None else f"{row['grad_error']:.1e}"
 
 
-def _format_limit(verdict) -> str:
+def _format_limit(verdict: Verdict) -> str:
+    """Format value and limit of a floor; "?" if it was not measured."""
     return "?" if verdict.value is None else f"{verdict.value:.2f}, at least {verdict.limit:g}"
 
 
 def _format_overhead(overhead: Mapping[str, float]) -> str:
+    """Format the result of `overhead.measure_launch_overhead` in one line."""
     verdict = judge_overhead(overhead)
     return (
         f"launch overhead, us on the host per call against torch op: {overhead['ours_us']:.1f} "
         f"(multiplex) and {overhead['torch_us']:.1f} (mean): "
-        f"{verdict.word()} ({verdict.value:.1f} more, at most {verdict.limit:g})"
+        f"{verdict.status} ({verdict.value:.1f} more, at most {verdict.limit:g})"
     )

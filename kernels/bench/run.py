@@ -28,7 +28,11 @@ from floors import MODES  # noqa: E402
 
 
 def main() -> int:
-    """Measure the requested operations, print a table and write files; return the exit code."""
+    """Measure the requested operations, print a table and write files; return 1 for a missed floor.
+
+    Raises:
+        SystemExit: with a message, for a mistake in the command.
+    """
     args = parse_arguments()
     if args.docs and args.from_json:
         return write_docs_from_json(args.from_json, args.docs)
@@ -75,16 +79,21 @@ def main() -> int:
 
 
 def measure_requests(args: argparse.Namespace, requests: list) -> dict[str, object]:
-    """Measure all requests and return the record, which is written to --json after every case."""
+    """Measure all requests and return the record, which is written to --json after every request.
+
+    Returns:
+        "yard", the speed of the machine; "overhead" of a launch; "rows", a row per variant and
+        mode; "not_measured", requests that there was no time for.
+    """
     from clock import format_machine_speed, measure_machine_speed
     from overhead import measure_launch_overhead
     from report import format_table, write_json
     from schedule import measure_all, replace_cases
 
     machine_speed = measure_machine_speed(args.device)
-    print(format_machine_speed(machine_speed.record()), flush=True)
+    print(format_machine_speed(machine_speed.make_record()), flush=True)
     rows, left = [], []
-    record: dict[str, object] = {"yard": machine_speed.record(), "not_measured": left}
+    record: dict[str, object] = {"yard": machine_speed.make_record(), "not_measured": left}
     record |= {"overhead": measure_launch_overhead(args.device), "rows": rows}
     for request, result in measure_all(
         requests,
@@ -108,7 +117,7 @@ def measure_requests(args: argparse.Namespace, requests: list) -> dict[str, obje
 
 
 def write_docs_from_json(source: Path, document: Path) -> int:
-    """Write an earlier run's table into a document."""
+    """Write the table of an earlier run's --json file into a document; return the exit code 0."""
     from report import write_docs
 
     write_docs(json.loads(source.read_text(encoding="utf-8")), document)

@@ -12,7 +12,14 @@ from measure import Row, make_variants, measure_case
 
 @dataclass(frozen=True)
 class Request:
-    """One operation at one shape; `tuned` if max-autotune is worth its time."""
+    """A measurement of one operation at one shape.
+
+    Attributes:
+        op: a name in `CASES`.
+        shape: as `parse_shape` reads it.
+        modes: "fwd", "bwd", "fwd_bwd".
+        tuned: with `compiled` "floors", max-autotune is measured too.
+    """
 
     op: str
     shape: str
@@ -24,7 +31,7 @@ class Request:
 
 
 SHAPES = ("base-n2", "base-n5", "base-n10", "base-n5-s512", "large-n5")
-FIRST = (  # what has a floor, at the shapes that matter most
+FIRST = (  # operations with a floor, at the shapes that matter most
     Request("rsa_demux", "base-n5"),
     Request("rsa_demux_l3", "base-n5"),
     Request("mux_embed", "base-n5", ("fwd_bwd", "fwd")),
@@ -62,8 +69,11 @@ def measure_all(
     """Yield each request with its rows; None for those that there is no time for.
 
     Args:
-        compiled: "none", "default", "all", or "floors": max-autotune where a wish says so.
-        seconds: no wish and no variant is begun later. What is begun is finished.
+        compiled: "none", "default", "all", or "floors": "all" for requests that are `tuned`, else
+            "default".
+        rounds, machine_speed: see `measure_case`.
+        seconds: after this time no request and, but for "ours", no variant is begun. A request that
+            is begun is finished.
     """
     deadline = time.monotonic() + seconds
     for request in requests:

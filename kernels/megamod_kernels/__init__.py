@@ -1,7 +1,9 @@
 """Fused operations of megamod: torch and Triton only, nothing from `megamod`.
 
-A file NAME.py holds one operation and its reference, the definition in plain torch;
-NAME_kernels.py holds its Triton kernels. dispatch.py, rows.py and dot.py are shared.
+A file NAME.py holds one operation and its reference, the definition in plain torch. References of
+`mux_embed` and `rsa_demux` are in NAME_torch.py; Triton kernels, where there are any, in
+NAME_kernels.py. dispatch.py, rows.py and dot.py are shared; compile_ahead.py compiles the kernels
+without a GPU, as builds.py lists them.
 
 Kernels use one vocabulary. Tiles: ROWS rows of tokens, COLUMNS output columns and INNER summed
 columns of a matrix product; WIDTH columns of an element-wise tile, TILES of which hold a whole row;

@@ -1,6 +1,8 @@
 """Tuned builds of all kernels, for ahead-of-time compilation by `compile_ahead`.
 
-One function per operation, which yields its kernels with the launch settings of the tuned widths.
+One function per operation, which lists its kernels with the launch settings of the tuned widths.
+Not every combination of width, dtype and flags is listed, but each of their values is: registers
+and shared memory are checked for both values of a flag, each at some widths.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,6 +35,7 @@ class Build:
         kernel: a function under `triton.jit`.
         signature: argument to type, such as "*bf16", "i32", "fp32".
         constants: compile-time arguments.
+        num_warps, num_stages: of Triton: warps of a program, stages of its software pipeline.
         aligned: arguments that are multiples of 16, which a launch detects itself.
     """
 
@@ -45,6 +48,7 @@ class Build:
     aligned: tuple[str, ...]
 
 
+# Integer arguments of the kernels of `mux_embed` and `mux_attention`.
 _MUX_EMBED_COUNTS = (
     "rows", "length", "D", "N", "start", "first_stride", "second_stride", "position_stride",
     "blocks", "token_count", "count", "padding",
@@ -79,16 +83,14 @@ def list_mux_builds() -> Iterator[Build]:
 
 
 def _make_mux_embed_flags(size: int, dropout: bool) -> dict[str, object]:
-    """Return the compile-time arguments of embedding kernels with every optional input passed."""
+    """Make the compile-time arguments of embedding kernels with every optional input passed."""
     flags = {"TYPES": 1, "FIRSTS": True, "SECONDS": True, "POSITIONS": True, "KEEP": True}
     flags |= {"MIXED": False, "SECOND": False, "DROPOUT": dropout}
     return flags | {"CHUNK": mux_embed.CHUNK, **mux_embed.make_width_arguments(size)}
 
 
 def _list_mux_embed_types(names: Iterable[str], dtype: str) -> dict[str, str]:
-    """Return the type of each named argument, as in a `Build`; tensors that are not listed are
-    `dtype`.
-    """
+    """List the types of arguments by name, as in `Build.signature`; most tensors are of `dtype`."""
     kinds = dict.fromkeys(names, f"*{dtype}")
     kinds |= dict.fromkeys(
         ("stats", "second_stats", "partial", "head", "tail", "sums", "second_sums"), "*fp32"
@@ -101,9 +103,7 @@ def _list_mux_embed_types(names: Iterable[str], dtype: str) -> dict[str, str]:
 
 
 def list_mux_embed_builds() -> Iterator[Build]:
-    """List the builds of the kernels of `mux_embed` at the tuned widths, with and without
-    dropout.
-    """
+    """List the builds of the kernels of `mux_embed` at the tuned widths."""
     by_rows = (mux_embed_kernels.mux_embed_fwd_kernel, mux_embed_kernels.mux_embed_bwd_kernel)
     others = (
         mux_embed_kernels.mux_embed_columns_kernel,
@@ -118,6 +118,7 @@ def list_mux_embed_builds() -> Iterator[Build]:
         for kernel in (*by_rows, *others):
             rowwise = kernel in by_rows
             names = kernel.arg_names
+            # The others' 4 rows, and 1 or 4 warps, are those of `mux_embed_backward`.
             flags = {
                 "ROWS": mux_embed.count_rows_per_program(size) if rowwise else 4,
                 **_make_mux_embed_flags(size, drop),
@@ -142,6 +143,7 @@ def list_mux_embed_builds() -> Iterator[Build]:
 def list_mux_attention_builds() -> Iterator[Build]:
     """List the builds of the kernel of `mux_attention` at the tuned widths."""
     names = mux_attention_kernels.mux_qkv_kernel.arg_names
+    # Mixed rows that select each of the tiles, at D = 768; at other widths the largest tile alone.
     for size, rows, dtype, itemsize in (
         (768, 4096, "bf16", 2),
         (768, 8192, "bf16", 2),
@@ -151,7 +153,7 @@ def list_mux_attention_builds() -> Iterator[Build]:
         (1536, 16384, "bf16", 2),
         (2048, 16384, "bf16", 2),
     ):
-        tile_rows, tile_columns, inner, warps, stages = mux_attention.select_product_tile(
+        tile_rows, tile_columns, inner, warps, stages = mux_attention.select_matmul_tile(
             rows, itemsize
         )
         constants = {
@@ -176,7 +178,10 @@ def list_mux_attention_builds() -> Iterator[Build]:
 
 
 def list_slot_attention_builds() -> list[Build]:
-    """List the builds of `slot_attention` with both tiles, with and without dropout."""
+    """List the builds of `slot_attention`, with N = 5 and, with dropout, N = 12.
+
+    In bf16 these select the tiles of 32 and of 64 rows.
+    """
     builds = []
     types = {"mask": "*i1", "seed": "*i64", "scale": "fp32", "dropout": "fp32"}
     for size, dtype, instances in product((768, 1024, 2048), ("bf16", "fp32"), (5, 12)):
@@ -219,7 +224,10 @@ def list_slot_attention_builds() -> list[Build]:
 
 
 def list_keyed_linear_builds() -> list[Build]:
-    """List the builds of `keyed_linear` with every tile; no kernel depends on D."""
+    """List the builds of `keyed_linear` with every tile; no kernel depends on D.
+
+    Of a product's `rows` 2**20 select the tile of large products, 1 that of small ones.
+    """
     types = dict.fromkeys(("rows", "positions", "part_positions", "length", "N"), "i32")
     aligned_counts = ("IN", "OUT", "weight_in_stride", "weight_out_stride")
     types |= dict.fromkeys(aligned_counts, "i32")
@@ -261,7 +269,10 @@ def list_keyed_linear_builds() -> list[Build]:
 
 
 def list_norm_linear_builds() -> Iterator[Build]:
-    """List the builds of `norm_linear` with every tile; only the moments depend on D."""
+    """List the builds of `norm_linear` with every tile; no kernel is compiled for a certain D.
+
+    Of a product's `rows` 2**20 select the tile of large products, 1 that of small ones.
+    """
     variants = []
     for dtype, rows in (("bf16", 2**20), ("bf16", 1), ("fp32", 2**20)):
         *tile, warps, stages = keyed_kernels.select_matmul_tile(
@@ -291,13 +302,17 @@ def list_norm_linear_builds() -> Iterator[Build]:
 
 
 def list_demux_builds() -> Iterator[Build]:
-    """List the builds of the kernels of `rsa_demux` at the tuned widths."""
+    """List the builds of the kernels of `rsa_demux` at the tuned widths.
+
+    Pairs are compiled at D = 1024 and dropout at D = 768: every kernel is listed with and without
+    each of them, and the number of builds stays that of the widths.
+    """
     types = {"pair_position": "*i64", "pair_instance": "*i64", "seed": "*i64", "partial": "*fp32"}
     types |= dict.fromkeys(("dropout", "eps"), "fp32")
     types |= dict.fromkeys(("rows", "D", "N", "length", "blocks", "positions"), "i32")
     for size, (dtype, itemsize) in product((768, 1024, 1536, 2048), (("bf16", 2), ("fp32", 4))):
         if size == 1536 and dtype == "fp32":
-            continue  # as 2048
+            continue  # one row per program, as at 2048
         for kernel, layers in (
             (demux_kernels.rsa_demux_state_kernel, {"LAYERS": 0}),
             (demux_kernels.rsa_demux_state_kernel, {"LAYERS": 1}),

@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of all kernels: registers, shared memory and spills, without a GPU.
 
     python -m megamod_kernels.compile_ahead            all tuned builds, for sm_80 and sm_90
-    python -m megamod_kernels.compile_ahead --json FILE rsa_demux
+    python -m megamod_kernels.compile_ahead --json FILE demux
     python -m megamod_kernels.compile_ahead --reuse FILE --json FILE    changed builds only
 
 Triton compiles to a cubin for any target; the tools in its wheel report the resources. Results and
@@ -36,8 +36,11 @@ def measure_resources(build: Build, capability: int) -> dict[str, int]:
     """Compile a build for a compute capability, such as 90, and return the resources it uses.
 
     Returns:
-        per thread "registers", "stack" and "spills" (bytes of spilled registers);
-        per block "shared" (bytes).
+        per thread "registers" (number), "stack" (bytes) and "spills" (bytes that spilled registers
+        store and load); per block "shared" (bytes).
+    Raises:
+        CompilationError: if Triton does not compile the kernel.
+        CalledProcessError: if a tool of CUDA fails.
     """
     names = build.kernel.arg_names
     index = {name: (number,) for number, name in enumerate(names)}
@@ -82,7 +85,8 @@ def compute_digest(build: Build, capability: int) -> str:
 def find_refused_arguments(build: Build) -> list[str]:
     """List the integer arguments for which the kernel does not compile when they are 1.
 
-    A launch turns the value 1 into a constant, which lacks some methods of other integers.
+    A launch turns the value 1 into a constant, which lacks some methods of other integers. Only
+    Triton's first stage is run, for sm_90.
     """
     target, names = GPUTarget("cuda", 90, WARP_SIZE), build.kernel.arg_names
     backend, refused = make_backend(target), []
@@ -105,13 +109,17 @@ def find_refused_arguments(build: Build) -> list[str]:
 
 
 def list_builds(operations: Iterable[str]) -> Iterator[Build]:
-    """Yield all tuned builds of some operations."""
+    """Yield all tuned builds of some operations, named as in `BUILDS`."""
     for name in operations:
         yield from BUILDS[name]()
 
 
 def list_faults(usage: Mapping[str, int], capability: int) -> list[str]:
-    """List the faults of a build: stack, spills, too much shared memory."""
+    """List the faults of a build: stack, spills, too much shared memory; empty without any.
+
+    Args:
+        usage: result of `measure_resources` for this capability.
+    """
     listed = [f"{usage[name]} bytes of {name}" for name in ("stack", "spills") if usage[name]]
     limit = SHARED_LIMIT[capability]
     if usage["shared"] > limit:
@@ -120,7 +128,7 @@ def list_faults(usage: Mapping[str, int], capability: int) -> list[str]:
 
 
 def main() -> int:
-    """Compile all builds and print a line for each; exit code 1 if one has faults."""
+    """Compile the requested builds and print a line for each; return 1 if one has faults."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -136,6 +144,8 @@ def main() -> int:
         "--capability", type=int, nargs="+", choices=tuple(SHARED_LIMIT), default=[80, 90]
     )
     args = parser.parse_args()
+    if unknown := [name for name in args.operations if name not in BUILDS]:
+        parser.error(f"{unknown[0]!r} is no operation with kernels; there are {', '.join(BUILDS)}")
     kept = {row["digest"]: row for row in json.loads(args.reuse.read_text())} if args.reuse else {}
     rows, bad = [], 0
     for build in list_builds(args.operations or BUILDS):
@@ -158,9 +168,7 @@ def main() -> int:
 
 
 def _run_tool(*command: object) -> str:
-    """Run a command and return its output and errors as text; raise CalledProcessError if it
-    fails.
-    """
+    """Run a command and return all its output as text; raise CalledProcessError if it fails."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 

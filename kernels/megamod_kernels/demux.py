@@ -27,16 +27,20 @@ __all__ = ["Chain", "Pairs", "add_pairs", "rsa_demux", "rsa_demux_reference"]
 __all__ += ["split_projection"]
 
 WIDTH = 256  # columns of a tile; the tuned widths are multiples of it
-PROGRAMS = 264  # two per multiprocessor; rows of the buffer of partial gradient sums
+PROGRAMS = 264  # two per multiprocessor of an H100; rows of the buffer of partial gradient sums
 
 
 def select_whole_row_launch(size: int, itemsize: int) -> dict[str, int | bool]:
     """Return the launch settings of kernels that hold whole rows [ROWS, size] in registers.
 
-    Backward holds six such tensors, so the number of rows is limited by columns per thread.
+    Backward holds six such tensors, so the number of rows is limited by elements per thread.
+
+    Args:
+        size: D; `itemsize`: bytes of an element, also in the next two functions.
     """
     warps = 4 if size <= 2048 else 8
-    share = size / (32 * warps)  # columns per thread; more would spill
+    share = size / (32 * warps)  # columns of a row per thread
+    # Number of rows, and their largest number of elements per thread: more would spill.
     limits = ((4, 24), (2, 16)) if itemsize == 2 else ((4, 12), (2, 12))
     rows = next((rows for rows, columns in limits if rows * share <= columns), 1)
     return {
@@ -60,7 +64,7 @@ def select_tile_launch(size: int, itemsize: int) -> dict[str, int | bool]:
 def select_matmul_launch(rows: int, size: int, itemsize: int) -> dict[str, int | bool]:
     """Return the launch settings of the fused product, which computes the states it reads.
 
-    Each column tile recomputes the states of its rows, so tiles are wide.
+    Each column tile recomputes the states of its rows, so tiles are wide from 4,096 rows on.
     """
     names = ("ROWS", "COLUMNS", "INNER", "num_warps", "num_stages")
     chosen = (32, 64, 32, 8, 2)
@@ -81,7 +85,14 @@ def _rsa_demux(
     eps: float,
     own_matmul: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output [R, D], and the input of every GELU but the first, [layers, R, D]."""
+    """Return the output [R, D], and the input of every GELU but the first, [layers, R, D].
+
+    Args:
+        weights: as `_flatten_chain` lists them.
+        pair_position, pair_instance: [R] int64 indices into [B * L] and [N]; None for all.
+        seed: [1] int64; None without dropout.
+        own_matmul: see `rsa_demux_triton`.
+    """
     from megamod_kernels import demux_kernels as kernels
 
     hidden_part, key_part = hidden_part.contiguous(), key_part.contiguous()
@@ -176,7 +187,8 @@ def _rsa_demux_backward(
 ) -> list[Tensor]:
     """Return the gradients of hidden_part, key_part and all weights, in their shapes.
 
-    `upstream` [R, D] is the gradient of the output. Weight gradients are the vendor's products;
+    `upstream` [R, D] is the gradient of the output, `pre_gelu` the second result of `_rsa_demux`;
+    other arguments as there. Weight gradients are the vendor's products;
     sums over rows are accumulated in float32.
     """
     from megamod_kernels import demux_kernels as kernels
@@ -303,7 +315,7 @@ def _setup_context(
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor, _: Tensor
 ) -> tuple[object, ...]:
-    """Return the gradients of `_rsa_demux`' arguments; None for indices, seed and numbers."""
+    """Return the gradients of the arguments of `_rsa_demux`; None for indices, seed and numbers."""
     hidden_part, key_part, pre_gelu, pair_position, pair_instance, seed, *weights = (
         ctx.saved_tensors
     )
@@ -378,7 +390,7 @@ def rsa_demux(
         tensors.
         Backward saves 1 + len(chain.dense) tensors of that size, and the two parts.
     Raises:
-        ValueError: if the shapes do not fit, or the implementation cannot run.
+        ValueError: if the shapes of the two parts do not fit, or the implementation cannot run.
     Source: Murahari et al. 2023 (MUX-PLM), section 3.1; layers in the order of its release.
     """
     if hidden_part.dim() != 3 or key_part.dim() != 2 or hidden_part.shape[-1] != key_part.shape[-1]:
@@ -406,7 +418,7 @@ def rsa_demux_triton(
     dropout: float,
     own_matmul: bool,
 ) -> Tensor:
-    """Run `rsa_demux` with Triton kernels; own_matmul: with the fused products."""
+    """Run `rsa_demux` with Triton kernels; own_matmul: by the fused products, not the vendor's."""
     indices = (None, None)
     if pairs is not None:
         indices = (pairs.group * hidden_part.shape[1] + pairs.position, pairs.instance)
@@ -430,6 +442,6 @@ def rsa_demux_triton(
 def _flatten_chain(chain: Chain) -> list[Tensor]:
     """List the weights of a chain in the order of its layers, each followed by its bias, norm last.
 
-    Custom operations take flat lists of tensors only; `_rsa_demux` documents the order.
+    Custom operations take flat lists of tensors only.
     """
     return [tensor for pair in (*chain.dense, chain.last, chain.norm) for tensor in pair]

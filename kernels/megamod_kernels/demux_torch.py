@@ -1,8 +1,6 @@
 """RSA demultiplexing in plain torch: the reference, and a form that saves less for backward.
 
-The first layer sees [key ; hidden]. Its matrix is split, W = [W_key | W_hidden], so that the hidden
-part is computed once per mixed position and the key part once per instance: 2 N times fewer FLOPs
-than with the concatenation, which is never built.
+`demux.py` describes the split of the first layer, whose two parts are computed here.
 """
 
 from collections.abc import Sequence
@@ -64,6 +62,8 @@ def split_projection(
         implementation: of the norm and its product, see `norm_linear`.
     Returns:
         hidden part [..., D] and key part, bias included, [..., N, D].
+    Raises:
+        ValueError: as `norm_linear`, with a norm.
     """
     # One split call, so that autograd joins both gradients in one operation.
     key_weight, hidden_weight = weight.split(key.shape[-1], 1)
@@ -107,10 +107,11 @@ def rsa_demux_reference(
 
 
 class RsaDemuxFunction(torch.autograd.Function):
-    """Saves the two parts of the first layer and the input of each later GELU; nothing else.
+    """`rsa_demux` in plain torch, which saves the two parts, the inputs of later GELUs, and masks.
 
     Everything in between is element-wise and recomputed in backward. The plain form saves five
-    times as much: input and output of every GELU, and the concatenation.
+    times as much: input and output of every GELU, and the concatenation. `weights` of `apply` are
+    a weight and a bias for each layer of the chain, the norm last.
     """
 
     @staticmethod

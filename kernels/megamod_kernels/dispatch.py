@@ -17,6 +17,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def uses_triton(implementation: str, tensor: Tensor) -> bool:
     """Return True if an operation on this tensor runs its kernels.
 
+    Tensors on the meta device count as on a GPU with "triton", and as not on one with "auto".
+
     Raises:
         ValueError: for an unknown implementation, or "triton" where it cannot run.
     """
@@ -33,7 +35,13 @@ def uses_triton(implementation: str, tensor: Tensor) -> bool:
 
 
 def uses_own_matmul(implementation: str, tensor: Tensor) -> bool:
-    """Return `uses_triton` for fused products, which "auto" uses in dtypes with tensor cores."""
+    """Return True if an operation with a fused matrix product runs its kernels.
+
+    With "auto" it does so on a GPU in bfloat16 and float16, whose products use tensor cores.
+
+    Raises:
+        ValueError: as `uses_triton`.
+    """
     if implementation == "auto":
         return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
     return uses_triton(implementation, tensor)

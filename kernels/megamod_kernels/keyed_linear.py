@@ -167,7 +167,7 @@ def keyed_linear(
     Returns:
         [B, N, L, E], in x's dtype. Differentiable once; backward saves x and the parameters.
     Raises:
-        ValueError: if shapes or dtypes do not fit.
+        ValueError: if shapes or dtypes do not fit, or the implementation cannot run.
     """
     if (
         x.dim() != 4
@@ -194,8 +194,10 @@ def keyed_linear(
 def _launch_matmul(
     source: Tensor, weight: Tensor, key: Tensor, bias: Tensor | None, output: Tensor, forward: bool
 ) -> None:
-    """Fill `output` with (source * key) weight^T + bias, or with the input gradient unless
-    `forward`.
+    """Fill `output` by the kernel, in place.
+
+    Forward with (source * key) weight^T + bias; otherwise with the gradient of the input,
+    (source weight) * key, where `source` is that of the output.
     """
     from megamod_kernels import keyed_linear_kernels as kernels
 
@@ -234,4 +236,5 @@ def _launch_matmul(
 
 
 def _ceil_divide(whole: int, part: int) -> int:
+    """Divide and round up."""
     return -(-whole // part)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from megamod_kernels.dot import dot, find_program_tile
 
-PROGRAMS = 264  # two per multiprocessor
+PROGRAMS = 264  # two per multiprocessor of an H100
 
 
 @triton.jit
@@ -32,10 +32,10 @@ def keyed_matmul_kernel(
     FORWARD: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """Compute (source * key) weight^T + bias; unless FORWARD (source weight) * key, the input's
-    gradient.
+    """Compute a tile of (source * key) weight^T + bias, or of the gradient of the input.
 
-    ONE_KEY: all rows of a block belong to one instance.
+    The latter, unless FORWARD, is (source weight) * key, where `source` is the gradient of the
+    output. ONE_KEY: all rows of a tile belong to one instance.
     """
     row_tile, column_tile = find_program_tile(rows, OUT, ROWS, COLUMNS)
     row = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -145,7 +145,11 @@ def keyed_weight_kernel(
 def select_matmul_tile(
     rows: int, outputs: int, element_size: int
 ) -> tuple[int, int, int, int, int]:
-    """Return ROWS, COLUMNS, INNER, warps, stages: large tiles only for large products."""
+    """Return ROWS, COLUMNS, INNER, warps and stages of a product [rows, outputs].
+
+    Tiles are large only where they are at least one per multiprocessor of an H100. float32, which
+    uses no tensor cores, has one tile.
+    """
     if element_size == 4:
         return 64, 64, 32, 8, 3
     if triton.cdiv(rows, 128) * triton.cdiv(outputs, 128) < PROGRAMS // 2:
@@ -154,9 +158,10 @@ def select_matmul_tile(
 
 
 def select_weight_tile(element_size: int, needs_key: bool) -> tuple[int, int, int, int, int]:
-    """Return COLUMNS, INNER, ROWS, warps and stages.
+    """Return COLUMNS, INNER, ROWS, warps and stages of `keyed_weight_kernel`.
 
-    A block has two accumulators, and with key_grad also its tile of the weight.
+    A program holds two accumulators, and with `needs_key` also its tile of the weight, so tiles are
+    smaller then.
     """
     if element_size == 4:
         return 64, 32 if needs_key else 64, 32, 8, 3

@@ -104,12 +104,13 @@ def linear_cross_entropy(
         weight: [V, D] output matrix, same dtype.
         labels: [...] int64 token ids, -100 where nothing is predicted.
         bias: [V], same dtype; None for none.
+        scale, softcap: see z; softcap None: logits are not bounded.
     Returns:
         The sum over labels (scalar float32, nats; differentiable once in hidden, weight and bias),
         and the log-probability of each label ([...] float32, not differentiable, 0 where ignored).
         Peak extra memory: one chunk of logits, and in training the gradients.
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes of hidden, weight and labels do not fit.
     """
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(

@@ -12,18 +12,18 @@ from torch import Tensor
 from megamod_kernels.dispatch import uses_triton
 
 WIDTH = 256  # columns per tile; the tuned widths are multiples of it
-ROWS = 4
+ROWS = 4  # mixed positions per tile
 PARTIALS = 128  # rows of the buffer of partial sums of the key's gradient
 
 
 def multiplex_reference(x: Tensor, key: Tensor) -> Tensor:
-    """Compute the mean over instances of key * x, in float32 (float64 for float64)."""
+    """Compute `multiplex` in plain torch, in float32 (float64 for float64)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) * key.to(wide)[:, None]).mean(1).to(x.dtype)
 
 
 class _MultiplexFunction(torch.autograd.Function):
-    """Adds the instances one at a time, so that no tensor of size [B, N, L, D] is created.
+    """`multiplex` in plain torch: adds instances one at a time, without a tensor [B, N, L, D].
 
     Backward needs the instances only for the gradient of the key: with a frozen key only the key
     is saved.

@@ -16,7 +16,9 @@ from megamod_kernels.dispatch import uses_triton
 from megamod_kernels.mux_embed import Tables, mux_embed, mux_embed_reference
 
 Projections = Sequence[tuple[Tensor, Tensor]]
-"""Weight [D, D] and bias [D] of queries, keys and values."""
+"""Weight [D, D] and bias [D] of queries, keys and values, in this order."""
+
+MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 def mux_attention_reference(
@@ -42,8 +44,9 @@ def mux_attention_reference(
 def _compute_attention(
     projected: Sequence[Tensor], heads: int, mask: Tensor | None, dropout: float
 ) -> Tensor:
-    """Compute softmax(Q K^T / sqrt(D / heads) + mask) V from queries, keys and values, all [B, T,
-    D].
+    """Compute softmax(Q K^T / sqrt(D / heads) + mask) V, [B, T, D].
+
+    `projected` are queries, keys and values [B, T, D]; other arguments as of `mux_attention`.
     """
     query, key, value = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in projected)
     if mask is not None and mask.dtype != torch.bool:
@@ -52,20 +55,27 @@ def _compute_attention(
     return mixed.transpose(1, 2).flatten(2)
 
 
-def select_product_tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
-    """Return rows of a program, columns and inner columns of its products, warps, stages.
+def select_matmul_tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
+    """Return TILE_ROWS, COLUMNS, INNER, warps and stages of `mux_qkv_kernel`.
 
-    Each program computes all columns, so it reads all weights. The number of rows leaves one
-    program per multiprocessor of a large GPU.
+    A program computes all columns of its TILE_ROWS rows, and so reads all weights. TILE_ROWS is the
+    smallest of 32, 64 and 128 with which one program per multiprocessor is enough, and 128 if none
+    is. float32, whose products use no tensor cores, has one tile.
+
+    Args:
+        rows: of the product: mixed positions B * T.
+        itemsize: bytes of an element.
     """
     if itemsize == 4:
         return 32, 64, 32, 8, 2
-    return (32 if rows <= 4224 else 64 if rows <= 8448 else 128), 128, 64, 8, 3
+    fitting = (size for size in (32, 64) if rows <= MULTIPROCESSORS * size)
+    return next(fitting, 128), 128, 64, 8, 3
 
 
 def count_embedded_rows(size: int) -> int:
-    """Return the number of rows that a program embeds at once; it embeds its tile in several
-    rounds.
+    """Return the number of mixed rows of `size` columns that a program embeds at once.
+
+    It embeds the rows of its tile in several rounds, as it holds the rows of one in registers.
     """
     return 8 if size <= 1024 else 4
 
@@ -79,7 +89,8 @@ def _mux_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the encoder's input [B, T, D], qkv [3, B, T, D], and the mixed rows for backward.
 
-    The mixed rows are empty unless `keep`.
+    Arguments as of `mux_embed.make_embedding_arguments`; `projections` are weight and bias of
+    queries, keys and values, flat. The mixed rows [B, T, D] are empty unless `keep`.
     """
     from megamod_kernels import mux_attention_kernels as kernels
 
@@ -90,7 +101,7 @@ def _mux_qkv(
             output, mixed, eps, start, dropout, keep,
         )  # fmt: skip
         rows, size = output.shape[0] * output.shape[1], output.shape[2]
-        tile_rows, tile_columns, inner, warps, stages = select_product_tile(
+        tile_rows, tile_columns, inner, warps, stages = select_matmul_tile(
             rows, output.element_size()
         )
         kernels.mux_qkv_kernel[(-(-rows // tile_rows),)](
@@ -114,9 +125,7 @@ def _(
 def _allocate_outputs(
     ids: Tensor, word: Tensor, key: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate the encoder's input [B, T, D], qkv [3, B, T, D], and the mixed rows (empty unless
-    `keep`).
-    """
+    """Allocate the results of `_mux_qkv`."""
     shape = (ids.shape[0] // key.shape[0], ids.shape[1], key.shape[1])
     return word.new_empty(shape), word.new_empty(3, *shape), word.new_empty(shape if keep else 0)
 
@@ -173,6 +182,7 @@ _mux_qkv.register_autograd(_backward, setup_context=_setup_context)
 def _count_flops(
     ids: Sequence[int], *arguments: object, out_shape: object = None, **_: object
 ) -> int:
+    """Count the FLOPs of the three projections, from the shapes of the arguments of `_mux_qkv`."""
     instances, size = arguments[5]
     return 3 * 2 * ids[0] // instances * ids[1] * size * size
 

@@ -19,6 +19,7 @@ PARTIALS = 128  # rows of the buffers of partial sums of norm and key gradients
 
 
 def _ceil_divide(count: int, size: int) -> int:
+    """Divide and round up."""
     return -(-count // size)
 
 
@@ -38,8 +39,10 @@ def count_warps(size: int) -> int:
 
 
 def _make_optional_argument(tensor: Tensor | None, instead: Tensor) -> tuple[Tensor, int, bool]:
-    """Return a contiguous tensor of rows or a placeholder, its row stride, and True if it was
-    passed.
+    """Return a contiguous tensor of rows, its row stride (0 for one row of all), and True.
+
+    If there is none, return the placeholder `instead`, which kernels do not read, 1, by which they
+    count positions then, and False.
     """
     if tensor is None:
         return instead, 1, False
@@ -55,7 +58,8 @@ def _mux_embed(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute the encoder's input [B, T, D], and the mixed rows before the second embedding.
 
-    The mixed rows, which backward needs, are empty unless `keep`.
+    The mixed rows [B, T, D], which backward needs, are empty unless `keep`. Other arguments as of
+    `make_embedding_arguments`; the two paddings are read by backward alone, -1: none.
     """
     from megamod_kernels import mux_embed_kernels as kernels
 
@@ -79,7 +83,16 @@ def make_embedding_arguments(
     seed: Tensor | None, output: Tensor, mixed: Tensor, eps: float, start: int, dropout: float,
     keep: bool,
 ) -> tuple[tuple[object, ...], dict[str, object]]:  # fmt: skip
-    """Return the positional and keyword arguments of a launch for `embed_rows`."""
+    """Return the positional and keyword arguments of a launch for `embed_rows`.
+
+    Args:
+        ids: [B * N, T]; word, position, token_type, weight, bias: fields of `Tables`.
+        key: [N, D].
+        types, firsts, seconds: token types and positions as in `mux_embed`, or None.
+        seed: [1] int64; None without dropout.
+        output, mixed: [B, T, D], which the kernel fills; `mixed` only with `keep`.
+        eps, start: `eps` and `first_position` of `Tables`.
+    """
     types, _, has_types = _make_optional_argument(types, ids)
     firsts, first_stride, has_firsts = _make_optional_argument(firsts, ids)
     seconds, second_stride, has_seconds = _make_optional_argument(seconds, ids)
@@ -143,7 +156,7 @@ def mux_embed_backward(
     groups = rows // instances
     parameters = (word, position, token_type, weight, bias, key)
     if not upstream.numel():
-        return tuple(torch.zeros_like(arguments) for arguments in parameters)
+        return tuple(torch.zeros_like(parameter) for parameter in parameters)
     upstream, ids = upstream.contiguous(), ids.contiguous()
     passed_types, passed_firsts, passed_seconds = types, firsts, seconds
     word, position, token_type, weight, bias, key = (t.contiguous() for t in parameters)
@@ -195,7 +208,10 @@ def mux_embed_backward(
     )
 
     def sum_columns(second: bool) -> Tensor:
-        """Sum over all rows, [instances or 1, 2, D]."""
+        """Sum the result of `mux_embed_columns_kernel` over programs: [N, 2, D] float32.
+
+        With `second` for the second embedding, and N is 1.
+        """
         blocks, count = _ceil_divide(mixed_count, 4), 1 if second else instances
         programs = min(blocks, PARTIALS)
         partial = torch.empty(programs, count, 2, size, **wide)
@@ -213,7 +229,14 @@ def mux_embed_backward(
     def add_to_table(
         owner: Tensor, order: Tensor, grad: Tensor, padding: int, of_mixed: bool
     ) -> Tensor:
-        """Add rows to the row of `grad` that owns them; `grad` starts at zero."""
+        """Add gradients of rows to the row of `grad` [rows, D] that owns them; return `grad`.
+
+        Args:
+            owner, order: result of `_sort_by_owner`.
+            grad: zeros, changed in place.
+            padding: row of `grad` that stays zero; -1: none.
+            of_mixed: rows are those of the second embedding.
+        """
         count = len(order)
         grid = (_ceil_divide(count, CHUNK), column_tiles)
         head, tail = (torch.empty(grid[0], size, **wide) for _ in range(2))
@@ -282,9 +305,7 @@ def _(
 def _find_position_rows(
     positions: Tensor | None, rows: int, length: int, start: int, like: Tensor
 ) -> Tensor:
-    """Return indices into the position table, [rows, length]; consecutive from `start` if not
-    passed.
-    """
+    """Return indices into the position table, [rows, length]; None: consecutive from `start`."""
     if positions is None:
         positions = torch.arange(start, start + length, device=like.device)[None]
     return positions.expand(rows, length)
@@ -368,7 +389,11 @@ def mux_embed(
 def make_number_arguments(
     ids: Tensor, learned: tuple[Tensor, ...], tables: Tables, dropout: float
 ) -> tuple[Tensor | None, tuple[float | int, ...]]:
-    """Return the dropout seed or None, and the trailing number arguments of the operation."""
+    """Return the dropout seed [1] int64 or None, and the last arguments of `_mux_embed`.
+
+    The seed is drawn from torch's generator. The numbers are eps, first position, dropout, the two
+    padding rows (-1: none), and True if backward will need the mixed rows.
+    """
     seed = torch.randint(2**62, (1,), device=ids.device) if dropout else None
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
     padding = [-1 if row is None else row for row in (tables.word_padding, tables.position_padding)]

@@ -44,7 +44,7 @@ def mux_embed_reference(
     """Compute `mux_embed` in plain torch; arguments and result are the same.
 
     Args:
-        masks: factors of both dropouts, [B, N, T, D] and [B, T, D]; None to draw them.
+        masks: factors of both dropouts, [B, N, T, D] and [B, T, D], for tests; None to draw them.
     """
 
     def embed(x: Tensor, types: Tensor | None, positions: Tensor | None) -> Tensor:
@@ -85,11 +85,11 @@ def check_shapes(
             "and [N, D], N at least 1"
         )
     for name, tensor in zip(Tables._fields[:5], tables[:5], strict=True):
-        columns = (size,) if name in ("weight", "bias") else (len(tensor), size)
-        if tuple(tensor.shape) != columns:
+        is_table = name not in ("weight", "bias")
+        if tensor.dim() != 1 + is_table or tensor.shape[-1] != size:
             raise ValueError(
                 f"{name} {tuple(tensor.shape)} does not fit key {tuple(key.shape)}: expected "
-                f"{size} columns"
+                f"{'[rows, ' if is_table else '['}{size}]"
             )
     rows, length = ids.shape
     groups = rows // instances

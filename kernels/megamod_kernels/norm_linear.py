@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megamod_kernels.dispatch import uses_own_matmul
 
-ROWS, WIDTH = 4, 256  # tile of the moments kernel; the tuned widths are multiples of it
+ROWS, WIDTH = 4, 256  # tile of the moments kernel; the tuned widths are multiples of WIDTH
 
 
 class Norm(NamedTuple):
@@ -27,7 +27,7 @@ class Norm(NamedTuple):
 def norm_linear_reference(
     x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Compute LN(x) weight^T + bias in plain torch."""
+    """Compute `norm_linear` in plain torch; arguments and result are the same."""
     return F.linear(F.layer_norm(x, x.shape[-1:], *norm), weight, bias)
 
 
@@ -142,7 +142,7 @@ def norm_linear(
     Returns:
         [..., E], in x's dtype. Differentiable once; backward saves x and the parameters.
     Raises:
-        ValueError: if shapes or dtypes do not fit.
+        ValueError: if shapes or dtypes do not fit, or the implementation cannot run.
     """
     size = x.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != size or norm.weight.shape != (size,):

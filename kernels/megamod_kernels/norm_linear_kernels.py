@@ -9,9 +9,7 @@ from megamod_kernels.rows import compute_moments
 
 @triton.jit
 def norm_moments_kernel(x, stats, rows, D, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Write `stats` [2, rows] float32 of the rows of x [rows, D]: mean, reciprocal standard
-    deviation.
-    """
+    """Write `stats` [2, rows] float32 of x [rows, D]: mean and reciprocal standard deviation."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     mean, rstd = compute_moments(x, row, valid, D, eps, ROWS, WIDTH)

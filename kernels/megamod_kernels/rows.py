@@ -8,7 +8,7 @@ from megamod_kernels.dispatch import INTERPRETED
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _DENSITY = tl.constexpr(0.3989422804014327)  # of the standard normal distribution at 0
 _HALF_LOG2_E = tl.constexpr(0.7213475204444817)
-_SCALE = tl.constexpr(0.33)
+_SCALE = tl.constexpr(0.33)  # of the polynomial's argument, see `_compute_upper_tail`
 
 
 @triton.jit
@@ -118,8 +118,10 @@ def compute_tile_moments(x, D, eps, TILES: tl.constexpr, WIDTH: tl.constexpr, WH
 def draw_dropout_factors(
     seed, stream, row, first_column, dropout, DROPOUT: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Draw a tile's dropout factors, 0 or 1 / (1 - dropout): Philox counter (row, column // 4,
-    stream).
+    """Draw the dropout factors of a tile [rows, WIDTH]: 0 or 1 / (1 - dropout); 1 unless DROPOUT.
+
+    They follow from the seed and Philox's counter (row, column // 4, stream), so that backward
+    draws the same ones; `stream` numbers the dropouts of an operation.
     """
     if DROPOUT:
         quad = first_column // 4 + tl.arange(0, WIDTH // 4)

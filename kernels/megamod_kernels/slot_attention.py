@@ -15,11 +15,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megamod_kernels.dispatch import uses_triton
 
-MASKED = (
-    -10000.0
-)  # added to the score of a masked key, as in BERT; finite, so all keys may be masked
+# Added to the score of a masked key, as in BERT; finite, so all keys may be masked.
+MASKED = -10000.0
 LARGEST_N = 64  # instances of a position share a tile
-LARGEST_HEAD = 256
+LARGEST_HEAD = 256  # columns of a head
 
 
 def slot_attention_reference(
@@ -48,8 +47,13 @@ def slot_attention_reference(
 def _slot_attention(
     projected: list[Tensor], heads: int, mask: Tensor | None, dropout: float, seed: Tensor | None
 ) -> Tensor:
-    """Run the forward kernel; `projected` is [q, k, v], or one tensor with the three
-    concatenated.
+    """Run the forward kernel: [B, N, L, D].
+
+    Args:
+        projected: q, k and v [B, N, L, D], or one tensor [B, N, L, 3 D] with the three.
+        heads, dropout: as of `slot_attention`.
+        mask: [B, N, L] bool, or None.
+        seed: [1] int64; None without dropout.
     """
     from megamod_kernels import slot_attention_kernels as kernels
 
@@ -82,7 +86,10 @@ def _slot_attention_backward(
     dropout: float,
     seed: Tensor | None,
 ) -> list[Tensor]:
-    """Return a contiguous gradient for each tensor of `projected`, of its shape."""
+    """Return a contiguous gradient for each tensor of `projected`, of its shape.
+
+    `upstream` [B, N, L, D] is the gradient of the output; other arguments as of `_slot_attention`.
+    """
     from megamod_kernels import slot_attention_kernels as kernels
 
     up, q, k, v = (_ensure_unit_stride(x) for x in (upstream, *_split_qkv(projected)))
@@ -136,9 +143,7 @@ _slot_attention.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.megamod.slot_attention)
 def _count_flops(projected: list[tuple[int, ...]], *_: object, **__: object) -> int:
-    """Count the FLOPs of the two products among the instances of a position, without masked
-    scores.
-    """
+    """Count the FLOPs of both products within positions; masked scores are not counted."""
     groups, instances, length, columns = projected[0]
     size = columns // (1 if len(projected) == 3 else 3)
     return 4 * groups * length * instances**2 * size
@@ -217,7 +222,8 @@ def slot_attention_packed(
 ) -> Tensor:
     """Compute `slot_attention` of [B, N, L, 3 D], the concatenation of queries, keys and values.
 
-    The gradient is one tensor too, so nothing is copied between this and a fused projection.
+    The gradient is one tensor too, so nothing is copied between this and a fused projection. Other
+    arguments, result and errors as of `slot_attention`.
     """
     if qkv.dim() != 4 or qkv.shape[-1] % 3:
         raise ValueError(f"qkv {tuple(qkv.shape)} does not fit: expected [B, N, L, 3 * D]")
@@ -266,7 +272,10 @@ def _ensure_unit_stride(x: Tensor) -> Tensor:
 def _replace_missing_tensors(
     mask: Tensor | None, seed: Tensor | None, placeholder: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Replace missing tensors by a placeholder, which kernels never read."""
+    """Return the mask, contiguous, and the seed, each replaced by the placeholder if it is None.
+
+    Kernels do not read a placeholder, but a launch needs a tensor.
+    """
     return (
         placeholder if mask is None else mask.contiguous(),
         placeholder if seed is None else seed,
@@ -276,8 +285,9 @@ def _replace_missing_tensors(
 def _make_launch_arguments(
     q: Tensor, heads: int, mask: Tensor | None, dropout: float
 ) -> tuple[tuple[int | float, ...], dict[str, float]]:
-    """Return the numbers (positions, length, scale, dropout) and compile-time arguments of a
-    launch.
+    """Return the arguments of a launch: numbers by position, and compile-time ones by name.
+
+    The numbers are positions B * L, L, scale of the scores, and dropout.
     """
     from megamod_kernels import slot_attention_kernels as kernels
 

@@ -14,7 +14,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _dot_unrounded(wide, narrow):
-    """Multiply a float32 matrix by a possibly narrower one, without rounding the first.
+    """Multiply a float32 tile by a possibly narrower one, without rounding the first.
 
     Rounding the probabilities would cause half of the error. The second product, of the rounding
     remainder, costs no time because the kernel is limited by memory.
@@ -29,8 +29,7 @@ def _dot_unrounded(wide, narrow):
 
 @triton.jit
 def _compute_probabilities(q, k, mask, mask_rows, valid, tile_position, scale, SHIFT: tl.constexpr):
-    """Compute softmax(q k^T * scale) of a tile's rows [ROWS, ROWS] among those of the same
-    position.
+    """Compute softmax(q k^T * scale) of a tile's rows among those of one position, [ROWS, ROWS].
 
     SHIFT is added to the scores of masked instances; 0 if there is no mask.
     """
@@ -223,7 +222,7 @@ def slot_attention_bwd_kernel(
 
 
 def select_tile(instances: int, head_width: int, element_size: int) -> tuple[int, int]:
-    """Return rows of a tile and warps.
+    """Return ROWS of a tile, and warps.
 
     More rows waste more scores between positions, so 64 only if 32 rows leave clearly more rows
     unused, as for N = 12 (24 used). float32 products run without tensor cores, where wasted scores

@@ -187,7 +187,7 @@ def main() -> int:
         parser.error(f"--rows {args.rows}: not a multiple of each of {args.n}")
     from megamod.models.presets import PRESETS
 
-    machine_speed = measure_machine_speed(args.device).record()
+    machine_speed = measure_machine_speed(args.device).make_record()
     print(format_machine_speed(machine_speed), flush=True)
     result, arguments = [], {"device": args.device, "rows": args.rows, "rounds": args.rounds}
     for kind in args.kind:

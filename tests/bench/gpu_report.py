@@ -22,7 +22,7 @@ def inference(record: Mapping[str, object], judged: Sequence[Verdict]) -> str:
     lines += [
         f"| {row['kind']}, N = {row['num_instances']} | {row['rows_per_second']:.0f} "
         f"({row['ours_is']}) | {row['stock_rows_per_second']:.0f} ({row['stock_is']}) | "
-        f"{row['ratio']:.2f} | {row['ceiling']:.2f} | {row['share']:.3f}: {verdict.word()}, "
+        f"{row['ratio']:.2f} | {row['ceiling']:.2f} | {row['share']:.3f}: {verdict.status}, "
         f"at least {verdict.limit:g} |"
         for row, verdict in zip(record["inference"], judged, strict=True)
         if "ratio" in row

@@ -210,7 +210,8 @@ def measure(
 
     deadline = time.monotonic() + seconds
     device = join_process_group(600)
-    record: dict[str, object] = {"yard": machine_speed.record(), "parts": {}, "not_measured": []}
+    record: dict[str, object] = {"yard": machine_speed.make_record(), "parts": {}}
+    record["not_measured"] = []
     for name, (part, size) in parts.items():
         if time.monotonic() > deadline:
             record["not_measured"].append(name)
@@ -275,7 +276,7 @@ def main() -> int:
         return 0
     torch._dynamo.config.recompile_limit = 64
     machine_speed = measure_machine_speed("cuda" if torch.cuda.is_available() else "cpu")
-    print(format_machine_speed(machine_speed.record()), flush=True)
+    print(format_machine_speed(machine_speed.make_record()), flush=True)
     record = measure(
         {name: PARTS[name] for name in args.part},
         machine_speed=machine_speed,

@@ -102,18 +102,18 @@ def test_flex_attention_is_the_same_attention():
 
 
 def test_the_important_comes_first_and_nothing_is_forgotten():
-    wishes = list_all_requests([*CASES, "new_op"])
-    assert str(wishes[0]) == "rsa_demux base-n5 fwd_bwd"
-    assert [w.op for w in wishes[:5]] == [
+    requests = list_all_requests([*CASES, "new_op"])
+    assert str(requests[0]) == "rsa_demux base-n5 fwd_bwd"
+    assert [w.op for w in requests[:5]] == [
         *("rsa_demux", "rsa_demux_l3", "mux_embed", "multiplex", "slot_attention")
     ]
-    pairs = {(wish.op, wish.shape) for wish in wishes}
+    pairs = {(request.op, request.shape) for request in requests}
     assert all((op, shape) in pairs for op in (*CASES, "new_op") for shape in schedule.SHAPES)
     judged = {(op, mode) for floor in floors.FLOORS for op in floor.ops for mode in floor.modes}
     assert {(op, mode) for w in schedule.FIRST for op in [w.op] for mode in w.modes} >= judged - {
         ("multiplex", "bwd")
     }
-    assert {wish.op for wish in list_all_requests(["multiplex"])} == {"multiplex"}
+    assert {request.op for request in list_all_requests(["multiplex"])} == {"multiplex"}
 
 
 def test_when_time_is_over_the_rest_is_listed(monkeypatch):
@@ -126,10 +126,10 @@ def test_when_time_is_over_the_rest_is_listed(monkeypatch):
         return [{"variant": "ours", "mode": mode}]
 
     monkeypatch.setattr(schedule, "measure_case", slow)
-    wishes = [Request("multiplex", f"tiny-n2-s{length}-g1") for length in (1, 2, 3, 4)]
+    requests = [Request("multiplex", f"tiny-n2-s{length}-g1") for length in (1, 2, 3, 4)]
     result = list(
         measure_all(
-            wishes,
+            requests,
             device="cpu",
             dtype="fp32",
             rounds=1,
@@ -155,7 +155,7 @@ def row(op="rsa_demux", variant="ours", us=10.0, **more):
 
 
 def words(rows):
-    return {(v.shape, v.what, v.limit): v.word() for v in floors.judge_floors(rows)}
+    return {(v.shape, v.title, v.limit): v.status for v in floors.judge_floors(rows)}
 
 
 def test_verdicts():
@@ -196,7 +196,7 @@ def test_a_case_measured_again_replaces_the_first():
 
 def test_what_is_written_into_a_document(tmp_path):
     record = {
-        "yard": MACHINE_SPEED.record(),
+        "yard": MACHINE_SPEED.make_record(),
         "rows": [
             row(),
             row(variant="compile eager concat", us=30.0),

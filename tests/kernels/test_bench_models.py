@@ -210,7 +210,7 @@ def test_documents(tmp_path, record):
     row |= dict(ours_is="compiled", stock_is="eager", ratio=5.0, ceiling=5.0, share=1.0)
     failed = {"kind": "token", "num_instances": 2, "failed": {"N = 2, eager": "no room"}}
     rows = [row | {"failed": {"N = 1, compiled": "no"}}, failed]
-    inference = {"yard": MACHINE_SPEED.record(), "inference": rows}
+    inference = {"yard": MACHINE_SPEED.make_record(), "inference": rows}
     (folder / "inference.json").write_text(json.dumps(inference))
     (folder / "training.json").write_text(json.dumps(record))
     assert gpu.write_docs(folder, docs) == ["results.md"]

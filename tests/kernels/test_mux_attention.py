@@ -91,9 +91,9 @@ def test_attention_against_float64(arguments, poisoned):
 
 def test_large_tiles(monkeypatch, poisoned):
     """Tuned tiles on sizes that no tile divides, which tests are too small to be given."""
-    tuned = module.select_product_tile(2**20, 2)
-    assert tuned != module.select_product_tile(1, 2)
-    monkeypatch.setattr(module, "select_product_tile", lambda *_: tuned)
+    tuned = module.select_matmul_tile(2**20, 2)
+    assert tuned != module.select_matmul_tile(1, 2)
+    monkeypatch.setattr(module, "select_matmul_tile", lambda *_: tuned)
     shape = (17, 2, 8, 140, 2)
     drawn = case(shape, torch.float32)
     monkeypatch.setattr(module, "count_embedded_rows", lambda _: 16)

@@ -214,7 +214,18 @@ def test_what_does_not_fit_is_refused():
     ids, key, tables, _, _ = case((1, 2, 3, 8))
     for inputs, message in (
         ((ids[:1], key, tables), r"ids \(1, 3\) and key \(2, 8\) do not fit"),
-        ((ids, key[:, :4], tables), r"word \(11, 8\) does not fit key \(2, 4\)"),
+        (
+            (ids, key[:, :4], tables),
+            r"word \(11, 8\) does not fit key \(2, 4\): expected \[rows, 4\]",
+        ),
+        (
+            (ids, key, tables._replace(weight=tables.weight[None])),
+            r"weight \(1, 8\) does not fit key \(2, 8\): expected \[8\]",
+        ),
+        (
+            (ids, key, tables._replace(word=tables.word[0])),
+            r"word \(8,\) does not fit key \(2, 8\): expected \[rows, 8\]",
+        ),
         ((ids, key, tables, ids[:1]), r"token_type_ids \(1, 3\) does not fit: expected \[2, 3\]"),
         ((ids.repeat(1, 3), key, tables), "9 tokens need more than the 8 positions"),
     ):
