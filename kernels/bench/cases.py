@@ -116,6 +116,7 @@ def make_multiplex_case(shape: Shape, dtype: str, device: str) -> Case:
     }
 
     def eager(x: Tensor, key: Tensor) -> Tensor:
+        """Multiplex in plain torch, rounded to the dtype of x after each operation."""
         return (x * key.to(x.dtype)[:, None]).mean(1)
 
     return Case(
@@ -148,6 +149,7 @@ def make_rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) 
         inputs |= {f"dense_{layer}": draw(D, D, scale=D**-0.5), f"dense_{layer}_bias": draw(D)}
 
     def make_chain(weights: Mapping[str, Tensor]) -> Chain:
+        """Make the chain of the layers after the first from the inputs of that name."""
         names = (*(f"dense_{layer}" for layer in range(2, layers)), "last", "norm")
         *dense, last, norm = ((weights[name], weights[f"{name}_bias"]) for name in names)
         return Chain(dense, last, norm, EPS)
@@ -155,6 +157,7 @@ def make_rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) 
     def demux_concatenated(
         hidden: Tensor, key: Tensor, first: Tensor, first_bias: Tensor, **weights: Tensor
     ) -> Tensor:
+        """Demultiplex in plain torch, with the concatenation of keys and states, as published."""
         chain = make_chain(weights)
         keys = key[None, :, None].expand(len(hidden), -1, hidden.shape[1], -1)
         repeated = hidden[:, None].expand(-1, len(key), -1, -1)
@@ -171,6 +174,7 @@ def make_rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) 
         first_bias: Tensor,
         **weights: Tensor,
     ) -> Tensor:
+        """Demultiplex by `demux`, with the first layer split into two parts."""
         return demux(*split_projection(hidden, key, first, first_bias), make_chain(weights))
 
     variants = {"ours": partial(demux_split, rsa_demux)}
@@ -222,9 +226,11 @@ def make_mux_embed_case(shape: Shape, dtype: str, device: str) -> Case:
     inputs = _draw_embedding_inputs(shape, dtype, device)
 
     def ours(ids: Tensor, key: Tensor, **tables: Tensor) -> Tensor:
+        """Embed by `mux_embed`."""
         return mux_embed(ids, key, Tables(**tables, word_padding=0))
 
     def eager(ids: Tensor, key: Tensor, **tables: Tensor) -> Tensor:
+        """Embed in plain torch."""
         return mux_embed_reference(ids, key, Tables(**tables, word_padding=0))
 
     unit = P * D * DTYPES[dtype].itemsize
@@ -258,6 +264,7 @@ def make_mux_attention_case(shape: Shape, dtype: str, device: str) -> Case:
         key: Tensor,
         **arguments: Tensor,
     ) -> Tensor:
+        """Return the sum of both results of `attention`, as a case has one result."""
         flat = [arguments.pop(f"to_{name}") for name in names]
         projections = list(zip(flat[::2], flat[1::2], strict=True))
         tables = Tables(**arguments, word_padding=0)
@@ -298,6 +305,7 @@ def make_norm_linear_case(shape: Shape, dtype: str, device: str) -> Case:
     def apply_after_norm(
         linear: Callable[..., Tensor], x: Tensor, gain: Tensor, shift: Tensor, first: Tensor
     ) -> Tensor:
+        """Apply `linear` with the norm and the half of the weight for mixed states."""
         return linear(x, Norm(gain, shift, EPS), first[:, D:])
 
     unit, product = P * D * kind.itemsize, 2 * P * D * D

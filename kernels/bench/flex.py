@@ -17,6 +17,7 @@ def make_block_diagonal_attention(
     """
 
     def same_position(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Return True where two tokens of the sequence have one position."""
         return query // instances == key // instances
 
     size = instances * length

@@ -107,6 +107,7 @@ def replace_cases(rows: Sequence[Row], newer: Sequence[Row]) -> list[Row]:
     """Return all rows, with those of cases that were measured again replaced by the newer ones."""
 
     def identify_case(row: Row) -> tuple[object, ...]:
+        """Return the key of a row's case."""
         return row["op"], row["shape"], row["mode"], row["dtype"]
 
     newer_cases = {identify_case(row) for row in newer}

@@ -303,6 +303,7 @@ def _setup_context(
     inputs: tuple[object, ...],
     output: tuple[Tensor, Tensor],
 ) -> None:
+    """Save for `_backward` the arguments of `_rsa_demux` and the GELU inputs."""
     hidden_part, key_part, weights, pair_position, pair_instance, seed, ctx.dropout, ctx.eps, _ = (
         inputs
     )

@@ -109,6 +109,7 @@ def _(
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    """Save key and weight for `_backward`, and x if a gradient of either is needed."""
     x, key, weight, _ = inputs
     ctx.save_for_backward(x if any(ctx.needs_input_grad[1:3]) else None, key, weight)
 

@@ -129,6 +129,7 @@ def _(upstream: Tensor, x: Tensor | None, key: Tensor, needs_x: bool) -> tuple[T
 def _setup_context(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor
 ) -> None:
+    """Save the key for `_backward`, and x if the gradient of the key is needed."""
     x, key = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, key)
 
@@ -136,6 +137,7 @@ def _setup_context(
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of x and key; None for one that is not needed."""
     needs_x, needs_key = ctx.needs_input_grad
     grad_x, grad_key = _multiplex_backward(upstream, *ctx.saved_tensors, needs_x)
     return grad_x if needs_x else None, grad_key if needs_key else None

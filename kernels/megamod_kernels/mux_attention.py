@@ -133,6 +133,7 @@ def _allocate_outputs(
 def _setup_context(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]
 ) -> None:
+    """Save for `_backward` the arguments of `_mux_qkv`, the encoder's input and the mixed rows."""
     *tensors, projections, eps, start, dropout, word_padding, position_padding, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[0], output[2], *projections, *tensors)

@@ -326,6 +326,7 @@ def _order_by_column(rows: int, length: int, start: int, like: Tensor) -> tuple[
 def _setup_context(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]
 ) -> None:
+    """Save for `_backward` the arguments of `_mux_embed` and the mixed rows."""
     *tensors, eps, start, dropout, word_padding, position_padding, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], *tensors)
@@ -335,6 +336,7 @@ def _setup_context(
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the six parameters that are needed; None for all other arguments."""
     needed, no_grads = ctx.needs_input_grad[1:7], (None,) * 10
     if upstream is None:
         return (None,) * 17

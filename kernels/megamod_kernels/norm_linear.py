@@ -69,6 +69,7 @@ def _(
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    """Save for `_backward` all tensors but the bias, and eps."""
     *tensors, _, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 

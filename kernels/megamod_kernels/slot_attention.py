@@ -126,6 +126,7 @@ def _(
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    """Save for `_backward` the arguments of `_slot_attention`; no scores."""
     projected, ctx.heads, mask, ctx.dropout, seed = inputs
     ctx.save_for_backward(*projected, mask, seed)
 
@@ -133,6 +134,7 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
 ) -> tuple[list[Tensor], None, None, None, None]:
+    """Return the gradients of `projected`; None for the other arguments."""
     *projected, mask, seed = ctx.saved_tensors
     grads = _slot_attention_backward(upstream, projected, ctx.heads, mask, ctx.dropout, seed)
     return grads, None, None, None, None

@@ -63,7 +63,9 @@ class Vocabulary(Protocol):
     pad: int
 
     @property
-    def mask(self) -> int: ...
+    def mask(self) -> int:
+        """Id of the token that stands for a masked one."""
+        ...
 
 
 def make_encoder_config(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from megamod_kernels.builds import BUILDS
-from megamod_kernels.compile_ahead import SHARED_LIMIT, list_faults
+from megamod_kernels.compile_ahead import SHARED_LIMIT, list_faults, main
 
 KEPT = Path(__file__).with_name("builds.json")
 
@@ -64,6 +64,14 @@ def test_kernels_can_be_launched_where_a_number_is_one():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) > 20 and all(line.endswith("[]") for line in lines), done.stdout
+
+
+def test_an_unknown_operation_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compile_ahead", "rsa_demux"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    message = "'rsa_demux' is no operation with kernels; there are mux, mux_embed"
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_faults_are_told():

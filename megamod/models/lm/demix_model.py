@@ -36,6 +36,7 @@ class DemixPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = (rf"\.{EXPERTS_COMPONENT}\.",)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Initialise a module as for a class of transformers, so that none is skipped."""
         # For classes outside transformers modules without parameters of their own would be passed
         # over, and those are the ones that `initialise_module_weights` knows.
         super()._initialize_weights(module, is_custom_code=False)

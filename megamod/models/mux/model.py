@@ -426,6 +426,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return by_group.any(1)[:, None, None, :]
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Initialise a module as for a class of transformers."""
         # For classes outside transformers a module is skipped once all of its own parameters are
         # loaded, and the keys are the model's own.
         super()._initialize_weights(module, is_custom_code=False)
