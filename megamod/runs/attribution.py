@@ -25,14 +25,17 @@ from megamod.runs.attribution_args import AttributionArgs
 from megamod.states.output_folder import check_new_folder, create_new_folder
 from megamod.tables import format_table
 
+LONGEST = 1024  # tokens of a document, in place of the model's limit or the flag if one is missing
+
 
 @dataclass(frozen=True)
-class Document:
+class AttributedDocument:
     """Tokens of a document and the shares of the experts.
 
     Attributes:
         tokens: text of each of T tokens.
-        shares: [T][E].
+        shares: [T][E] of each token, in the order of moe.json; they sum to 1 if the router's
+            weights do.
     """
 
     tokens: list[str]
@@ -40,18 +43,19 @@ class Document:
 
     @property
     def mean_shares(self) -> list[float]:
-        """Return the share of each expert in the whole document."""
+        """Return the share of each expert in the whole document, [E]."""
         return torch.tensor(self.shares).mean(0).tolist()
 
 
 def attribute(args: AttributionArgs) -> None:
     """Print the experts with their digests, and their shares in every document.
 
-    With --output_dir the shares are also written there, in a new folder: see `_write_files`.
+    The mixture runs in float32, on a GPU if there is one. With --output_dir the shares are also
+    written there, in a new folder: see `_write_files`.
 
     Raises:
-        UserError: if a flag is missing, the model is no mixture with moe.json, the output folder is
-            not new, or the text cannot be read.
+        UserError: if a flag is missing, the model is no mixture with moe.json or cannot be loaded,
+            the output folder is not new, or the text cannot be read.
     """
     require_values(args, "model", "text")
     folder = Path(args.model)
@@ -62,14 +66,16 @@ def attribute(args: AttributionArgs) -> None:
     tokenizer = load_tokenizer(folder)
     model = load_lm(folder, flag="--model", dtype=torch.float32).eval()
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    limit = min(get_max_sequence_length(model.config) or 1024, args.max_seq_length or 1024)
+    limit = min(get_max_sequence_length(model.config) or LONGEST, args.max_seq_length or LONGEST)
     items = read_token_ids(
-        Path(args.text), lambda text: tokenizer.encode_batch([text])[0].tolist(), limit
+        Path(args.text), lambda text: tokenizer.encode_batch([text])[0].tolist(), limit, "--text"
     )[: args.max_documents]
     documents = []
     for ids in items:
         shares = compute_shares(model, torch.tensor([ids]))
-        documents.append(Document([tokenizer.decode([token]) for token in ids], shares.tolist()))
+        documents.append(
+            AttributedDocument([tokenizer.decode([token]) for token in ids], shares.tolist())
+        )
     print(format_experts(record), "", format_documents(record, documents), sep="\n")
     if args.output_dir is not None:
         with create_new_folder(Path(args.output_dir)) as output:
@@ -78,14 +84,21 @@ def attribute(args: AttributionArgs) -> None:
 
 
 def compute_shares(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """Compute the shares of the experts [T, E] in the tokens of one document [1, T]."""
+    """Compute the shares of the experts in the tokens of one document, without gradients.
+
+    Args:
+        model: mixture of E experts, in evaluation mode.
+        ids: [1, T] int64, on any device.
+    Returns:
+        [T, E] float32 on the CPU, the mean over the layers.
+    """
     device = next(model.parameters()).device
     with torch.no_grad(), record_routing(model) as layers:
         model.base_model(ids.to(device), use_cache=False)
     return torch.stack([routing.shares for routing in layers]).mean(0).cpu()
 
 
-def format_documents(record: MoeRecord, documents: Sequence[Document]) -> str:
+def format_documents(record: MoeRecord, documents: Sequence[AttributedDocument]) -> str:
     """Format a table with a line per document: number of tokens, the share of each expert in
     percent, and how the text begins.
     """
@@ -97,7 +110,7 @@ def format_documents(record: MoeRecord, documents: Sequence[Document]) -> str:
     return format_table(rows, right_aligned_columns=range(len(record.domains) + 2))
 
 
-def format_tokens(record: MoeRecord, documents: Sequence[Document]) -> str:
+def format_tokens(record: MoeRecord, documents: Sequence[AttributedDocument]) -> str:
     """Format a table with a line per token: document from 1, position from 0, the share of each
     expert, the expert of the largest share (first), and the text.
     """
@@ -113,7 +126,7 @@ def format_tokens(record: MoeRecord, documents: Sequence[Document]) -> str:
 
 
 def _write_files(
-    folder: Path, args: AttributionArgs, record: MoeRecord, documents: Sequence[Document]
+    folder: Path, args: AttributionArgs, record: MoeRecord, documents: Sequence[AttributedDocument]
 ) -> None:
     """Write attribution.json, tokens.txt and attribution.png into the folder.
 

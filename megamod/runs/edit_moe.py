@@ -10,6 +10,7 @@ from megamod.flags import Arguments, option, require_values
 from megamod.runs.to_moe import CALIBRATION_FLAGS, MoeArgs, make_calibration
 
 _BESIDE_BASE = {*CALIBRATION_FLAGS, "max_shard_size", "quiet", "output_dir"}
+"""Flags of `MoeArgs` that have an effect with --base."""
 
 
 @dataclass
@@ -36,18 +37,19 @@ class EditArgs(Arguments):
 def run_edit(args: MoeArgs, edit: EditArgs) -> None:
     """Write a mixture with one expert changed to --output_dir, and print its experts.
 
-    --drop leaves an expert out, --upgrade replaces its feed-forwards, --refresh computes its router
+    --drop removes an expert, --upgrade replaces its feed-forwards, --refresh computes its router
     row anew. --upgrade keeps the row unless --calibration is given. The mixture --base is not
-    changed.
+    changed, and the new folder is complete or absent.
 
     Args:
         args: calibration and output; its other flags must be defaults.
-        edit: the mixture and the change.
+        edit: the mixture, which must be set, and the change.
     Raises:
-        UserError: for flags that do not go together, or an expert that cannot be changed so.
+        UserError: for flags that do not go together, a folder that is no mixture with moe.json, or
+            an expert that cannot be changed so.
     """
-    verbs = [verb for verb in ("drop", "upgrade", "refresh") if getattr(edit, verb) is not None]
-    if len(verbs) != 1:
+    changes = [flag for flag in ("drop", "upgrade", "refresh") if getattr(edit, flag) is not None]
+    if len(changes) != 1:
         raise UserError(f"--base {edit.base}: give one of --drop, --upgrade and --refresh")
     for field in fields(args):
         if field.name not in _BESIDE_BASE and getattr(args, field.name) != field.default:
@@ -72,23 +74,27 @@ def run_edit(args: MoeArgs, edit: EditArgs) -> None:
             upgrade_expert(folder, edit.upgrade, expert, output, shard_bytes=shard_bytes)
         else:
             with TemporaryDirectory(dir=output.absolute().parent, prefix=".") as temporary:
-                half = Path(temporary) / "model"
-                upgrade_expert(folder, edit.upgrade, expert, half, shard_bytes=shard_bytes)
-                _refresh(half, edit.upgrade, args, output, shard_bytes)
+                # With the new feed-forwards, but still with the row of the earlier ones.
+                upgraded = Path(temporary) / "model"
+                upgrade_expert(folder, edit.upgrade, expert, upgraded, shard_bytes=shard_bytes)
+                _write_calibrated_row(upgraded, edit.upgrade, args, output, shard_bytes)
     else:
         require_values(args, "calibration")
-        _refresh(folder, edit.refresh, args, output, shard_bytes)
+        _write_calibrated_row(folder, edit.refresh, args, output, shard_bytes)
     args.report(format_experts(read_moe_record(output)), *note)
 
 
-def _refresh(folder: Path, domain: str, args: MoeArgs, output: Path, shard_bytes: int) -> None:
-    """Compute the router row of one expert from text, with the mixture itself, and write the
-    mixture with that row.
+def _write_calibrated_row(
+    folder: Path, domain: str, args: MoeArgs, output: Path, shard_bytes: int
+) -> None:
+    """Write a mixture with a new router row of one expert, computed from text by the mixture.
 
     Args:
         folder: of the mixture, which is not changed.
-        output: new folder.
-        shard_bytes: see `refresh_router_rows`.
+        domain: of the expert.
+        args: its calibration flags are used.
+        output: new folder, complete or absent.
+        shard_bytes: size above which weights are split into several files.
     Raises:
         UserError: if there is no such expert, or the calibration does not fit the mixture.
     """
@@ -109,6 +115,7 @@ def _refresh(folder: Path, domain: str, args: MoeArgs, output: Path, shard_bytes
     rows = compute_rows(
         model, mixture.family.module, [texts[name] for name in domains], domains, calibration
     )
+    # "own_first" and "condition" describe all rows computed here; only one of them is written.
     refresh_router_rows(
         folder, domain, rows.rows[:, number if calibration.centre else 0],
         {key: rows.record[key] for key in ("kind", "sharpness", "centre", "texts")},

@@ -1,4 +1,4 @@
-"""The command `merge`: recipes from flags or files, soups, and LoRA adapters."""
+"""The command `merge`: averages from flags, recipes from files, and extraction of LoRA adapters."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,8 @@ class MergeArgs(ModelOutputArgs):
 def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
     """Merge models into --output_dir, or with --extract_lora write an adapter; print a description.
 
-    With --dry_run everything is checked and nothing is written.
+    The recipe's method greedy_soup also evaluates the models. With --dry_run everything is checked
+    and nothing is written.
 
     Args:
         recipe_file: recipe in YAML; None: the flags alone describe the merge.
@@ -83,17 +84,22 @@ def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
 
 
 def _extract_lora(args: MergeArgs, recipe_file: Path | None) -> None:
-    """Write the adapter that makes --extract_lora from --base_model to --output_dir, and describe
-    it.
+    """Write the LoRA adapter that makes --extract_lora of --base_model to --output_dir; print its
+    description.
 
     Raises:
-        UserError: for flags that do not go with it, or models that do not fit each other.
+        UserError: for flags or a recipe that do not go with it, without --base_model, or for models
+            that do not fit each other.
     """
     for flag in ("models", "forest", "experts", "weights", "prior", "topk", "dtype"):
         if getattr(args, flag) is not None:
             raise UserError(f"--{flag} does not go with --extract_lora")
-    if recipe_file is not None or args.base_model is None or args.dry_run:
-        raise UserError("--extract_lora needs --base_model BASE and --output_dir, and no recipe")
+    if recipe_file is not None:
+        raise UserError(f"{recipe_file}: a recipe does not go with --extract_lora")
+    if args.base_model is None:
+        raise UserError(f"--extract_lora {args.extract_lora}: needs --base_model BASE")
+    if args.dry_run:
+        raise UserError("--dry_run does not go with --extract_lora, which needs --output_dir")
     from megamod.merging.extract_lora import extract_lora
 
     extracted = extract_lora(
@@ -110,10 +116,11 @@ def build_recipe_from_flags(args: MergeArgs) -> "MergeRecipe":
     """Build the recipe of the average of --models, or of experts of --forest.
 
     Weights are --weights or those of the file --prior; without both all models count alike. Models
-    that --topk does not select, and those of weight 0, are left out.
+    that --topk does not select, and those of weight 0, are skipped. No weights of models are read.
 
     Raises:
-        UserError: naming the flag, for values that do not go together.
+        UserError: naming the flag, for values that do not go together, or a forest or prior that
+            cannot be read.
     """
     from megamod.btm.parents import select_forest_parents, select_largest_weights
     from megamod.merging.methods.table import METHODS
@@ -140,7 +147,7 @@ def build_recipe_from_flags(args: MergeArgs) -> "MergeRecipe":
             if getattr(args, flag) is not None:
                 raise UserError(f"--{flag} goes with --forest, not with --models")
         sources, weights = [(Path(model), None) for model in args.models], args.weights
-        if weights is not None and len(weights) == count:
+        if weights is not None and len(weights) == count:  # else `build_weighted_recipe` refuses
             if (args.topk or 0) > count:
                 raise UserError(f"--topk {args.topk}: there are only {count} models")
             kept = select_largest_weights(weights, args.topk or 0)

@@ -26,7 +26,10 @@ class ModelOutputArgs(Arguments):
     output_dir: str | None = option(None, "folder to make")
 
     def make_options(self) -> dict[str, object]:
-        """Return the keyword arguments of `merge` and `convert_to_moe` that these flags set.
+        """Return the keyword arguments that `merge`, `greedy_soup` and `convert_to_moe` share.
+
+        They are shard_bytes, threads, copy_tokenizer, dry_run and quiet. `out_dtype` is not among
+        them: it is a part of the recipe.
 
         Raises:
             UserError: if --max_shard_size is no size.
@@ -42,10 +45,11 @@ class ModelOutputArgs(Arguments):
         }
 
     def report(self, *lines: str, is_new: bool = True) -> None:
-        """Print lines about the result and its folder, unless --quiet.
+        """Print lines about the result, then one about its folder; nothing with --quiet.
 
         Args:
-            is_new: False if the folder had the result before.
+            lines: of text, without line ends.
+            is_new: False if the folder had this result before the command, so nothing was written.
         """
         if not self.quiet:
             done = "written to" if is_new else "done already, in"

@@ -18,7 +18,8 @@ def start_logging() -> None:
     """Set up logging on the console: rank 0 at INFO, other ranks and libraries at WARNING.
 
     Libraries warn on rank 0 alone; on other ranks they log errors. Progress bars of libraries are
-    switched off (HF_HUB_DISABLE_PROGRESS_BARS) unless this is rank 0 on a terminal.
+    switched off (HF_HUB_DISABLE_PROGRESS_BARS) unless this is rank 0 on a terminal. RANK and its
+    like are set first, by `set_rank_variables`, since the rank decides the levels.
 
     Raises:
         UserError: if variables of srun or mpirun contradict each other, see `set_rank_variables`.
@@ -42,7 +43,7 @@ class NodeLog(logging.Handler):
     """Appends each record to a file in a single write, so that lines of two writers stay whole.
 
     Args:
-        path: created if missing, otherwise continued.
+        path: file, created if missing, otherwise continued; its folder exists.
     Raises:
         OSError: if it cannot be opened.
     """
@@ -54,8 +55,8 @@ class NodeLog(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append a record, cut to `LONGEST` characters; a disk error is reported once, on the
-        console.
+        """Append a record, cut to `LONGEST` characters; the first disk error is reported on the
+        console, and none is raised.
         """
         text = self.format(record)
         if len(text) > LONGEST:
@@ -78,17 +79,17 @@ class NodeLog(logging.Handler):
 
 
 @contextmanager
-def node_log(output: Path, table: str, step: int) -> Iterator[None]:
-    """Append the console lines of a run to OUT/logs/HOST.log for the time of the block.
+def write_node_log(output: Path, table: str, step: int) -> Iterator[None]:
+    """Append the log records of a run to OUT/logs/HOST.log for the time of the block.
 
-    Only the first rank of each host writes: its lines of `logging`, start and end of the run, and
-    the error that ended it, which is raised again. If the file cannot be written the run goes on
-    without it.
+    Every rank calls it; only the first rank of each host (LOCAL_RANK 0) writes: its lines of
+    `logging`, start and end of the run, and the error that ended it, which is raised again. If the
+    file cannot be written the run goes on without it.
 
     Args:
         output: OUT, folder of the run.
         table: ranks and groups, written first.
-        step: finished steps.
+        step: steps that were finished before the block.
     """
     local, rank = os.environ.get("LOCAL_RANK", "0"), os.environ.get("RANK", "0")
     log = _open_log_file(output / "logs" / f"{os.uname().nodename}.log") if local == "0" else None

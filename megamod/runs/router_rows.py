@@ -37,8 +37,8 @@ from megamod.tables import format_table
 
 logger = logging.getLogger(__name__)
 
-LONGEST = 1024  # tokens per sequence by default
-HELD_OUT = 4  # every so many sequences one is held out
+LONGEST = 1024  # tokens per sequence by default, fewer if the model or the text has fewer
+HELD_OUT = 4  # the last of every four sequences is held out
 CONDITION = 5.0  # largest condition number of a layer's rows without a warning, as in mergekit
 
 
@@ -47,8 +47,8 @@ class Calibration:
     """Text to compute router rows on.
 
     Attributes:
-        texts: a data-bin, or DOMAIN=FILE for each domain.
-        tokens: number that is read of each domain.
+        texts: folder of a data-bin, whose valid splits are read, or DOMAIN=FILE for each domain.
+        tokens: largest number that is read of each domain.
         sharpness: standard deviation of logits; without `centre` the length of rows.
         centre: subtract the mean of all domains.
         max_seq_length: tokens per sequence; None: `LONGEST`, or the model's limit.
@@ -81,11 +81,15 @@ class Text:
 def compute_calibrated_rows(
     plan: MoePlan, recipe: MergeRecipe, calibration: Calibration
 ) -> RouterRows:
-    """Compute router rows on the average of the experts that the recipe describes.
+    """Compute router rows [L, E, D] on the average of the experts that the recipe describes.
 
     Without centring, and for models whose shared weights are equal (`plan.shared` "asserted"), the
-    first model takes the place of the average. The average is written to a temporary folder.
+    first model takes the place of the average. The average is written to a temporary folder, and
+    loaded in float32.
 
+    Args:
+        plan: of the mixture that gets the rows.
+        recipe: average of the experts; each of its inputs has a domain.
     Raises:
         UserError: if a domain has no text, the text does not fit the model, or a row is zero.
     """
@@ -111,21 +115,22 @@ def compute_rows(
 ) -> RouterRows:
     """Compute router rows on a dense or sparse model, as the docstring of the module defines them.
 
-    The model is moved to a GPU if there is one, and set to evaluation. Layers whose rows do not
-    separate the domains are logged.
+    The model is moved to a GPU if there is one, and set to evaluation mode; it stays so. Layers
+    whose rows do not separate the domains are logged.
 
     Args:
         block: path of the feed-forward or sparse block in a layer.
         texts: of each expert's domain, in the order of the experts.
         domains: of the experts, for messages and the record.
     Returns:
-        rows [L, E, D], and their record: settings, digests of the texts, per layer the share of
-        each domain's tokens on which its own expert is first, and the condition number.
+        rows [L, E, D] float32 on the CPU, and their record: settings, digests of the texts, per
+        layer the share of each domain's tokens on which its own expert is first, and the condition
+        number.
     Raises:
         UserError: if a text is too short, or a row is zero, as with a single expert and centring.
     """
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    length = _choose_sequence_length(model.config, texts, calibration)
+    length = _select_sequence_length(model.config, texts, calibration)
     sequences = [text.ids[: len(text.ids) // length * length].view(-1, length) for text in texts]
     held_out = [torch.arange(len(part)) % HELD_OUT == HELD_OUT - 1 for part in sequences]
     means = torch.stack(
@@ -137,7 +142,7 @@ def compute_rows(
     )  # [L, E, D]
     if calibration.centre:
         rows = means - means.mean(1, keepdim=True)
-        _refuse_zero(rows, domains)
+        _refuse_zero_rows(rows, domains)
     else:
         rows = calibration.sharpness * means / means.norm(dim=-1, keepdim=True)
     check = [part[mask] for part, mask in zip(sequences, held_out, strict=True)]
@@ -147,7 +152,7 @@ def compute_rows(
     rows = rows.float()
     check_rows(rows, "--calibration")
     condition = [compute_condition(layer, calibration.centre) for layer in rows.double()]
-    _warn_of_rows(own_first, condition, domains)
+    _warn_of_weak_rows(own_first, condition, domains)
     record = {
         "kind": "calibrated",
         "sharpness": calibration.sharpness,
@@ -170,6 +175,8 @@ def read_texts(calibration: Calibration, domains: Sequence[str], folder: Path) -
 
     Args:
         folder: of the model, with its tokenizer.
+    Returns:
+        text by domain, at most `calibration.tokens` tokens of each.
     Raises:
         UserError: if a domain has no text or two, a file cannot be read, or the ids are not those
             of the model.
@@ -193,7 +200,10 @@ def read_texts(calibration: Calibration, domains: Sequence[str], folder: Path) -
     read = {}
     for domain in domains:
         items = read_token_ids(
-            Path(files[domain]), lambda text: tokenizer.encode_batch([text])[0].tolist(), LONGEST**2
+            Path(files[domain]),
+            lambda text: tokenizer.encode_batch([text])[0].tolist(),
+            calibration.tokens,
+            "--calibration",
         )
         ids = [token for item in items for token in (*item, end)][: calibration.tokens]
         read[domain] = Text(torch.tensor(ids), files[domain], hash_file(Path(files[domain])))
@@ -208,7 +218,9 @@ def read_databin_texts(
     Args:
         tokens: number that is read of each domain, fewer if the split has fewer.
         config: of the model that reads them.
-        where: flag of the data-bin, for messages.
+        where: flag and path of the data-bin, for messages.
+    Returns:
+        text by domain.
     Raises:
         UserError: if it lacks a domain, or the ids are not those of the model.
     """
@@ -223,8 +235,8 @@ def read_databin_texts(
 
 
 def _require_domains(domains: Sequence[str], known: Sequence[str] | Mapping, where: str) -> None:
-    """Raise UserError, which begins with `where`, for the first domain that is not among the
-    known ones.
+    """Raise UserError, whose message begins with `where`, for the first domain that is not among
+    the known ones.
     """
     for domain in domains:
         if domain not in known:
@@ -233,7 +245,7 @@ def _require_domains(domains: Sequence[str], known: Sequence[str] | Mapping, whe
             )
 
 
-def _choose_sequence_length(
+def _select_sequence_length(
     config: LmConfig, texts: Sequence[Text], calibration: Calibration
 ) -> int:
     """Return the tokens per sequence: those of the calibration, but within the model's limit and
@@ -259,12 +271,13 @@ def _choose_sequence_length(
 def hook_block_inputs(
     model: nn.Module, block: str, receive: Callable[[int, Tensor], None]
 ) -> Iterator[None]:
-    """Call `receive` with the layer's number and the block's input [B, T, D] in every forward pass.
+    """Call `receive` with the layer's number and the block's input in every forward pass.
 
     This holds for the time of the `with` block.
 
     Args:
         block: path of the feed-forward or sparse block in a layer.
+        receive: takes the number from 0 and states [B, T, D], detached, on the model's device.
     """
 
     def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -282,7 +295,11 @@ def hook_block_inputs(
 
 
 def _run_batches(model: nn.Module, sequences: Tensor, batch_size: int) -> None:
-    """Run a model without its output layer on sequences [N, T], in batches, for the hooks on it."""
+    """Run a model without its output layer on sequences [N, T], in batches, for the hooks on it.
+
+    Args:
+        batch_size: sequences per forward pass.
+    """
     device = next(model.parameters()).device
     with torch.no_grad():
         for start in range(0, len(sequences), batch_size):
@@ -291,10 +308,13 @@ def _run_batches(model: nn.Module, sequences: Tensor, batch_size: int) -> None:
 
 
 def compute_mean_inputs(model: nn.Module, block: str, sequences: Tensor, batch_size: int) -> Tensor:
-    """Compute the mean input of each layer's block over all tokens of `sequences` [N, T].
+    """Compute the mean input of each layer's block over all tokens of `sequences` [N, T] int64.
+
+    The model runs where it is and in its mode, without gradients.
 
     Args:
         block: path of the feed-forward or sparse block in a layer.
+        batch_size: sequences per forward pass.
     Returns:
         [L, D] float64 on the CPU.
     """
@@ -342,16 +362,17 @@ def _measure_logits(
 
 
 def compute_condition(rows: Tensor, centred: bool) -> float:
-    """Compute the largest over the smallest singular value of a layer's rows [E, D].
+    """Compute the condition number of a layer's rows [E, D]: largest over smallest singular value.
 
-    Centred rows sum to zero, so the smallest value, zero, does not count.
+    Centred rows sum to zero, so the smallest value, zero, does not count; then E must be above 1.
     """
     values = torch.linalg.svdvals(rows)
     return float(values[0] / values[len(rows) - 1 - centred])
 
 
-def _refuse_zero(rows: Tensor, domains: Sequence[str]) -> None:
-    """Refuse rows [L, E, D] that are zero or not finite, and a single expert, whose row would be.
+def _refuse_zero_rows(rows: Tensor, domains: Sequence[str]) -> None:
+    """Refuse centred rows [L, E, D] that are zero or not finite, and a single expert, whose row is
+    zero.
 
     Raises:
         UserError: naming --calibration.
@@ -364,7 +385,9 @@ def _refuse_zero(rows: Tensor, domains: Sequence[str]) -> None:
     check_rows(rows, "--calibration")
 
 
-def _warn_of_rows(own_first: Tensor, condition: Sequence[float], domains: Sequence[str]) -> None:
+def _warn_of_weak_rows(
+    own_first: Tensor, condition: Sequence[float], domains: Sequence[str]
+) -> None:
     """Log a warning for each layer with a condition number above `CONDITION`, and for each expert
     that is first on fewer tokens of its own domain than by chance.
 
@@ -393,10 +416,11 @@ def _warn_of_rows(own_first: Tensor, condition: Sequence[float], domains: Sequen
 
 def format_own_first(record: Mapping[str, object], domains: Sequence[str]) -> str:
     """Format a table with a line per layer: the share of each domain's tokens on which its own
-    expert is first, and the condition number of the rows.
+    expert is first, in percent, and the condition number of the rows.
 
     Args:
-        record: see `compute_rows`.
+        record: of the rows, see `compute_rows`.
+        domains: of the experts, in order.
     """
     rows = [("layer", *domains, "condition")]
     for layer, (shares, condition) in enumerate(

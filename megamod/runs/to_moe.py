@@ -21,6 +21,7 @@ CALIBRATION_FLAGS = (
     *("calibration", "calibration_tokens", "sharpness", "no_centre", "max_seq_length"),
     "batch_size",
 )
+"""Flags of `MoeArgs` that only calibrated router rows use."""
 
 
 @dataclass
@@ -101,18 +102,21 @@ class MoeArgs(ModelOutputArgs):
 
     @property
     def router_kind(self) -> str:
-        """Origin of the router rows, of experts that are not anchored."""
+        """Origin of the router rows: "calibrated", "random" or "file". Anchored experts bring rows
+        of their own, whatever it is.
+        """
         return self.router or ("random" if self.calibration is None else "calibrated")
 
 
 def run_to_moe(args: MoeArgs) -> None:
     """Convert dense experts to a mixture in --output_dir, and print its plan.
 
-    If the router is calibrated, the share of tokens on which each expert is first is printed, too.
-    With --dry_run everything is checked and nothing is written.
+    If the router is calibrated, the share of its domain's tokens on which each expert is first is
+    printed, too. With --dry_run everything is checked and nothing is written.
 
     Raises:
-        UserError: for flags or models that do not fit each other.
+        UserError: for flags or models that do not fit each other, or an output folder that is not
+            new.
     """
     if not args.dry_run:
         require_values(args, "output_dir")
@@ -121,10 +125,10 @@ def run_to_moe(args: MoeArgs) -> None:
     from megamod.states.forest import Expert
 
     experts = select_experts(args)
-    anchored = check_anchored(args, experts)
+    anchored = are_all_anchored(args, experts)
     if anchored:
         experts = [Expert(domain=NAME, path=experts[0].path), *experts]
-    experts_per_token = _count_experts_per_token(args, len(experts))
+    experts_per_token = _get_experts_per_token(args, len(experts))
     recipe = _make_recipe(args, experts)
     if anchored:
         inputs = tuple(replace(model, beside_anchor=True) for model in recipe.inputs)
@@ -132,7 +136,7 @@ def run_to_moe(args: MoeArgs) -> None:
     plan = convert_to_moe(
         recipe,
         None if args.output_dir is None else Path(args.output_dir),
-        read_trained_rows if anchored else _select_router_rows(args, recipe),
+        read_trained_rows if anchored else _make_rows_function(args, recipe),
         [expert.data_digest for expert in experts],
         experts_per_token=experts_per_token,
         anchor=args.anchor or anchored,
@@ -187,7 +191,7 @@ def select_experts(args: MoeArgs) -> "list[Expert]":
         experts = [
             expert
             for path, name in zip(args.models, names, strict=True)
-            for expert in _make_experts(Path(path), name)
+            for expert in _make_forest_entries(Path(path), name)
         ]
     domains = [expert.domain for expert in experts]
     for domain in domains:
@@ -199,11 +203,11 @@ def select_experts(args: MoeArgs) -> "list[Expert]":
     return experts
 
 
-def check_anchored(args: MoeArgs, experts: "Sequence[Expert]") -> bool:
+def are_all_anchored(args: MoeArgs, experts: "Sequence[Expert]") -> bool:
     """Return True if all experts were trained beside an anchor, False if none was.
 
-    The anchor, the frozen seed, is then the first expert of the mixture, under the name `NAME` of
-    `megamod.merging.moe.anchored`.
+    The anchor, the frozen seed, is then to be the first expert of the mixture, under the name
+    `NAME` of `megamod.merging.moe.anchored`; it is not in `experts` yet.
 
     Raises:
         UserError: if some are anchored and others not, a flag asks for other rows or weights, or an
@@ -227,11 +231,12 @@ def check_anchored(args: MoeArgs, experts: "Sequence[Expert]") -> bool:
     return True
 
 
-def _make_experts(path: Path, name: str | None) -> "list[Expert]":
+def _make_forest_entries(path: Path, name: str | None) -> "list[Expert]":
     """Make the forest entries of a run or model folder: of an anchored model one for each of its
     experts, else a single one.
 
     Args:
+        path: OUT of a run, or a model folder.
         name: of the expert; None: the domain that it was trained on, or its folder's name if that
             is not a single known domain.
     Raises:
@@ -260,8 +265,8 @@ def _make_experts(path: Path, name: str | None) -> "list[Expert]":
         return [expert]
 
 
-def _count_experts_per_token(args: MoeArgs, experts: int) -> int:
-    """Return --topk; without it 2.
+def _get_experts_per_token(args: MoeArgs, experts: int) -> int:
+    """Return the number of experts that compute a token: --topk; without it 2.
 
     Args:
         experts: number of experts of the mixture.
@@ -275,6 +280,8 @@ def _count_experts_per_token(args: MoeArgs, experts: int) -> int:
 
 def _make_recipe(args: MoeArgs, experts: "Sequence[Expert]") -> "MergeRecipe":
     """Build the recipe of the average that the mixture has outside of its feed-forwards.
+
+    Its inputs are in the order of the experts, each with its domain.
 
     Raises:
         UserError: for flags that do not go with --anchor, or another number of weights than
@@ -295,10 +302,12 @@ def _make_recipe(args: MoeArgs, experts: "Sequence[Expert]") -> "MergeRecipe":
     return replace(recipe, align={"method": args.align_method}, origin="--align")
 
 
-def _select_router_rows(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoePlan], RouterRows]":
-    """Return the function that computes the router rows from the plan of the mixture, as --router
+def _make_rows_function(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoePlan], RouterRows]":
+    """Make the function that computes the router rows from the plan of the mixture, as --router
     says.
 
+    Args:
+        recipe: of `_make_recipe`, whose average calibrated rows are computed on.
     Raises:
         UserError: if --router calibrated lacks --calibration.
     """
@@ -314,10 +323,10 @@ def _select_router_rows(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoeP
 
 
 def make_calibration(args: MoeArgs) -> "Calibration":
-    """Collect the flags of calibrated router rows.
+    """Make the settings of calibrated router rows from the flags; no text is read.
 
     Raises:
-        UserError: if --calibration is missing, or a value does not fit.
+        UserError: if --calibration is missing.
     """
     from megamod.runs.router_rows import Calibration
 

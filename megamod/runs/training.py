@@ -41,7 +41,7 @@ from megamod.files import write_json
 from megamod.flags import Arguments, write_run_recipe
 from megamod.folder_lock import hold_folder
 from megamod.models.lm.routing import is_mixture
-from megamod.runs.node_log import node_log
+from megamod.runs.node_log import write_node_log
 from megamod.states.checkpoint_folder import TrainState
 from megamod.train.checkpoint import Checkpoints
 from megamod.train.compiled import check_compile_stage, check_compiler, compile_blocks
@@ -278,7 +278,7 @@ def _train(
     elif state.step:
         logger.info("%s: resumes at step %d of %d", output, state.step, run.max_steps)
     record_run(output, ds_config, parsed)
-    with node_log(output, table, state.step):
+    with write_node_log(output, table, state.step):
         tokens = settled.global_batch // dist.get_world_size() * (recipe.tokens_per_sample or 0)
         monitor = make_monitor(
             run, recipe.groups, recipe.unit, engine, topology, flops, state.step, tokens

@@ -183,6 +183,23 @@ def test_an_adapter_of_full_rank_is_the_whole_difference(root, tmp_path, name, c
         torch.testing.assert_close(again.state_dict()[key], tensor, rtol=1e-5, atol=1e-6, msg=key)
 
 
+@pytest.mark.parametrize(
+    ("flags", "recipe", "message"),
+    [
+        (
+            {"base_model": "b", "output_dir": "o"},
+            Path("r.yaml"),
+            "r.yaml: a recipe does not",
+        ),
+        ({"output_dir": "o"}, None, "--extract_lora tuned: needs --base_model"),
+        ({"base_model": "b", "dry_run": True}, None, "--dry_run does not go with --extract_lora"),
+    ],
+)
+def test_flags_that_do_not_go_with_extraction(flags, recipe, message):
+    with pytest.raises(UserError, match=message):
+        run_merge(MergeArgs(extract_lora="tuned", **flags), recipe)
+
+
 def test_an_adapter_of_low_rank_is_the_best_approximation(root, tmp_path):
     tuned = LlamaForCausalLM.from_pretrained(root / "llama")
     weight = tuned.model.layers[0].mlp.up_proj.weight

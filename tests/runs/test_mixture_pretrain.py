@@ -127,3 +127,6 @@ def test_attribution_names_experts(trained, tmp_path, capsys):
     assert first == ["document", "token", "law", "med", "first", "text"]
     with pytest.raises(UserError, match=r"there is no moe\.json|is a llama"):
         attribute(AttributionArgs(model=str(trained / "law"), text=str(text)))
+    text.write_text("\n")
+    with pytest.raises(UserError, match=r"^--text: .*text\.txt holds no text"):
+        attribute(AttributionArgs(model=str(trained / "moe"), text=str(text)))

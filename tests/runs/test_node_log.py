@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from megamod.runs.node_log import LONGEST, node_log
+from megamod.runs.node_log import LONGEST, write_node_log
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def lines_of(folder):
 def test_a_run_that_ends_well_and_goes_on(tmp_path, rank):
     rank(8, 0)
     for step in (0, 40):
-        with node_log(tmp_path, "table\nrows", step):
+        with write_node_log(tmp_path, "table\nrows", step):
             say(logging.WARNING, f"after {step}")
         say(logging.WARNING, "not of the run")
     output = [re.sub(r"^[\d-]+ [\d:,]+ ", "", line) for line in lines_of(tmp_path)]
@@ -46,21 +46,21 @@ def test_a_run_that_ends_well_and_goes_on(tmp_path, rank):
 
 def test_the_error_that_ended_it(tmp_path, rank):
     rank(0, 0)
-    with pytest.raises(KeyError), node_log(tmp_path, "table", 0):
+    with pytest.raises(KeyError), write_node_log(tmp_path, "table", 0):
         raise KeyError("law")
     assert lines_of(tmp_path)[-1].endswith("I rank 0 ended after 0 s: KeyError: 'law'")
 
 
 def test_other_ranks_of_a_host_write_nothing(tmp_path, rank):
     rank(9, 1)
-    with node_log(tmp_path, "table", 0):
+    with write_node_log(tmp_path, "table", 0):
         say(logging.WARNING, "here")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_long_records_are_cut(tmp_path, rank):
     rank(0, 0)
-    with node_log(tmp_path, "table", 0):
+    with write_node_log(tmp_path, "table", 0):
         say(logging.WARNING, "x" * 2 * LONGEST)
     assert lines_of(tmp_path)[-2] == lines_of(tmp_path)[-2][:LONGEST] + " ..."
 
@@ -68,6 +68,6 @@ def test_long_records_are_cut(tmp_path, rank):
 def test_a_folder_that_cannot_be_written_is_passed_over(tmp_path, rank):
     rank(0, 0)
     (tmp_path / "logs").write_text("a file")
-    with node_log(tmp_path, "table", 0):
+    with write_node_log(tmp_path, "table", 0):
         say(logging.WARNING, "here")
     assert (tmp_path / "logs").read_text() == "a file"

@@ -87,7 +87,10 @@ def _pad_items(items: Sequence[Sequence[int]], pad_id: int, domain: str | None) 
 
 
 def read_token_ids(
-    path: Path, tokenize: Callable[[str], Sequence[int]], max_length: int
+    path: Path,
+    tokenize: Callable[[str], Sequence[int]],
+    max_length: int,
+    origin: str = "calibration.path",
 ) -> list[list[int]]:
     """Read the items of a text file as token ids.
 
@@ -96,27 +99,28 @@ def read_token_ids(
             skipped.
         tokenize: from text to ids, special tokens included.
         max_length: tokens that are kept of an item.
+        origin: flag or key that named the file, for messages.
     Raises:
         UserError: if the file cannot be read, holds no item, or a line is not of that form.
     """
-    texts = _iterate_texts(Path(path))
+    texts = _iterate_texts(Path(path), origin)
     items = [list(tokenize(text))[:max_length] for text in texts]
     items = [item for item in items if item]
     if not items:
-        raise UserError(f"calibration.path: {path} holds no text")
+        raise UserError(f"{origin}: {path} holds no text")
     return items
 
 
-def _iterate_texts(path: Path) -> Iterator[str]:
+def _iterate_texts(path: Path, origin: str) -> Iterator[str]:
     """Yield the non-blank items of a text or JSON-lines file.
 
+    Args:
+        origin: flag or key that named the file, for messages.
     Raises:
         UserError: naming file and line, if the file cannot be read, is no UTF-8, or a JSON line has
             no text.
     """
-    json_lines = (
-        require_format(path, ("text", "JSON lines", "JSON"), "calibration.path: ") != "text"
-    )
+    json_lines = require_format(path, ("text", "JSON lines", "JSON"), f"{origin}: ") != "text"
     for number, _, raw in read_numbered_lines(path):
         where = f"{path}, line {number}"
         try:
