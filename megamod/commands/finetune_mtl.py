@@ -41,12 +41,12 @@ def main() -> None:
     )
     require_values(parsed[0], "output_dir")
     # Imported late, so that --help and errors in flags answer at once.
-    from megamod.runs.finetune.many_tasks import prepare_model
+    from megamod.runs.finetune.many_tasks import prepare_many_tasks_model
     from megamod.runs.finetune.run import finetune
     from megamod.runs.node_log import start_logging
 
     start_logging()
-    finetune(prepare_model(*parsed[3:]), parsed)
+    finetune(prepare_many_tasks_model(*parsed[3:]), parsed)
 
 
 if __name__ == "__main__":

@@ -38,12 +38,12 @@ def main() -> None:
     )
     require_values(parsed[0], "output_dir")
     # Imported late, so that --help and errors in flags answer at once.
-    from megamod.runs.finetune.one_task import prepare_model
+    from megamod.runs.finetune.one_task import prepare_one_task_model
     from megamod.runs.finetune.run import finetune
     from megamod.runs.node_log import start_logging
 
     start_logging()
-    finetune(prepare_model(*parsed[3:]), parsed)
+    finetune(prepare_one_task_model(*parsed[3:]), parsed)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class RunSpec:
         companions: further files that are copied into the model folder.
         seed_digest: digest of the weights of an adapter's seed; None: no adapter is trained.
         settings: further values that a resumed run must agree on.
-        make_choice: from the device to the selection of a step's data, see `train.loop.train`;
+        make_selection: from the device to the selection of a step's data, see `train.loop.train`;
             None: all data.
         tokens_per_sample: of a language model.
         write_model: writes OUT/model, from the exporter and the folder; collective. None: the model
@@ -151,13 +151,13 @@ class RunSpec:
     companions: Sequence[Path] = ()
     seed_digest: str | None = None
     settings: dict[str, object] | None = None
-    make_choice: Callable[[torch.device], SelectBatches] | None = None
+    make_selection: Callable[[torch.device], SelectBatches] | None = None
     write_model: Callable[[ModelExport, Path], object] | None = None
     tokens_per_sample: int | None = None
 
 
 def execute_run(
-    recipe: RunSpec,
+    spec: RunSpec,
     parsed: Sequence[Arguments],
     *,
     workers: int = 0,
@@ -183,26 +183,26 @@ def execute_run(
     run, safety, optim = (
         _find_arguments(parsed, kind) for kind in (RunArgs, SafetyArgs, OptimArgs)
     )
-    topology, output = recipe.topology, Path(run.output_dir)
+    topology, output = spec.topology, Path(run.output_dir)
     # Mistakes of the user are found before any process waits for another.
-    settled = resolve_settings(
+    settings = resolve_settings(
         run,
         optim,
         safety,
         topology,
-        recipe.config.hidden_size,
-        mixture=recipe.config if is_mixture(recipe.config) else None,
+        spec.config.hidden_size,
+        mixture=spec.config if is_mixture(spec.config) else None,
     )
-    parsed, ds_config = settled.replace_arguments(parsed), settled.ds_config
+    parsed, ds_config = settings.replace_arguments(parsed), settings.ds_config
     if compiled:
         check_compile_stage(ds_config)
         check_compiler(get_accelerator().device_name())
-    batches = recipe.make_batches(settled.make_batch_division(read_launcher_rank()))
+    batches = spec.make_batches(settings.make_batch_division(read_launcher_rank()))
 
     device = join_process_group(safety.dist_timeout)
     facts = {
         "the run": repr(parsed),
-        "the data": recipe.data_digest,
+        "the data": spec.data_digest,
         "the code": compute_code_digest(),
     }
     check_ranks_agree(facts)
@@ -213,14 +213,14 @@ def execute_run(
         return None
     with hold_output(output):
         return _train(
-            recipe, parsed, settled, batches, device, table, workers, checkpointing, compiled
+            spec, parsed, settings, batches, device, table, workers, checkpointing, compiled
         )
 
 
 def _train(
-    recipe: RunSpec,
+    spec: RunSpec,
     parsed: Sequence[Arguments],
-    settled: ResolvedSettings,
+    settings: ResolvedSettings,
     batches: StepBatches,
     device: torch.device,
     table: str,
@@ -231,74 +231,74 @@ def _train(
     """Do the second half of `execute_run`, which writes into the held output folder; collective.
 
     Args:
-        settled: resolved settings of the run.
+        settings: resolved settings of the run.
         batches: this rank's micro-batches.
         table: of the ranks, for the log.
         workers, checkpointing, compiled: see `execute_run`.
     """
     run, safety = (_find_arguments(parsed, kind) for kind in (RunArgs, SafetyArgs))
-    topology, ds_config, output = recipe.topology, settled.ds_config, Path(run.output_dir)
-    model = recipe.make_model()
+    topology, ds_config, output = spec.topology, settings.ds_config, Path(run.output_dir)
+    model = spec.make_model()
     if checkpointing:
         model.gradient_checkpointing_enable()
     if compiled:
         compile_blocks(model)
-    flops = recipe.flops_per_token(model) if recipe.flops_per_token else None
+    flops = spec.flops_per_token(model) if spec.flops_per_token else None
     engine = build_engine(
         model,
-        make_optimizer_factory(settled.optim),
+        make_optimizer_factory(settings.optim),
         ds_config,
         topology,
-        decay_vectors=settled.optim.decay_norms_and_biases,
-        muon=settled.optim.optim == "muon",
+        decay_vectors=settings.optim.decay_norms_and_biases,
+        muon=settings.optim.optim == "muon",
     )
     export = ModelExport(
         engine,
-        recipe.config,
+        spec.config,
         topology,
-        recipe.tokenizer,
+        spec.tokenizer,
         output / "run.yaml",
-        recipe.card,
-        recipe.companions,
-        recipe.seed_digest or "",
+        spec.card,
+        spec.companions,
+        spec.seed_digest or "",
     )
     checkpoints = Checkpoints(
         output / "checkpoints",
         engine,
         topology,
         export,
-        list_settings_to_repeat(parsed, recipe.data_digest, settled.global_batch)
-        | (recipe.settings or {}),
+        list_settings_to_repeat(parsed, spec.data_digest, settings.global_batch)
+        | (spec.settings or {}),
         run.save_total_limit,
         {field.name: field.default for args in parsed for field in fields(args)},
     )
     state = checkpoints.resume(safety.resume) or TrainState()
-    if state.step >= settled.plan.stop_step > 0:
+    if state.step >= settings.plan.stop_step > 0:
         logger.info("%s: has its %d steps already, nothing is trained", output, state.step)
     elif state.step:
         logger.info("%s: resumes at step %d of %d", output, state.step, run.max_steps)
     record_run(output, ds_config, parsed)
     with write_node_log(output, table, state.step):
-        tokens = settled.global_batch // dist.get_world_size() * (recipe.tokens_per_sample or 0)
+        tokens = settings.global_batch // dist.get_world_size() * (spec.tokens_per_sample or 0)
         monitor = make_monitor(
-            run, recipe.groups, recipe.unit, engine, topology, flops, state.step, tokens
+            run, spec.groups, spec.unit, engine, topology, flops, state.step, tokens
         )
         running = ActiveRun(engine, device, monitor, export, output, state)
         train(
             engine,
-            recipe.make_objective(device),
+            spec.make_objective(device),
             lambda step: iterate_train_batches(
                 batches, step, workers, pin_memory=device.type == "cuda"
             ),
-            settled.plan,
+            settings.plan,
             state,
             checkpoints,
             monitor,
-            recipe.make_evaluate(running),
-            recipe.make_choice(device) if recipe.make_choice else None,
+            spec.make_evaluate(running),
+            spec.make_selection(device) if spec.make_selection else None,
         )
         publish_model(
-            partial(recipe.write_model, export) if recipe.write_model else export, output / "model"
+            partial(spec.write_model, export) if spec.write_model else export, output / "model"
         )
     stop_heartbeat()  # ranks may end at different times now
     remove_offload_files(run, ds_config)

@@ -139,14 +139,14 @@ def flags(workspace: Path, output: Path, **changes: object) -> list[str]:
 
 def start(workspace: Path, output: Path, *, words: bool = False, **changes: object) -> None:
     """One command in this process."""
-    from megamod.runs.finetune.one_task import prepare_model
+    from megamod.runs.finetune.one_task import prepare_one_task_model
     from megamod.runs.finetune.run import finetune
 
     if words:
         changes = {"task": "toy", "data_dir": workspace / "ner", **changes}
     classes = (*SEQUENCE, WordArgs) if words else SEQUENCE
     parsed = parse_args(*classes, argv=flags(workspace, output, **changes))
-    finetune(prepare_model(*parsed[3:]), parsed)
+    finetune(prepare_one_task_model(*parsed[3:]), parsed)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

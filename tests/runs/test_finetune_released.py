@@ -45,7 +45,7 @@ def flags(folder: Path) -> list[str]:
 
 def test_the_multiplexer_is_kept(folder):
     argv = [*flags(folder), "--num_instances", "2", "--task", "sst-2"]
-    prepared = one_task.prepare_model(*parse_args(OneTaskArgs, TaskArgs, argv=argv))
+    prepared = one_task.prepare_one_task_model(*parse_args(OneTaskArgs, TaskArgs, argv=argv))
     assert prepared.instances == 2 and prepared.config.model_type == "mux_bert"
     model = prepared.make_module(1)
     assert type(model) is MuxBertForSequenceClassification
@@ -58,4 +58,4 @@ def test_the_multiplexer_is_kept(folder):
 def test_many_tasks_need_a_stock_encoder(folder):
     argv = [*flags(folder), "--tasks", "sst-2"]
     with pytest.raises(UserError, match="is a model of type 'mux_bert'; needed is 'bert'"):
-        many_tasks.prepare_model(*parse_args(ManyTasksArgs, TaskListArgs, argv=argv))
+        many_tasks.prepare_many_tasks_model(*parse_args(ManyTasksArgs, TaskListArgs, argv=argv))

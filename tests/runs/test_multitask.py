@@ -93,11 +93,11 @@ def parsed(root: Path, output: Path, **changes: object) -> tuple:
 
 def start(root: Path, output: Path, **changes: object) -> None:
     """One command in this process."""
-    from megamod.runs.finetune.many_tasks import prepare_model
+    from megamod.runs.finetune.many_tasks import prepare_many_tasks_model
     from megamod.runs.finetune.run import finetune
 
     arguments = parsed(root, output, **changes)
-    finetune(prepare_model(*arguments[3:]), arguments)
+    finetune(prepare_many_tasks_model(*arguments[3:]), arguments)
 
 
 def spread(root: Path, name: str, sampling: str, stage: int) -> None:
@@ -267,27 +267,27 @@ def test_frozen_blocks_stay_and_their_conditions_move(folder):
     ],
 )
 def test_mistakes(tmp_path, changes, message):
-    from megamod.runs.finetune.many_tasks import prepare_model
+    from megamod.runs.finetune.many_tasks import prepare_many_tasks_model
 
     root = make_place(tmp_path)
     with pytest.raises(UserError, match=message):
-        prepare_model(*parsed(root, root / "out", **changes)[3:])
+        prepare_many_tasks_model(*parsed(root, root / "out", **changes)[3:])
     assert not (root / "out").exists()
 
 
 def test_mistakes_about_a_trained_model(folder):
-    from megamod.runs.finetune.many_tasks import prepare_model
+    from megamod.runs.finetune.many_tasks import prepare_many_tasks_model
 
     model = dict(model=folder / "whole" / "model", do_train=None)
     with pytest.raises(UserError, match=r"--tasks sst-2 rte: .* has heads for sst-2 rte sts-b"):
-        prepare_model(*parsed(folder, folder / "x", **model, tasks=["sst-2", "rte"])[3:])
+        prepare_many_tasks_model(*parsed(folder, folder / "x", **model, tasks=["sst-2", "rte"])[3:])
     with pytest.raises(UserError, match="is of variant base"):
-        prepare_model(*parsed(folder, folder / "x", **model, variant="plain")[3:])
+        prepare_many_tasks_model(*parsed(folder, folder / "x", **model, variant="plain")[3:])
     (folder / "bad" / "SST-2").mkdir(parents=True)
     (folder / "bad" / "SST-2" / "dev.tsv").write_text("sentence\tlabel\nw1 w2\t7\n")
     wrong = [folder / "bad", folder / "glue"]
     with pytest.raises(UserError, match=r"dev.tsv, line 2: label '7' is not one of task sst-2"):
-        prepare_model(*parsed(folder, folder / "x", **model, data_dir=wrong)[3:])
+        prepare_many_tasks_model(*parsed(folder, folder / "x", **model, data_dir=wrong)[3:])
 
 
 def test_the_recipe_is_that_of_the_release():

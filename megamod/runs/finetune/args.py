@@ -9,13 +9,16 @@ from megamod.data.tasks.specs import METRICS
 from megamod.errors import UserError
 from megamod.flags import Arguments, option, refuse_changes
 
-NAMED = {"CA-MTL-base": ("bert-base-cased", "base"), "CA-MTL-large": ("bert-large-cased", "large")}
-"""Names in the release of CA-MTL: the encoder on the hub and the variant."""
+RELEASED_MODELS = {
+    "CA-MTL-base": ("bert-base-cased", "base"),
+    "CA-MTL-large": ("bert-large-cased", "large"),
+}
+"""By name of a model in the release of CA-MTL: its encoder on the hub, and its variant."""
 
 
 @dataclass
 class RowArgs(Arguments):
-    """Length and number of the rows."""
+    """Length and number of the rows, and how they are read."""
 
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
         (
@@ -23,6 +26,7 @@ class RowArgs(Arguments):
             "dataloader_num_workers",
         )
     )
+    # At least [CLS], one token and [SEP].
     max_seq_length: int = option(128, "tokens per row, special ones included", least=3)
     truncate: bool = option(
         False, "cut rows with more tokens than the model has positions, instead of refusing them"
@@ -114,8 +118,8 @@ class StageArgs(Arguments):
         """Check the flags.
 
         Raises:
-            UserError: for seeds that are no different whole numbers, or without --do_train; if no
-                stage is selected; or if both --model and --config_name are given.
+            UserError: for --seeds that are not different whole numbers below 2**32, or without
+                --do_train; if no stage is selected; or if both --model and --config_name are given.
         """
         super().__post_init__()
         for seed in self.seeds or ():
@@ -293,20 +297,21 @@ class ManyTasksArgs(StageArgs):
     )
 
     def __post_init__(self):
-        """Check the flags; replace a model name of `NAMED` by the encoder and the variant that it
-        stands for.
+        """Check the flags; a model name of `RELEASED_MODELS` is replaced by its encoder, and
+        `variant` by its variant, even if --variant is given.
 
         Raises:
             UserError: if --freeze_encoder_layers is not A-B, or as `StageArgs`.
         """
         super().__post_init__()
-        if self.model in NAMED:
-            self.model, self.variant = NAMED[self.model]
+        if self.model in RELEASED_MODELS:
+            self.model, self.variant = RELEASED_MODELS[self.model]
         if self.freeze_encoder_layers is not None:
             self.parse_frozen_blocks()  # check the flag at once
 
     def parse_frozen_blocks(self) -> tuple[int, int] | None:
-        """Return the first and the last frozen block; None: no block is frozen.
+        """Return the first and the last frozen block, from 0, both included; None: no block is
+        frozen.
 
         Raises:
             UserError: if the flag is not A-B.

@@ -16,24 +16,27 @@ class BestModel:
     """Evaluations of a run so far, which are also in OUT/evaluations.json, and its best model.
 
     Args:
-        folder: of the run; the best model so far is in its subfolder `model`.
-        value: from an evaluation to its score; None if it has none.
+        folder: OUT of the run; the best model so far is in its subfolder `model`.
+        find_value: from an evaluation to the number that selects the best, larger is better; None
+            if it has none.
     """
 
-    def __init__(self, folder: Path, value: Callable[[Record], float | None]):
-        self.folder, self.value = folder, value
+    def __init__(self, folder: Path, find_value: Callable[[Record], float | None]):
+        self.folder, self.find_value = folder, find_value
         self.evaluations: list[Record] = []
 
     @property
     def best(self) -> Record | None:
-        """Return the first evaluation that no later one exceeds; None if there is none."""
-        return max(self.evaluations, key=self.value, default=None)
+        """Return the evaluation of the largest value, of equal ones the first; None if there is
+        none.
+        """
+        return max(self.evaluations, key=self.find_value, default=None)
 
     def load(self, step: int) -> None:
         """Read the evaluations up to `step`, at which the run resumes; later ones are dropped.
 
-        Those without a score are dropped, too. At step 0, or if evaluations.json or OUT/model is
-        missing, nothing is read.
+        Those without a value are dropped, too. At step 0, or if evaluations.json or OUT/model is
+        missing, nothing is read. The file itself is not changed before `save`.
 
         Raises:
             UserError: if evaluations.json is malformed.
@@ -44,15 +47,15 @@ class BestModel:
             earlier = [
                 item.model_dump(exclude_unset=True) for item in recorded if item.step <= step
             ]
-            self.evaluations = [item for item in earlier if self.value(item) is not None]
+            self.evaluations = [item for item in earlier if self.find_value(item) is not None]
 
     def add(self, evaluation: Record) -> bool:
-        """Add an evaluation; return True if it is the best one."""
+        """Add an evaluation, which must have a value; return True if it is the best one so far."""
         self.evaluations.append(evaluation)
         return self.best is self.evaluations[-1]
 
     def save(self) -> None:
-        """Write all evaluations so far to OUT/evaluations.json; for one rank alone."""
+        """Write all evaluations so far to OUT/evaluations.json; one rank alone may call it."""
         write_json(self.folder / EVALUATIONS, self.evaluations)
 
     def write_model(self, export: ModelExport, folder: Path) -> None:
@@ -60,8 +63,8 @@ class BestModel:
         one, or without evaluations the present model; collective.
 
         Args:
-            export: writes the present model.
-            folder: to write into.
+            export: writes the present model; it is collective.
+            folder: exists, or is created.
         """
         if not self.evaluations:
             export(folder)

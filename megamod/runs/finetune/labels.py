@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def list_model_labels(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the labels of a model's head in its order; none if they have the default names,
+    """Return the labels of a model's head in its order; () if they have the default names,
     LABEL_0 and so on.
     """
     names = tuple(config.id2label[number] for number in range(config.num_labels))
@@ -21,10 +21,12 @@ def list_model_labels(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def order_labels(names: Sequence[str], labels: Sequence[str]) -> tuple[str, ...] | None:
-    """Return `labels` in the order of a model's names, spelled as in `labels`; None if they are
-    others.
+    """Return the labels of a task in the order of a model's, spelled as the task does; None if the
+    two do not have the same labels.
 
-    Names are compared without regard to capitals.
+    Args:
+        names: of the model's labels; capitals do not matter.
+        labels: of the task.
     """
     spelled = make_label_normaliser(labels)
     ordered = tuple(spelled(name) or "" for name in names)
@@ -72,7 +74,7 @@ def match_labels_to_model(config: PreTrainedConfig, spec: TaskSpec, *, trained: 
 def set_labels(config: PreTrainedConfig, spec: TaskSpec) -> None:
     """Write the labels of a task and its kind of problem into the configuration of its model.
 
-    A regression has one label without a name.
+    A regression has one label, with the default name.
     """
     if spec.is_regression:
         config.num_labels = 1

@@ -62,8 +62,8 @@ class ManyTasksModel(FinetuneModel):
 
     Attributes:
         tasks: in the order of their ids.
-        weights: folder or name whose weights start the run; None: new ones.
-        top: `load_last_block` of `load_from_encoder`.
+        weights: folder or hub name whose weights start the run; None: new ones.
+        loads_last_block: see `load_last_block` of `load_from_encoder`.
         stage: flags of the model and of the stages.
         args: flags of the tasks and their sampling.
     """
@@ -72,7 +72,7 @@ class ManyTasksModel(FinetuneModel):
     config: CaMtlConfig
     tokenizer: "PreTrainedTokenizerFast"
     weights: str | None
-    top: bool
+    loads_last_block: bool
     stage: ManyTasksArgs
     args: TaskListArgs
     has_many_tasks = True
@@ -96,17 +96,19 @@ class ManyTasksModel(FinetuneModel):
 
         Args:
             seed: of the weights that are not loaded.
-            folder: of the run; rank 0 writes start.json there, the names of loaded, new and unused
-                tensors. None: no file.
+            folder: of the run, which exists; rank 0 writes start.json there, the names of loaded,
+                new and unused tensors. None: no file.
         Raises:
-            UserError: if weights are missing and the run does not train.
+            UserError: as `load_from_encoder`, or if weights are missing and the run does not train.
         """
         torch.manual_seed(seed)
         if self.weights is None:
             model = CaMtlForMultiTask(self.config).float()
             report = {"loaded": [], "new": [n for n, _ in model.named_parameters()], "unused": []}
         else:
-            model, report = load_from_encoder(self.weights, self.config, load_last_block=self.top)
+            model, report = load_from_encoder(
+                self.weights, self.config, load_last_block=self.loads_last_block
+            )
         logger.info(
             "%s: %d tensors loaded, %d new, %d of it unused",
             self.weights or "no weights",
@@ -163,25 +165,28 @@ class ManyTasksModel(FinetuneModel):
         )
 
 
-def prepare_model(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTasksModel:
+def prepare_many_tasks_model(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTasksModel:
     """Read, check and encode all tasks, and check the model; no weights are loaded.
 
+    Args:
+        stage: flags of the model and of the stages.
+        args: flags of the tasks.
     Raises:
         UserError: for a task, file, row, model or length that does not fit.
     """
     source, weights = read_start_config(
         stage, ("bert", "ca_mtl").__contains__, "'bert' or 'ca_mtl'"
     )
-    conditioned = source if isinstance(source, CaMtlConfig) else None
+    ca_mtl_config = source if isinstance(source, CaMtlConfig) else None
     rows = [
-        _read_task_rows(spec, folders, stage, args, conditioned)
-        for spec, folders in _list_specs(stage, args, conditioned)
+        _read_task_rows(spec, folders, stage, args, ca_mtl_config)
+        for spec, folders in _list_specs(stage, args, ca_mtl_config)
     ]
     specs = [spec for spec, _ in rows]
     tokenizer = load_matching_tokenizer(
         source, stage.model or stage.config_name, stage.tokenizer_name
     )
-    config = conditioned or _build_config(stage, args, source, specs, len(tokenizer))
+    config = ca_mtl_config or _build_config(stage, args, source, specs, len(tokenizer))
     if stage.variant not in (None, config.variant):
         raise UserError(f"--variant {stage.variant}: {stage.model} is of variant {config.variant}")
     set_dropout(config, stage.dropout)
@@ -200,14 +205,14 @@ def prepare_model(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTasksModel:
         config=config,
         tokenizer=tokenizer,
         weights=weights,
-        top=stage.init_top_from_pretrained or conditioned is not None,
+        loads_last_block=stage.init_top_from_pretrained or ca_mtl_config is not None,
         stage=stage,
         args=args,
     )
 
 
 def _list_specs(
-    stage: ManyTasksArgs, args: TaskListArgs, conditioned: CaMtlConfig | None
+    stage: ManyTasksArgs, args: TaskListArgs, ca_mtl_config: CaMtlConfig | None
 ) -> list[tuple[TaskSpec, Sequence[str] | None]]:
     """List the tasks in the order of their ids, each with the folders to look for its files in
     (None: the hub).
@@ -215,24 +220,25 @@ def _list_specs(
     They are those of --tasks, else those of the model, else the nine of GLUE.
 
     Args:
-        conditioned: configuration of a CA-MTL model, whose tasks decide the order; None: a new one.
+        ca_mtl_config: of the CA-MTL model of --model, whose tasks decide the order; None: a new
+            model around an encoder.
     Raises:
         UserError: for an unknown task, one that is listed twice, or other tasks than the model has.
     """
     specs: dict[str, tuple[TaskSpec, Sequence[str] | None]] = {}
-    for name in args.tasks or (conditioned.tasks if conditioned else GLUE):
+    for name in args.tasks or (ca_mtl_config.tasks if ca_mtl_config else GLUE):
         spec, folders = find_task(name, args.data_dir)
         if spec.name in specs:
             raise UserError(f"--tasks: {spec.name} is listed twice")
         specs[spec.name] = (spec, folders)
-    if conditioned is None:
+    if ca_mtl_config is None:
         return list(specs.values())
-    if set(specs) != set(conditioned.tasks):
+    if set(specs) != set(ca_mtl_config.tasks):
         raise UserError(
             f"--tasks {' '.join(specs)}: the model {stage.model} has heads for "
-            f"{' '.join(conditioned.tasks)}"
+            f"{' '.join(ca_mtl_config.tasks)}"
         )
-    return [specs[name] for name in conditioned.tasks]
+    return [specs[name] for name in ca_mtl_config.tasks]
 
 
 def _read_task_rows(
@@ -240,19 +246,19 @@ def _read_task_rows(
     folders: Sequence[str] | None,
     stage: ManyTasksArgs,
     args: TaskListArgs,
-    conditioned: CaMtlConfig | None,
+    ca_mtl_config: CaMtlConfig | None,
 ) -> tuple[TaskSpec, Rows]:
     """Read the rows of a task that the stages need; return them with the task, whose labels are in
     the order of its head.
 
     Args:
         folders: see `_list_specs`.
-        conditioned: see `_list_specs`.
+        ca_mtl_config: see `_list_specs`.
     Raises:
         UserError: for splits, files, rows or labels that do not fit.
     """
     splits = list_splits_to_read(spec, stage, args.predict_split)
-    labels = _find_trained_labels(conditioned, spec) if conditioned else ()
+    labels = _find_trained_labels(ca_mtl_config, spec) if ca_mtl_config else ()
     if labels and spec.kind != "token":
         spec = replace(spec, labels=labels)
     folder = None if folders is None else find_first_folder(spec, folders)
@@ -262,8 +268,8 @@ def _read_task_rows(
 def _find_trained_labels(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]:
     """Return the labels of a task in the order of its trained head.
 
-    The heads of a converted model have numbers as labels; then the task's labels are returned, in
-    the task's order. A task without labels takes those of the head.
+    A task without labels takes those of the head; a regression has none: (). The heads of a
+    converted model have numbers as labels; then the task's labels are returned, in its order.
 
     Raises:
         UserError: if the task has other labels, or is of another kind.
@@ -286,7 +292,9 @@ def _find_trained_labels(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]
 
 
 def _find_head_kind(spec: TaskSpec) -> str:
-    """Return the kind of a task's head: tasks of pairs have the head of sequences."""
+    """Return the kind of a task's head, "sequence" or "token"; tasks of pairs have the head of
+    sequences.
+    """
     return "sequence" if spec.kind == "pair" else spec.kind
 
 

@@ -23,7 +23,8 @@ class FinetuneModel(Protocol):
     Attributes:
         tasks: in the order of their ids; one task is a list of one.
         has_many_tasks: the model is made for any number of tasks, even if it has one.
-        inputs: fields of a batch that the model takes.
+        config: of the model, with the labels of the tasks.
+        inputs: names of the fields of a batch that the model takes.
         instances: N, rows that share a forward pass.
         pad_to: see `EncodedRows.gather_batch`.
         ensemble: see `iterate_held_out_rows`.
@@ -39,27 +40,39 @@ class FinetuneModel(Protocol):
     ensemble: bool
 
     def make_module(self, seed: int, folder: Path | None = None) -> nn.Module:
-        """Build the model in float32; weights that are not in its checkpoint are drawn with the
-        seed.
+        """Build the model in float32 on the CPU; weights that are not in its checkpoint are drawn
+        with the seed.
 
         Args:
-            folder: of the run that trains it; rank 0 may leave a record there.
+            folder: of the run that trains it; rank 0 may write a record there. None: no record.
         Raises:
             UserError: if the weights cannot be loaded, or are not complete and not to be trained.
         """
         ...
 
     def load_module(self, folder: Path) -> nn.Module:
-        """Load the model of a finished run in float32, from its model folder."""
+        """Load the model of a finished run in float32 on the CPU, from its model folder.
+
+        Raises:
+            UserError: if the weights cannot be loaded or are not complete.
+        """
         ...
 
     def list_classifiers(self, module: nn.Module) -> Sequence[nn.Module]:
-        """Return for each task a module that returns the logits of a batch."""
+        """Return for each task a module that returns the `logits` of a batch, [R, C] of R rows or
+        [R, L, C] of their tokens.
+
+        Args:
+            module: the model; the modules share its weights.
+        """
         ...
 
     def make_batches(self, division: BatchDivision, seed: int) -> StepBatches:
         """Return the training micro-batches of a rank, with a `digest` of all rows.
 
+        Args:
+            division: of the global batch over the ranks, as seen from this one.
+            seed: of the order of the rows.
         Raises:
             UserError: if rows cannot be divided so.
         """

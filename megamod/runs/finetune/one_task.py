@@ -45,19 +45,19 @@ class OneTaskModel(FinetuneModel):
     """A classifier of one task.
 
     Attributes:
-        weights: folder or name whose weights start the run; None: new ones.
-        trained: the run does not train, so `weights` must hold all weights of the model.
-        retrieved: `retrieved_per_token` of `ClassificationObjective`.
+        weights: folder or hub name whose weights start the run; None: new ones.
+        is_trained: before the run, which does not train, so `weights` must hold all weights.
+        retrieved_per_token: see `ClassificationObjective`.
     """
 
     task: FinetuneTask
     config: PreTrainedConfig
     tokenizer: "PreTrainedTokenizerFast"
     weights: str | None
-    trained: bool
+    is_trained: bool
     inputs: tuple[str, ...]
     instances: int
-    retrieved: float
+    retrieved_per_token: float
     pad_to: int | None
     ensemble: bool
     has_many_tasks = False
@@ -80,7 +80,7 @@ class OneTaskModel(FinetuneModel):
         kind = select_head_class(self.task.spec)
         if self.weights is None:
             return kind.from_config(self.config, dtype=torch.float32)
-        return _load_classifier(kind, self.weights, self.trained, config=self.config)
+        return _load_classifier(kind, self.weights, self.is_trained, config=self.config)
 
     def load_module(self, folder: Path) -> nn.Module:
         return _load_classifier(select_head_class(self.task.spec), str(folder), True)
@@ -102,14 +102,14 @@ class OneTaskModel(FinetuneModel):
 
     def make_objective(self, device: torch.device) -> ClassificationObjective:
         return ClassificationObjective(
-            self.inputs, device, self.task.spec.is_regression, self.retrieved
+            self.inputs, device, self.task.spec.is_regression, self.retrieved_per_token
         )
 
     def make_selection(self, batches: TrainRows, device: torch.device) -> None:
         return None
 
 
-def prepare_model(
+def prepare_one_task_model(
     stage: OneTaskArgs, args: TaskArgs, words: WordArgs | None = None
 ) -> OneTaskModel:
     """Read, check and encode the task, and check the model; no weights are loaded.
@@ -165,10 +165,13 @@ def prepare_model(
         config=config,
         tokenizer=tokenizer,
         weights=weights,
-        trained=not stage.do_train,
+        is_trained=not stage.do_train,
         inputs=list_input_fields(config),
         instances=instances,
-        retrieved=stage.retrieval_percentage / instances if stage.retrieval_loss_coeff else 0.0,
+        # A position that N instances share retrieves the token of one of them.
+        retrieved_per_token=(
+            stage.retrieval_percentage / instances if stage.retrieval_loss_coeff else 0.0
+        ),
         pad_to=min(args.max_seq_length, compute_max_row_tokens(config)) if is_fixed else None,
         ensemble=stage.ensemble,
     )
@@ -182,11 +185,13 @@ def select_head_class(spec: TaskSpec) -> type:
 
 
 def _load_classifier(kind: type, source: str, complete: bool, **options: object) -> nn.Module:
-    """Load a classifier in float32 from a folder or name.
+    """Load a classifier in float32.
 
     Args:
         kind: Auto class of transformers.
-        complete: refuse a checkpoint without all weights; otherwise missing ones are drawn.
+        source: folder or hub name.
+        complete: refuse a checkpoint without all weights; otherwise missing ones, and those of
+            another shape, are drawn from torch's generator.
         options: passed to `from_pretrained`.
     Raises:
         UserError: if it cannot be loaded or lacks weights.
@@ -203,9 +208,10 @@ def _find_spec(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
     """Return the task of --task_spec or --task.
 
     Args:
-        words: see `prepare_model`.
+        words: see `prepare_one_task_model`.
     Raises:
-        UserError: if none is named, it is unknown or malformed, or of the other launcher's kind.
+        UserError: if none is named, it is unknown or malformed, or labels words where `words` is
+            None, or texts where it is not.
     """
     if args.task_spec is not None:
         spec = read_task_spec(args.task_spec)
@@ -224,8 +230,8 @@ def _find_spec(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
 
 
 def _find_data_dir(spec: TaskSpec, args: TaskArgs) -> str | None:
-    """Return --data_dir; without it the folder of the --task_spec file if the task is not on the
-    hub, else None, which stands for the hub.
+    """Return the folder of the task's files: --data_dir; without it that of the --task_spec file
+    if the task is not on the hub, else None, which stands for the hub.
     """
     if args.data_dir is None and args.task_spec is not None and spec.hub is None:
         return str(Path(args.task_spec).parent)

@@ -18,13 +18,21 @@ from megamod.train.export import Card
 AVERAGE = "average"
 EVALUATIONS, RESULTS = "evaluations.json", "results.json"
 Record = dict[str, object]
+"""Values for JSON, by key."""
 TaskScores = Mapping[str, Mapping[str, Scores]]
 """Scores by task and split."""
 _SplitScores = dict[str, dict[str, Any]]
 
 
 class Evaluation(Document):
-    """An item of evaluations.json: `tasks` and `score` of many tasks, or `scores` of one."""
+    """An item of evaluations.json: `tasks` and `score` of many tasks, or `scores` of one.
+
+    Attributes:
+        step: finished steps.
+        tasks: scores by task and split; `scores`: by split.
+        score: mean over the tasks of their scores as GLUE defines them.
+        instances_per_second: rows per second of rank 0's forward passes.
+    """
 
     step: int
     tasks: dict[str, _SplitScores] | None = None
@@ -48,7 +56,11 @@ class Results(Document):
 
     Attributes:
         task: of a run on one task; `tasks`, `variant`: of a run on many.
+        rows: number of rows by split, of many tasks by task and split; `cut_rows`: of those that
+            were cut to --max_seq_length.
+        model: value of --model or --config_name.
         metric: that selects the best model.
+        seeds: by seed.
         mean, deviation: over seeds, of each score.
         task_score, instances_per_second: means over seeds; None: nothing was scored.
     """
@@ -95,9 +107,7 @@ def find_selection_value(model: FinetuneModel, evaluation: Record) -> float | No
 
 
 def find_score(model: FinetuneModel, evaluation: Record) -> float:
-    """Return the one score of an evaluation: the task's score as GLUE defines it, of many tasks
-    the mean.
-    """
+    """Return the task's score as GLUE defines it, of many tasks the mean, of an evaluation."""
     if model.has_many_tasks:
         return evaluation["score"]
     return compute_task_score(model.tasks[0].spec, evaluation["scores"])
@@ -159,7 +169,7 @@ def make_table_row(model: FinetuneModel, record: Record) -> dict[str, float] | N
     }
 
 
-def list_facts(model: FinetuneModel) -> Record:
+def make_tasks_record(model: FinetuneModel) -> Record:
     """Return the entries of results.json that are known before training: the tasks, and by split
     the number of their rows and of those that were cut.
     """

@@ -37,12 +37,12 @@ from megamod.runs.finetune.records import (
     TaskScores,
     find_score,
     find_selection_value,
-    list_facts,
     make_card,
     make_evaluation_record,
     make_peaks_record,
     make_predictions_record,
     make_table_row,
+    make_tasks_record,
 )
 from megamod.runs.finetune.scores import make_predictors, predict_splits, score_splits
 from megamod.runs.training import ActiveRun, RunSpec, execute_run, hold_output
@@ -50,7 +50,7 @@ from megamod.tables import format_score_table
 from megamod.train.deepspeed_settings import resolve_settings
 from megamod.train.export import publish_model
 
-SHARES = "task_shares.png"
+SHARES_PLOT = "task_shares.png"  # in OUT, of a run on many tasks
 
 
 def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
@@ -59,7 +59,9 @@ def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
     Collective. With --print_groups only the table of ranks is printed.
 
     Args:
+        model: see `prepare_one_task_model` and `prepare_many_tasks_model`.
         parsed: all arguments: RunArgs, SafetyArgs, OptimArgs, StageArgs, RowArgs, then others.
+            Batch sizes that were not given are set in RunArgs.
     Raises:
         UserError: for arguments or ranks that do not fit, before anything is written, or if another
             job writes into the output folder.
@@ -77,12 +79,12 @@ def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
         if stage.do_train:
             records = _train_with_seeds(model, parsed)
         else:
-            records = {run.seed: _score_and_predict(model, parsed, device)}
+            records = {run.seed: _evaluate_only(model, parsed, device)}
         if read_launcher_rank() == 0:
             print(_write_results(model, records, output, stage))
 
 
-def _score_and_predict(
+def _evaluate_only(
     model: FinetuneModel, parsed: Sequence[Arguments], device: torch.device
 ) -> Record:
     """Score (--do_eval) and predict (--do_predict) with a model that is not trained; collective.
@@ -108,7 +110,7 @@ def _score_and_predict(
 def _train_with_seeds(
     model: FinetuneModel, parsed: Sequence[Arguments]
 ) -> dict[int, Record] | None:
-    """Train once, or once for each of --seeds in OUT/seed-S; collective.
+    """Train once with --seed, or once for each of --seeds in OUT/seed-S; collective.
 
     Returns:
         the entries of results.json by seed; None with --print_groups.
@@ -130,18 +132,20 @@ def _train_with_seeds(
 def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path) -> Record | None:
     """Train with one seed, score on the way, predict with the best model; collective.
 
-    The run is in `folder`, with its tokenizer, model, predictions and results.json. --max_steps of
-    `parsed` is set if the epochs decide it.
+    --max_steps of `parsed` is set if the epochs decide it.
 
+    Args:
+        parsed: see `finetune`.
+        folder: --output_dir of `parsed`; it gets tokenizer, model, predictions and results.json.
     Returns:
         the entry of the seed in results.json; None with --print_groups.
     """
     run, safety, optim, stage, args = parsed[:5]
     names = tuple(task.spec.name for task in model.tasks)
     topology = DomainTopology(read_launcher_world_size(), names, Sharing.DENSE)
-    settled = resolve_settings(run, optim, safety, topology, model.config.hidden_size)
-    batches = model.make_batches(settled.make_batch_division(read_launcher_rank()), run.seed)
-    _set_steps(run, stage, model.compute_steps_per_epoch(batches))
+    settings = resolve_settings(run, optim, safety, topology, model.config.hidden_size)
+    batches = model.make_batches(settings.make_batch_division(read_launcher_rank()), run.seed)
+    _set_max_steps(run, stage, model.compute_steps_per_epoch(batches))
     best = BestModel(folder, partial(find_selection_value, model))
 
     def make_module() -> nn.Module:
@@ -156,7 +160,7 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
         best.load(running.state.step)
         return _DevEvaluation(model, run, running, best)
 
-    recipe = RunSpec(
+    spec = RunSpec(
         config=model.config,
         topology=topology,
         data_digest=batches.digest,
@@ -170,10 +174,10 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
         make_model=make_module,
         make_objective=model.make_objective,
         make_evaluate=make_evaluate,
-        make_choice=partial(model.make_selection, batches),
+        make_selection=partial(model.make_selection, batches),
         write_model=best.write_model,
     )
-    finished = execute_run(recipe, parsed, workers=args.dataloader_num_workers)
+    finished = execute_run(spec, parsed, workers=args.dataloader_num_workers)
     if finished is None:
         return None
     record: Record = {"step": finished.state.step}
@@ -188,14 +192,15 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
     if dist.get_rank() == 0:
         finished.monitor.close()
         if model.has_many_tasks:
-            plot_task_shares(folder / "metrics.jsonl", folder / SHARES)
-        write_json(folder / RESULTS, {**list_facts(model), "seed": run.seed, **record})
+            plot_task_shares(folder / "metrics.jsonl", folder / SHARES_PLOT)
+        write_json(folder / RESULTS, {**make_tasks_record(model), "seed": run.seed, **record})
     return record
 
 
 def _set_batch_sizes(run: RunArgs, model: FinetuneModel) -> None:
-    """Set batch sizes without flags to 32 N rows, where N is the number of instances; only for one
-    task.
+    """Set batch sizes without flags to 32 N rows, where N is the number of instances, in `run`.
+
+    A model of many tasks has N = 1 and keeps the defaults of `run`.
 
     Raises:
         UserError: if a batch of evaluation does not fill its groups of N rows.
@@ -208,9 +213,10 @@ def _set_batch_sizes(run: RunArgs, model: FinetuneModel) -> None:
     )
 
 
-def _set_steps(run: RunArgs, stage: StageArgs, steps_per_epoch: float) -> None:
+def _set_max_steps(run: RunArgs, stage: StageArgs, steps_per_epoch: float) -> None:
     """Set --max_steps to --num_train_epochs of `steps_per_epoch` steps, unless it was given."""
     if find_origin(run, "max_steps") == "default":
+        # A rounding error of the product must not add a step.
         steps = math.ceil(stage.num_train_epochs * steps_per_epoch - 1e-9)
         set_values(run, {"max_steps": steps}, f"--num_train_epochs {stage.num_train_epochs:g}")
 
@@ -218,7 +224,11 @@ def _set_steps(run: RunArgs, stage: StageArgs, steps_per_epoch: float) -> None:
 class _DevEvaluation:
     """Evaluation during training: scores the dev splits, logs the scores, publishes the best model.
 
-    Every rank calls it; rank 0 saves the record of the best evaluation.
+    Every rank calls it; rank 0 saves the records of all evaluations.
+
+    Args:
+        model, run: of the run, whose engine, monitor and exporter are in `running`.
+        best: gets every evaluation.
     """
 
     def __init__(self, model: FinetuneModel, run: RunArgs, running: ActiveRun, best: BestModel):
@@ -249,7 +259,12 @@ class _DevEvaluation:
 def _make_evaluation(
     model: FinetuneModel, scores: TaskScores, predictors: Sequence[Predictor], step: int
 ) -> Record:
-    """Return the record of an evaluation, with the rows per second of rank 0's forward passes."""
+    """Return the record of an evaluation, with the rows per second of this rank's forward passes.
+
+    Args:
+        scores: of the dev splits; `predictors`: that computed them, one per task.
+        step: finished steps.
+    """
     speed = float(np.mean([predictor.instances_per_second for predictor in predictors]))
     return make_evaluation_record(model, scores, step, speed)
 
@@ -259,13 +274,16 @@ def _write_results(
 ) -> str:
     """Write OUT/results.json with the entries of all seeds, their means and deviations.
 
+    Args:
+        records: entries by seed.
+        output: OUT, created if needed.
     Returns:
         the table and a list of the files, to print.
     """
     rows = {f"seed {seed}": make_table_row(model, record) for seed, record in records.items()}
     rows = {name: row for name, row in rows.items() if row is not None}
     spec = model.tasks[0].spec
-    record = {**list_facts(model), "model": stage.model or stage.config_name}
+    record = {**make_tasks_record(model), "model": stage.model or stage.config_name}
     if not model.has_many_tasks:
         record["metric"] = spec.metrics[0]
     record["seeds"] = {str(seed): run for seed, run in records.items()}
@@ -287,16 +305,16 @@ def _write_results(
         if means
         else "nothing was scored"
     )
-    return "\n".join(["", table, "", _list_output_files(model, output, stage)])
+    return "\n".join(["", table, "", _format_output_files(model, output, stage)])
 
 
-def _list_output_files(model: FinetuneModel, output: Path, stage: StageArgs) -> str:
+def _format_output_files(model: FinetuneModel, output: Path, stage: StageArgs) -> str:
     """Format the names and paths of the output files of a run, one per line, for the console."""
     files = [("numbers", output / RESULTS)]
     if stage.do_train and not stage.seeds:
         files.append(("model", output / "model"))
         if model.has_many_tasks:
-            files.append(("task shares", output / SHARES))
+            files.append(("task shares", output / SHARES_PLOT))
     if stage.do_predict and not stage.seeds:
         files.append(("predictions", output / "predictions"))
     return "\n".join(f"{name:11}  {path}" for name, path in files)

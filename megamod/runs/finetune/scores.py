@@ -49,7 +49,12 @@ def make_predictors(
 
 
 def score_splits(model: FinetuneModel, predictors: Sequence[Predictor], run: RunArgs) -> TaskScores:
-    """Score the dev splits of all tasks, whose rows all ranks share; each rank gets all scores."""
+    """Score the dev splits of all tasks, whose rows all ranks share; each rank gets all scores.
+
+    Args:
+        predictors: one per task, see `make_predictors`.
+        run: its batch size of evaluation and its seed are used.
+    """
     return {
         task.spec.name: {
             split: score_split(model, task, split, predictor, run)[0]
@@ -62,14 +67,14 @@ def score_splits(model: FinetuneModel, predictors: Sequence[Predictor], run: Run
 def score_split(
     model: FinetuneModel, task: FinetuneTask, split: str, predictor: Predictor, run: RunArgs
 ) -> tuple[Scores | None, np.ndarray | list[list[str]]]:
-    """Predict the rows of a split; every rank gets all answers.
+    """Predict the rows of a split and score the answers; every rank gets all of them.
 
-    Scores of multiplexed models without an ensemble have `accuracy_by_slot`, those of entities
-    `by_type`.
+    Scores of multiplexed models without an ensemble have `accuracy_by_slot`, a list of N, except
+    in a regression; those of entities have `by_type`.
 
     Returns:
-        scores, None if the labels are hidden; and the logits of rows [R, C], or the labels of
-        words.
+        scores, None if the labels are hidden; and the logits of rows [R, C] float64, or the labels
+        of words of each of R sentences.
     """
     spec, rows, encoded = task.spec, task.sets[split], task.encoded[split]
     batches = list(
@@ -113,6 +118,8 @@ def predict_splits(
     """Predict the splits of a kind; rank 0 writes the predictions into a folder.
 
     Args:
+        predictors: one per task, see `make_predictors`.
+        run: its batch size of evaluation and its seed are used.
         kind: beginning of the splits' names.
         folder: of the files, created if needed.
     Returns:

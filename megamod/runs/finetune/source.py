@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+"""Names of the dropout rates in configurations of encoders."""
 
 
 def read_start_config(
@@ -27,7 +28,7 @@ def read_start_config(
         accepts, needed: `accepts_type` and `needed_kind` of `resolve_model`.
     Returns:
         the configuration, None for a named size, which needs the size of the vocabulary first; and
-        the folder or name of the weights, None for new ones.
+        the folder or hub name of the weights, None for new ones.
     Raises:
         UserError: if the model is missing, of another kind, or without weights and not trained.
     """
@@ -63,10 +64,10 @@ def load_matching_tokenizer(
     Args:
         config: of the model, which must have an embedding for every id; None: it is built later,
             from the size of this vocabulary.
-        model: folder or name of the model.
-        tokenizer: folder or name; None: that of the model.
+        model: folder or hub name of the model; None: it is built from scratch.
+        tokenizer: folder or hub name; None: that of the model.
     Raises:
-        UserError: if there is none, it cannot pad, or it is not that of the model.
+        UserError: if there is none, it has no padding token, or has more ids than the model.
     """
     name = tokenizer or model
     if name is None:
@@ -80,7 +81,7 @@ def load_matching_tokenizer(
             f"{name} has no tokenizer; --tokenizer_name names one, for BERT a folder with vocab.txt"
         ) from error
     if fast is None or fast.pad_token_id is None:
-        raise UserError(f"--tokenizer_name {name}: an encoder's tokenizer is needed, with padding")
+        raise UserError(f"{name}: an encoder's tokenizer is needed, which has a padding token")
     if config is not None and len(fast) > config.vocab_size:
         raise UserError(
             f"the tokenizer {name} has {len(fast)} ids, the model {model} {config.vocab_size}: "
@@ -90,7 +91,7 @@ def load_matching_tokenizer(
 
 
 def set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
-    """Set all dropout rates of `config` to one rate; None: leave them as they are."""
+    """Set all dropout rates of `config` to one rate, in place; None: leave them as they are."""
     if rate is not None:
         for name in DROPOUTS:
             if hasattr(config, name):

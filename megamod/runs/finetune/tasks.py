@@ -1,4 +1,4 @@
-"""Tasks of a finetuning run: which rows are read, and the rows as token ids."""
+"""Tasks of a finetuning run: the splits that it needs, their rows, and the rows as token ids."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Rows = Mapping[str, TextSet | TokenSet]
+"""Rows of a task by split."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,13 @@ def open_task(
     Args:
         data_dir: folder of the files; None: the hub.
         config: of the classifier.
-        trained: the model answers the task already, so its labels must be the task's.
+        trained: the model answers the task already, so its labels must be the task's; their order
+            is the model's.
         label_all: see `encode_words`.
     Raises:
         UserError: for files, rows, labels and lengths that do not fit.
     """
-    lengths = find_lengths(config, args)
+    lengths = make_row_length_limits(config, args)
     if spec.kind == "token":
         labels = list_model_labels(config) if trained else ()
         spec, sets = read_rows(spec, data_dir, splits, args, labels)
@@ -203,8 +205,8 @@ def find_first_folder(spec: TaskSpec, folders: Sequence[str]) -> str:
     raise UserError("; ".join(problems))
 
 
-def find_lengths(config: PreTrainedConfig, args: RowArgs) -> RowLengthLimits:
-    """Return the row length limits of a model.
+def make_row_length_limits(config: PreTrainedConfig, args: RowArgs) -> RowLengthLimits:
+    """Return the limits, in tokens, of the rows for a model.
 
     The maximum is --max_seq_length; its default is reduced to the model's positions.
 

@@ -112,10 +112,10 @@ def _finetune(
     from megamod.runs.finetune.run import finetune
 
     if launcher == "mtl":
-        from megamod.runs.finetune.many_tasks import prepare_model
+        from megamod.runs.finetune.many_tasks import prepare_many_tasks_model as prepare
     else:
-        from megamod.runs.finetune.one_task import prepare_model
-    finetune(prepare_model(*parsed[3:]), parsed)
+        from megamod.runs.finetune.one_task import prepare_one_task_model as prepare
+    finetune(prepare(*parsed[3:]), parsed)
     return digests
 
 
