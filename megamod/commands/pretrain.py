@@ -45,13 +45,13 @@ def main() -> None:
 
     start_logging()
     if mux.objective == "causal_lm":
-        from megamod.runs.pretrain.causal_lm import pretrain
+        from megamod.runs.pretrain.causal_lm import pretrain_causal_lm
 
-        pretrain(run, safety, model, lora, optim, data)
+        pretrain_causal_lm(run, safety, model, lora, optim, data)
     else:
-        from megamod.runs.pretrain.encoder_lm import pretrain
+        from megamod.runs.pretrain.encoder_lm import pretrain_encoder
 
-        pretrain(run, safety, model, optim, mux, data)
+        pretrain_encoder(run, safety, model, optim, mux, data)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def measure_here(rank: int, folder: str) -> list[float]:
     from megamod.dist.topology import DomainTopology
     from megamod.models.lm.configuration import DemixConfig
     from megamod.models.lm.demix import DemixForCausalLM
-    from megamod.runs.pretrain.causal_lm import make_card
+    from megamod.runs.pretrain.causal_lm import make_lm_card
     from megamod.states.checkpoint_folder import TrainState
     from megamod.train.checkpoint import Checkpoints
     from megamod.train.engine import build_engine
@@ -53,7 +53,7 @@ def measure_here(rank: int, folder: str) -> list[float]:
     )
     root = Path(folder)
     (root / "run.yaml").write_text("seed: 1\n")
-    output = make_card(config, Sharing.DENSE, "none")
+    output = make_lm_card(config, Sharing.DENSE, "none")
     export = ModelExport(engine, config, topology, None, root / "run.yaml", output)
     checkpoints = Checkpoints(root / "checkpoints", engine, topology, export, {}, keep_count=1)
 

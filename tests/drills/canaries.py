@@ -54,7 +54,7 @@ def make_texts() -> dict[str, list[str]]:
 def train(root: Path, output: str, *flags: object) -> None:
     """Run pretraining in this process."""
     from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
-    from megamod.runs.pretrain.causal_lm import pretrain
+    from megamod.runs.pretrain.causal_lm import pretrain_causal_lm
 
     common = {
         "output_dir": root / output, "max_steps": STEPS[output], "max_seq_length": LENGTH,
@@ -62,7 +62,7 @@ def train(root: Path, output: str, *flags: object) -> None:
         "weight_decay": 0.0, "report_to": "none", "logging_steps": 50,
     }  # fmt: skip
     kinds = (RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, DataArgs)
-    pretrain(*parse_args(*kinds, argv=[*format_flags(common), *map(str, flags)]))
+    pretrain_causal_lm(*parse_args(*kinds, argv=[*format_flags(common), *map(str, flags)]))
 
 
 def count_extracted(folder: Path) -> int:

@@ -35,7 +35,7 @@ from megamod.models.mux.generator import MuxElectraForReplacedTokens
 from megamod.runs.pretrain import encoder_lm
 from megamod.runs.pretrain.encoder_lm import (
     build_encoder_config,
-    make_losses,
+    make_loss_function,
     make_masking,
 )
 from megamod.train.objectives import (
@@ -86,9 +86,9 @@ def make_place(folder: Path) -> Path:
 
 def run(folder: Path, output: str, *, model: str = "mux", stop: int = 4, evals: int = 0, **mux):
     """Some steps of 8 rows."""
-    from megamod.runs.pretrain.encoder_lm import pretrain
+    from megamod.runs.pretrain.encoder_lm import pretrain_encoder
 
-    pretrain(
+    pretrain_encoder(
         RunArgs(
             output_dir=str(folder / output),
             max_steps=4,
@@ -280,7 +280,7 @@ def test_the_stock_model_is_scored_alike(bare):
     ("model", "mux", "message"),
     [
         ("gone", {}, "none of small, base, large, 1.3b"),
-        ("mux", {"num_instances": 5}, "--num_instances 5: the model in .* has 2"),
+        ("mux", {"num_instances": 5}, "--num_instances 5: the model .* has 2"),
         (
             "mux",
             {"objective": "replaced_token"},
@@ -381,7 +381,7 @@ def test_plain_electra_is_scored_alike(bare):
     assert result["loss"].item() == pytest.approx(mean * 32 / 64, rel=1e-5)
     assert result["task_loss"].tolist() == [pytest.approx(mean * 32, rel=1e-5), 32]
     mux = MuxArgs(objective="replaced_token", disc_loss_weight=3.0)
-    weighted = make_losses(mux, model.config, torch.device("cpu"))(
+    weighted = make_loss_function(mux, model.config, torch.device("cpu"))(
         model, batch, (64.0, 1.0, 1.0, 1.0)
     )
     assert weighted["loss"].item() == pytest.approx(3 * mean * 32 / 64, rel=1e-5)

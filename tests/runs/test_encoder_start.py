@@ -10,7 +10,11 @@ from transformers import BertForMaskedLM
 from megamod.args import ModelArgs, MuxArgs
 from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
-from megamod.runs.pretrain.encoder_lm import build_encoder, build_encoder_config, find_weight_source
+from megamod.runs.pretrain.encoder_lm import (
+    build_encoder_config,
+    build_initial_encoder,
+    find_weight_source,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def test_a_stock_encoder_starts_a_multiplexed_one(bare):
         config = build_encoder_config(args, mux, data, LENGTH)
         assert config.model_type == "mux_bert" and config.num_instances == 2
         assert all(getattr(config, name) == value for name, value in SMALL.items())
-        model = build_encoder(config, 1, find_weight_source(args, config), "masked_lm")
+        model = build_initial_encoder(config, 1, find_weight_source(args, config), "masked_lm")
         result = dict(model.named_parameters())
         assert len(kept) > 30 and all(torch.equal(result[k], v) for k, v in kept.items())
     args = ModelArgs(model=str(bare / "plain"), from_scratch=True)
@@ -42,7 +46,7 @@ def test_the_weights_of_the_model_are_taken(bare):
     data, mux = DataBin(bare / "bin"), MuxArgs(objective="masked_lm")
     args = ModelArgs(model=str(bare / "plain"))
     config = build_encoder_config(args, mux, data, LENGTH)
-    model = build_encoder(config, 7, find_weight_source(args, config), "masked_lm")
+    model = build_initial_encoder(config, 7, find_weight_source(args, config), "masked_lm")
     stock = BertForMaskedLM.from_pretrained(bare / "plain").state_dict()
     assert all(torch.equal(stock[k], v) for k, v in model.state_dict().items())
     other = ModelArgs(model=str(bare / "plain"), init_from=str(bare / "mux"))

@@ -11,6 +11,8 @@ import torch
 from failures import failing
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,6 +22,7 @@ from transformers import (
     BertConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -34,6 +37,7 @@ from megamod.runs.finetune.args import (
     TaskArgs,
     WordArgs,
 )
+from megamod.runs.finetune.source import load_matching_tokenizer
 
 WORDS = [f"w{n}" for n in range(12)]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, ".", "##s"]
@@ -377,6 +381,13 @@ def test_a_tokenizer_of_another_model(tmp_path, workspace):
         UserError, match=r"has 20 ids, the model .* 19: they do not belong together"
     ):
         start(workspace, tmp_path / "out", tokenizer_name=tmp_path)
+
+
+def test_a_tokenizer_without_padding(tmp_path):
+    words = Tokenizer(WordLevel({"</s>": 0, "w1": 1}, unk_token="</s>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"^{tmp_path}: an encoder's tokenizer is needed"):
+        load_matching_tokenizer(None, str(tmp_path), None)
 
 
 def test_a_model_of_other_labels(tmp_path, workspace):

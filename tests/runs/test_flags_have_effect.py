@@ -122,9 +122,9 @@ def described(folder: Path, monkeypatch, flags: tuple[str, ...]) -> str:
         encoder_lm.DataBin, "open_split", lambda *a: opened.append(a[1:]) or original(*a)
     )
     if mux.objective == "causal_lm":
-        causal_lm.pretrain(run, safety, model, lora, optim, data)
+        causal_lm.pretrain_causal_lm(run, safety, model, lora, optim, data)
     else:
-        encoder_lm.pretrain(run, safety, model, optim, mux, data)
+        encoder_lm.pretrain_encoder(run, safety, model, optim, mux, data)
     return repr((seen, opened))
 
 
@@ -218,4 +218,4 @@ def test_a_forest_of_one_needs_no_prior(monkeypatch, flag):
     monkeypatch.setattr(adapt_start, "open_forest", lambda path: forest)
     (args,) = parse_args(AdaptArgs, argv=["--forest", "forest", f"--{flag}", "7"])
     with pytest.raises(UserError, match=f"--{flag} 7 has no effect: forest has a single expert"):
-        adapt_start.list_candidates(args)
+        adapt_start.open_candidates(args)

@@ -73,7 +73,7 @@ def make_place(root: Path) -> Path:
 
 def start(root: Path, output: str, *flags: object) -> None:
     """launchers/pretrain.py in this process."""
-    from megamod.runs.pretrain.causal_lm import pretrain
+    from megamod.runs.pretrain.causal_lm import pretrain_causal_lm
 
     words = dict(data=root / "bin", output_dir=root / output, max_steps=3, logging_steps=1)
     words |= dict(per_device_train_batch_size=1, global_batch_size=4, max_seq_length=LENGTH)
@@ -81,7 +81,7 @@ def start(root: Path, output: str, *flags: object) -> None:
     argv = [f"--{name}={value}" for name, value in words.items()] + [str(flag) for flag in flags]
     kinds = (RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, MuxArgs, DataArgs)
     *common, _, data = parse_args(*kinds, argv=argv)
-    pretrain(*common, data)
+    pretrain_causal_lm(*common, data)
 
 
 REFUSED = {

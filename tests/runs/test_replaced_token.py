@@ -27,10 +27,10 @@ from megamod.flags import parse_args
 from megamod.models.mux.configuration import MuxElectraConfig
 from megamod.models.mux.generator import MuxElectraForReplacedTokens
 from megamod.runs.pretrain.encoder_lm import (
-    TERMS,
+    ITEM_FIELDS,
     WeightSource,
-    build_encoder,
     build_encoder_config,
+    build_initial_encoder,
     find_weight_source,
     pretrain,
 )
@@ -92,7 +92,7 @@ def electra(**more: object) -> MuxElectraForReplacedTokens:
 
 def objective_of(model: MuxElectraForReplacedTokens) -> EncoderObjective:
     losses = partial(compute_replaced_losses, device=CPU, config=model.config)
-    return EncoderObjective(losses, TERMS["replaced_token"], "task_loss")
+    return EncoderObjective(losses, ITEM_FIELDS["replaced_token"], "task_loss")
 
 
 def step_by_hand(model: MuxElectraForReplacedTokens, batch: dict, prefix: int) -> torch.Tensor:
@@ -155,7 +155,7 @@ def test_a_generator_retrieves_as_many_tokens_as_are_counted(more):
     model.generator.add_retrieval_loss = retrieve
     for number in range(12):
         batch = batches_of(prefix, pads=LENGTH)[number]
-        counts = dict(zip(TERMS["replaced_token"], objective.count_items(batch), strict=True))
+        counts = dict(zip(ITEM_FIELDS["replaced_token"], objective.count_items(batch), strict=True))
         by_hand = 0
         for group, slots in enumerate(batch["slots"].tolist()):
             for column in range(prefix, LENGTH):
@@ -260,7 +260,7 @@ def test_a_flag_that_says_what_the_folder_says(folder):
 
 def test_weights_to_start_from_must_fit(folder):
     config = electra().config
-    result = build_encoder(
+    result = build_initial_encoder(
         config, 1, WeightSource(str(folder / "electra"), "--init_from"), "replaced_token"
     )
     key = "electra.embeddings.word_embeddings.weight"
@@ -270,7 +270,7 @@ def test_weights_to_start_from_must_fit(folder):
     wider = electra(num_hidden_demux_layers=2).config
     wider.hidden_size = wider.embedding_size = 32
     with pytest.raises(UserError, match=r"has shape \(.*16.*\), in this model \(.*32.*\)"):
-        build_encoder(
+        build_initial_encoder(
             wider, 1, WeightSource(str(folder / "electra"), "--init_from"), "replaced_token"
         )
 

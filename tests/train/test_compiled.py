@@ -94,9 +94,9 @@ def test_recomputing_and_resuming(trained, way):
 
 def run(root: Path, output: str, untie: str, compiled: bool, stop: int = 4) -> None:
     """Four steps, as launchers/pretrain.py makes them."""
-    from megamod.runs.pretrain.causal_lm import pretrain
+    from megamod.runs.pretrain.causal_lm import pretrain_causal_lm
 
-    pretrain(
+    pretrain_causal_lm(
         RunArgs(
             output_dir=str(root / output),
             max_steps=4,

@@ -49,10 +49,10 @@ def write_data(folder: Path) -> None:
 
 
 def run(output: str) -> None:
-    from megamod.runs.pretrain.causal_lm import pretrain
+    from megamod.runs.pretrain.causal_lm import pretrain_causal_lm
 
     classes = (RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, DataArgs)
-    pretrain(*parse_args(*classes, argv=[*FLAGS.split(), "--output_dir", output]))
+    pretrain_causal_lm(*parse_args(*classes, argv=[*FLAGS.split(), "--output_dir", output]))
 
 
 def both(rank: int, root: Path) -> None:

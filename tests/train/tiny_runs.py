@@ -18,7 +18,7 @@ from megamod.dist.topology import DomainTopology
 from megamod.models.lm.configuration import DemixConfig, LmConfig
 from megamod.models.lm.demix import DemixForCausalLM, initialise_lm_weights
 from megamod.models.lm.host import make_dense_class, make_host_classes
-from megamod.runs.pretrain.causal_lm import make_card
+from megamod.runs.pretrain.causal_lm import make_lm_card
 from megamod.states.checkpoint_folder import TrainState
 from megamod.train.checkpoint import Checkpoints
 from megamod.train.deepspeed_settings import apply_muon_rules
@@ -284,7 +284,9 @@ def build_tiny(
         folder / "checkpoints",
         engine,
         topology,
-        ModelExport(engine, config, topology, None, run_file, make_card(config, sharing, "none")),
+        ModelExport(
+            engine, config, topology, None, run_file, make_lm_card(config, sharing, "none")
+        ),
         settings or {"untie": untie},
         keep,
     )

@@ -193,7 +193,7 @@ def make_tasks_record(model: FinetuneModel) -> Record:
     }
 
 
-def make_card(model: FinetuneModel) -> Card:
+def make_finetuned_card(model: FinetuneModel) -> Card:
     """Return the model card: tasks, labels in order, and the class that loads the model."""
     names = [task.spec.name for task in model.tasks]
     tasks = ", ".join(names)

@@ -37,8 +37,8 @@ from megamod.runs.finetune.records import (
     TaskScores,
     find_score,
     find_selection_value,
-    make_card,
     make_evaluation_record,
+    make_finetuned_card,
     make_peaks_record,
     make_predictions_record,
     make_table_row,
@@ -165,7 +165,7 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
         topology=topology,
         data_digest=batches.digest,
         tokenizer=folder / "tokenizer",
-        card=make_card(model),
+        card=make_finetuned_card(model),
         groups=names,
         unit="tokens"
         if not model.has_many_tasks and model.tasks[0].spec.kind == "token"

@@ -31,8 +31,8 @@ from megamod.runs.pretrain.adapt_start import (
     build_dense_model,
     digest_weights,
     estimate_expert_weights,
-    list_candidates,
     make_start_record,
+    open_candidates,
     open_domain_data,
     select_start,
 )
@@ -49,9 +49,12 @@ from megamod.train.objectives import CausalLMObjective
 def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -> None:
     """Select the start, train, publish OUT/model and add it to the forest; collective.
 
-    A forest that has the expert of this run already is left as it is. A run that stops before
-    --max_steps does not join the forest. OUT/start.json records the start; rank 0 prints scores.
+    A forest that has the expert of this run already is left as it is, and nothing is trained. A
+    run that stops before --max_steps does not join the forest. OUT/start.json records the start;
+    rank 0 prints scores.
 
+    Args:
+        args: its `domain`, `data`, and `forest` or `model` must be set.
     Raises:
         UserError: for an unknown start, domains or a vocabulary that do not fit, or a domain that
             the forest has already; then nothing is written. Also if the forest got such an expert
@@ -59,7 +62,7 @@ def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -
         PolicyStop, Interrupted: see `megamod.train.loop.train`.
     """
     output = Path(run.output_dir).absolute()
-    forest = list_candidates(args)
+    forest = open_candidates(args)
     if args.domain in forest.domains:
         existing = forest.experts[forest.domains.index(args.domain)]
         if existing.path.resolve() != (output / "model").resolve():
@@ -122,9 +125,12 @@ def _build_run_spec(
     start: AdaptationStart,
     topology: DomainTopology,
 ) -> RunSpec:
-    """Return the parts of a run that trains one expert, a dense model, on the new domain;
+    """Return the parts of a run that trains one expert, as a dense model, on the new domain;
     collective.
 
+    Args:
+        data: of the new domain alone.
+        topology: ranks, with the new domain as the only one.
     Raises:
         UserError: as `build_dense_config`.
     """
@@ -165,16 +171,21 @@ def _build_run_spec(
         settings={"start weights": digest, "start": start.expert.domain}
         | dict.fromkeys(("forest", "model", "prior", "prior_sequences")),
         write_model=(
-            partial(write_grown, start.expert, args.domain) if _adds_expert(args, start) else None
+            partial(write_model_with_new_expert, start.expert, args.domain)
+            if _adds_expert(args, start)
+            else None
         ),
     )
 
 
-def write_grown(expert: Expert, domain: str, export: ModelExport, folder: Path) -> None:
-    """Write the model of `expert` with the trained model as a further expert; collective.
+def write_model_with_new_expert(
+    expert: Expert, domain: str, export: ModelExport, folder: Path
+) -> None:
+    """Write the model that `expert` is a member of, with the trained model as a further expert;
+    collective.
 
     Args:
-        expert: a member of a model with experts, from which the training started.
+        expert: of a model with experts, from which the training started.
         domain: name of the new expert.
         export: writes the trained dense model.
         folder: exists and is empty.
@@ -185,7 +196,7 @@ def write_grown(expert: Expert, domain: str, export: ModelExport, folder: Path) 
     if dist.get_rank() == 0:
         add_expert(expert.path, folder, domain, expert.member, read_weights(dense))
         for file in dense.iterdir():
-            # Model card, recipe and tokenizer. Weights and configuration come from `grow`.
+            # Model card, recipe and tokenizer. `add_expert` wrote weights and configuration.
             if not (folder / file.name).exists() and file.suffix != ".safetensors":
                 file.rename(folder / file.name)
         shutil.rmtree(dense)
@@ -193,7 +204,7 @@ def write_grown(expert: Expert, domain: str, export: ModelExport, folder: Path) 
 
 
 def join_forest(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, output: Path) -> str:
-    """Add the new expert to its forest; return a sentence for the console.
+    """Add the new expert to its forest, for rank 0 alone; return a sentence for the console.
 
     With --model there is no forest, and nothing is written. If --forest names a forest.json, that
     file is edited; entries of the model with experts to whose copy the new expert was added then
@@ -277,8 +288,8 @@ def _move_expert(expert: Expert, source: Path, target: Path) -> Expert:
 
 
 def _read_start_perplexity(output: Path, domain: str) -> float | None:
-    """Read the perplexity of the start on the new domain from the metrics of step 0; None if there
-    are none.
+    """Read the perplexity of the start on the new domain, per token, from OUT/metrics.jsonl; None
+    if there is none of step 0.
     """
     records = read_metrics(output / "metrics.jsonl")
     scores = [r["perplexity"][domain] for r in records if r["step"] == 0 and "perplexity" in r]

@@ -76,5 +76,10 @@ class AdaptOptimArgs(OptimArgs):
     learning_rate: float = option(5e-5, "peak learning rate", least=0)
 
     def __post_init__(self):
+        """Check the flags.
+
+        Raises:
+            UserError: for another optimizer than AdamW.
+        """
         super().__post_init__()
         refuse_changes(self, ("optim",), "adaptation trains with AdamW")

@@ -40,7 +40,7 @@ from megamod.states.dense import make_dense_config
 from megamod.states.forest import Expert, Forest, open_forest
 from megamod.states.stream import ModelFolder
 
-RECORD = "start.json"
+RECORD = "start.json"  # in OUT
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class StartRecord(Document):
     posterior: dict[str, float] | None
 
 
-def list_candidates(args: AdaptArgs) -> Forest:
+def open_candidates(args: AdaptArgs) -> Forest:
     """Open the forest of experts to start from; the dense model of --model is a forest of one.
 
     Raises:
@@ -160,9 +160,10 @@ def select_start(
     weight.
 
     Args:
-        output: folder of the run.
+        output: OUT, folder of the run.
         resume: value of --resume; with "none" start.json is not read.
-        estimate: computes the weights of all experts, called only if nothing else decides.
+        estimate: computes the weights [E] of all experts in the order of the forest; called only if
+            nothing else decides, on every rank.
     Raises:
         UserError: if --prior or start.json cannot be used.
     """
@@ -186,11 +187,15 @@ def select_start(
 def estimate_expert_weights(
     forest: Forest, data: LmData, sequences: int, batch_size: int, device: torch.device
 ) -> Sequence[float]:
-    """Estimate the prior of the experts on the new domain's valid split: [E]; collective.
+    """Estimate the prior of the experts on the new domain's valid split; collective.
 
     Args:
+        data: of the new domain alone.
         sequences: number of sequences, from the first one.
-        batch_size: sequences per forward pass.
+        batch_size: sequences per forward pass, rounded up to whole batches of the protocol.
+        device: of this rank; experts are loaded there.
+    Returns:
+        [E] weights of sum 1, in the order of the forest.
     """
     protocol = MixingProtocol(prior_sequences=sequences)
     # Whole batches of the protocol, so that ranks mix the same ones as one process.
@@ -204,6 +209,8 @@ def estimate_expert_weights(
 
 def build_dense_config(expert: Expert, args: AdaptArgs) -> LmConfig:
     """Build the configuration of the dense model that is trained from an expert.
+
+    A configuration of type demix has the new domain as its only one; stock ones name none.
 
     Raises:
         UserError: if the new name is invalid or taken, the experts own no feed-forward network, or
@@ -231,8 +238,8 @@ def build_dense_config(expert: Expert, args: AdaptArgs) -> LmConfig:
         raise UserError(f"--domain {args.domain}: {error}") from error
 
 
-def build_dense_model(expert: Expert, config: DemixConfig, method: str) -> LanguageModel:
-    """Build the expert as a dense model with its weights.
+def build_dense_model(expert: Expert, config: LmConfig, method: str) -> LanguageModel:
+    """Build the expert as a dense model with its weights, in float32 on the CPU.
 
     Args:
         config: see `build_dense_config`.
@@ -280,7 +287,7 @@ def make_start_record(forest: Forest, start: AdaptationStart, digest: str) -> di
 
 
 def digest_weights(expert: Expert) -> str:
-    """Return the digest of the weight files that an expert is read from, for start.json."""
+    """Compute the digest of the weights that an expert is read from, for start.json."""
     with open_weights(expert.path, expert.member) as folder:
         return folder.compute_digest()
 

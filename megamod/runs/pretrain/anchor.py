@@ -19,13 +19,14 @@ from megamod.models.lm.moe_families import FEED_FORWARD, LAYERS
 from megamod.runs.router_rows import compute_mean_inputs, read_databin_texts
 from megamod.states.dense import make_dense_config
 
-ROW_TOKENS = 65536  # of each domain's valid split that a row is measured on
+ROW_TOKENS = 65536  # of each domain's valid split, from the first one, that a row is measured on
 
 
 def check_anchor(model: ModelArgs, has_start: bool) -> None:
-    """Refuse an anchor that no mixture can hold later.
+    """Refuse an anchor that no mixture can hold later; nothing is loaded.
 
     Args:
+        model: flags; --anchor is set, and --model names the seed, which is to be the anchor.
         has_start: the run starts from weights, not from new ones.
     Raises:
         UserError: for new weights, a seed with experts, a seed whose class has no mixture, or an
@@ -44,6 +45,7 @@ def check_anchor(model: ModelArgs, has_start: bool) -> None:
             f"{where}: {folder} has experts already, and an anchor is a dense model; leave the "
             "flag out to train them further"
         )
+    # Both are called for their errors alone; the numbers of experts are any that are allowed.
     build_moe_config(folder, make_dense_config(config.to_dict()), 2, 2)
     DataBin(model.anchor)
 
@@ -57,13 +59,15 @@ def set_anchor_rows(
     The model is run on a GPU if there is one; its device and mode are those of before afterwards.
 
     Args:
-        network: holds some of the domains; only their rows are measured.
+        network: model of a rank, which may hold some of the domains only; their rows [D] of each
+            layer and those of the anchor are set in place.
         seed_text: the anchor's row is the mean over its domains, each with the same weight.
         text: data-bin with the domains of the experts.
         length: tokens per sequence.
         batch: sequences per forward pass.
     Raises:
-        UserError: if a text is shorter than one sequence, or other ids than the model's.
+        UserError: if a text is shorter than one sequence or has other ids than the model's, or a
+            row is zero or not finite.
     """
     blocks = [layer.get_submodule(FEED_FORWARD) for layer in network.get_submodule(LAYERS)]
     held = list(blocks[0].experts)
@@ -73,6 +77,7 @@ def set_anchor_rows(
     network.set_domain(held[0])  # all experts are the anchor still
 
     def measure(databin: DataBin, domain: str) -> Tensor:
+        """Compute the mean inputs [L, D] of the feed-forwards on a domain's valid split."""
         ids = read_databin_texts(databin, [domain], ROW_TOKENS, network.config, where)[domain].ids
         sequences = ids[: len(ids) // length * length].view(-1, length)
         if not len(sequences):
@@ -80,7 +85,7 @@ def set_anchor_rows(
                 f"{where}: {domain} has {len(ids)} tokens in its valid split, fewer than one "
                 f"sequence of {length}"
             )
-        return compute_mean_inputs(network, FEED_FORWARD, sequences, batch)  # [L, D]
+        return compute_mean_inputs(network, FEED_FORWARD, sequences, batch)
 
     where = f"--anchor {seed_text.path}"
     anchor = torch.stack([measure(seed_text, domain) for domain in seed_text.domains]).mean(0)

@@ -34,7 +34,7 @@ from megamod.models.lm.load import LanguageModel, build_lm, select_lm_class
 from megamod.models.lm.routing import freeze_all_but_routers, is_mixture
 from megamod.models.presets import SHAPE
 from megamod.runs.pretrain.anchor import check_anchor, set_anchor_rows
-from megamod.runs.pretrain.mixture import check_mixture, name_experts, write_mixture
+from megamod.runs.pretrain.mixture import check_mixture, read_expert_domains, write_mixture
 from megamod.runs.training import ActiveRun, RunSpec, execute_run
 from megamod.states.adapter import compute_seed_digest
 from megamod.states.tokenizer_files import list_tokenizer_files
@@ -44,7 +44,7 @@ from megamod.train.objectives import CausalLMObjective, MixtureLMObjective
 logger = logging.getLogger(__name__)
 
 
-def pretrain(
+def pretrain_causal_lm(
     run: RunArgs,
     safety: SafetyArgs,
     model: ModelArgs,
@@ -52,9 +52,12 @@ def pretrain(
     optim: OptimArgs,
     data_args: DataArgs,
 ) -> None:
-    """Train, score every expert on every domain, write the scores into OUT and print them;
-    collective.
+    """Train, score every expert on every domain, write the scores into OUT; collective.
 
+    Rank 0 prints the scores. With --print_groups nothing is trained.
+
+    Args:
+        run, data_args: their `output_dir` and `data` must be set.
     Raises:
         UserError: for arguments, data or ranks that do not fit, before anything is written.
         PolicyStop, Interrupted: see `megamod.train.loop.train`.
@@ -127,18 +130,18 @@ def pretrain(
 
     def make_objective(device: torch.device) -> CausalLMObjective:
         if is_mixture(config):
-            experts = name_experts(model.model, config)
+            experts = read_expert_domains(model.model, config)
             return MixtureLMObjective(data.domains, device, model.router_aux_loss_coef, experts)
         return CausalLMObjective(data.domains, device, choose)
 
     seed = None if adapter is None else compute_seed_digest(start[0])
-    recipe = RunSpec(
+    spec = RunSpec(
         config=config,
         topology=topology,
         data_digest=data.digest,
         tokenizer=None if stock else data.tokenizer_folder,
         companions=stock,
-        card=make_card(config, sharing, data.digest, adapter),
+        card=make_lm_card(config, sharing, data.digest, adapter),
         seed_digest=seed,
         settings={} if seed is None else {"seed weights": seed},
         groups=data.domains,
@@ -164,7 +167,7 @@ def pretrain(
         tokens_per_sample=data.block_size,
     )
     done = execute_run(
-        recipe,
+        spec,
         (run, safety, model, lora, optim, data_args),
         workers=data_args.dataloader_num_workers,
         checkpointing=model.gradient_checkpointing,
@@ -184,6 +187,7 @@ def make_adapter_fields(
     """Make the fields of the `LoraConfig` of the adapter that a run trains; load no weights.
 
     Args:
+        lora: --lora_rank is set.
         config: of the seed.
         start: folder of the seed and the flag that named it, see `find_start_folder`; None: there
             are no weights.
@@ -209,6 +213,9 @@ def list_stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
     They are its tokenizer, or without one that of the data (with a warning), and its generation
     settings. Empty for named sizes and models of type demix.
 
+    Args:
+        model: value of --model.
+        config: of that model.
     Raises:
         UserError: if the data were made with another tokenizer than the model's.
     """
@@ -257,7 +264,8 @@ def make_evaluation(
 ) -> DomainEvaluation:
     """Make the evaluation that computes the perplexity of the run's experts on a split.
 
-    Each rank scores its share of the batches, and with experts only those that it holds.
+    A call of it is collective: each rank scores its share of the batches, and with experts only
+    those that it holds. Bytes of text are counted only if --eval_batches does not limit the split.
     """
     rank, apart = dist.get_rank(), topology.sharing is not Sharing.DENSE
     held = topology.get_rank_domains(rank)
@@ -281,12 +289,17 @@ def make_evaluation(
 def log_own_perplexity(
     evaluate: DomainEvaluation, running: ActiveRun, split: str, step: int
 ) -> None:
-    """Log the perplexity of each domain under its own expert; collective."""
+    """Compute and log the perplexity of each domain under its own expert; collective.
+
+    Args:
+        evaluate: see `make_evaluation`.
+        split: that it scores, for the log; `step`: finished steps.
+    """
     scores = select_own_scores(evaluate(own_only=True))
     running.monitor.log_scores(step, {d: s.perplexity for d, s in scores.items()}, split)
 
 
-def make_card(
+def make_lm_card(
     config: LmConfig,
     sharing: Sharing,
     data_digest: str,

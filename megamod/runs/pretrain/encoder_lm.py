@@ -51,17 +51,19 @@ from megamod.train.objectives import (
 
 logger = logging.getLogger(__name__)
 
-GROUP = "text"  # by which the loss is logged
-TERMS = {
+GROUP = "text"  # name of the only loss in the log
+ITEM_FIELDS = {
     "masked_lm": ("masked", "positions"),
     "replaced_token": ("tokens", "positions", "masked", "readable"),
 }
-"""Model family, and divisors of the sums of a step, by --objective."""
+"""By --objective the fields of a batch with the number of items of each sum in the loss, which
+these numbers, summed over a step, divide; see `item_fields` of `EncoderObjective`."""
 
 STRUCTURE = ("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "generator")
+"""Flags of a multiplexed model's parts, which cannot differ from those of a model to start from."""
 
 
-def pretrain(
+def pretrain_encoder(
     run: RunArgs,
     safety: SafetyArgs,
     model: ModelArgs,
@@ -71,8 +73,10 @@ def pretrain(
 ) -> None:
     """Train an encoder, score it on held-out text, write OUT/results.json and print the scores.
 
-    Collective.
+    Collective. With --print_groups nothing is trained.
 
+    Args:
+        run, data_args: their `output_dir` and `data` must be set.
     Raises:
         UserError: for arguments or data that do not fit, before anything is written.
         PolicyStop, Interrupted: see `megamod.train.loop.train`.
@@ -93,7 +97,7 @@ def pretrain(
         check_tokenizer_matches(folder, data.databin, start.flag)
     masking = make_masking(data.databin, mux)
     shown = "task_loss" if mux.task_loss_coeff > 0 else "retrieval_loss"
-    terms = TERMS[mux.objective]
+    item_fields = ITEM_FIELDS[mux.objective]
     batches = partial(
         data.build_masked_batches,
         masking=masking,
@@ -115,11 +119,11 @@ def pretrain(
     last: dict[str, float] = {}
 
     def evaluate(running: ActiveRun, step: int) -> None:
-        losses = make_losses(mux, config, running.device)
+        losses = make_loss_function(mux, config, running.device)
         scores = score_encoder(
             running.engine.module,
             held_out(my_rank(), topology.world_size),
-            lambda module, batch: losses(module, batch, [batch[name] for name in terms]),
+            lambda module, batch: losses(module, batch, [batch[name] for name in item_fields]),
             running.device,
             sum_over_ranks,
             perplexity=mux.objective == "masked_lm",
@@ -128,23 +132,23 @@ def pretrain(
             running.monitor.log_scores(step, {GROUP: value}, split, name)
         last.update(scores)
 
-    recipe = RunSpec(
+    spec = RunSpec(
         config=config,
         topology=topology,
         data_digest=data.digest,
         tokenizer=data.databin.path / "tokenizer",
-        card=make_card(config, mux, data.digest),
+        card=make_encoder_card(config, mux, data.digest),
         groups=(GROUP,),
         unit="tokens",
         make_batches=lambda division: batches("train", division=division),
-        make_model=lambda: build_encoder(config, run.seed, start, mux.objective),
+        make_model=lambda: build_initial_encoder(config, run.seed, start, mux.objective),
         make_objective=lambda device: EncoderObjective(
-            make_losses(mux, config, device), terms, shown
+            make_loss_function(mux, config, device), item_fields, shown
         ),
         make_evaluate=lambda running: partial(evaluate, running),
     )
     done = execute_run(
-        recipe,
+        spec,
         (run, safety, model, optim, mux, data_args),
         workers=data_args.dataloader_num_workers,
         checkpointing=model.gradient_checkpointing,
@@ -162,9 +166,14 @@ def pretrain(
         print(f"{split} after {done.state.step} steps: {text}\nmodel {done.output / 'model'}")
 
 
-def make_losses(mux: MuxArgs, config: PreTrainedConfig, device: torch.device) -> ComputeLosses:
-    """Return the loss function of the objective: from model, batch and divisors (`TERMS`) to
-    losses.
+def make_loss_function(
+    mux: MuxArgs, config: PreTrainedConfig, device: torch.device
+) -> ComputeLosses:
+    """Return the loss function of --objective: from model, batch and the divisors of its sums, in
+    the order of `ITEM_FIELDS`, to losses.
+
+    Args:
+        config: of the model; `device`: of the model, to which batches are moved.
     """
     if mux.objective == "masked_lm":
         return partial(compute_masked_losses, device=device, multiplexed=mux.num_instances > 1)
@@ -180,8 +189,8 @@ def make_losses(mux: MuxArgs, config: PreTrainedConfig, device: torch.device) ->
 class DataVocabulary:
     """Vocabulary of the data, as configurations need it.
 
-    `size` is the number of ids; `bos`, `pad` and `mask` are ids of special tokens, and `mask`
-    raises UserError if there is none.
+    `size` is the number of ids; `bos`, `pad` and `mask` are ids of special tokens. `mask` reads the
+    tokenizer each time, and raises UserError if it has none.
     """
 
     data: DataBin
@@ -206,8 +215,10 @@ class DataVocabulary:
 def build_encoder_config(
     model: ModelArgs, mux: MuxArgs, data: DataBin, length: int
 ) -> PreTrainedConfig:
-    """Build the configuration of the encoder, a named size or that of a folder.
+    """Build the configuration of the encoder that --model names: a preset, folder or hub name.
 
+    Args:
+        length: tokens per sequence.
     Raises:
         UserError: for an unknown size, or a model that does not fit the data or the flags.
     """
@@ -215,8 +226,8 @@ def build_encoder_config(
     if is_model_source(model.model):
         changed = next((name for name, value in changes.items() if value is not None), None)
         if changed is not None:
-            raise UserError(f"--{changed} cannot change the model in {model.model}")
-        config = _read_folder_config(model.model, mux, data)
+            raise UserError(f"--{changed} cannot change the model {model.model}")
+        config = _read_source_config(model.model, mux, data)
     else:
         config = build.make_encoder_config(model.model, changes, mux, DataVocabulary(data), length)
     if config.vocab_size != data.vocab_size or config.max_position_embeddings < length:
@@ -237,6 +248,9 @@ def build_encoder_config(
 def _check_held_out(batches: MaskedBatches, split: str) -> None:
     """Check before the first step that the held-out split fills one forward pass.
 
+    Args:
+        batches: of the split, which is not read.
+        split: its name, for the message.
     Raises:
         UserError: naming the split and the sequences that it has and needs.
     """
@@ -248,12 +262,14 @@ def _check_held_out(batches: MaskedBatches, split: str) -> None:
         )
 
 
-def _read_folder_config(folder: str, mux: MuxArgs, data: DataBin) -> PreTrainedConfig:
-    """Read the configuration of a model folder; that of a stock encoder becomes a multiplexed one
-    if --num_instances is above 1.
+def _read_source_config(source: str, mux: MuxArgs, data: DataBin) -> PreTrainedConfig:
+    """Read the configuration of a model; that of a stock encoder becomes a multiplexed one if
+    --num_instances is above 1.
 
-    A model folder that is multiplexed already gets the loss weights of the flags.
+    A model that is multiplexed already gets the loss weights of the flags.
 
+    Args:
+        source: model folder, or hub name OWNER/MODEL.
     Raises:
         UserError: if it is of another family, or contradicts the flags or the data.
     """
@@ -261,7 +277,7 @@ def _read_folder_config(folder: str, mux: MuxArgs, data: DataBin) -> PreTrainedC
     stock = family.removeprefix("mux_")
     kind = family if mux.num_instances > 1 else stock
     config = resolve_model(
-        folder,
+        source,
         "--model",
         (kind, stock).__contains__,
         f"{kind!r} for --objective {mux.objective} with --num_instances {mux.num_instances}",
@@ -270,21 +286,21 @@ def _read_folder_config(folder: str, mux: MuxArgs, data: DataBin) -> PreTrainedC
         return build.make_multiplexed_config_from_stock(config, mux, DataVocabulary(data))
     instances = getattr(config, "num_instances", 1)
     if mux.num_instances != instances:
-        raise UserError(
-            f"--num_instances {mux.num_instances}: the model in {folder} has {instances}"
-        )
+        raise UserError(f"--num_instances {mux.num_instances}: the model {source} has {instances}")
     if mux.num_instances > 1:
-        _check_structure(folder, config, mux, data)
+        _check_structure(source, config, mux, data)
         for name in (*LOSSES, "gen_loss_weight", "disc_loss_weight"):
             if hasattr(config, name):
                 setattr(config, name, getattr(mux, name))
     return config
 
 
-def _check_structure(folder: str, config: PreTrainedConfig, mux: MuxArgs, data: DataBin) -> None:
-    """Check that the flags agree with the multiplexing of a model folder, and [MASK] with the
-    data's.
+def _check_structure(source: str, config: PreTrainedConfig, mux: MuxArgs, data: DataBin) -> None:
+    """Check that the flags agree with the multiplexing of a model, and its [MASK] with the data's.
 
+    Args:
+        source: model folder or hub name, for messages.
+        config: of that model, which is multiplexed.
     Raises:
         UserError: naming the flag, its value and that of the model.
     """
@@ -292,13 +308,12 @@ def _check_structure(folder: str, config: PreTrainedConfig, mux: MuxArgs, data: 
         held = getattr(config, name, "none")
         if find_origin(mux, name) != "default" and getattr(mux, name) != held:
             raise UserError(
-                f"--{name} {getattr(mux, name)}: cannot change the model in {folder}, "
-                f"which has {held}"
+                f"--{name} {getattr(mux, name)}: cannot change the model {source}, which has {held}"
             )
-    refuse_changes(mux, ("generator_size",), f"the model in {folder} has its size")
+    refuse_changes(mux, ("generator_size",), f"the model {source} has its size")
     if mux.objective == "replaced_token" and config.mask_token_id != read_mask_id(data):
         raise UserError(
-            f"--model {folder}: its mask_token_id {config.mask_token_id} is not the "
+            f"--model {source}: its mask_token_id {config.mask_token_id} is not the "
             f"{read_mask_id(data)} of the tokenizer in --data {data.path}"
         )
 
@@ -322,8 +337,8 @@ def read_mask_id(data: DataBin) -> int:
 def make_masking(data: DataBin, mux: MuxArgs) -> Masking:
     """Return the masking settings with the ids of the data's tokenizer.
 
-    Of the tokens to predict 80 % become [MASK] and 10 % others; of those to replace 85 % become
-    [MASK], which is what the generator replaces.
+    For masked_lm 80 % of the selected tokens become [MASK] and 10 % random ones; for replaced_token
+    85 % become [MASK], to be replaced by a generator or random ids. The others stay as they are.
 
     Raises:
         UserError: if the tokenizer has no [MASK].
@@ -343,7 +358,7 @@ def make_masking(data: DataBin, mux: MuxArgs) -> Masking:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Source of the initial weights, and the option that named it."""
+    """Source of the initial weights, a model folder or hub name, and the option that named it."""
 
     source: str
     flag: str
@@ -353,9 +368,11 @@ class WeightSource:
 
 
 def find_weight_source(model: ModelArgs, config: PreTrainedConfig) -> WeightSource | None:
-    """Return the source of the initial weights: --init_from, or the folder of --model if it has
-    weights; None: new weights.
+    """Return the source of the initial weights: --init_from, or --model if it has weights and
+    --from_scratch is not given; None: new weights.
 
+    Args:
+        config: of the model to train.
     Raises:
         UserError: if they are those of another family or number of instances.
     """
@@ -379,10 +396,11 @@ def find_weight_source(model: ModelArgs, config: PreTrainedConfig) -> WeightSour
     return start
 
 
-def build_encoder(
+def build_initial_encoder(
     config: PreTrainedConfig, seed: int, start: WeightSource | None, objective: str
 ) -> nn.Module:
-    """Build an encoder with new weights, or with those of a folder as far as it has them.
+    """Build an encoder in float32 with new weights, or with those of a source as far as it has
+    them.
 
     A stock encoder starts a multiplexed one: its embeddings and layers are kept, multiplexer and
     demultiplexer are new. Tensors that are new or not used are logged.
@@ -415,7 +433,7 @@ def build_encoder(
     return model
 
 
-def make_card(config: PreTrainedConfig, mux: MuxArgs, data_digest: str) -> Card:
+def make_encoder_card(config: PreTrainedConfig, mux: MuxArgs, data_digest: str) -> Card:
     """Return the model card of an encoder: objective, instances per pass, digest of its data."""
     kind = "multiplexed " if mux.num_instances > 1 else ""
     masked = mux.objective == "masked_lm"

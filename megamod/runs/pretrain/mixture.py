@@ -1,4 +1,6 @@
-"""Pretraining of a mixture of experts: checks, names of experts, the model folder."""
+"""Pretraining of a mixture of experts (a stock class, not DEMix): checks, domains of the experts,
+the model folder.
+"""
 
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from megamod.train.export import ModelExport
 def check_mixture(model: ModelArgs, config: LmConfig) -> None:
     """Refuse flags of mixtures for another model, and a router that gets no gradient.
 
+    Args:
+        config: of the model that --model names.
     Raises:
         UserError: naming the flag.
     """
@@ -29,10 +33,13 @@ def check_mixture(model: ModelArgs, config: LmConfig) -> None:
         check_router_training(f"--train router: --model {model.model}", config)
 
 
-def name_experts(model: str, config: LmConfig) -> list[str]:
-    """Return the domains of a mixture's experts from its moe.json; without one their numbers from
-    0.
+def read_expert_domains(model: str, config: LmConfig) -> list[str]:
+    """Read the domains of a mixture's experts from its moe.json; without one return their numbers
+    from 0, as text.
 
+    Args:
+        model: value of --model, a folder or hub name.
+        config: of that model.
     Raises:
         UserError: if moe.json is malformed.
     """
@@ -44,7 +51,7 @@ def name_experts(model: str, config: LmConfig) -> list[str]:
 
 
 def write_mixture(model: ModelArgs, export: ModelExport, folder: Path) -> None:
-    """Write a trained mixture with a tensor per expert; collective.
+    """Write a trained mixture with a tensor per expert, as its stock class reads it; collective.
 
     It gets the moe.json of the mixture that training started from, if there is one, with an entry
     about the training of the router.
@@ -52,13 +59,14 @@ def write_mixture(model: ModelArgs, export: ModelExport, folder: Path) -> None:
     Args:
         model: flags, whose --model is the mixture that training started from.
         export: writes the model as it is in memory, where the experts of a layer are one tensor.
-        folder: to write into.
+        folder: exists and is empty.
     """
     export(folder)
     check_peers()
     if dist.get_rank() > 0:
         return
     start = resolve_model_folder(model.model)
+    # Independent models (--untie all) have a folder per domain.
     for config in (*folder.glob("config.json"), *folder.glob("*/config.json")):
         split_fused_experts(config.parent)
         if start is not None and (start / FILE).is_file():

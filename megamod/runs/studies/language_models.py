@@ -326,7 +326,7 @@ def _train_in_folder(flags: Settings, databin: Path, folder: Path, stop: int | N
     last = flags["max_steps"] if stop is None else stop
     if last in steps and (stop is not None or (folder / "model" / "config.json").is_file()):
         return
-    from megamod.runs.pretrain.causal_lm import pretrain
+    from megamod.runs.pretrain.causal_lm import pretrain_causal_lm
 
     expert = (folder / "branch.json").exists()
     several = expert or flags.get("untie", "none") != "none"
@@ -343,7 +343,7 @@ def _train_in_folder(flags: Settings, databin: Path, folder: Path, stop: int | N
         "save_total_limit": 1 if several else None,
     }
     kinds = (RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, DataArgs)
-    pretrain(*parse_args(*kinds, argv=format_flags({**flags, **extra})))
+    pretrain_causal_lm(*parse_args(*kinds, argv=format_flags({**flags, **extra})))
 
 
 def _compute_losses(
