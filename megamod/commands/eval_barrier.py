@@ -43,7 +43,7 @@ def main() -> None:
 
     Raises:
         UserError: if a flag is missing, --output_dir is a file, the GPU is missing, or as
-            `megamod.runs.studies.barrier.run_study`.
+            `megamod.runs.studies.barrier.run_barrier_study`.
     """
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
@@ -54,10 +54,10 @@ def main() -> None:
 
     from megamod.folder_lock import hold_folder
     from megamod.runs.node_log import start_logging
-    from megamod.runs.studies.barrier import run_study
-    from megamod.runs.studies.barrier_recipe import read_study
+    from megamod.runs.studies.barrier import run_barrier_study
+    from megamod.runs.studies.barrier_recipe import read_barrier_study
 
-    study, output = read_study(Path(args.study)), Path(args.output_dir)
+    study, output = read_barrier_study(Path(args.study)), Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output}: not a folder")
     has_gpu = torch.cuda.is_available()
@@ -66,7 +66,7 @@ def main() -> None:
     start_logging()
     device = torch.device("cuda" if has_gpu and args.device != "cpu" else "cpu")
     with hold_folder(output):
-        print(run_study(study, output, device))
+        print(run_barrier_study(study, output, device))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def main() -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from megamod.runs.studies.ensemble import mix_forest
+    from megamod.runs.studies.ensemble import evaluate_ensemble
 
     disable_progress_bar()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -45,7 +45,7 @@ def main() -> None:
         device = join_process_group(timeout_seconds=1800)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mix_forest(args, device)
+    evaluate_ensemble(args, device)
 
 
 if __name__ == "__main__":

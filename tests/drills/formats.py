@@ -146,7 +146,11 @@ def make_formats(root: Path) -> dict[str, tuple[Format, Path]]:
     (models_folder / "b.yaml").write_text(_yaml(BARRIER))
     (models_folder / "text.txt").write_text("a text\n" * 40)
     add(
-        "barrier study", models_folder, "b.yaml", "yaml", _read("b.yaml", barrier_recipe.read_study)
+        "barrier study",
+        models_folder,
+        "b.yaml",
+        "yaml",
+        _read("b.yaml", barrier_recipe.read_barrier_study),
     )
     repository = Path(__file__).resolve().parents[2]
     study = sorted((repository / "launchers" / "recipes" / "studies").glob("*.yaml"))[0]

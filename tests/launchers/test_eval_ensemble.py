@@ -10,7 +10,7 @@ from saved_models import TOKENS, make_data, make_model
 
 from megamod.errors import UserError
 from megamod.flags import parse_args
-from megamod.runs.studies.ensemble import mix_forest
+from megamod.runs.studies.ensemble import evaluate_ensemble
 from megamod.runs.studies.ensemble_args import EnsembleArgs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -56,7 +56,7 @@ def test_estimate_then_score(root, tmp_path):
     args = parsed(
         root, "--prior", tmp_path / "prior_{domain}.json", "--rule", "history", "--output", output
     )
-    mix_forest(args, torch.device("cpu"))
+    evaluate_ensemble(args, torch.device("cpu"))
     again = json.loads(output.read_text())["domains"]["law"]
     assert again["perplexity"] == pytest.approx(law["perplexity"], rel=1e-6)
 
@@ -64,7 +64,7 @@ def test_estimate_then_score(root, tmp_path):
 def test_the_estimate_alone(root, tmp_path, capsys):
     output = tmp_path / "prior.json"
     args = parsed(root, "--estimate_only", "--prior_output", output, "--prior_sequences", 3)
-    results = mix_forest(args, torch.device("cpu"))
+    results = evaluate_ensemble(args, torch.device("cpu"))
     written = json.loads(output.read_text())
     assert written["text"] == {
         "data_digest": written["text"]["data_digest"],
@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_told(root, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     flags = [tmp_path / "prior.json" if flag == "PRIOR" else flag for flag in flags]
     with pytest.raises(UserError, match=message):
-        mix_forest(parsed(root, *flags), torch.device("cpu"))
+        evaluate_ensemble(parsed(root, *flags), torch.device("cpu"))
     assert [path.name for path in tmp_path.iterdir()] == ["prior.json"]
 
 
@@ -126,8 +126,8 @@ def test_experts_of_different_vocabularies(root, tmp_path):
     make_model(tmp_path / "law")
     make_model(tmp_path / "code", vocab_size=40)
     with pytest.raises(UserError, match="different vocabularies"):
-        mix_forest(parsed(root, "--forest", tmp_path), torch.device("cpu"))
+        evaluate_ensemble(parsed(root, "--forest", tmp_path), torch.device("cpu"))
     for folder in ("law", "code"):
         make_model(tmp_path / "other" / folder, vocab_size=40)
     with pytest.raises(UserError, match="has a vocabulary of 40"):
-        mix_forest(parsed(root, "--forest", tmp_path / "other"), torch.device("cpu"))
+        evaluate_ensemble(parsed(root, "--forest", tmp_path / "other"), torch.device("cpu"))

@@ -97,9 +97,9 @@ def test_many_runs_give_one_table_and_are_made_once(tmp_path):
     assert "mux, N = 2    0.2200 ± 0.1414" in table
     for plot in ("scores.png", "trade_off.png"):
         assert (out / plot).read_bytes()[:4] == b"\x89PNG" and str(out / plot) in table
-    times = [(job.folder(out) / "results.json").stat().st_mtime_ns for job in jobs]
+    times = [(job.get_folder(out) / "results.json").stat().st_mtime_ns for job in jobs]
     assert run_sweep(jobs, out, tmp_path, 1, launch) == table
-    assert [(job.folder(out) / "results.json").stat().st_mtime_ns for job in jobs] == times
+    assert [(job.get_folder(out) / "results.json").stat().st_mtime_ns for job in jobs] == times
     (tmp_path / "sweep.yaml").write_text(SWEEP.replace("rte: ", "rte: {max_steps: 3}"))
     with pytest.raises(UserError, match="holds a run with other flags"):
         run_sweep(read_sweep(tmp_path / "sweep.yaml")[0], out, tmp_path, 1, launch)

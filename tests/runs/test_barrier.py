@@ -26,8 +26,8 @@ from megamod.evaluation.barrier import (
     compute_losses_along_line,
     list_even_weights,
 )
-from megamod.runs.studies.barrier import run_study
-from megamod.runs.studies.barrier_recipe import read_study
+from megamod.runs.studies.barrier import run_barrier_study
+from megamod.runs.studies.barrier_recipe import read_barrier_study
 
 WORDS = [f"w{n}" for n in range(30)]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -95,7 +95,7 @@ def test_alignment_takes_the_barrier_away(workspace, name, task):
         }
         path.write_text(yaml.safe_dump(content, sort_keys=False))
     out = workspace / f"out-{name}"
-    table = run_study(read_study(path), out, torch.device("cpu"))
+    table = run_barrier_study(read_barrier_study(path), out, torch.device("cpu"))
     record = json.loads((out / "results.json").read_text())[task]
 
     def losses(variant: str, pair: str) -> list[float]:
@@ -118,17 +118,17 @@ def test_only_what_is_missing_is_made(workspace):
     content = yaml.safe_load(path.read_text())
     content["variants"].pop("all")
     path.write_text(yaml.safe_dump(content))
-    run_study(read_study(path), out, torch.device("cpu"))
+    run_barrier_study(read_barrier_study(path), out, torch.device("cpu"))
     files = sorted((out / "curves").rglob("*.json"))
     times = [file.stat().st_mtime_ns for file in files]
     content["variants"]["monotonic"] = content["variants"]["ff+attn"] | {"attention": "monotonic"}
     path.write_text(yaml.safe_dump(content))
-    run_study(read_study(path), out, torch.device("cpu"))
+    run_barrier_study(read_barrier_study(path), out, torch.device("cpu"))
     assert [file.stat().st_mtime_ns for file in files] == times
     assert len(sorted((out / "curves").rglob("*.json"))) == len(files) + 1
     path.write_text(yaml.safe_dump(content | {"points": 3}))
     with pytest.raises(UserError, match="holds a study with another points"):
-        run_study(read_study(path), out, torch.device("cpu"))
+        run_barrier_study(read_barrier_study(path), out, torch.device("cpu"))
 
 
 def test_mistakes_are_found_before_the_first_curve(workspace, tmp_path):
@@ -142,11 +142,11 @@ def test_mistakes_are_found_before_the_first_curve(workspace, tmp_path):
         changed = content["variants"] | {"late": {"calibration": calibration}}
         path.write_text(yaml.safe_dump(content | {"variants": changed}, sort_keys=False))
         with pytest.raises(UserError, match=message):
-            run_study(read_study(path), tmp_path / "out", torch.device("cpu"))
+            run_barrier_study(read_barrier_study(path), tmp_path / "out", torch.device("cpu"))
     models = [*content["models"][:2], str(tmp_path / "gone")]
     path.write_text(yaml.safe_dump(content | {"models": models, "pairs": [[1, 2], [1, 3]]}))
     with pytest.raises(UserError, match="gone"):
-        run_study(read_study(path), tmp_path / "out", torch.device("cpu"))
+        run_barrier_study(read_barrier_study(path), tmp_path / "out", torch.device("cpu"))
     assert not (tmp_path / "out").exists()
 
 
@@ -159,7 +159,7 @@ def test_models_of_other_settings_are_reported(workspace, tmp_path, caplog):
     content = yaml.safe_load(path.read_text())
     content["variants"] = {"vanilla": {"method": "identity"}}
     path.write_text(yaml.safe_dump(content))
-    run_study(read_study(path), tmp_path / "out", torch.device("cpu"))
+    run_barrier_study(read_barrier_study(path), tmp_path / "out", torch.device("cpu"))
     (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert "models 1 and 2 differ in layer_norm_eps 1e-12 / 1e-05" in warning.getMessage()
 
@@ -171,7 +171,7 @@ def test_a_study_that_cannot_be_leaves_nothing(workspace, tmp_path):
     content = yaml.safe_load(path.read_text()) | {"pairs": [[1, 2]]}
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match="gone"):
-        run_study(read_study(path), tmp_path / "out", torch.device("cpu"))
+        run_barrier_study(read_barrier_study(path), tmp_path / "out", torch.device("cpu"))
     assert not (tmp_path / "out").exists()
 
 
@@ -213,7 +213,7 @@ def test_blocks_of_text(tmp_path):
 def test_a_study_without_pairs_compares_all(tmp_path):
     for pairs in ("", "pairs: , "):
         (tmp_path / "s.yaml").write_text(f"{{models: [a, b, c], {pairs}variants: {{x: {{}}}}}}")
-        study = read_study(tmp_path / "s.yaml")
+        study = read_barrier_study(tmp_path / "s.yaml")
         assert study.pairs == (("1", "2"), ("1", "3"), ("2", "3"))
 
 
@@ -248,7 +248,7 @@ def test_a_study_without_pairs_compares_all(tmp_path):
 def test_mistakes_in_a_study(tmp_path, text, message):
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
-        read_study(tmp_path / "s.yaml")
+        read_barrier_study(tmp_path / "s.yaml")
 
 
 RECIPES = Path(__file__).resolve().parents[2] / "launchers" / "recipes"
@@ -259,7 +259,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "launchers" / "recipes"
     [("components", 4), ("heads", 4), ("residual", 5), ("data", 8), ("glue", 2)],
 )
 def test_recipes_are_studies(name, variants):
-    result = read_study(RECIPES / f"barrier_{name}.yaml")
+    result = read_barrier_study(RECIPES / f"barrier_{name}.yaml")
     assert len(result.models) == 5 and len(result.pairs) == 10 and result.points == 21
     assert len(result.variants) == variants
     amounts = [item.calibration.fraction for item in result.variants.values()]
@@ -292,7 +292,7 @@ def test_every_recipe_runs(workspace, tmp_path, recipe):
             block["calibration"] |= {"path": str(workspace / "train.txt"), "fraction": 1.0}
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(content))
-    run_study(read_study(path), tmp_path / "out", torch.device("cpu"))
+    run_barrier_study(read_barrier_study(path), tmp_path / "out", torch.device("cpu"))
     (record,) = json.loads((tmp_path / "out" / "results.json").read_text()).values()
     assert record.keys() == content["variants"].keys()
     curves = (tmp_path / "out" / "curves").rglob("*.json")

@@ -37,8 +37,10 @@ def score_adaptation(
         novel: text of the domain `adapt_to` alone.
         output: folder of the adaptation run; it is deleted before and after.
     Returns:
-        losses on the training domains and on the novel domain, each with the rows `start` and
-        `adapted`, and the name of the expert that the adaptation started from.
+        losses in nats per token on the training domains and on the novel domain, each with the rows
+        `start` and `adapted`, and the name of the expert that the adaptation started from.
+    Raises:
+        UserError: as `adapt`.
     """
     from megamod.runs.pretrain.adapt import adapt
     from megamod.runs.pretrain.adapt_start import RECORD, StartRecord
@@ -66,6 +68,7 @@ def score_adaptation(
     start = DENSE
     if apart:
         start = read_document(output / RECORD, StartRecord).start
+    # With feedforward the result is the whole model with one more expert.
     grown = apart and settings["adapt_method"] == "feedforward"
     end = settings["adapt_to"] if grown else DENSE
     models = {"start": (model, start), "adapted": (output / "model", end)}

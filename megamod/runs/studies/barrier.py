@@ -1,12 +1,14 @@
-"""Loss barriers of every pair of models, for every alignment and task of a study.
+"""`megamod eval-barrier`: loss barriers between existing models, as they are and aligned.
 
-Finished curves are kept. The results are a table with both definitions of the barrier, a plot of
-the curves for each task and a plot of all barriers.
+A barrier study, read by `barrier_recipe`, names them; every pair is compared, for every alignment
+and task. (`barrier_cell`, of `megamod study`, trains the models that it compares.) Finished curves
+are kept. The results are a table with both definitions of the barrier, and plots.
 
 Source: Verma and Elbayad 2024 (Merging text transformer models from different initializations),
 section 5, for the comparison.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +71,7 @@ from megamod.runs.studies.barrier_recipe import (
     BarrierStudy,
     Curve,
     HeldOutSettings,
-    check_record,
+    make_study_record,
 )
 from megamod.tables import format_score_table
 
@@ -78,8 +80,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESULTS = "results.json"
-
+RESULTS = "results.json"  # in OUT
 
 HEADS = {MLM: AutoModelForMaskedLM, CLM: AutoModelForCausalLM}
 """Auto class of the model for each task without labels."""
@@ -90,8 +91,9 @@ class HeldOutTask:
     """Held-out data and loss of one task.
 
     Attributes:
-        losses: computes the held-out losses of a model.
-        calibration: token ids that alignment compares features on; None: variants name a file.
+        losses: computes the held-out losses of a model, in nats (squared errors of a regression),
+            by split; of text there is one, "loss".
+        calibration: token ids of the training rows, to align on; None: variants name a file.
         tokenize: turns text into ids with special tokens.
         pad_id: padding id of the tokenizer.
     """
@@ -102,7 +104,7 @@ class HeldOutTask:
     pad_id: int
 
 
-def run_study(study: BarrierStudy, output: Path, device: torch.device) -> str:
+def run_barrier_study(study: BarrierStudy, output: Path, device: torch.device) -> str:
     """Compute missing curves; write OUT/curves, OUT/study.json, OUT/results.json and the plots.
 
     Returns:
@@ -111,7 +113,7 @@ def run_study(study: BarrierStudy, output: Path, device: torch.device) -> str:
         UserError: for models, data or settings that do not fit, or a folder of another study.
     """
     disable_progress_bar()
-    record = check_record(study, output)
+    record = make_study_record(study, output)
     _check_models(study)
     first = next(iter(study.models.values()))
     held_out = {
@@ -123,12 +125,7 @@ def run_study(study: BarrierStudy, output: Path, device: torch.device) -> str:
         for task in study.tasks
         for name in study.variants
     }
-    jobs = [
-        (task, name, pair)
-        for task in study.tasks
-        for name in study.variants
-        for pair in study.pairs
-    ]
+    jobs = list(itertools.product(study.tasks, study.variants, study.pairs))
     with show_progress(total=len(jobs) * study.points, unit="point") as bar:
         for task, name, pair in jobs:
             path = _find_curve_path(output, task, name, pair)
@@ -145,7 +142,7 @@ def run_study(study: BarrierStudy, output: Path, device: torch.device) -> str:
 
 
 def _check_models(study: BarrierStudy) -> None:
-    """Warn of pairs in which equal weights have different functions.
+    """Check the models of all tasks; warn of pairs that compute different functions of weights.
 
     Raises:
         UserError: for a model that is missing, quantised, or without the head of a task; for pairs
@@ -198,6 +195,7 @@ def _read_calibration(
 
 
 def _find_curve_path(output: Path, task: str, variant: str, pair: tuple[str, str]) -> Path:
+    """Return the path of a curve, OUT/curves/TASK/VARIANT/FIRST-SECOND.json; it need not exist."""
     return output / "curves" / task / variant / f"{pair[0]}-{pair[1]}.json"
 
 
@@ -238,10 +236,10 @@ def open_held_out(
     items = [
         train.ids[a:b].tolist() for a, b in zip(train.offsets, train.offsets[1:], strict=False)
     ]
-    return HeldOutTask(losses, items, _make_tokenize(tokenizer), train.pad_id)
+    return HeldOutTask(losses, items, _wrap_tokenizer(tokenizer), train.pad_id)
 
 
-def _check_length(model: PreTrainedModel, settings: HeldOutSettings) -> PreTrainedModel:
+def _check_positions(model: PreTrainedModel, settings: HeldOutSettings) -> PreTrainedModel:
     """Return the model. Raise UserError if it has too few positions for a block of text."""
     positions = find_position_limit(model.config)
     if positions is not None and settings.max_seq_length > positions:
@@ -264,7 +262,7 @@ def _open_text_task(
         raise UserError(f"data is missing: give a text file to measure the {task} loss on")
     tokenizer = load_tokenizer(settings.tokenizer or first)
     if tokenizer.original is not None:
-        tokenize = _make_tokenize(tokenizer.original)
+        tokenize = _wrap_tokenizer(tokenizer.original)
     else:
 
         def tokenize(text: str) -> list[int]:
@@ -281,7 +279,7 @@ def _open_text_task(
         return HeldOutTask(
             lambda model: {
                 "loss": compute_causal_loss(
-                    _check_length(model, settings), blocks, settings.batch_size
+                    _check_positions(model, settings), blocks, settings.batch_size
                 )
             },
             None,
@@ -304,7 +302,7 @@ def _open_text_task(
     return HeldOutTask(
         lambda model: {
             "loss": compute_masked_loss(
-                _check_length(model, settings),
+                _check_positions(model, settings),
                 blocks,
                 masking,
                 settings.seed,
@@ -317,7 +315,8 @@ def _open_text_task(
     )
 
 
-def _make_tokenize(tokenizer: "PreTrainedTokenizerFast") -> Callable[[str], list[int]]:
+def _wrap_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> Callable[[str], list[int]]:
+    """Return the function from a text to its ids, special tokens included, uncut."""
     return lambda text: tokenizer(text)["input_ids"]
 
 
@@ -374,6 +373,9 @@ def _compute_curve(
 
 def _write_results(study: BarrierStudy, output: Path) -> str:
     """Write results.json, a plot of the curves for each task, and barriers.png into OUT.
+
+    The entry `reduction` of a variant is relative to the barrier of the first variant that does not
+    align (of the first of all if each does); None if that is 0.
 
     Returns:
         a table of means over pairs.

@@ -1,4 +1,7 @@
-"""One cell of a study of barriers: losses between dense models of different seeds, once aligned.
+"""A cell of a study of kind `barriers`: it trains models of several seeds and measures barriers.
+
+`megamod study` runs it. Barriers between models that exist already are those of `barrier`, the
+command `megamod eval-barrier`.
 
 The seeds of a study form a circle: the cell of seed s aligns the model of the next seed, and the
 one after it, to that of s. Models are trained as in `language_models`, and shared by all cells.
@@ -45,7 +48,8 @@ from megamod.merging.alignment.permute import (
     untie_output_matrix,
 )
 from megamod.merging.alignment.symmetry import find_symmetry
-from megamod.runs.studies.language_models import count_parameters, train_or_resume
+from megamod.runs.studies.language_models import train_or_resume
+from megamod.runs.studies.parameter_counts import count_parameters
 from megamod.runs.studies.records import Figures
 from megamod.runs.studies.study_file import Cell, Study
 from megamod.runs.studies.texts import open_study_text
@@ -54,6 +58,7 @@ PREFIX = "align_"
 SETTINGS = ("circle", "calibration_rows", "descent_rounds", "held_out_rows", "points")
 BATCH = 32  # rows of a forward pass
 Ends = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Weights by name at the ends of a line: those of the reference, and of the aligned model."""
 
 
 def run_barrier_cell(
@@ -140,15 +145,16 @@ def _measure(
     held_out: np.ndarray,
     points: int,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Measure the scores in nats, and the curve between the first two models.
+    """Measure the scores in nats per token, and the curve between the first two models.
 
     Args:
-        models: the reference and one or two others. The second one is overwritten.
+        models: the reference and one or two others. The weights of the second one are overwritten,
+            and its output matrix is untied if its pair says so.
         pairs: of each model after the first, see `_align`.
         held_out: token ids [rows, length].
         points: models evaluated on the line, ends included.
     Returns:
-        scores by row, and the weights and losses of the curve.
+        scores by row, and the weights (of the reference) and losses of the curve.
     """
 
     def losses(model: torch.nn.Module) -> dict[str, float]:
@@ -175,7 +181,11 @@ def _measure(
 def _compute_loss_of_mean(
     probe: PreTrainedModel, states: Sequence[dict[str, Tensor]], losses: Losses
 ) -> float:
-    """Return the loss of the mean of weights, which overwrites the model `probe`."""
+    """Compute the loss of the mean of weights, in nats per token; `probe` has them afterwards.
+
+    Args:
+        states: weights by name of two models or more.
+    """
     mean = states[0]
     for count, state in enumerate(states[1:], start=1):
         mean = interpolate_states(mean, state, count / (count + 1))
@@ -184,10 +194,12 @@ def _compute_loss_of_mean(
 
 
 def _read_rows(databin: DataBin, split: str, count: int, length: int) -> np.ndarray:
-    """Read rows [count, length] of a split, as many of each domain, spread evenly over it.
+    """Read rows [count, length] int64 of a split, spread evenly over the text of each domain.
+
+    Domains have equally many rows, up to one.
 
     Raises:
-        UserError: if a domain has fewer tokens than that.
+        UserError: if the text of a domain is shorter than its rows.
     """
     domains, rows = databin.domains, []
     for number, domain in enumerate(domains):

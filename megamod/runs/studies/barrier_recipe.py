@@ -1,4 +1,8 @@
-"""Barrier study files: models, pairs, tasks and alignments."""
+"""Settings of `megamod eval-barrier`: the YAML file of a barrier study, and the files it writes.
+
+`barrier` runs a barrier study. The studies of `megamod study`, one kind of which measures barriers
+too, are read by `study_file`.
+"""
 
 import itertools
 from pathlib import Path
@@ -11,16 +15,17 @@ from megamod.errors import UserError
 from megamod.merging.alignment.options import EffectiveOptions
 from megamod.names import Name, parse_name
 
-MLM, CLM = "mlm", "clm"
-RECORD = "study.json"
+MLM, CLM = "mlm", "clm"  # the tasks without labels
+RECORD = "study.json"  # in OUT
 
 
 class HeldOutSettings(Document):
     """Held-out data that losses are measured on.
 
     Attributes:
-        data: text file for mlm and clm, task folder for tasks with labels; None: the hub.
-        tokenizer: folder or name; None: tokenizer of the first model.
+        data: text file for mlm and clm, which need one; task folder for tasks with labels; None:
+            the hub.
+        tokenizer: folder or hub name; None: tokenizer of the first model.
         max_seq_length: tokens per block of text; largest number of tokens per row.
         batch_size: rows per forward pass.
         max_items: blocks, or rows per split, to evaluate; None: all.
@@ -124,8 +129,8 @@ class BarrierStudy(HeldOutSettings):
         return self
 
 
-def read_study(path: Path) -> BarrierStudy:
-    """Read a study from a YAML file.
+def read_barrier_study(path: Path) -> BarrierStudy:
+    """Read a barrier study from a YAML file.
 
         models: {a: runs/seed-1/model, b: runs/seed-2/model}   # or a list
         pairs: [[a, b]]                                        # default: all pairs
@@ -142,7 +147,7 @@ def read_study(path: Path) -> BarrierStudy:
 
 
 class RecordedStudy(Document):
-    """Content of study.json: the settings of a study as JSON values."""
+    """Content of study.json: the settings of a barrier study as JSON values, see `BarrierStudy`."""
 
     models: dict[str, Any]
     pairs: list[Any]
@@ -163,7 +168,9 @@ class Curve(Document):
     """Content of a file of `curves/`: losses on the line between two models, by split.
 
     Attributes:
-        weights: of the second model at each point.
+        weights: of the first model at each point, from 0 to 1.
+        losses: in nats, of each split at each point; of text there is one split, "loss".
+        barrier, barrier_over_mean: by split.
         costs: of the alignment, by permutation group.
     """
 
@@ -174,13 +181,15 @@ class Curve(Document):
     costs: dict[str, Any]
 
 
-def check_record(study: BarrierStudy, output: Path) -> dict[str, object]:
-    """Return the content of OUT/study.json for a study, its settings as JSON values; write nothing.
+def make_study_record(study: BarrierStudy, output: Path) -> dict[str, object]:
+    """Make the content of OUT/study.json, the settings as JSON values, and check that it continues
+    the study that OUT holds; write nothing.
 
-    It is compared with the file that is there, if any: models, pairs, tasks and variants may have
-    been added or removed, but no other setting, and no model or variant of an earlier name, may
-    differ.
+    Models, pairs, tasks and variants may have been added or removed since the file in OUT, if any,
+    but no other setting, and no model or variant of an earlier name, may differ.
 
+    Args:
+        output: OUT, which need not exist.
     Raises:
         UserError: if the folder holds results of a different study, or study.json is malformed.
     """

@@ -1,4 +1,4 @@
-"""Evaluate a mixture of the experts of a forest, as megamod eval-ensemble does."""
+"""`megamod eval-ensemble`: evaluation of a mixture of the experts of a forest."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,13 +29,14 @@ from megamod.runs.studies.ensemble_args import EnsembleArgs
 from megamod.states.forest import open_forest
 
 
-def mix_forest(args: EnsembleArgs, device: torch.device) -> dict[str, DomainResult]:
+def evaluate_ensemble(args: EnsembleArgs, device: torch.device) -> dict[str, DomainResult]:
     """Estimate the prior and score the mixture; rank 0 prints and writes the results. Collective.
 
     Several ranks share the experts. One process runs them one after the other, unless --in_memory
     is given.
 
     Args:
+        args: its `forest`, `data` and `domain` must be set.
         device: of this rank.
     Returns:
         the results by domain; with --estimate_only they have no scores.

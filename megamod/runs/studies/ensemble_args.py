@@ -9,6 +9,7 @@ from megamod.errors import UserError
 from megamod.flags import Arguments, option
 
 FILES = ("prior_output", "output", "jsonl", "plot")
+"""Flags that name a file to write, whose folder must exist."""
 
 
 @dataclass

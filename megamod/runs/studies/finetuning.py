@@ -26,19 +26,20 @@ from megamod.runs.finetune.records import RESULTS, Results
 from megamod.runs.studies.records import Figures, Scores
 from megamod.runs.studies.study_file import Cell, Settings, Study
 
-PACKAGE = "package:"
+PACKAGE = "package:"  # prefix of a model or tokenizer that lies in a Python package
 COMMON = (FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs)
 CLASSES = {
     "glue": (*COMMON, OneTaskArgs, TaskArgs),
     "ner": (*COMMON, OneTaskArgs, TaskArgs, WordArgs),
     "mtl": (*COMMON, ManyTasksArgs, TaskListArgs),
 }
+"""Classes of the flags of each launcher, in the order that `finetune` needs."""
 
 
 def run_finetuning_cell(
     study: Study, cell: Cell, inputs: Path, work: Path
 ) -> tuple[Figures, dict[str, object]]:
-    """Finetune and score on dev; remove the run's folder when its figures are read.
+    """Finetune and score on dev; delete the run's folder when its figures are read.
 
     With the setting `one_model_a_task` of the launcher mtl each task has a run.
 
@@ -46,7 +47,8 @@ def run_finetuning_cell(
         inputs: folder that `data_dir` is below.
         work: folder in which the runs are.
     Returns:
-        the figures, with a row per task and `mean`, and the digest of the model's weights.
+        the figures, with a row per task and `mean`, and the digest of the model's weights if the
+        model lies in a package.
     Raises:
         UserError: for an unknown launcher, or settings that the launcher refuses.
     """
@@ -82,8 +84,8 @@ def _finetune(
         settings: flags of the launcher.
         inputs: folder that `data_dir` is below.
     Returns:
-        the digest of the model's weights under the key `model`; empty unless the model is in a
-        package.
+        the digest of the model's weights, 16 hexadecimal digits, under the key `model`; empty
+        unless the model is in a package.
     Raises:
         UserError: for flags that the launcher refuses, or a package that is not installed.
     """
@@ -137,7 +139,11 @@ def find_package_folder(text: str) -> Path:
 
 
 def _add_task_scores(results: Results, launcher: str, figures: Figures) -> None:
-    """Add the last evaluation of a run of one seed to `figures.scores`, a row by task."""
+    """Add the last evaluation of a run of one seed to `figures.scores`, a row per task.
+
+    A row has `score` (the task's score as GLUE defines it), `instances_per_second`, and each metric
+    as SPLIT_METRIC.
+    """
     (seed,) = results.seeds.values()
     last = seed.last
     speed = last.instances_per_second

@@ -16,7 +16,7 @@ from megamod.mixture.prior import Prior, restrict_to_top_k
 from megamod.states.forest import Forest
 
 CPU = torch.device("cpu")
-BATCH = 16
+BATCH = 16  # sequences of a forward pass, and of a batch of the mixtures
 RULES = {
     "mixed": ("cached_prior", PosteriorRule()),
     "history": ("cached_prior", PosteriorRule("history")),
@@ -24,8 +24,8 @@ RULES = {
     "uniform_prior": ("uniform_prior", PosteriorRule()),
     "simple_average": ("simple_average", PosteriorRule()),
 }
-"""Rows of a forest's losses, and how each is mixed."""
-TOP = (1, 2, 4)
+"""Rows of a forest's losses, and the mode and rule that each is mixed by."""
+TOP = (1, 2, 4)  # numbers of experts in the mixtures topK
 
 Losses = dict[str, dict[str, float]]
 """Nats per token by row and domain."""
@@ -52,8 +52,8 @@ class ForestLosses:
 
     Attributes:
         rows: of the mixtures, and "own": each domain's text under the expert of that name.
-        experts: of each expert alone.
-        without: of the mixture "mixed" without an expert, by that expert.
+        experts: of each expert alone, by its name.
+        without: of the mixture "mixed" without an expert, by the name of that expert.
         priors: estimated weights of the experts, by domain.
     """
 
@@ -73,7 +73,7 @@ def score_expert(model: Path, expert: str, text: ScoredText) -> dict[str, float]
     if expert != DENSE:
         held_out = replace(held_out, experts=(expert,))
     scores = score_models(find_models(model, held_out), held_out, CPU)[expert]
-    return {domain: _round_nll(score.nll, score.tokens) for domain, score in scores.items()}
+    return {domain: _compute_loss(score.nll, score.tokens) for domain, score in scores.items()}
 
 
 def score_forest(forest: Forest, text: ScoredText) -> ForestLosses:
@@ -81,7 +81,7 @@ def score_forest(forest: Forest, text: ScoredText) -> ForestLosses:
 
     Priors are estimated on the first hundred sequences of the valid split. The mixtures are those
     of `RULES`, and `topK` of the K experts with the largest prior for each K of `TOP` below the
-    number of experts.
+    number of experts. All experts run on the CPU.
     """
     experts = Experts(forest, text.make_held_out(), CPU)
     source, names = SequentialScores(experts), experts.domains
@@ -114,7 +114,7 @@ def score_forest(forest: Forest, text: ScoredText) -> ForestLosses:
             for count in TOP
             if count < len(names)
         }
-        fewer = _mix_without_each_expert(prior)
+        fewer = _make_leave_one_out_mixtures(prior)
         alone = {name: PerplexityCounter() for name in names}
         for log_probs, mask in source.iterate_batches(scored, names, BATCH):
             for mixture in mixtures.values():
@@ -139,8 +139,8 @@ def _make_mixture(mode: str, rule: PosteriorRule, prior: Prior) -> Mixture:
     return Mixture(mode, len(weights), rule, weights)
 
 
-def _mix_without_each_expert(prior: Prior) -> dict[str, tuple[list[int], Mixture]]:
-    """Make a mixture for each expert in which this expert is missing, with cached priors.
+def _make_leave_one_out_mixtures(prior: Prior) -> dict[str, tuple[list[int], Mixture]]:
+    """Make the mixtures of all experts but one, with cached priors.
 
     The weights are those of the other experts in the prior, scaled to sum 1. An expert without
     which nothing of the prior is left has no mixture.
@@ -160,8 +160,9 @@ def _mix_without_each_expert(prior: Prior) -> dict[str, tuple[list[int], Mixture
 def _add_losses(losses: Losses, domain: str, tallies: Mapping[str, PerplexityCounter]) -> None:
     """Add the losses of a domain, in nats per token by row, to `losses`."""
     for row, tally in tallies.items():
-        losses.setdefault(row, {})[domain] = _round_nll(tally.nll, tally.tokens)
+        losses.setdefault(row, {})[domain] = _compute_loss(tally.nll, tally.tokens)
 
 
-def _round_nll(nll: float, tokens: int) -> float:
+def _compute_loss(nll: float, tokens: int) -> float:
+    """Compute nats per token, rounded to six decimals, from their sum."""
     return round(nll / tokens, 6)

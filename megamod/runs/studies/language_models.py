@@ -1,4 +1,4 @@
-"""One cell of a study of language models: dense, DEMix or Branch-Train-Merge on some domains.
+"""A cell of a study of kind `language_models`: dense, DEMix or Branch-Train-Merge on domains.
 
 A cell trains through the same functions as megamod pretrain and megamod forest, in this
 process, in a folder named after its flags: runs that two cells have in common (the seed of a forest
@@ -23,7 +23,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +40,6 @@ from megamod.flags import format_flags, parse_args
 from megamod.merging.merge import average_folders, merge
 from megamod.merging.recipe import build_weighted_recipe
 from megamod.models.lm.configuration import get_untie, read_lm_config
-from megamod.models.lm.moe_families import MOE_FAMILIES
-from megamod.models.lm.routing import is_mixture
 from megamod.models.presets import SHAPE
 from megamod.runs.studies import adaptation, mixtures
 from megamod.runs.studies.forest_scores import (
@@ -50,19 +48,21 @@ from megamod.runs.studies.forest_scores import (
     score_expert,
     score_forest,
 )
+from megamod.runs.studies.parameter_counts import count_parameters
 from megamod.runs.studies.records import Figures
 from megamod.runs.studies.study_file import Cell, Settings, Study
 from megamod.runs.studies.texts import StudyText, open_study_text
 from megamod.states.checkpoint_folder import StateRecord, parse_checkpoint_step
 from megamod.states.forest import edit_forest, open_forest
 from megamod.states.manifest import list_checkpoints
-from megamod.states.weights import read_weights
 
 OWN_SETTINGS = (
     *("seed_share", "expert_learning_rate", "random_split", "score_split", "score_novel"),
     *("strangers", "strangers_refine_steps"),
     *("family", *adaptation.SETTINGS, *mixtures.SETTINGS),
 )
+"""Settings of a cell that are no flags of megamod pretrain; `extras` are their values, None if not
+set."""
 _CALIBRATION_BYTES = 100_000  # of each domain's training text, to align strangers on
 QUARTERS = 4  # a dense run keeps a checkpoint after each, which a forest can branch off
 
@@ -96,7 +96,7 @@ def run_language_model_cell(
     tokens = _count_tokens(flags, runs, extras)
     seconds = sum(map(_sum_training_seconds, runs.values()))
     if extras["mixture_topk"] is not None:
-        runs = {"": mix_experts(flags, extras, runs, text, work)}
+        runs = {"": make_mixture(flags, extras, runs, text, work)}
         if extras["mixture_train"] is not None:
             tokens += _count_tokens(flags, runs, {"seed_share": None})
             seconds += _sum_training_seconds(runs[""])
@@ -132,6 +132,12 @@ def train_or_resume(flags: Settings, databin: Path, work: Path, *, stop: int | N
     """Train to step `stop` (None: to the end) unless that is done; return the run's folder.
 
     It is in `work`, named after the flags and the text. Other processes that need it wait.
+
+    Args:
+        flags: of megamod pretrain, without those that only affect logging and saving.
+        databin: folder of the data-bin to train on.
+    Raises:
+        UserError: as `pretrain_causal_lm`.
     """
     folder = work / f"run-{_digest_value({**flags, 'text': DataBin(databin).digest})}"
     with _lock_folder(folder):
@@ -203,8 +209,13 @@ def train_forest(
 def average_strangers(
     flags: Settings, extras: Mapping[str, object], text: StudyText, work: Path
 ) -> Path:
-    """Train a model on each domain from a seed of its own, for the steps of a seed, and average
-    them once aligned; return the folder of the average, which is kept.
+    """Train a model on each domain from a random seed of its own, for the steps of a forest's seed,
+    and average them once aligned; return the folder of the average in `work`, which is kept.
+
+    Args:
+        extras: settings of `OWN_SETTINGS`; `strangers` is set.
+    Raises:
+        UserError: as `merge`, such as for an alignment that does not exist.
     """
     domains, steps = text.domains, _count_seed_steps(flags, extras)
     batch = flags["per_device_train_batch_size"] // len(domains)
@@ -237,33 +248,6 @@ def _train_seed(flags: Settings, extras: Mapping[str, object], text: StudyText, 
     ).model
 
 
-def count_parameters(models: Sequence[Path]) -> dict[str, int]:
-    """Count elements of the weights.
-
-    Returns:
-        `total`: of all models together; of one model (the last) `active`: those that a token passes
-        through, and `outside_embeddings`: the part of these outside the embeddings.
-    """
-    total, active, outside_embeddings = 0, 0, 0
-    for model in models:
-        sizes = {name: tensor.numel() for name, tensor in read_weights(model).items()}
-        owners = {n: n.split(".experts.")[1].split(".")[0] for n in sizes if ".experts." in n}
-        used = list(dict.fromkeys(owners.values()))[: count_experts_per_token(model)]
-        active_sizes = {
-            name: size for name, size in sizes.items() if name not in owners or owners[name] in used
-        }
-        total += sum(sizes.values())
-        active = sum(active_sizes.values())
-        outside_embeddings = sum(size for name, size in active_sizes.items() if "embed" not in name)
-    return {"total": total, "active": active, "outside_embeddings": outside_embeddings}
-
-
-def count_experts_per_token(model: Path) -> int:
-    """Count the experts that compute a token in a model folder: 1, or those of a mixture."""
-    config = read_lm_config(model)
-    return getattr(config, MOE_FAMILIES[config.model_type].chosen) if is_mixture(config) else 1
-
-
 def write_stock_config(family: str, flags: Settings, databin: DataBin, work: Path) -> Settings:
     """Write the configuration of a stock family, in the shape of the flags and with tied
     embeddings, into a folder in `work`.
@@ -293,15 +277,18 @@ def write_stock_config(family: str, flags: Settings, databin: DataBin, work: Pat
     }
 
 
-def mix_experts(
+def make_mixture(
     flags: Settings,
     extras: Mapping[str, object],
     runs: Mapping[str, Path],
     text: StudyText,
     work: Path,
 ) -> Path:
-    """Convert a forest's runs to a mixture in `work` and train it if the settings say so.
+    """Convert a forest's runs to a mixture in `work`, and train it with `mixture_train`.
 
+    Args:
+        extras: settings of `OWN_SETTINGS`.
+        runs: folders of the experts' runs, by domain.
     Returns:
         a folder whose `model` is the mixture.
     """
@@ -351,7 +338,11 @@ def _compute_losses(
 ) -> tuple[Losses, dict[str, object]]:
     """Return the losses by row, and further details of a forest; empty for a dense model.
 
-    A forest of several runs has the row `average`, too. Temporary folders in `work` are deleted.
+    A forest of several runs has the row `average`, too, the mean of all weights. Temporary folders
+    in `work` are deleted.
+
+    Args:
+        runs: folders by domain; the only run of a dense, DEMix or sparse model has the domain "".
     """
     models = {domain: folder / "model" for domain, folder in runs.items()}
     if list(runs) == [""]:
@@ -395,7 +386,11 @@ def _average_scores(losses: Mapping[str, float], scored: ScoredText) -> dict[str
 
 
 def _count_tokens(flags: Settings, runs: Mapping[str, Path], extras: Mapping[str, object]) -> int:
-    """Count the target tokens that all runs were trained on, the seed once."""
+    """Count the target tokens that all runs were trained on, the seed once.
+
+    Args:
+        extras: `seed_share`; None: there is no seed.
+    """
     total = 0
     for folder in runs.values():
         newest = list_checkpoints(folder / "checkpoints")[-1]
@@ -410,6 +405,7 @@ def _count_tokens(flags: Settings, runs: Mapping[str, Path], extras: Mapping[str
 
 
 def _count_seed_steps(flags: Settings, extras: Mapping[str, object]) -> int:
+    """Return the number of steps of a forest's seed: its share of --max_steps."""
     return round(extras["seed_share"] * flags["max_steps"])
 
 
@@ -426,6 +422,7 @@ def _sum_training_seconds(run: Path) -> float:
 
 
 def _digest_value(value: object) -> str:
+    """Compute the digest of a JSON value, 16 hexadecimal digits, whatever the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -22,7 +22,7 @@ SETTINGS = (
     *("anchor", "mixture_router", "mixture_topk", "mixture_train", "mixture_share"),
     "mixture_learning_rate",
 )
-CALIBRATION_TOKENS = 16384
+CALIBRATION_TOKENS = 16384  # of each domain
 
 
 def convert_experts(
@@ -35,6 +35,8 @@ def convert_experts(
         settings: those of `SETTINGS`.
         seed: of a random router.
         databin: with the experts' domains, whose valid splits calibrate the router.
+    Raises:
+        UserError: as `run_to_moe`.
     """
     router = settings["mixture_router"]
     flags = {

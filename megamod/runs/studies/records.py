@@ -2,7 +2,8 @@
 
 {"format": 1, "study": "ladder_1k", "cell": "dense.t80.s1", "arm": "dense", "rung": "t80",
  "seed": 1, "config": {settings and digests of the inputs}, "config_digest": "...",
- "code": {"version": "...", "digest": "..."}, "machine": {...}, "seconds": 342.0,
+ "code": {"version": "...", "digest": "..."}, "machine": {...}, "finished": "2026-01-31",
+ "seconds": 342.0, "processor_seconds": 340.1,
  "scores": {ROW: {VALUE: number}}, "details": {...}}
 """
 
@@ -24,9 +25,11 @@ from megamod.runs.studies.study_file import Cell, Study
 from megamod.runs.training import compute_code_digest
 from megamod.version import __version__
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # relative, of scores that are computed again on a machine of the same class
 Scores = dict[str, dict[str, float]]
+"""By row and value, such as {"own": {"perplexity": 36.5}}."""
 Record = dict[str, object]
+"""Content of a cell's file, see `CellRecord`."""
 
 
 @dataclass
@@ -41,7 +44,8 @@ class CellRecord(Document):
     """Content of a cell's file.
 
     Attributes:
-        config: settings, and digests of the inputs.
+        config: kind, seed, settings, and digests of the inputs; `config_digest`: of all these.
+        finished: date in UTC.
         seconds: by the clock; `processor_seconds`: of this process.
     """
 

@@ -23,12 +23,12 @@ CELL = re.compile(
     r"(?P<begin><!-- cell (?P<study>[A-Za-z0-9_.-]+), (?P<column>[^,>]+), (?P<line>[^>]+) -->)"
     r".*?(?P<end><!-- end of cell -->)"
 )
-BODY = "outside_embeddings"
+BODY = "outside_embeddings"  # parameters of a model but its embeddings, see `count_parameters`
 
 Values = dict[int, float]
-"""By seed."""
-Shown = tuple[Study, Mapping[str, Record]]
-"""A study, and the files of figures that there are."""
+"""One value of the scores, by seed."""
+StudyFigures = tuple[Study, Mapping[str, Record]]
+"""A study, and the files of figures that there are, by cell."""
 
 
 def read_records(study: Study, evidence: Path) -> dict[str, Record]:
@@ -123,7 +123,7 @@ def _plot_curves(study: Study, records: Mapping[str, Record], output: Path) -> b
     return bool(drawn)
 
 
-def fill_document(text: str, studies: Mapping[str, Shown]) -> str:
+def fill_document(text: str, studies: Mapping[str, StudyFigures]) -> str:
     """Return the text of a document with the tables and cells of these studies filled in.
 
     Args:
@@ -284,4 +284,5 @@ def _read_seconds(record: Record) -> float:
 
 
 def _format_baseline(baseline: Sequence[str]) -> str:
+    """Format the arm of the baseline, and its row of scores if it names one."""
     return ", ".join(baseline)

@@ -43,7 +43,10 @@ RUNS: dict[str, Callable[[Study, Cell, Path, Path], tuple[Figures, Digests]]] = 
 
 @dataclass(frozen=True)
 class StudyFolders:
-    """Folders of a study: inputs, work in progress, and files of figures."""
+    """Folders of a study: inputs, work in progress, and files of figures.
+
+    Work in progress is what cells share or leave: data-bins, runs, locks and logs.
+    """
 
     inputs: Path
     work: Path
@@ -73,8 +76,11 @@ def run_cells(study: Study, cells: Sequence[Cell], folders: StudyFolders) -> Non
 def run_cell(study: Study, cell: Cell, folders: StudyFolders) -> Record:
     """Run one cell and return its record, which is not written.
 
-    It runs on one thread, on which sums have one order. Its printed lines are appended to
-    WORK/logs/CELL.txt.
+    It runs on one thread, on which sums have one order; the process keeps this setting. Its printed
+    lines are appended to WORK/logs/CELL.txt.
+
+    Raises:
+        UserError: for settings that are missing or do not go together, or inputs that do not fit.
     """
     torch.set_num_threads(1)
     logs = folders.work / "logs"
@@ -145,7 +151,12 @@ def repeat_cell(study: Study, cell: Cell, folders: StudyFolders, new_work: Path)
 
 
 def format_progress(study: Study, cells: Sequence[Cell], folders: StudyFolders) -> str:
-    """Format the number of cells done, and an estimate of the time of the others in one process."""
+    """Format the number of cells done, and an estimate of the time of the others in one process, as
+    hours:minutes.
+
+    Raises:
+        UserError: if there are figures of other settings.
+    """
     records = [read_record(folders.evidence, cell) for cell in cells]
     done = {cell.name: r for cell, r in zip(cells, records, strict=True) if r is not None}
     left = sum(

@@ -72,6 +72,14 @@ class Table(Document):
 
     With columns "rungs" a column is a rung and shows `value` of the line's row; with columns "rows"
     a column is a row of scores, and the last one is their mean.
+
+    Attributes:
+        value: name of the value of scores that is shown, such as "perplexity".
+        rows: rows of scores, for columns "rows".
+        lines: by title the arm, and with columns "rungs" its row of scores.
+        baseline: arm and row, as of a line, that the lines are compared with.
+        digits: decimals of means.
+        plot: titles of the lines that the plot has.
     """
 
     value: str
@@ -84,7 +92,7 @@ class Table(Document):
     plot: list[str] = Field([])
 
     @model_validator(mode="after")
-    def _check(self) -> "Table":
+    def _check_lines(self) -> "Table":
         """Return the table. Raise ValueError if a line or the baseline is not as `columns` needs
         it.
         """
@@ -99,7 +107,13 @@ class Table(Document):
 
 
 class StudyFile(Document):
-    """The content of a study's file."""
+    """The content of a study's file.
+
+    Attributes:
+        kind: of its cells: `language_models`, `finetuning` or `barrier_cell` runs them.
+        text: of all kinds but finetuning.
+        common, rungs, arms: settings; those of a rung and of an arm by its name.
+    """
 
     title: str
     kind: Literal["language_models", "finetuning", "barriers"]
@@ -111,7 +125,7 @@ class StudyFile(Document):
     table: Table
 
     @model_validator(mode="after")
-    def _check(self) -> "StudyFile":
+    def _check_fit(self) -> "StudyFile":
         """Return the study. Raise ValueError if text, seeds or arms do not fit each other."""
         if (self.text is None) is not (self.kind == "finetuning"):
             raise ValueError("`text` goes with kind: language_models and barriers, which need it")
@@ -125,7 +139,11 @@ class StudyFile(Document):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study: an arm at a rung with a seed."""
+    """One run of a study: an arm at a rung with a seed.
+
+    Attributes:
+        settings: those of common, rung and arm together, with values for this rung.
+    """
 
     arm: str
     rung: str
@@ -186,11 +204,11 @@ def _merge_settings(file: StudyFile, arm: str, rung: str) -> Settings:
     """
     merged: Settings = {}
     for level in (file.common, file.rungs[rung], file.arms[arm]):
-        merged |= {key: _value_for_rung(value, rung, file.rungs) for key, value in level.items()}
+        merged |= {key: _select_rung_value(value, rung, file.rungs) for key, value in level.items()}
     return {key: value for key, value in merged.items() if value is not None}
 
 
-def _value_for_rung(value: object, rung: str, rungs: Mapping[str, object]) -> object:
+def _select_rung_value(value: object, rung: str, rungs: Mapping[str, object]) -> object:
     """Return the value for a rung if it is a mapping by rungs, otherwise the value itself.
 
     Args:

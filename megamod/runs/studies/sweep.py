@@ -31,7 +31,7 @@ from megamod.tables import format_score_table
 
 logger = logging.getLogger(__name__)
 
-RECORD = "job.json"
+RECORD = "job.json"  # in the folder of a run
 LAUNCHERS = ("glue", "ner", "mtl")
 LAUNCH_FLAGS = {
     "deepspeed": "num_gpus= num_nodes= include= exclude= hostfile= master_addr= master_port= "
@@ -97,7 +97,7 @@ Flags = Annotated[
 
 
 class SweepFile(Document):
-    """The content of a sweep's file."""
+    """The content of a sweep's file, see `read_sweep`."""
 
     common: Flags = Field({})
     tasks: dict[Name, Flags] = Field(min_length=1)
@@ -123,8 +123,13 @@ class Job:
     launcher: str
     flags: Mapping[str, object]
 
-    def folder(self, output: Path) -> Path:
-        """Return the folder of the run below that of the sweep: OUT/TASK/MODEL/N-n/seed-s."""
+    def get_folder(self, output: Path) -> Path:
+        """Return the folder of the run below that of the sweep, OUT/TASK/MODEL/N-n/seed-s; it need
+        not exist.
+
+        Args:
+            output: OUT.
+        """
         return output / self.task / self.model / f"N-{self.instances}" / f"seed-{self.seed}"
 
     def list_arguments(self, output: Path) -> list[str]:
@@ -133,7 +138,7 @@ class Job:
         Args:
             output: folder of the sweep.
         """
-        values = {**self.flags, "seed": self.seed, "output_dir": str(self.folder(output))}
+        values = {**self.flags, "seed": self.seed, "output_dir": str(self.get_folder(output))}
         return format_flags(values)
 
 
@@ -187,7 +192,7 @@ def run_sweep(
     with ThreadPoolExecutor(at_once) as pool:
         succeeded = list(pool.map(lambda job: _run_job(job, output, launchers, command), pending))
     failed = [
-        str(job.folder(output) / "log.txt")
+        str(job.get_folder(output) / "log.txt")
         for job, success in zip(pending, succeeded, strict=True)
         if not success
     ]
@@ -244,7 +249,7 @@ def _is_finished(job: Job, output: Path) -> bool:
     Raises:
         UserError: if the folder of the job holds a run with other flags.
     """
-    folder = job.folder(output)
+    folder = job.get_folder(output)
     record = folder / RECORD
     if not record.exists():
         return False
@@ -265,7 +270,7 @@ def _run_job(job: Job, output: Path, launchers: Path, command: Sequence[str]) ->
     Args:
         command: words before the launcher's file.
     """
-    folder, words = job.folder(output), job.list_arguments(output)
+    folder, words = job.get_folder(output), job.list_arguments(output)
     port_is_set = any(word.startswith("--master_port") for word in command)
     if command[0] == "deepspeed" and not port_is_set:
         # Concurrent launchers cannot share the default port.
@@ -289,7 +294,7 @@ def _write_summary(jobs: Sequence[Job], output: Path) -> str:
     """
     runs: dict[tuple[str, int], dict[str, list[dict[str, float]]]] = {}
     for job in jobs:
-        results = read_document(job.folder(output) / RESULTS, Results)
+        results = read_document(job.get_folder(output) / RESULTS, Results)
         if results.task_score is not None:
             score = {"task_score": results.task_score, **results.mean}
             score["instances_per_second"] = results.instances_per_second

@@ -1,4 +1,4 @@
-"""Data-bins of a study of language models, made from folders of text below one folder.
+"""Text of a study of kind `language_models` or `barriers` as data-bins, made from folders of text.
 
 WORK/data/domains    the training domains, held-out text cut to `held_out_bytes` a split
 WORK/data/random     the same training text dealt out at random over as many parts (a control)
@@ -23,7 +23,7 @@ PARTS_SEED = 1  # of the random split
 
 @dataclass(frozen=True)
 class StudyText:
-    """Text of a study.
+    """Text of a study. Its data-bins are written when they are first asked for.
 
     Attributes:
         source: folder with a folder of train, valid and test files per domain.
@@ -120,6 +120,7 @@ class StudyText:
         return folder
 
     def _iterate_documents(self, name: str, split: str) -> Iterator[str]:
+        """Yield the texts of the documents in a split of the source's domain `name`, in order."""
         return (
             text for _, text in open_document_source(self.source / name).iterate_documents(split)
         )
@@ -143,6 +144,7 @@ def open_study_text(spec: TextSpec, inputs: Path, work: Path) -> StudyText:
     )
 
 
+# One object per text, whose cached properties all cells of a process share.
 _open_shared_text = cache(StudyText)
 
 
