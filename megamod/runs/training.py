@@ -228,10 +228,12 @@ def _train(
     checkpointing: bool,
     compiled: bool,
 ) -> ActiveRun:
-    """Do the second half of `execute_run`, which writes into the held output folder; collective.
+    """Do the second half of `execute_run`, which writes into the output folder; collective.
+
+    The caller holds the folder (`hold_output`).
 
     Args:
-        settings: resolved settings of the run.
+        settings: of the run, with the values of the DeepSpeed file.
         batches: this rank's micro-batches.
         table: of the ranks, for the log.
         workers, checkpointing, compiled: see `execute_run`.
@@ -320,7 +322,7 @@ def hold_output(folder: Path) -> Iterator[None]:
 
 
 def format_group_table(topology: DomainTopology, device: torch.device) -> str:
-    """Return a table of ranks with host, device, domains and groups; collective."""
+    """Format a table of the ranks with host, device, domains and groups; collective."""
     hosts = gather_texts(os.uname().nodename)
     return topology.format_layout(hosts, gather_texts(str(device)))
 
@@ -425,7 +427,7 @@ def list_settings_to_repeat(
 
 
 def compute_code_digest() -> str:
-    """Return a digest of our sources, kernels included, and of the versions of the main
+    """Compute the SHA-256 digest of our sources, kernels included, and of the versions of the main
     libraries.
     """
     versions = (torch.__version__, deepspeed.__version__, transformers.__version__)

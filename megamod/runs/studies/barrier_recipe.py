@@ -169,7 +169,8 @@ class Curve(Document):
 
     Attributes:
         weights: of the first model at each point, from 0 to 1.
-        losses: in nats, of each split at each point; of text there is one split, "loss".
+        losses: in nats (squared errors of a regression), by split at each point; of text there is
+            one split, "loss".
         barrier, barrier_over_mean: by split.
         costs: of the alignment, by permutation group.
     """
