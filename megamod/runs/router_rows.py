@@ -281,6 +281,7 @@ def hook_block_inputs(
     """
 
     def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """Make the hook before the forward pass of a layer's block."""
         return lambda module, inputs: receive(layer, inputs[0].detach())
 
     handles = [
@@ -321,6 +322,7 @@ def compute_mean_inputs(model: nn.Module, block: str, sequences: Tensor, batch_s
     sums: dict[int, Tensor] = {}
 
     def receive(layer: int, states: Tensor) -> None:
+        """Add the sum of the states [B, T, D] over tokens to that of the layer, in float64."""
         total = states.double().sum((0, 1))
         sums[layer] = sums[layer] + total if layer in sums else total
 
@@ -348,6 +350,7 @@ def _measure_logits(
     expert = 0
 
     def receive(layer: int, states: Tensor) -> None:
+        """Add the moments of the layer's logits, and the tokens whose first expert is `expert`."""
         logits = states.flatten(0, -2).double() @ rows[layer].T
         numbers = (logits.new_tensor(logits.numel()), logits.sum(), logits.square().sum())
         moments[layer] += torch.stack(numbers).cpu()

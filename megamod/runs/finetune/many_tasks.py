@@ -127,12 +127,15 @@ class ManyTasksModel(FinetuneModel):
         return model
 
     def load_module(self, folder: Path) -> CaMtlForMultiTask:
+        """Load the model of a finished run in float32, from its model folder."""
         return CaMtlForMultiTask.from_pretrained(folder, dtype=torch.float32)
 
     def list_classifiers(self, module: CaMtlForMultiTask) -> list[SingleTaskModel]:
+        """Return a view of the model for each task, in the order of their ids."""
         return [SingleTaskModel(module, number) for number in range(len(self.tasks))]
 
     def make_batches(self, division: BatchDivision, seed: int) -> TaskMixture:
+        """Return the micro-batches of a rank, mixed from the tasks as --mt_sampling says."""
         return TaskMixture(
             [task.encoded["train"] for task in self.tasks],
             self.args.mt_sampling,
@@ -142,14 +145,17 @@ class ManyTasksModel(FinetuneModel):
         )
 
     def compute_steps_per_epoch(self, batches: TaskMixture) -> int:
+        """Compute the steps of an epoch, see `TaskMixture.compute_steps_per_epoch`."""
         return batches.compute_steps_per_epoch(self.args.percent_of_max_data_size)
 
     def make_objective(self, device: torch.device) -> MultiTaskObjective:
+        """Return the training loss: the mean over tasks that --task_loss_reduction selects."""
         return MultiTaskObjective(self.inputs, self.names, device, self.args.task_loss_reduction)
 
     def make_selection(
         self, batches: TaskMixture, device: torch.device
     ) -> UncertaintySelector | None:
+        """Return the selection of the least certain rows; None with another --mt_sampling."""
         if self.args.mt_sampling != "uncertainty":
             return None
         return UncertaintySelector(

@@ -83,12 +83,19 @@ class OneTaskModel(FinetuneModel):
         return _load_classifier(kind, self.weights, self.is_trained, config=self.config)
 
     def load_module(self, folder: Path) -> nn.Module:
+        """Load the classifier of a finished run in float32, from its model folder.
+
+        Raises:
+            UserError: if it cannot be loaded or lacks weights.
+        """
         return _load_classifier(select_head_class(self.task.spec), str(folder), True)
 
     def list_classifiers(self, module: nn.Module) -> list[nn.Module]:
+        """Return the classifier, the only one."""
         return [module]
 
     def make_batches(self, division: BatchDivision, seed: int) -> TrainRows:
+        """Return the micro-batches of a rank, whose rows are shuffled by the seed in each epoch."""
         return TrainRows(
             self.task.encoded["train"],
             division,
@@ -98,14 +105,17 @@ class OneTaskModel(FinetuneModel):
         )
 
     def compute_steps_per_epoch(self, batches: TrainRows) -> float:
+        """Return the rows of train over those of a global batch, which need not be whole."""
         return len(batches.encoded) / batches.division.global_batch
 
     def make_objective(self, device: torch.device) -> ClassificationObjective:
+        """Return the training loss of the task, with the retrieval loss if it has a weight."""
         return ClassificationObjective(
             self.inputs, device, self.task.spec.is_regression, self.retrieved_per_token
         )
 
     def make_selection(self, batches: TrainRows, device: torch.device) -> None:
+        """Return None: all rows are trained on."""
         return None
 
 

@@ -149,12 +149,14 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
     best = BestModel(folder, partial(find_selection_value, model))
 
     def make_module() -> nn.Module:
+        """Build the model of this seed; rank 0 writes OUT/tokenizer, which the export copies."""
         if dist.get_rank() == 0:
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
             model.tokenizer.save_pretrained(folder / "tokenizer")
         return model.make_module(run.seed, folder)
 
     def make_evaluate(running: ActiveRun) -> Callable[[int], None]:
+        """Make the evaluation on dev; without --do_eval one that does nothing."""
         if not stage.do_eval:
             return lambda step: None
         best.load(running.state.step)

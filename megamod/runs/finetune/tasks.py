@@ -155,17 +155,19 @@ def encode_rows(
     """
 
     def encode(rows: TextSet | TokenSet) -> EncodedRows:
+        """Encode the rows of a split."""
         if isinstance(rows, TextSet):
             return encode_texts(rows, tokenizer, lengths)
         return encode_words(rows, tokenizer, lengths, spec.labels, label_all=label_all)
 
-    def encode_or_load(rows: TextSet | TokenSet) -> EncodedRows:
+    def get_encoded(rows: TextSet | TokenSet) -> EncodedRows:
+        """Return the rows of a split as token ids, through the cache if there is one."""
         if cache_dir is None:
             return encode(rows)
         key = compute_cache_key(rows, tokenizer, lengths, spec.labels, label_all)
         return load_or_encode(Path(cache_dir), key, partial(encode, rows))
 
-    encoded = {split: encode_or_load(rows) for split, rows in sets.items()}
+    encoded = {split: get_encoded(rows) for split, rows in sets.items()}
     return FinetuneTask(spec, sets, encoded)
 
 

@@ -139,6 +139,7 @@ def _build_run_spec(
     digest = gather_texts(digest_weights(start.expert) if rank == 0 else "")[0]
 
     def make_model() -> nn.Module:
+        """Build the model with the start's weights; rank 0 writes OUT/start.json and says so."""
         if rank == 0:
             output.mkdir(parents=True, exist_ok=True)
             write_json(output / RECORD, make_start_record(forest, start, digest))
@@ -146,6 +147,7 @@ def _build_run_spec(
         return build_dense_model(start.expert, config, args.method)
 
     def make_evaluate(running: ActiveRun) -> partial[None]:
+        """Make the evaluation on the new domain; a new run is evaluated at once."""
         scores = make_evaluation(running, data, topology, run, args.eval_split)
         evaluate = partial(log_own_perplexity, scores, running, args.eval_split)
         if running.state.step == 0:

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    PreTrainedConfig,
-)
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.convert.sources import has_weights, is_model_source, resolve_model
@@ -112,6 +109,7 @@ def pretrain_encoder(
     _check_held_out(held_out_rows, split)
 
     def held_out(part: int, parts: int) -> Iterator[Batch]:
+        """Yield every parts-th held-out batch from number `part` on."""
         return select_share(
             iterate_masked_eval_batches(held_out_rows, run.eval_batches or None), part, parts
         )
@@ -119,6 +117,7 @@ def pretrain_encoder(
     last: dict[str, float] = {}
 
     def evaluate(running: ActiveRun, step: int) -> None:
+        """Score the model on the held-out split, log the scores, set them in `last`; collective."""
         losses = make_loss_function(mux, config, running.device)
         scores = score_encoder(
             running.engine.module,
@@ -187,28 +186,28 @@ def make_loss_function(
 
 @dataclass(frozen=True)
 class DataVocabulary:
-    """Vocabulary of the data, as configurations need it.
-
-    `size` is the number of ids; `bos`, `pad` and `mask` are ids of special tokens. `mask` reads the
-    tokenizer each time, and raises UserError if it has none.
-    """
+    """Vocabulary of the data, as configurations need it."""
 
     data: DataBin
 
     @property
     def size(self) -> int:
+        """Number of ids."""
         return self.data.vocab_size
 
     @property
     def bos(self) -> int:
+        """Id that begins a sequence, [CLS] of BERT."""
         return self.data.bos_id
 
     @property
     def pad(self) -> int:
+        """Id of padding."""
         return self.data.pad_id
 
     @property
     def mask(self) -> int:
+        """Id of [MASK], read from the tokenizer each time; UserError if there is none."""
         return read_mask_id(self.data)
 
 
@@ -364,6 +363,7 @@ class WeightSource:
     flag: str
 
     def __str__(self) -> str:
+        """Return the option and its value, as messages begin."""
         return f"{self.flag} {self.source}"
 
 

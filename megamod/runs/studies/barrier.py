@@ -226,6 +226,7 @@ def open_held_out(
     train, inputs = opened.encoded["train"], list_input_fields(source.config)
 
     def losses(model: torch.nn.Module) -> dict[str, float]:
+        """Compute the loss of the model on each dev split."""
         return {
             split: compute_classifier_loss(
                 model, opened.encoded[split], inputs, spec.is_regression, settings.batch_size
@@ -289,8 +290,7 @@ def _open_text_task(
     original = tokenizer.original
     if original is None or original.mask_token_id is None:
         raise UserError(
-            f"tokenizer {settings.tokenizer or first}: has no [MASK] token, which the task mlm "
-            "needs"
+            f"tokenizer {settings.tokenizer or first}: has no [MASK], which the task mlm needs"
         )
     masking = Masking(
         mask_id=original.mask_token_id,

@@ -158,6 +158,7 @@ def _measure(
     """
 
     def losses(model: torch.nn.Module) -> dict[str, float]:
+        """Compute the held-out loss of a model, in nats per token."""
         return {"loss": compute_causal_loss(model, held_out, BATCH)}
 
     alone = [losses(model)["loss"] for model in models]

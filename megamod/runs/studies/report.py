@@ -143,6 +143,7 @@ def fill_document(text: str, studies: Mapping[str, StudyFigures]) -> str:
             text = f"{before}{begin}\n\n{format_markdown(*studies[name])}\n\n{end}{after}"
 
     def replace_cell(match: re.Match[str]) -> str:
+        """Return a match of `CELL` with new text between its markers."""
         if match["study"] not in studies:
             return match[0]
         text_of_cell = format_cell(*studies[match["study"]], match["line"], match["column"])
