@@ -298,8 +298,8 @@ def _find_trained_labels(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]
 
 
 def _find_head_kind(spec: TaskSpec) -> str:
-    """Return the kind of a task's head, "sequence" or "token"; tasks of pairs have the head of
-    sequences.
+    """Return the kind of a task's head: "sequence", which tasks of pairs have too, "regression" or
+    "token".
     """
     return "sequence" if spec.kind == "pair" else spec.kind
 

@@ -58,7 +58,7 @@ def convert_experts(
 
 
 def make_training_flags(flags: Settings, settings: Settings, mixture: Path) -> Settings:
-    """Return the flags of pretrain.py that train a mixture in a cell.
+    """Return the flags of megamod pretrain that train a mixture in a cell.
 
     Args:
         flags: of the cell's other runs.
