@@ -32,7 +32,7 @@ from megamod.runs.pretrain.encoder_lm import (
     build_encoder_config,
     build_initial_encoder,
     find_weight_source,
-    pretrain,
+    pretrain_encoder,
 )
 from megamod.train.objectives import EncoderObjective, compute_replaced_losses
 
@@ -278,5 +278,5 @@ def test_weights_to_start_from_must_fit(folder):
 def test_held_out_text_must_fill_a_group(folder):
     message = "--eval_split valid: 1 sequences of --max_seq_length 8, .* takes --num_instances 2"
     with pytest.raises(UserError, match=message):
-        pretrain(*parsed(folder, "electra"))
+        pretrain_encoder(*parsed(folder, "electra"))
     assert not (folder / "run").exists()
