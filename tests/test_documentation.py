@@ -21,7 +21,7 @@ from megamod.command_line import CommandParser
 from megamod.commands import list_verbs
 from megamod.errors import UserError
 from megamod.merging.recipe_file import read_recipe
-from megamod.runs.studies.barrier_recipe import read_study
+from megamod.runs.studies.barrier_recipe import read_barrier_study
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -286,7 +286,7 @@ def test_yaml_is_read(block, tmp_path):
     if "merge_method" in content:
         read_recipe(path)
     elif "variants" in content:
-        read_study(path)
+        read_barrier_study(path)
 
 
 DOMAINS = ("python_code", "c_headers", "reference_prose", "package_texts")
