@@ -220,7 +220,7 @@ def _score_text(
             tally.add_tokens(log_probs[index], mask)
         for other_indices, mixture in without_expert.values():
             mixture.mix_batch(log_probs[other_indices], mask)
-    text_bytes = experts.count_text_bytes(text)
+    text_bytes = experts.get_text_bytes(text)
     result.single = {name: _make_score(tally, text_bytes) for name, tally in single_tallies.items()}
     result.modes = {
         mode: _make_score(mixture.tally, text_bytes) for mode, mixture in mixtures.items()

@@ -141,10 +141,10 @@ class Experts:
             self._masks[text] = torch.arange(blocks.span) < torch.from_numpy(lengths)[:, None]
         return self._masks[text]
 
-    def count_text_bytes(self, text: TextSelection) -> int:
-        """Count the UTF-8 bytes of a whole split; 0 if unknown or for a part of a split."""
+    def get_text_bytes(self, text: TextSelection) -> int:
+        """Return the number of UTF-8 bytes of a whole split; 0 if unknown or for a part of one."""
         any_data = self.data[self.forest.experts[0].path]
-        return any_data.count_text_bytes(text.domain, text.split) if text.sequences is None else 0
+        return any_data.get_text_bytes(text.domain, text.split) if text.sequences is None else 0
 
     def find_expert(self, domain: str) -> Expert:
         """Return the expert of a domain; raise ValueError if it is not among `domains`."""
@@ -257,7 +257,7 @@ class SequentialScores:
     def iterate_batches(
         self, text: TextSelection, domains: Sequence[str], size: int
     ) -> Iterator[Scored]:
-        """Yield batches as `ScoreSource`; compute scores that were not prepared first."""
+        """Yield batches as `ScoreSource`, after computing those scores that were not prepared."""
         self.prepare_scores({text: domains})
         masks = self.experts.load_target_masks(text)
         rows = [self._scores[text, domain] for domain in domains]

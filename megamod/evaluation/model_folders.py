@@ -144,7 +144,7 @@ def score_models(
                 takes_domain=False,
                 domains=held_out.domains,
                 batches=partial(iterate_held_out_batches, saved.data, held_out),
-                count_bytes=partial(saved.data.count_text_bytes, split=held_out.split),
+                count_bytes=partial(saved.data.get_text_bytes, split=held_out.split),
                 part=0,
                 parts=1,
                 device=device,

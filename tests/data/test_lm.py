@@ -256,7 +256,7 @@ def test_databin(tmp_path, header):
     assert databin.vocab_size == 14
     assert databin.special_ids == {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     assert databin.open_split("b", "valid").tokens.tolist() == [*range(4, 13), *range(4, 14), 2]
-    assert databin.count_text_bytes("a", "test") == (55 if header else 0)
+    assert databin.get_text_bytes("a", "test") == (55 if header else 0)
     assert len(databin.open_blocks("a", "train", 16)) == 2
     assert len(databin.open_blocks("a", "train", 17, domain_token=14)) == 2
     assert len(databin.digest) == 64 and DataBin(databin.path).digest == databin.digest

@@ -58,7 +58,7 @@ def evaluation(built, part=0, parts=1, batch_size=2) -> DomainEvaluation:
         takes_domain=True,
         domains=DOMAINS,
         batches=lambda domain: data.iterate_eval_batches(domain, "test", batch_size, 0),
-        count_bytes=lambda domain: data.count_text_bytes(domain, "test"),
+        count_bytes=lambda domain: data.get_text_bytes(domain, "test"),
         part=part,
         parts=parts,
         device=CPU,

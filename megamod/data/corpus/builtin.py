@@ -81,7 +81,10 @@ def _thin_documents(texts: Iterable[str], max_bytes: int) -> list[str]:
 
 
 def _cut_long_text(text: str) -> Iterator[str]:
-    """Yield parts of at most `LONGEST` characters, cut at line ends where there are any."""
+    """Yield parts of at most `LONGEST` characters, cut at line ends where there are any.
+
+    CRLF becomes LF; line ends at both ends of the text, and those at cuts, are dropped.
+    """
     text = text.replace("\r\n", "\n").strip("\n")
     begin = 0
     while len(text) - begin > LONGEST:

@@ -161,7 +161,7 @@ class DataBin:
             )
         return TokenBlocks(dataset, block_size, self.eos_id, self.pad_id, domain_token)
 
-    def count_text_bytes(self, domain: str, split: str) -> int:
+    def get_text_bytes(self, domain: str, split: str) -> int:
         """Return the number of UTF-8 bytes of the text of a split, from the header; 0 without one.
 
         Raises:

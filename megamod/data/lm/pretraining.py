@@ -169,15 +169,13 @@ class LmData:
         batches = iterate_eval_batches(self._open_blocks(domain, split), batch_size)
         return islice(batches, max_batches or None)
 
-    def count_text_bytes(self, domain: str, split: str) -> int:
+    def get_text_bytes(self, domain: str, split: str) -> int:
         """Return the number of UTF-8 bytes of the text of a split; 0 if unknown (fairseq).
-
-        It is read from the header, not counted.
 
         Raises:
             UserError: for an unknown domain or split.
         """
-        return self.databin.count_text_bytes(domain, split)
+        return self.databin.get_text_bytes(domain, split)
 
     def _open_blocks(self, domain: str, split: str) -> TokenBlocks:
         """Return the sequences of a split, which is opened by the first call only.

@@ -326,7 +326,7 @@ GLUE = tuple(TASKS)[:9]
 def make_token_task(
     name: str, word_column: int | None = None, label_column: int | None = None
 ) -> TaskSpec:
-    """Make a task of labels per word in CoNLL files; any name is allowed.
+    """Make a task of labels per word in CoNLL, JSON lines or Parquet files; any name is allowed.
 
     Args:
         name: also of the folder below the data folder, if there is one. "pos" and names that begin

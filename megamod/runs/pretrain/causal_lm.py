@@ -280,7 +280,7 @@ def make_evaluation(
         batches=lambda domain: data.iterate_eval_batches(
             domain, split, run.per_device_eval_batch_size, run.eval_batches
         ),
-        count_bytes=lambda domain: 0 if run.eval_batches else data.count_text_bytes(domain, split),
+        count_bytes=lambda domain: 0 if run.eval_batches else data.get_text_bytes(domain, split),
         part=topology.get_rank_in_group(rank),
         parts=len(topology.get_domain_ranks(held[0])),
         device=running.device,

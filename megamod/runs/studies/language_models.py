@@ -377,7 +377,7 @@ def _average_scores(losses: Mapping[str, float], scored: ScoredText) -> dict[str
     for domain, loss in losses.items():
         # Each token is predicted once, the eos of each document among them.
         tokens = len(databin.open_split(domain, scored.split).tokens)
-        bits.append(loss * tokens / math.log(2) / databin.count_text_bytes(domain, scored.split))
+        bits.append(loss * tokens / math.log(2) / databin.get_text_bytes(domain, scored.split))
         perplexities.append(math.exp(loss))
     return {
         "perplexity": sum(perplexities) / len(perplexities),
