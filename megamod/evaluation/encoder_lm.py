@@ -35,7 +35,8 @@ def score_encoder(
         losses: computes sums and counts of a batch; its entry "loss" is ignored.
         device: of the model.
         reduce: sums a tensor over all ranks, in place.
-        perplexity: adds "perplexity", exp("task_loss"), if there is a "task_loss".
+        perplexity: adds "perplexity", exp("task_loss") and at most exp(700), if there is a
+            "task_loss".
     Returns:
         sum / count by name; 0 where nothing was counted.
     """

@@ -430,7 +430,7 @@ def select_colours(pyplot: ModuleType, count: int) -> list[tuple[float, ...]]:
 
 
 def import_pyplot() -> ModuleType:
-    """Import matplotlib.pyplot with a backend that needs no display."""
+    """Import matplotlib.pyplot; the process gets a backend that needs no display."""
     import matplotlib
 
     matplotlib.use("Agg")

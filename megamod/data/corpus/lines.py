@@ -11,7 +11,8 @@ from megamod.errors import UserError
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield number and text of each line of a UTF-8 file, numbered from 1.
 
-    Lines end with a line feed, or carriage return and line feed, and with nothing else.
+    Lines end with a line feed, or carriage return and line feed, and with nothing else. A byte
+    order mark at the start is dropped. A file with the ending of a compression is decompressed.
 
     Raises:
         UserError: naming file and line, if the file cannot be read, holds bytes that are not UTF-8,

@@ -100,8 +100,8 @@ class DataBin:
         Ids are checked against the vocabulary as they are read; without a header all of them now.
 
         Raises:
-            UserError: for an unknown domain, a missing, malformed or empty split, or another digest
-                than that of the header.
+            UserError: for an unknown domain, a missing, malformed or empty split, or counts or
+                digests that differ from those of the header.
         """
         prefix = self.find_split_prefix(domain, split)
         if self._header is None:
