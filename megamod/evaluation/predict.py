@@ -137,6 +137,11 @@ def select_word_labels(
     """
     missing = "O" if "O" in labels else labels[0]
     return [
-        [labels[answers[start + head]] if head >= 0 else missing for head in heads.tolist()]
-        for start, heads in zip(encoded.offsets[:-1].tolist(), encoded.word_starts, strict=True)
+        [
+            labels[answers[row_start + word_start]] if word_start >= 0 else missing
+            for word_start in word_starts.tolist()
+        ]
+        for row_start, word_starts in zip(
+            encoded.offsets[:-1].tolist(), encoded.word_starts, strict=True
+        )
     ]

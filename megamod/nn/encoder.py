@@ -109,7 +109,7 @@ class EncoderEmbeddings(nn.Module):
         )
         return mux_embed(*inputs, dropout, implementation)
 
-    def embed_and_attend(
+    def embed_with_attention(
         self,
         ids: Tensor,
         key: Tensor,

@@ -7,7 +7,7 @@ import pytest
 from transformers import BertTokenizerFast
 
 from megamod.data.tasks.classification import RowLengthLimits, encode_texts, encode_words
-from megamod.data.tasks.encoded_cache import compute_cache_key, load_or_encode
+from megamod.data.tasks.encoded_cache import compute_cache_key, encode_with_cache
 from megamod.data.tasks.text_labels import TextSet
 from megamod.data.tasks.token_set import TokenSet
 
@@ -59,8 +59,8 @@ def test_the_same_rows_come_back(tmp_path, tokenizer):
         ),
     ):
         key = compute_cache_key(rows, tokenizer, LENGTHS, labels, False)
-        built = load_or_encode(tmp_path / "kept", key, make)
-        assert same(load_or_encode(tmp_path / "kept", key, never), built)
+        built = encode_with_cache(tmp_path / "kept", key, make)
+        assert same(encode_with_cache(tmp_path / "kept", key, never), built)
         assert same(make(), built)
     assert len(list((tmp_path / "kept").iterdir())) == 3
 
@@ -90,6 +90,6 @@ def test_whatever_matters_changes_the_name(tokenizer, tmp_path):
 
 def test_a_broken_file_is_written_again(tmp_path, tokenizer, caplog):
     (tmp_path / "key.safetensors").write_bytes(b"half")
-    built = load_or_encode(tmp_path, "key", lambda: encode_texts(TEXTS, tokenizer, LENGTHS))
+    built = encode_with_cache(tmp_path, "key", lambda: encode_texts(TEXTS, tokenizer, LENGTHS))
     assert "written again" in caplog.text and len(built) == 3
-    assert same(load_or_encode(tmp_path, "key", never), built)
+    assert same(encode_with_cache(tmp_path, "key", never), built)

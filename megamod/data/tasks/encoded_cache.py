@@ -60,7 +60,9 @@ def compute_cache_key(
     return hashed.hexdigest()
 
 
-def load_or_encode(folder: Path, key: str, encode_rows: Callable[[], EncodedRows]) -> EncodedRows:
+def encode_with_cache(
+    folder: Path, key: str, encode_rows: Callable[[], EncodedRows]
+) -> EncodedRows:
     """Load the cached rows; if they are absent or damaged, encode them and write the cache file.
 
     A damaged file is replaced, with a warning.
@@ -90,12 +92,12 @@ def _read_cached_rows(path: Path) -> EncodedRows:
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    heads = None
-    if "heads" in arrays:
-        heads = np.split(arrays["heads"], arrays["head_ends"][:-1])
+    word_starts = None
+    if "heads" in arrays:  # named so in earlier caches, which so stay valid
+        word_starts = np.split(arrays["heads"], arrays["head_ends"][:-1])
     return EncodedRows(
         **{name: arrays.get(name) for name in ARRAYS},
-        word_starts=heads,
+        word_starts=word_starts,
         **{name: int(metadata[name]) for name in NUMBERS},
     )
 
@@ -105,7 +107,7 @@ def _serialise_rows(encoded: EncodedRows) -> bytes:
     arrays = {name: getattr(encoded, name) for name in ARRAYS}
     if encoded.word_starts is not None:
         arrays["heads"] = np.concatenate(encoded.word_starts)
-        arrays["head_ends"] = np.cumsum([len(head) for head in encoded.word_starts])
+        arrays["head_ends"] = np.cumsum([len(starts) for starts in encoded.word_starts])
     whole = {name: np.ascontiguousarray(a) for name, a in arrays.items() if a is not None}
     return save(whole, {name: str(getattr(encoded, name)) for name in NUMBERS})
 

@@ -267,7 +267,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             )
             if kernels == "triton" and self._first_block_takes_embeddings(queries):
                 block = self.backbone.encoder.layer[0]
-                mixed, attended = embeddings.embed_and_attend(*inputs, block, mask, kernels)
+                mixed, attended = embeddings.embed_with_attention(*inputs, block, mask, kernels)
             else:
                 mixed = embeddings.embed_multiplexed(*inputs, kernels)
         else:

@@ -14,7 +14,7 @@ from megamod.data.tasks.classification import (
     encode_texts,
     encode_words,
 )
-from megamod.data.tasks.encoded_cache import compute_cache_key, load_or_encode
+from megamod.data.tasks.encoded_cache import compute_cache_key, encode_with_cache
 from megamod.data.tasks.specs import TaskSpec, find_any_task, find_task_files
 from megamod.data.tasks.task_file import read_task_spec
 from megamod.data.tasks.text_labels import TextSet, read_text_task
@@ -148,7 +148,7 @@ def encode_rows(
     """Return the task with its rows as token ids, from the cache if it holds them.
 
     Args:
-        cache_dir: see `load_or_encode`; None: there is no cache.
+        cache_dir: see `encode_with_cache`; None: there is no cache.
         label_all: see `encode_words`.
     Raises:
         UserError: for rows that cannot be encoded within the limits.
@@ -165,7 +165,7 @@ def encode_rows(
         if cache_dir is None:
             return encode(rows)
         key = compute_cache_key(rows, tokenizer, lengths, spec.labels, label_all)
-        return load_or_encode(Path(cache_dir), key, partial(encode, rows))
+        return encode_with_cache(Path(cache_dir), key, partial(encode, rows))
 
     encoded = {split: get_encoded(rows) for split, rows in sets.items()}
     return FinetuneTask(spec, sets, encoded)
