@@ -205,7 +205,8 @@ def open_held_out(
     """Open the tokenizer and the held-out data of a task.
 
     Args:
-        first: folder or hub id of the first model.
+        task: "mlm", "clm", or the name of a task with labels.
+        first: folder or hub name of the first model.
         char_split: see `space_characters` of `read_text_blocks`.
     Raises:
         UserError: for missing data, or data that do not fit the model.
@@ -267,6 +268,7 @@ def _open_text_task(
     else:
 
         def tokenize(text: str) -> list[int]:
+            """Return the ids of a text after that of bos, uncut."""
             return [tokenizer.bos_id, *tokenizer.encode_batch([text])[0].tolist()]
 
     blocks = read_text_blocks(

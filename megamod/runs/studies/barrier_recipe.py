@@ -1,7 +1,8 @@
 """Settings of `megamod eval-barrier`: the YAML file of a barrier study, and the files it writes.
 
 `barrier` runs a barrier study. The studies of `megamod study`, one kind of which measures barriers
-too, are read by `study_file`.
+too, are read by `study_file`. The `evaluation:` block of a merge recipe has settings in common with
+a barrier study, so its schema is here.
 """
 
 import itertools
@@ -100,7 +101,7 @@ class BarrierStudy(HeldOutSettings):
     """Settings of a barrier study.
 
     Attributes:
-        models: folder or hub id by name; {task} in it is replaced by the task.
+        models: by name, a folder or hub name; {task} in it is replaced by the task.
         pairs: names of two models each; the second is aligned to the first.
         tasks: "mlm", "clm", and names of tasks with labels.
         points: models evaluated on each line, ends included.

@@ -97,7 +97,7 @@ def _write_results(
     """Print the tables of priors and scores; write the files that the flags name.
 
     A prior that was estimated is written to --prior_output, by default prior_DOMAIN.json in the
-    folder of --output, without it in the present folder.
+    folder of --output, without it in the current folder.
     """
     parts = [format_priors(results)]
     if not args.estimate_only:

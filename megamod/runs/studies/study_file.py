@@ -52,7 +52,8 @@ Setting = Annotated[Any, AfterValidator(_check_setting)]
 
 
 class TextSpec(Document):
-    """Text of a study of language models; folders of these names lie below INPUTS/domains.
+    """Text of a study of kind `language_models` or `barriers`; folders of the names of its domains
+    lie below INPUTS/domains.
 
     Attributes:
         domains: trained on and scored.
