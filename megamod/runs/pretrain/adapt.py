@@ -208,12 +208,12 @@ def write_model_with_new_expert(
 def join_forest(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, output: Path) -> str:
     """Add the new expert to its forest, for rank 0 alone; return a sentence for the console.
 
-    With --model there is no forest, and nothing is written. If --forest names a forest.json, that
-    file is edited; entries of the model with experts to whose copy the new expert was added then
-    point to the copy, which holds the same experts. If --forest is the folder of a model with
-    experts, the copy with the new one is the forest, and nothing is written. If it is another
-    folder without forest.json, OUT/forest.json is written with its experts and the new one. An
-    entry that an earlier attempt of this run made is replaced.
+    With --model there is no forest, and nothing is written. If --forest names a forest.json, or a
+    folder with one, that file is edited; entries of the model with experts to whose copy the new
+    expert was added then point to the copy, which holds the same experts. Without forest.json, such
+    a copy is the forest itself, and nothing is written; for any other new expert OUT/forest.json is
+    written with the experts of --forest and the new one. An entry that an earlier attempt of this
+    run made is replaced.
 
     Args:
         forest: opened from --forest before the training.
@@ -241,7 +241,7 @@ def join_forest(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, out
                 f"in {new.path}"
             )
         if new.member is not None:
-            # The grown folder holds the same experts, bit for bit: shared weights are read once.
+            # The copy holds the same experts, bit for bit: shared weights are read once.
             experts[:] = [_move_expert(expert, start.path, new.path) for expert in experts]
         experts.append(new)
     return f"{new.domain} is an expert of {manifest}"
