@@ -99,12 +99,12 @@ LOSS_DESCRIBERS: list[Callable[[], str]] = []
 def run_main(main: Callable[[], None]) -> None:
     """Call `main`; if it raises an expected error, print one sentence and end the process.
 
-    Expected are the errors of this module, errors that the user can mend (`is_user_fixable`) and
-    lost ranks (`is_distributed_failure`), with the exit codes of the module docstring. If the
-    reader of our output has closed the pipe, the process ends with exit code 141 and no message,
-    except where RANK is set: there BrokenPipeError is raised. Without an error the function
-    returns; any other error is raised again. `--traceback` anywhere on the command line also prints
-    the traceback of an expected error.
+    Expected are the errors of this module, Ctrl-C, errors that the user can mend
+    (`is_user_fixable`) and lost ranks (`is_distributed_failure`), with the exit codes of the module
+    docstring. If the reader of our output has closed the pipe, the process ends with exit code 141
+    and no message, except where RANK is set: there BrokenPipeError is raised. Without an error the
+    function returns; any other error is raised again. `--traceback` anywhere on the command line
+    also prints the traceback of an expected error.
     """
     try:
         main()

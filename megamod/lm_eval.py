@@ -37,7 +37,7 @@ def main() -> None:
 def check_harness_model(model_args: Mapping[str, object]) -> None:
     """Refuse an encoder, and a DEMix model of several domains without the name of an expert.
 
-    So that mistakes show before tasks and weights are read. Only local folders are checked.
+    Mistakes show before tasks and weights are read. Only local folders are checked.
 
     Args:
         model_args: values of --model_args by name.

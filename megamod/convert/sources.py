@@ -95,7 +95,7 @@ def has_weights(name: str) -> bool:
     Such a name is taken as that of a model on the hub, which has weights.
 
     Raises:
-        UserError: if a shard is missing.
+        UserError: as `list_weight_files`, such as for a missing shard.
     """
     path = Path(name)
     return not path.is_dir() or weight_files.has_weights(path)

@@ -90,21 +90,22 @@ def compute_step_traffic(
 
 
 def compute_exchange_traffic(
-    assignments: float, parallel: int, layers: int, width: int, element_bytes: int
+    assignments: float, rank_count: int, layer_count: int, hidden_size: int, element_bytes: int
 ) -> float:
     """Compute the bytes that a rank sends in a step to exchange tokens with the experts' ranks.
 
-    A state of `width` features goes to the rank of its expert and the result comes back, in the
-    forward and again in the backward pass; with even loads (n-1)/n of them leave the rank.
+    A token's state goes to the rank of its expert and the result comes back, in the forward and
+    again in the backward pass; with even loads (n-1)/n of them leave the rank.
 
     Args:
         assignments: tokens of a rank's micro-batches in the step, times the experts per token.
-        parallel: number n of ranks that the experts are spread over.
-        layers: number of layers with experts.
-        width: features of a token's state.
+        rank_count: number n of ranks that the experts are spread over.
+        layer_count: number of layers with experts.
+        hidden_size: features of a token's state.
         element_bytes: bytes of a feature as sent.
     """
-    return 4 * layers * assignments * (parallel - 1) / parallel * width * element_bytes
+    share = (rank_count - 1) / rank_count
+    return 4 * layer_count * assignments * share * hidden_size * element_bytes
 
 
 def _count_elements(parameter_elements: int, ranks: int, zero_stage: int, micro_steps: int) -> int:

@@ -48,7 +48,7 @@ class HostfileReport:
     Attributes:
         hosts: its machines.
         ssh_seconds: duration of the login by ssh to each machine; None: not tried.
-        experts: ranks of each expert, by its number; None without experts.
+        experts: ranks of each expert, by its number from 0 as text; None without experts.
     """
 
     hosts: HostSlots
@@ -296,8 +296,8 @@ def _assign_expert_ranks(
         lines: the machines, without faults.
         experts: number of experts.
     Returns:
-        ranks of each expert by its number, None if they cannot be divided evenly; and faults with
-        their line numbers, such as an expert on two machines where one could hold it.
+        ranks of each expert by its number as text, None if they cannot be divided evenly; and
+        faults with their line numbers, such as an expert on two machines where one could hold it.
     """
     machines = [line.name for line in lines for _ in range(line.slots)]
     world = len(machines)
