@@ -177,8 +177,7 @@ def rsa_demux_matmul_kernel(
     INNER: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Compute output = state weight^T + bias, with the state computed in the prologue of the
-    product.
+    """Compute output = state weight^T + bias; the prologue of the product computes the state.
 
     LAST: also write the state, for the final residual. WHOLE: D is a multiple of INNER.
     """
@@ -234,7 +233,7 @@ def rsa_demux_finish_kernel(
     last_pre_gelu, norm_weight, norm_bias, output, rows, D, eps,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Add LN(gelu(last)) to the output, which holds the state."""
+    """Add LN(gelu(last_pre_gelu)) to `output` [rows, D], which holds the state, in place."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     x = ()

@@ -28,8 +28,9 @@ def _load_embedding_sum(
 
 @triton.jit
 def _find_table_rows(ids, group, t, length, start, stride, inside, PASSED: tl.constexpr):
-    """Return an index into a table for each row: loaded from `ids` if PASSED, else start + t *
-    stride.
+    """Return an index into a table for each row [ROWS], int64.
+
+    It is loaded from `ids` at row `group` and column t if PASSED, else start + t * stride.
     """
     if PASSED:
         return tl.load(ids + group * stride + t, mask=inside, other=0).to(tl.int64)
@@ -45,7 +46,11 @@ def embed_rows(
     FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Compute ROWS rows of the encoder's input from ids; `mixed_row` is int32 for fast division."""
+    """Compute ROWS rows of the encoder's input from ids and write them to `output` [B * T, D].
+
+    KEEP: also write the mean over instances to `mixed` [B * T, D]. `mixed_row` [ROWS] is int32 for
+    fast division; `valid` [ROWS] is False for rows that do not exist.
+    """
     group, t = (mixed_row // length).to(tl.int64), mixed_row % length
     mixed_row = mixed_row.to(tl.int64)
     total = ()
