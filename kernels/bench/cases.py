@@ -96,7 +96,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def _draw_parameter(device: str, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
-    """Draw a tensor of normal values times `scale` that requires a gradient."""
+    """Draw a tensor of this shape of normal values times `scale`, which requires a gradient."""
     return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_()
 
 

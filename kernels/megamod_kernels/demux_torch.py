@@ -124,6 +124,7 @@ class RsaDemuxFunction(torch.autograd.Function):
         eps: float,
         *weights: Tensor,
     ) -> Tensor:
+        """Compute `rsa_demux`; arguments and result are the same, see the class for `weights`."""
         *dense, last, norm = weight_bias_pairs(weights)
         first = add_pairs(hidden_part, key_part, pairs)
         masks = [
@@ -148,6 +149,7 @@ class RsaDemuxFunction(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
     ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the two parts and of all weights; None for other arguments."""
         hidden_part, key_part, *rest = ctx.saved_tensors
         pairs, weights, pre_gelu, masks = _split_by_counts(rest, ctx.counts)
         pairs = Pairs(*pairs) if pairs else None

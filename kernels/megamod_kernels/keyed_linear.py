@@ -38,7 +38,7 @@ def _(x: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("megamod::keyed_linear_grad_input", mutates_args=())
 def _compute_input_grad(upstream: Tensor, key: Tensor, weight: Tensor) -> Tensor:
-    """Compute the gradient of x, [B, N, L, D], from that of the output."""
+    """Compute the gradient of x, [B, N, L, D], from that of the output, `upstream` [B, N, L, E]."""
     output = torch.empty(
         (*upstream.shape[:-1], weight.shape[1]), dtype=upstream.dtype, device=upstream.device
     )
@@ -56,7 +56,10 @@ def _(upstream: Tensor, key: Tensor, weight: Tensor) -> Tensor:
 def _compute_weight_grads(
     upstream: Tensor, x: Tensor, key: Tensor, weight: Tensor, needs_key: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of the weight and of the keys; the latter is empty unless needs_key."""
+    """Compute the gradients of the weight [E, D] and of the keys [N, D], empty unless `needs_key`.
+
+    `upstream` [B, N, L, E] is the gradient of the output; other arguments as of `keyed_linear`.
+    """
     from megamod_kernels import keyed_linear_kernels as kernels
 
     groups, instances, length, size = x.shape

@@ -47,6 +47,7 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
+        """Compute `linear_cross_entropy` of hidden [rows, D] and labels [rows]; save gradients."""
         needs_hidden, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
@@ -77,6 +78,7 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
+        """Return the saved gradients of hidden, weight and bias, times that of the sum."""
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * upstream).to(grad_hidden.dtype)

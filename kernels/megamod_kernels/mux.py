@@ -31,6 +31,7 @@ class _MultiplexFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, key: Tensor) -> Tensor:
+        """Compute the mean over instances of key * x: [B, N, L, D], [N, D] -> [B, L, D]."""
         wide = torch.promote_types(x.dtype, torch.float32)
         scaled = key.to(wide) / x.shape[1]
         mixed = x[:, 0].to(wide) * scaled[0]
@@ -47,6 +48,7 @@ class _MultiplexFunction(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of x and key; None for one that is not needed."""
         x, key = ctx.saved_tensors
         wide = torch.promote_types(upstream.dtype, torch.float32)
         shared = upstream.to(wide) / key.shape[0]

@@ -34,7 +34,10 @@ def make_width_arguments(size: int) -> dict[str, int | bool]:
 
 
 def count_warps(size: int) -> int:
-    """Return the number of warps per program for rows of `size` columns."""
+    """Return the number of warps per program for rows of `size` columns.
+
+    At the tuned widths, up to 2,048, a thread then holds at most 8 columns of a row.
+    """
     return 4 if size <= 1024 else 8
 
 
@@ -146,7 +149,9 @@ def mux_embed_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of word, position, token_type, weight, bias and key, of their shapes.
 
-    `upstream` [B, T, D] is that of the output; `mixed` [B, T, D] was kept by the forward pass.
+    `upstream` [B, T, D] is that of the output; `mixed` [B, T, D] was kept by the forward pass; the
+    two paddings are rows without gradient, -1: none; other arguments as of
+    `make_embedding_arguments`.
     Gradients of tables are sums over rows in the order of the rows that own them, so that every run
     adds in the same order.
     """

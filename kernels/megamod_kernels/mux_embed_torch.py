@@ -73,7 +73,7 @@ def check_shapes(
     firsts: Tensor | None,
     seconds: Tensor | None,
 ) -> None:
-    """Check ids [B * N, T] against keys, tables and the optional ids; see `mux_embed`.
+    """Check the shapes of the arguments of `mux_embed`, in its order.
 
     Raises:
         ValueError: naming the tensor, its shape and the one that is needed.

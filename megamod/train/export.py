@@ -242,7 +242,7 @@ class ModelExport:
         return [folder / "config.json", *self._copy_companions(folder)]
 
     def _copy_companions(self, folder: Path) -> list[Path]:
-        """Copy tokenizer and the run's recipe, and write the model card; return the files."""
+        """Copy tokenizer, recipe and companions, and write the model card; return the files."""
         vocabulary = sorted(self.tokenizer.iterdir()) if self.tokenizer else ()
         copies = [self.run_file, *(file for file in vocabulary if file.is_file())]
         copies += self.companions

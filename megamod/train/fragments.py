@@ -173,7 +173,11 @@ def _get_whole_momenta(
 def _iterate_stage_3_shards(
     zero: DeepSpeedZeroOptimizer_Stage3, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[list[Fragment]]:
-    """Yield one list for all groups in memory, and one for each group that is swapped to disk."""
+    """Yield the fragments of all groups in memory, then those of each group that is on a disk.
+
+    A group of the disk is in memory until the next list is asked for. `names` are those in the
+    module.
+    """
     groups = range(len(zero.fp16_groups))
     swapped = [group for group in groups if zero._swappable_optimizer_subgroup(group)]
     in_memory = [group for group in groups if group not in swapped]

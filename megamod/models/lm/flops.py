@@ -75,7 +75,7 @@ def _find_lookup_tables(config: LmConfig, module: nn.Module) -> list[nn.Paramete
 
 
 def _compute_active_expert_share(config: LmConfig) -> float:
-    """Compute the share of the expert tensors of a mixture that one token passes through."""
+    """Compute the share of a mixture's expert tensors that a token passes through; 1 if dense."""
     experts, active = (
         next((getattr(config, name) for name in names if getattr(config, name, None)), None)
         for names in (EXPERTS, ACTIVE_EXPERTS)
