@@ -31,7 +31,7 @@ CORE = [
 ]
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 COMPLETION = ["argcomplete>=3.5,<4"]
-DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"]
 EVAL = ["lm-eval>=0.4.13,<0.5", "accelerate>=1.15,<2"]
 DEV = [
     "pytest>=9",

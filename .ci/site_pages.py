@@ -1,16 +1,17 @@
 """Pages of the documentation site that are made from other files: hooks of mkdocs.
 
-The README becomes the first page, and `options.md` has the flags of every command, from the same
-dataclasses as `--help`.
+The README becomes the first page, `options.md` has the flags of every command, from the same
+dataclasses as `--help`, and `messages.md` the messages of all mistakes.
 """
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import os
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -34,6 +35,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = (REPOSITORY / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=rewrite_links(text, source)))
     files.append(File.generated(config, "options.md", content=format_options()))
+    messages = load_neighbour("message_page").format_messages(REPOSITORY / "megamod")
+    files.append(File.generated(config, "messages.md", content=messages))
     return files
 
 
@@ -58,6 +61,14 @@ def rewrite_links(text: str, source: str) -> str:
 
     text = re.sub(r"(!\[[^\]]*\]\()docs/", r"\1", text)  # pictures of the README
     return re.sub(r"(?<!!)\[([^\]]*)\]\((?!\w+:)([\w./-]+)(#[\w-]+)?\)", rewrite, text)
+
+
+def load_neighbour(name: str) -> ModuleType:
+    """Load another file of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def format_options() -> str:

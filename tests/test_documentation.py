@@ -1,7 +1,7 @@
 """Commands, YAML and Python of README.md and docs/ are accepted by the programs that they name."""
 
 import ast
-import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -321,3 +321,16 @@ def test_the_story_of_the_readme(tmp_path, monkeypatch):
     for name in ("demix/model", "python_code", "average", "docs/model"):
         assert (tmp_path / "runs" / name / "config.json").is_file(), name
     assert "docs" in (tmp_path / "runs/docs/model/config.json").read_text()
+
+
+def test_the_page_of_messages_has_the_text_of_every_mistake():
+    path = REPOSITORY / ".ci" / "message_page.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    source = "raise UserError(f'--lr {rate}: ' + name + f' is not {least!r}')"
+    assert list(module.iterate_messages(source)) == ["--lr …: … is not …"]
+    page = module.format_messages(REPOSITORY / "megamod")
+    assert "is not a data-bin; megamod preprocess writes one`" in page
+    guides = set(re.findall(r"\(\[guide\]\((\S+)\)\)", page))
+    assert len(guides) >= 8 and all((REPOSITORY / "docs" / guide).is_file() for guide in guides)
