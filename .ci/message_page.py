@@ -48,10 +48,11 @@ def format_messages(package: Path) -> str:
 def iterate_messages(source: str) -> Iterator[str]:
     """Yield the text of every `UserError(...)` of a module whose argument is a string."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("UserError") and node.args:
-            text = format_text(node.args[0])
-            if any(letter.isalpha() for letter in text):
-                yield " ".join(text.replace("`", "'").split())
+        match node:
+            case ast.Call(func=ast.Name(id="UserError"), args=[first, *_]):
+                text = format_text(first)
+                if any(letter.isalpha() for letter in text):
+                    yield " ".join(text.replace("`", "'").split())
 
 
 def format_text(node: ast.expr) -> str:
