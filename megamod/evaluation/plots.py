@@ -4,10 +4,14 @@ from collections.abc import Mapping, Sequence
 from math import ceil, inf, isfinite, nan
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from megamod.errors import UserError
 from megamod.evaluation.seeds import Estimate
 from megamod.states.metrics_file import parse_record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Numbers = Mapping[str, Mapping[str, float]]
 
@@ -386,33 +390,40 @@ def plot_ratios(
     """Write a PNG of ratios to a baseline with their intervals; the baseline is the line at 1.
 
     Args:
-        lines: by name, points (x, ratio); x is above 0, as its axis is logarithmic.
+        lines: by name, points (x, ratio); x is above 0, as its axis is logarithmic. If all have
+            the same x, the names are the other axis.
         output: file to write.
         x_label, y_label: titles of the axes.
     """
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
-    axes.axhline(1.0, color="black", lw=0.8)
-    for (name, points), colour in zip(
-        lines.items(), select_colours(pyplot, len(lines)), strict=True
-    ):
-        positions, line_ratios = [x for x, _ in points], [ratio for _, ratio in points]
-        axes.plot(
-            positions,
-            [ratio.mean for ratio in line_ratios],
-            "o-",
-            c=colour,
-            lw=1.4,
-            ms=4,
-            label=name,
-        )
-        for x, ratio in points:
-            if ratio.low is not None:
-                axes.vlines(x, ratio.low, ratio.high, color=colour, lw=1.4)
-    axes.set(xlabel=x_label, ylabel=y_label, xscale="log")
-    figure.legend(loc="outside right center", fontsize=9, frameon=False)
+    if len({x for points in lines.values() for x, _ in points}) == 1:
+        _draw_ratios_by_name(axes, {name: points[0][1] for name, points in lines.items()}, y_label)
+    else:
+        axes.axhline(1.0, color="black", lw=0.8)
+        colours = select_colours(pyplot, len(lines))
+        for (name, points), colour in zip(lines.items(), colours, strict=True):
+            means = [(x, ratio.mean) for x, ratio in points]
+            axes.plot(*zip(*means, strict=True), "o-", c=colour, lw=1.4, ms=4, label=name)
+            for x, ratio in points:
+                if ratio.low is not None:
+                    axes.vlines(x, ratio.low, ratio.high, color=colour, lw=1.4)
+        axes.set(xlabel=x_label, ylabel=y_label, xscale="log")
+        figure.legend(loc="outside right center", fontsize=9, frameon=False)
     figure.savefig(output, dpi=120)
     pyplot.close(figure)
+
+
+def _draw_ratios_by_name(axes: "Axes", ratios: Mapping[str, Estimate], label: str) -> None:
+    """Draw one ratio a name, the first at the top; the baseline is the line at 1."""
+    axes.axvline(1.0, color="black", lw=0.8)
+    for position, ratio in enumerate(ratios.values()):
+        axes.plot(ratio.mean, position, "o", c="tab:blue", ms=5)
+        if ratio.low is not None:
+            axes.hlines(position, ratio.low, ratio.high, color="tab:blue", lw=1.4)
+    axes.set_yticks(range(len(ratios)), list(ratios))
+    axes.invert_yaxis()
+    axes.set(xlabel=label)
 
 
 def _format_number(x: float | None) -> str:
