@@ -14,7 +14,7 @@ _RAW = ("merges.txt", "vocab.bpe", "dict.txt")
 """Files of subword merges and dictionaries, which are not parsed; their bytes must be equal."""
 
 
-def read_token_ids(folder: Path) -> dict[str, int]:
+def _read_word_ids(folder: Path) -> dict[str, int]:
     """Map every word that the tokenizer files of a folder list to its id; empty without files.
 
     Raises:
@@ -47,7 +47,7 @@ def check_same_ids(first: Path, second: Path, remedy: str = "") -> None:
     first, second = Path(first), Path(second)
     if _have_identical_files(first, second):
         return
-    ids, other = read_token_ids(first), read_token_ids(second)
+    ids, other = _read_word_ids(first), _read_word_ids(second)
     words = {number: word for word, number in ids.items()}
     for word, number in other.items():
         known = words.get(number, word)

@@ -31,8 +31,8 @@ from megamod.merging.alignment.options import Calibration, Options
 from megamod.merging.alignment.orthogonal import (
     list_observed_parts,
     make_plane_rotations,
-    select_inner_kind,
-    solve_inner,
+    select_head_map_kind,
+    solve_head_maps,
     solve_procrustes,
     solve_stream,
 )
@@ -77,7 +77,7 @@ def random_maps(symmetry, options: Options, seed: int = 5) -> Alignment:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    kind, family = select_inner_kind(symmetry.family), symmetry.family
+    kind, family = select_head_map_kind(symmetry.family), symmetry.family
     permutations, maps = {}, {}
     shared = None
     for group in list_aligned_groups(symmetry, options):
@@ -105,7 +105,7 @@ def random_maps(symmetry, options: Options, seed: int = 5) -> Alignment:
             permutations[group.name] = (heads[:, None] * width + torch.arange(width)).flatten()
             products = draw(group.heads, width, width)
             maps[group.name] = {
-                "qk": solve_inner(products, kind)[0],
+                "qk": solve_head_maps(products, kind)[0],
                 "values": solve_procrustes(draw(group.heads, width, width))[0],
             }
     return Alignment(permutations, {}, options, maps)

@@ -1,9 +1,10 @@
 """Align one model to another: from two models and calibration text to permutations and maps.
 
     options = Options(groups=("ff", "attn"))
-    alignment = align(model_a, model_b, whole_batches(items, 8), options)
-    symmetry = symmetry_of(model_b.config.to_dict(), shapes_of(model_b.state_dict()))
-    merged = merge_states(model_a.state_dict(), model_b.state_dict(), symmetry, alignment)
+    alignment = align_models(model_a, model_b, iterate_whole_batches(items, 8), options)
+    weights_a, weights_b = model_a.state_dict(), model_b.state_dict()
+    symmetry = find_symmetry(model_b.config.to_dict(), collect_float_shapes(weights_b))
+    merged = merge_states(weights_a, weights_b, symmetry, alignment)
 
 Source: Verma and Elbayad 2024 (Merging text transformer models from different initializations).
 """
@@ -22,7 +23,7 @@ from megamod.merging.alignment.align_orthogonal import (
     DESCENT_ROUNDS,
     align_by_maps,
     align_weights_by_maps,
-    check_rotation,
+    check_configs_fit_maps,
 )
 from megamod.merging.alignment.calibration import Batch, iterate_whole_batches, read_token_ids
 from megamod.merging.alignment.groups import Group
@@ -43,7 +44,7 @@ from megamod.merging.alignment.measure import (
 from megamod.merging.alignment.options import Calibration, Options
 from megamod.merging.alignment.record import Alignment, find_following_head, list_aligned_groups
 from megamod.merging.alignment.refine import Refinement
-from megamod.merging.alignment.reuse import reuse_or_compute_alignment
+from megamod.merging.alignment.reuse import compute_cached_alignment
 from megamod.merging.alignment.statistics import average_moments
 from megamod.merging.alignment.symmetry import Symmetry, find_symmetry
 from megamod.merging.alignment.weight_matching import match_weights
@@ -67,7 +68,7 @@ def align_models(
     Args:
         first: the reference; `second`: the model to align. Weights are not changed.
         batches: calibration text; None: the method needs none.
-        descent_rounds: of "orthogonal" with text, on the weights after it.
+        descent_rounds: rounds of descent on the weights that "orthogonal" makes after the text.
     Raises:
         UserError: if the models differ in shape or architecture, the text is empty or does not
             fit them, or the architecture does not support the options.
@@ -127,7 +128,7 @@ def _align_by_maps(
         return refinement.run(options.refine_steps)
 
     states = (first.state_dict(), second.state_dict())
-    return reuse_or_compute_alignment(options, states, batches, compute, descent_rounds)
+    return compute_cached_alignment(options, states, batches, compute, descent_rounds)
 
 
 def align_weights(
@@ -140,8 +141,8 @@ def align_weights(
     """Find the alignment from weights alone (method "weight" or "orthogonal"); no model is run.
 
     Args:
-        config, other_config: configurations of the two.
-        first, second: their weights by name.
+        config, other_config: configurations of the two, as in config.json.
+        first, second: their weights by name, of the reference and of the model to align.
     Raises:
         UserError: as `align_models`.
     """
@@ -150,7 +151,7 @@ def align_weights(
     )
     if options.method == "orthogonal":
         states = (first, second)
-        return reuse_or_compute_alignment(
+        return compute_cached_alignment(
             options, states, (), lambda _: align_weights_by_maps(*states, symmetry, options), 0
         )
     groups = {group.name: group for group in list_aligned_groups(symmetry, options)}
@@ -163,7 +164,7 @@ def align_weights(
         units.append([[*residual, *([tied_head] if tied_head else [])]])
     for group in groups.values():
         if group.family == "attn":
-            partner = groups.get(_name_partner_group(group.name))
+            partner = groups.get(_find_partner_name(group.name))
             units.append([[group], *([[partner]] if partner else [])])
         elif group.family in ("ff", "head") and group is not tied_head:
             units.append([[group]])
@@ -192,7 +193,7 @@ def _find_common_symmetry(
     """
     check_same_architecture(config, other_config)
     if options.method == "orthogonal":
-        check_rotation(config, other_config)
+        check_configs_fit_maps(config, other_config)
     symmetry = find_symmetry(config, shapes, qk=options.qk)
     _check_same_shapes(shapes, other_shapes, symmetry.tied)
     queries_move_whole = any(
@@ -247,6 +248,8 @@ def _check_same_shapes(
 def check_same_architecture(first: Mapping[str, object], second: Mapping[str, object]) -> None:
     """Refuse two models whose configurations give equal shapes different meanings.
 
+    Args:
+        first, second: fields of config.json of the two.
     Raises:
         UserError: naming the field.
     """
@@ -331,7 +334,7 @@ def _match_groups(
         if group.heads is None:
             matches[group.name] = solve(matrix)
         else:
-            order = matches[_name_partner_group(group.name)].heads if group.family == "qk" else None
+            order = matches[_find_partner_name(group.name)].heads if group.family == "qk" else None
             heads, mode = group.heads, options.attention
             if soft:
                 matches[group.name] = transport_heads(
@@ -343,9 +346,9 @@ def _match_groups(
     return matches
 
 
-def _name_partner_group(name: str) -> str:
-    """Return the name of the group of the same attention heads: of a group layer.N.qk that is
-    layer.N.attn, and the other way round.
+def _find_partner_name(name: str) -> str:
+    """Find the name of the other group of the same attention heads: layer.N.attn of layer.N.qk, and
+    the other way round.
     """
     parts = name.split(".")
     parts[2] = {"qk": "attn", "attn": "qk"}[parts[2]]
@@ -369,7 +372,7 @@ def _build_alignment(
     }
     for name in names:
         if symmetry.groups[name].family == "attn" and costs:
-            all_costs[name] = all_costs.get(_name_partner_group(name), all_costs[name])
+            all_costs[name] = all_costs.get(_find_partner_name(name), all_costs[name])
     return Alignment({name: matches[name].permutation for name in names}, all_costs, options)
 
 
@@ -393,7 +396,7 @@ def align_folders(
 
 
 def find_position_limit(config: PreTrainedConfig) -> int | None:
-    """Return the largest number of tokens of a sequence; None: the configuration sets no limit."""
+    """Find the largest number of tokens of a sequence; None: the configuration sets no limit."""
     position_limit = getattr(config, "max_position_embeddings", None)
     if position_limit and config.model_type in ("roberta", "xlm-roberta"):
         position_limit -= config.pad_token_id + 1  # positions start after the padding id
@@ -409,6 +412,8 @@ def read_calibration_batches(
         name: folder or hub id of the tokenizer.
         config: of the model.
         calibration: names the text; its `path` must not be None.
+    Returns:
+        an iterator, for one pass.
     Raises:
         UserError: if there is no tokenizer, or the text cannot be read.
     """

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from megamod.errors import UserError
 from megamod.merging.alignment.calibration import Batch
-from megamod.merging.alignment.folding import Folding, Read, find_folding
+from megamod.merging.alignment.folding import Folding, ReadTensor, find_folding
 from megamod.merging.alignment.groups import Group
 from megamod.merging.alignment.matching import assign_features
 from megamod.merging.alignment.measure import FeatureStatistics, measure_covariances
@@ -23,7 +23,7 @@ from megamod.merging.alignment.orthogonal import (
     match_observed_heads,
     match_observed_stream,
     match_signed_features,
-    select_inner_kind,
+    select_head_map_kind,
 )
 from megamod.merging.alignment.record import Alignment, find_following_head, list_aligned_groups
 from megamod.merging.alignment.symmetry import Symmetry
@@ -42,11 +42,13 @@ _SAME = (
 """Configuration fields in which two models must agree for one map to fit both."""
 
 
-def check_rotation(config: Mapping[str, object], other: Mapping[str, object]) -> None:
-    """Refuse two configurations that orthogonal maps do not fit.
+def check_configs_fit_maps(config: Mapping[str, object], other: Mapping[str, object]) -> None:
+    """Refuse two models whose configurations orthogonal maps do not fit.
 
+    Args:
+        config, other: fields of config.json of the two.
     Raises:
-        UserError: naming the field in which they differ; or partial rotation of heads.
+        UserError: naming the field of `_SAME` in which they differ; or partial rotation of heads.
     """
     for key in _SAME:
         if config.get(key) != other.get(key):
@@ -64,7 +66,7 @@ def check_rotation(config: Mapping[str, object], other: Mapping[str, object]) ->
 
 
 def rotates_stream(symmetry: Symmetry, options: Options) -> bool:
-    """Return True if the residual stream is rotated: it is aligned, and norms come before layers.
+    """Return True if the residual stream is rotated: options align it, and the model is pre-norm.
 
     In post-norm models it is permuted instead.
     """
@@ -82,9 +84,10 @@ def align_by_maps(
     """Find the maps from text, then improve them by weights.
 
     Args:
+        first: the reference; `second`: the model to align. Weights are not changed.
         symmetry: of both models.
         batches: calibration text.
-        descent_rounds: rounds of the descent on the weights; 0: none.
+        descent_rounds: rounds of the descent on the weights, at most; 0: none.
     Raises:
         UserError: if a weight is not finite, or the text is too short or does not fit the models.
     """
@@ -112,7 +115,11 @@ def align_weights_by_maps(
 
 
 def _refuse_non_finite(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-    """Refuse weights without a singular value decomposition; raise UserError naming the tensor."""
+    """Refuse weights with a NaN or an infinity, which have no singular value decomposition.
+
+    Raises:
+        UserError: naming the tensor, and which of the two models has it.
+    """
     for state, which in ((first, "first"), (second, "second")):
         for name, tensor in state.items():
             if tensor.is_floating_point() and not is_finite(tensor):
@@ -149,7 +156,7 @@ def _match_by_text(
         if group.family == "res" or group.name == following:
             matches[group.name] = shared
         elif group.family == "attn":
-            kind = select_inner_kind(symmetry.family)
+            kind = select_head_map_kind(symmetry.family)
             matches[group.name] = match_observed_heads(group, measured, kind, options.attention)
         else:
             matches[group.name] = _match_features(group, measured)
@@ -213,13 +220,13 @@ def _descend(
     # A tied matrix counts besides its original only if it has a norm or features of its own.
     untied_readers = {a.tensor for (g, *_) in units if g.family == "head" for a in g.reading_axes}
     descent = WeightDescent(
-        _make_read(first, symmetry, folding),
-        _make_read(second, symmetry, folding),
+        _make_reader(first, symmetry, folding),
+        _make_reader(second, symmetry, folding),
         units,
         lambda name: name not in symmetry.tied or folding is not None or name in untied_readers,
         folded=rotates,
         keeps_ones=not symmetry.family.rms,
-        kind=select_inner_kind(symmetry.family),
+        kind=select_head_map_kind(symmetry.family),
         mode=options.attention,
     )
     matches = descent.descend(start, rounds)
@@ -234,7 +241,9 @@ def _descend(
     return Alignment(permutations, costs, options, maps)
 
 
-def _make_read(state: Mapping[str, Tensor], symmetry: Symmetry, folding: Folding | None) -> Read:
+def _make_reader(
+    state: Mapping[str, Tensor], symmetry: Symmetry, folding: Folding | None
+) -> ReadTensor:
     """Make a function that reads tensors in float64 on the CPU, norms folded if `folding` says so.
 
     Tied matrices are read by either name.

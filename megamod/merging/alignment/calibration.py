@@ -16,7 +16,7 @@ class Batch:
     """Items of one forward pass.
 
     Attributes:
-        input_ids: [B, T] int64, padded at the end.
+        input_ids: [B, T] int64 on the CPU, padded at the end.
         lengths: [B] int64, number of tokens of each item.
         domain: of the items, for models with experts; None: all domains.
     """
@@ -27,7 +27,7 @@ class Batch:
 
     @property
     def mask(self) -> Tensor:
-        """[B, T] int64, 1 at tokens."""
+        """[B, T] int64, 1 at tokens and 0 at padding."""
         positions = torch.arange(self.input_ids.shape[1])
         return (positions < self.lengths[:, None]).long()
 
@@ -50,12 +50,14 @@ def iterate_whole_batches(
     pad_id: int = 0,
     domain: str | None = None,
 ) -> Iterator[Batch]:
-    """Yield whole batches in order until int(fraction * items) items were seen, repeating items.
+    """Yield batches in order until int(fraction * len(items)) items were seen.
+
+    The last batch is not cut to that number.
 
     Args:
         items: token ids of each.
-        batch_size: items of a batch; the last one of each pass over the items may have fewer.
-        fraction: above 1 items are repeated.
+        batch_size: items of a batch; the last one of a pass over all items may have fewer.
+        fraction: of the items; above 1 they are repeated.
         pad_id: id of padding.
         domain: of all items.
     Raises:
@@ -95,10 +97,10 @@ def read_token_ids(
     """Read the items of a text file as token ids.
 
     Args:
-        path: JSON lines with the key "text", or text with one item per line. Blank lines are
-            skipped.
-        tokenize: from text to ids, special tokens included.
-        max_length: tokens that are kept of an item.
+        path: JSON lines with the key "text", or text with one item per line; it may be compressed.
+            Blank lines, and items without a token, are skipped.
+        tokenize: from text to ids; it adds special tokens if they are to be in the items.
+        max_length: tokens that are kept of an item, the first ones.
         origin: flag or key that named the file, for messages.
     Raises:
         UserError: if the file cannot be read, holds no item, or a line is not of that form.

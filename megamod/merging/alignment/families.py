@@ -127,6 +127,7 @@ _LLAMA = Family(
 )
 _TRANSFORM = "cls.predictions.transform"
 
+# By `model_type`.
 FAMILIES = {
     "bert": Family(
         prefix="bert.",

@@ -37,7 +37,8 @@ class PermutedFolder(TensorView):
     Args:
         source: the folder.
         alignment: of its model to the reference.
-        reference: this is the reference: permute nothing, only fold norms and add those matrices.
+        reference: this is the reference: permute nothing, only fold norms, scale features
+            (`Compat.scale`) and add those matrices.
     Attributes:
         tensors: specification of every tensor.
         config: configuration of a model with these weights.
@@ -61,7 +62,7 @@ class PermutedFolder(TensorView):
             self.config |= {"tie_word_embeddings": False}
 
     def _read_original(self, name: str) -> Tensor:
-        """Read a tensor as it is stored; a tied matrix under either name."""
+        """Read a whole tensor as it is stored; a tied matrix under either name."""
         return self.source.read(name if name in self.source.tensors else self._stored[name])
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
@@ -116,7 +117,7 @@ def find_folder_symmetry(folder: TensorSource, *, qk: bool = False) -> Symmetry:
     Args:
         qk: permute queries and keys within heads separately from values.
     Raises:
-        UserError: if its architecture is not known or a tensor does not fit.
+        UserError: as `find_symmetry`.
     """
     shapes = {
         name: spec.shape for name, spec in folder.tensors.items() if spec.dtype.is_floating_point

@@ -20,8 +20,8 @@ from megamod.dist.scope import parse_expert_domain
 from megamod.errors import UserError
 from megamod.merging.alignment.symmetry import Symmetry
 
-Read = Callable[[str], Tensor]
-"""Returns a tensor of a model by name."""
+ReadTensor = Callable[[str], Tensor]
+"""Returns a tensor of a model by name; tied matrices under both names."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Folding:
     writers: Mapping[str, int]
     rms: bool
 
-    def fold(self, name: str, read: Read) -> Tensor:
+    def fold(self, name: str, read: ReadTensor) -> Tensor:
         """Compute a tensor of the folded model, in float64; one that no norm touches is unchanged.
 
         Args:
             name: of the tensor.
-            read: of the model as it is; tied matrices under both names.
+            read: of the model as it is.
         """
         tensor = read(name).double()
         for norm in self.norms:
@@ -83,7 +83,7 @@ class Folding:
             return tensor - tensor.mean(axis, keepdim=True)
         return tensor
 
-    def _fold_reader(self, matrix: Tensor, norm: Norm, read: Read) -> Tensor:
+    def _fold_reader(self, matrix: Tensor, norm: Norm, read: ReadTensor) -> Tensor:
         """Fold the gain of a norm, and with `norm.ones` its bias, into a matrix [..., d] that reads
         it; otherwise the bias goes into the reader's own bias.
         """
@@ -100,6 +100,8 @@ class Folding:
 def find_folding(symmetry: Symmetry) -> Folding:
     """Find the norms of a pre-norm model, their readers, and the writers to the residual stream.
 
+    Args:
+        symmetry: of the model, with groups of the residual stream.
     Raises:
         UserError: if a norm of one expert is read by weights of all.
     """

@@ -11,6 +11,7 @@ class TensorAxis:
     """Entries of a tensor that belong to a group: consecutive along `dim`, from `start` on.
 
     Attributes:
+        tensor: name of the weight; `dim`: index of its axis.
         part: "features": all features of the group; "queries": all, but heads move as a whole;
             "keys": the same for the fewer key heads; "values": features of the key heads.
         role: matrices of a `Group` that act on the entries: "stream" (residual stream), "qk" and
@@ -27,10 +28,15 @@ class TensorAxis:
 
 @dataclass(frozen=True)
 class Hook:
-    """Module whose input or output holds the features of a group, in columns from `start` on."""
+    """Module whose input or output holds the features of a group, in columns from `start` on.
+
+    Attributes:
+        module: name of the module in the model.
+        side: "input" or "output".
+    """
 
     module: str
-    side: str  # "input" or "output"
+    side: str
     start: int = 0
 
 
@@ -81,13 +87,13 @@ class Group:
         )
 
     def make_entry_index(self, axis: TensorAxis, permutation: Tensor) -> Tensor:
-        """Make the index of the group's entries along a tensor axis from that of its features.
+        """Make the new order of the group's entries along a tensor axis from that of its features.
 
         Args:
             permutation: [size] of the features; it keeps those of a head together, unless the part
                 of the axis is "features".
         Returns:
-            [entries], counted from the first entry of the group; see `TensorAxis.part`.
+            [entries] int64, counted from the first entry of the group; see `TensorAxis.part`.
         """
         if axis.part == "features":
             return permutation

@@ -19,16 +19,16 @@ ATTENTION = ("head_perm", "monotonic", "ignore_heads")
 """Match heads and features within them; keep the order of heads; mix features of all heads (which
 changes the function of the model)."""
 
-_TOLERANCE = 1e-5
-_ROUNDS = 20_000
+_TOLERANCE = 1e-5  # largest error of a sum of a soft assignment
+_ROUNDS = 20_000  # most rounds of Sinkhorn's algorithm
 
 
 @dataclass(frozen=True)
 class FeatureMatch:
-    """A permutation.
+    """The match of the features of a group.
 
     Attributes:
-        permutation: [C] int64; if it is soft [C, C] float64 of rows that sum to 1.
+        permutation: [C] int64; a soft assignment is [C, C] float64 of rows that sum to 1.
         value: summed similarity of matched features.
         heads: [H] int64, permutation of heads; None if heads were not matched as such.
     """
@@ -85,6 +85,7 @@ def transport_features(similarity: Tensor, regularisation: float) -> FeatureMatc
 
 
 Solver = Callable[[Tensor], FeatureMatch]
+"""From the similarity [C, C] of features to their best match."""
 
 
 def assign_heads(
@@ -97,8 +98,8 @@ def assign_heads(
     """Find the best permutations of features within heads, for groups that share the head order.
 
     Args:
-        similarities: [C, C] each; several where groups have features of their own and the same
-            heads.
+        similarities: [C, C] each, on the CPU; several where groups have features of their own and
+            the same heads.
         heads: number H of heads; head j has C / heads features from j * C / heads on.
         mode: one of `ATTENTION`.
         order: [H], fixed order of heads, with `head_perm`; None: find the best.
@@ -126,11 +127,11 @@ def assign_heads(
         for j, k in pairs:
             values[j, k] = sum(matches[j, k].value for matches in inner)
         order = assign_features(values).permutation
-    chosen = list(enumerate(order.tolist()))
+    matched = list(enumerate(order.tolist()))
     return [
         FeatureMatch(
-            torch.cat([k * size + matches[j, k].permutation for j, k in chosen]),
-            sum(matches[j, k].value for j, k in chosen),
+            torch.cat([k * size + matches[j, k].permutation for j, k in matched]),
+            sum(matches[j, k].value for j, k in matched),
             order,
         )
         for matches in inner
@@ -212,7 +213,7 @@ def select_solver(queries_per_key: int, mode: str) -> Solver:
 
 
 def _select_block(similarity: Tensor, j: int, k: int, size: int) -> Tensor:
-    """Return a view of block (j, k) of a matrix in blocks of `size` x `size`."""
+    """Select block (j, k) of a matrix in blocks of `size` x `size`, as a view."""
     return similarity[j * size : (j + 1) * size, k * size : (k + 1) * size]
 
 

@@ -13,6 +13,7 @@ BY_TEXT = ("activation", "ot")
 BY_TEXT_OR_WEIGHTS = "orthogonal"
 """Method that runs models if there is text."""
 GROUPS = ("ff", "attn", "res")
+"""Families of groups: features of feed-forwards, of attention heads, and of the residual stream."""
 RESIDUAL = ("first", "last", "all", "sep")
 SENTENCE_LEVELS = ("none", "cls", "maxpool", "avgpool")
 _Positive = Annotated[Number, Field(gt=0)]
@@ -66,7 +67,7 @@ class Options(Document):
             assignments, which changes the function of the model), "weight" (from weights alone),
             "orthogonal" (orthogonal maps beside permutations, from text and weights, or from
             weights alone if there is no text) or "identity".
-        regularisation: softness of "ot".
+        regularisation: softness of "ot", see `transport_features`.
         groups: families that are permuted: "ff", "attn", "res".
         attention: see `matching.ATTENTION`.
         residual: statistics that the permutation of the residual stream comes from: "first" or

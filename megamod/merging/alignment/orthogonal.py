@@ -28,7 +28,7 @@ FREE, PLANES, SIGNS = "free", "planes", "signs"
 sign of each plane (and norms within heads)."""
 
 _DEAD = 1e-7  # singular values below this part of the largest are directions without features
-_QUERY_ROUNDS = 10
+_QUERY_ROUNDS = 10  # at most, of maps and order of query heads in turn
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,19 @@ def solve_stream(products: Tensor, keeps_ones: bool) -> tuple[Tensor, float]:
     return matrix, float(value - added)
 
 
-def select_inner_kind(family: Family) -> str:
-    """Return the kind of the maps of queries and keys inside heads."""
+def select_head_map_kind(family: Family) -> str:
+    """Select the kind of the maps of queries and keys inside heads: `FREE`, `PLANES` or `SIGNS`."""
     return FREE if not family.rotary else SIGNS if family.head_norms else PLANES
 
 
-def solve_inner(products: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Find the maps of a kind inside heads, as `solve_procrustes`.
+def solve_head_maps(products: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Find the maps of a kind inside heads that maximise the inner product with each matrix.
 
     Args:
         products: [..., h, h] float64.
         kind: `FREE`, `PLANES` or `SIGNS`.
+    Returns:
+        [..., h, h], and the values of the maximum [...].
     """
     if kind == FREE:
         return solve_procrustes(products)
@@ -106,15 +108,19 @@ def solve_inner(products: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return make_plane_rotations(angle.cos(), angle.sin()), torch.hypot(real, imaginary).sum(-1)
 
 
-def _score_inner(products: Tensor, kind: str) -> Tensor:
-    """Compute the values of `solve_inner` alone, [...]."""
+def _score_head_maps(products: Tensor, kind: str) -> Tensor:
+    """Compute the values of `solve_head_maps` alone, [...]."""
     if kind == FREE:
         return torch.linalg.svdvals(products).sum(-1)
-    return solve_inner(products, kind)[1]
+    return solve_head_maps(products, kind)[1]
 
 
 def _sum_over_planes(products: Tensor) -> tuple[Tensor, Tensor]:
-    """Return real and imaginary part of Σ a conj(b) in each plane, [..., h / 2]."""
+    """Compute real and imaginary part of Σ a conj(b) in each plane, [..., h / 2].
+
+    Args:
+        products: [..., h, h]; a plane is made of the entries p and p + h / 2.
+    """
     half = products.shape[-1] // 2
     top, bottom = products[..., :half, :], products[..., half:, :]
     blocks = (top[..., :half], top[..., half:], bottom[..., :half], bottom[..., half:])
@@ -131,6 +137,8 @@ def make_plane_rotations(cosine: Tensor, sine: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class HeadProducts:
     """Sums of products of one kind of features inside heads, of all pairs of heads.
+
+    There are G key heads with n query heads each, of h features.
 
     Attributes:
         per_query: [G, n, G, n, h, h], of features that each of n query heads of a key head has.
@@ -165,22 +173,23 @@ def match_heads(
     Query heads are reordered within their key head, in turn with the maps of the pair.
 
     Args:
+        group: of attention.
         qk, values: products of queries and keys, and of values and their means.
-        kind: of the maps of queries and keys.
+        kind: of the maps of queries and keys, see `solve_head_maps`; those of values are `FREE`.
         mode: "head_perm", or "monotonic": heads stay in order.
     """
     heads, times, width = group.heads, group.queries_per_key, group.head_width
     orders = torch.arange(times).expand(heads, heads, times).clone()
     if times == 1:
         both = [part.per_query[:, 0, :, 0] + part.per_key for part in (qk, values)]
-        scores = _score_inner(both[0], kind) + _score_inner(both[1], FREE)
+        scores = _score_head_maps(both[0], kind) + _score_head_maps(both[1], FREE)
     else:
         scores = torch.zeros(heads, heads, dtype=torch.float64)
         for j in range(heads):
             for k in [j] if mode == "monotonic" else range(heads):
                 orders[j, k], scores[j, k] = _order_queries(qk, values, kind, mode, (j, k))
-    chosen = torch.arange(heads) if mode == "monotonic" else assign_features(scores).permutation
-    pairs = list(enumerate(chosen.tolist()))
+    order = torch.arange(heads) if mode == "monotonic" else assign_features(scores).permutation
+    pairs = list(enumerate(order.tolist()))
     summed = [
         torch.stack([part.sum_over_order(j, k, orders[j, k]) for j, k in pairs])
         for part in (qk, values)
@@ -188,8 +197,8 @@ def match_heads(
     query_heads = torch.cat([k * times + orders[j, k] for j, k in pairs])
     permutation = (query_heads[:, None] * width + torch.arange(width)).flatten()
     (qk_maps, qk_values), (value_maps, value_values) = (
-        solve_inner(summed[0], kind),
-        solve_inner(summed[1], FREE),
+        solve_head_maps(summed[0], kind),
+        solve_head_maps(summed[1], FREE),
     )
     maps = {"qk": qk_maps, "values": value_maps}
     return GroupMatch(permutation, maps, float((qk_values + value_values).sum()))
@@ -204,12 +213,12 @@ def _order_queries(
     order = torch.arange(len(per_pair[0]))
     if mode != "monotonic":
         order = assign_features(
-            _score_inner(per_pair[0], kind) + _score_inner(per_pair[1], FREE)
+            _score_head_maps(per_pair[0], kind) + _score_head_maps(per_pair[1], FREE)
         ).permutation
     best, best_order = -torch.inf, order
     for _ in range(_QUERY_ROUNDS):
         solved = [
-            solve_inner(part.sum_over_order(j, k, order), inner)
+            solve_head_maps(part.sum_over_order(j, k, order), inner)
             for part, inner in ((qk, kind), (values, FREE))
         ]
         value = float(solved[0][1] + solved[1][1])
@@ -261,6 +270,10 @@ def match_observed_heads(
     """Match the heads of an attention group by the observed parts.
 
     Products of each pair of heads are divided by the norms of both heads' features.
+
+    Args:
+        measured: of the parts that `list_observed_parts` lists; overwritten.
+        kind, mode: see `match_heads`.
     """
     split = []
     for role in ("qk", "values"):
@@ -282,7 +295,12 @@ def match_observed_heads(
 
 
 def _compute_head_norms(group: Group, which: str, queries: Moments, keys: Moments | None) -> Tensor:
-    """Compute the norm of all features of each key head, [G]."""
+    """Compute the norm of all features of each key head, [G], in one model.
+
+    Args:
+        which: "first" or "second" model.
+        queries, keys: sums of squares of the features of query heads and of key heads.
+    """
     total = getattr(queries, which).view(group.heads, -1).sum(1)
     if keys is not None:
         total = total + getattr(keys, which).view(group.heads, -1).sum(1)
@@ -295,8 +313,9 @@ def match_observed_stream(
     """Find the map of the residual stream from all places, each of which weighs alike.
 
     Args:
-        places: sums of products at each norm.
+        places: sums of products at each norm, by the name of its group.
         width: of the stream; `count`: number of tokens.
+        keeps_ones: see `solve_stream`.
     Raises:
         UserError: if there are fewer tokens than features.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megamod.errors import UserError
-from megamod.merging.alignment.folding import Folding, Read, find_folding
+from megamod.merging.alignment.folding import Folding, ReadTensor, find_folding
 from megamod.merging.alignment.groups import Group, TensorAxis
 from megamod.merging.alignment.record import Alignment, Maps
 from megamod.merging.alignment.symmetry import Symmetry
@@ -239,7 +239,7 @@ def _multiply_blocks(tensor: Tensor, change: AxisChange) -> Tensor:
 
 
 def transform_tensor(
-    name: str, read: Read, folding: Folding | None, tensor_changes: list[AxisChange]
+    name: str, read: ReadTensor, folding: Folding | None, tensor_changes: list[AxisChange]
 ) -> Tensor:
     """Compute a tensor of the aligned model, in the dtype of the tensor.
 
@@ -247,7 +247,7 @@ def transform_tensor(
 
     Args:
         name: of the tensor.
-        read: of the model as it is, tied matrices under both names.
+        read: of the model as it is.
         folding: None: norms stay as they are.
         tensor_changes: of this tensor.
     """

@@ -112,10 +112,11 @@ class Alignment:
                 )
 
     def save(self, folder: Path) -> None:
-        """Write the folder of the alignment atomically; `load_alignment` reads it.
+        """Write the folder of the alignment, whole or not at all; `load_alignment` reads it.
 
         Raises:
             UserError: if it exists.
+            OSError: if it cannot be written.
         """
         try:
             with create_folder_atomically(folder) as temporary:
@@ -140,25 +141,29 @@ class Alignment:
 
 
 def make_identity_alignment(symmetry: Symmetry, options: Options) -> Alignment:
-    """Make the alignment that leaves every feature at its index; it has no costs."""
+    """Make the alignment that leaves every feature at its index; it has no costs.
+
+    Args:
+        symmetry: of the model; `options`: of the alignment, which select the groups.
+    """
     groups = list_aligned_groups(symmetry, options)
     return Alignment({group.name: torch.arange(group.size) for group in groups}, {}, options)
 
 
 def list_aligned_groups(symmetry: Symmetry, options: Options) -> list[Group]:
-    """List the groups that are permuted with these options: all but heads in the order of the
-    computation, then heads.
+    """List the groups that are permuted with these options: those of layers and the residual stream
+    in the order of the computation, then output heads.
     """
     families = [*options.groups, *(["qk"] if options.qk and "attn" in options.groups else [])]
-    chosen = symmetry.select_groups(*families)
+    selected = symmetry.select_groups(*families)
     if options.compat.res_attn_without_embeddings and set(options.groups) == {"attn", "res"}:
-        chosen = [group for group in chosen if group.name != "res.emb"]
+        selected = [group for group in selected if group.name != "res.emb"]
     heads = [
         group
         for group in symmetry.select_groups("head")
         if options.head or group.name == find_following_head(symmetry, options)
     ]
-    return chosen + heads
+    return selected + heads
 
 
 def find_following_head(symmetry: Symmetry, options: Options) -> str | None:
@@ -212,7 +217,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _is_orthogonal(blocks: Tensor) -> bool:
-    """Return True for float64 [m, h, h] with M Mᵀ = I to `_ORTHOGONAL`."""
+    """Return True for float64 [m, h, h] whose matrices M have M Mᵀ = I to `_ORTHOGONAL`."""
     if blocks.dtype != torch.float64 or blocks.dim() != 3 or blocks.shape[1] != blocks.shape[2]:
         return False
     error = blocks @ blocks.mT - torch.eye(blocks.shape[1], dtype=blocks.dtype)

@@ -32,7 +32,7 @@ from megamod.merging.alignment.orthogonal import (
     FREE,
     PLANES,
     make_plane_rotations,
-    select_inner_kind,
+    select_head_map_kind,
     solve_procrustes,
     solve_stream,
 )
@@ -57,7 +57,7 @@ EVERY = 20  # steps between evaluations
 HELD_OUT = 10  # one row of so many is never trained on
 MOST_HELD_OUT = 128  # rows
 
-Key = tuple[str, str]
+MapKey = tuple[str, str]
 """Group and role of a map."""
 
 
@@ -73,11 +73,11 @@ class _State:
     """
 
     step: int
-    parameters: dict[Key, Tensor]
-    best: dict[Key, Tensor]
+    parameters: dict[MapKey, Tensor]
+    best: dict[MapKey, Tensor]
     best_loss: float
-    averages: dict[Key, Tensor]
-    squares: dict[Key, Tensor]
+    averages: dict[MapKey, Tensor]
+    squares: dict[MapKey, Tensor]
 
 
 class Refinement:
@@ -86,10 +86,12 @@ class Refinement:
     Args:
         first, second: the models; the second is mapped by `alignment`.
         batches: calibration text.
+        symmetry: of both models.
         seed: of rows and shares.
         progress_file: keeps the state, so that a refinement that was killed goes on; None: none.
     Raises:
-        UserError: if the models are no causal language models, or the text is one row.
+        UserError: if the models are no causal language models, or the text has fewer than two rows
+            of two tokens.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class Refinement:
                 "language models can be refined"
             )
         self._model, self._symmetry, self._alignment = first.eval(), symmetry, alignment
-        self._kind = select_inner_kind(symmetry.family)
+        self._kind = select_head_map_kind(symmetry.family)
         self._seed, self._file = seed, progress_file
         self._rows, self._held_out = _split_rows(batches, symmetry.domains)
         states = (
@@ -129,7 +131,7 @@ class Refinement:
         Raises:
             UserError: if a loss is not finite, or the progress file is damaged.
         """
-        state = self._load_or_make_state()
+        state = self._make_initial_state()
         with show_progress(total=steps, title="refining maps", unit="step") as bar:
             bar.update(state.step)
             while state.step < steps:
@@ -140,9 +142,12 @@ class Refinement:
                     self._write_state(state)
         return self._compose_alignment(state.best)
 
-    def _load_or_make_state(self) -> _State:
-        """Read the state from the progress file, else make one whose maps change nothing, with its
-        held-out loss.
+    def _make_initial_state(self) -> _State:
+        """Make the state to begin with: that of the progress file, else one whose maps change
+        nothing, with its held-out loss.
+
+        Raises:
+            UserError: if the progress file is damaged, or the loss is not finite.
         """
         zeros = self._make_zeros()
         if self._file is not None and self._file.exists():
@@ -152,7 +157,7 @@ class Refinement:
         self._measure_held_out_loss(state)
         return state
 
-    def _make_zeros(self) -> dict[Key, Tensor]:
+    def _make_zeros(self) -> dict[MapKey, Tensor]:
         """Make parameters of maps that change nothing, on the device of the model.
 
         Maps of the alignment that cannot be refined, such as signs, have none.
@@ -213,16 +218,16 @@ class Refinement:
             state.best_loss, state.best = loss, dict(state.parameters)
 
     def _compute_loss(
-        self, parameters: Mapping[Key, Tensor], share: float, rows: "Sequence[_Row]"
+        self, parameters: Mapping[MapKey, Tensor], share: float, rows: "Sequence[_Row]"
     ) -> Tensor:
-        """Compute the loss of the model with `share` of the mapped one; gradients reach the
-        parameters.
+        """Compute the loss of `_compute_mixed_loss` of the models mixed with `share` of the mapped
+        one; gradients reach the parameters.
         """
         return self._compute_mixed_loss(self._mix_states(parameters, share), rows)
 
-    def _mix_states(self, parameters: Mapping[Key, Tensor], share: float) -> dict[str, Tensor]:
-        """Compute (1 - share) of the reference plus share of the mapped model, by name; integers
-        are those of the reference.
+    def _mix_states(self, parameters: Mapping[MapKey, Tensor], share: float) -> dict[str, Tensor]:
+        """Compute (1 - share) * reference + share * mapped model, by name; integers are those of
+        the reference.
         """
         changes = self._make_changes(self._make_blocks(parameters))
         return {
@@ -234,7 +239,7 @@ class Refinement:
             for name, tensor in self._reference.items()
         }
 
-    def _make_blocks(self, parameters: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    def _make_blocks(self, parameters: Mapping[MapKey, Tensor]) -> dict[MapKey, Tensor]:
         """Make the orthogonal matrices [m, h, h] of all maps from their parameters.
 
         Parameters [m, h / 2] are angles of planes; [m, h, h] make skew matrices, whose exponentials
@@ -252,7 +257,7 @@ class Refinement:
             blocks[name, role] = torch.matrix_exp(skew)
         return blocks
 
-    def _make_changes(self, blocks: Mapping[Key, Tensor]) -> dict[str, list[AxisChange]]:
+    def _make_changes(self, blocks: Mapping[MapKey, Tensor]) -> dict[str, list[AxisChange]]:
         """Make the changes of each tensor from matrices; orders of features stay.
 
         Args:
@@ -262,7 +267,7 @@ class Refinement:
         """
         changes: dict[str, list[AxisChange]] = {}
         for group in self._symmetry.groups.values():
-            maps = {role: b for (name, role), b in blocks.items() if name == _name_maps(group)}
+            maps = {role: b for (name, role), b in blocks.items() if name == _find_map_name(group)}
             for axis in group.axes if maps else ():
                 change = make_axis_change(group, axis, None, maps)
                 if change.blocks is not None:
@@ -270,7 +275,7 @@ class Refinement:
         return changes
 
     def _compute_mixed_loss(self, tensors: Mapping[str, Tensor], rows: "Sequence[_Row]") -> Tensor:
-        """Compute the mean cross entropy of next tokens of the rows, in nats.
+        """Compute the mean cross entropy of next tokens of the rows, in nats per token.
 
         Args:
             tensors: weights to run the model with; its own are not changed.
@@ -295,7 +300,7 @@ class Refinement:
             count += int(mask[:, 1:].sum())
         return torch.stack(losses).sum() / count
 
-    def _compose_alignment(self, parameters: Mapping[Key, Tensor]) -> Alignment:
+    def _compose_alignment(self, parameters: Mapping[MapKey, Tensor]) -> Alignment:
         """Return the alignment with the refined maps multiplied onto its own.
 
         The products are made orthogonal in float64 again.
@@ -327,12 +332,12 @@ class Refinement:
         write_atomic(self._file, save(tensors, numbers))
 
 
-def _name_maps(group: Group) -> str:
-    """Return the name under which an alignment has the maps of a group; see `Alignment.maps`."""
+def _find_map_name(group: Group) -> str:
+    """Find the name under which an alignment has the maps of a group; see `Alignment.maps`."""
     return "res.emb" if group.family == "res" else group.name
 
 
-def _read_state(path: Path, keys: Sequence[Key]) -> _State:
+def _read_state(path: Path, keys: Sequence[MapKey]) -> _State:
     """Read a progress file that `Refinement` wrote.
 
     Args:

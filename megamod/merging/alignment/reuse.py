@@ -14,34 +14,38 @@ from megamod.merging.alignment.options import Options
 from megamod.merging.alignment.record import Alignment, load_alignment
 
 _VERSION = 1  # of the computation; alignments of another one are not used again
-_NAME = 32  # hexadecimal digits
+_NAME_DIGITS = 32  # hexadecimal digits of the digest that name a subfolder
 
 
-def reuse_or_compute_alignment(
+def compute_cached_alignment(
     options: Options,
     states: Sequence[Mapping[str, Tensor]],
     batches: Sequence[Batch],
     compute: Callable[[Path | None], Alignment],
     descent_rounds: int,
 ) -> Alignment:
-    """Return the alignment of two models from the folder `options.maps`, or compute and store it.
+    """Read the alignment of two models from the folder `options.maps`, or compute and store it.
 
     It is stored in a subfolder named by a digest of all inputs. Without `options.maps` it is
     computed, and nothing is read or written.
 
     Args:
         options: of the alignment; those of the result.
-        states: weights of both models.
+        states: weights of both models by name, on any device.
         batches: calibration text; empty: none.
         compute: computes the alignment. It gets the file for the state of an unfinished refinement,
             which is deleted once the alignment is stored; None without `options.maps`.
-        descent_rounds: of the computation, after the text.
+        descent_rounds: rounds of descent on the weights that `compute` makes after the text; part
+            of the digest.
     Raises:
-        UserError: if a stored alignment cannot be read.
+        UserError: if a stored alignment cannot be read, or `compute` raises it.
+        OSError: if the alignment cannot be stored.
     """
     if options.maps is None:
         return compute(None)
-    folder = Path(options.maps) / _digest_inputs(options, states, batches, descent_rounds)[:_NAME]
+    folder = (
+        Path(options.maps) / _digest_inputs(options, states, batches, descent_rounds)[:_NAME_DIGITS]
+    )
     if folder.is_dir():
         return replace(load_alignment(folder), options=options)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ class Moments:
     def compute_correlation(self) -> Tensor:
         """Compute correlations [C, C], 0 where a feature is constant; rows as in `cross`.
 
-        They overwrite `cross`, to save memory.
+        They overwrite `cross`, to save memory, so it can be called once.
         """
         first, second = self.first.clamp(min=0).sqrt(), self.second.clamp(min=0).sqrt()
         scale = torch.outer(first, second).nan_to_num_(0.0).clamp_(min=_SMALLEST)
@@ -45,6 +45,7 @@ class CrossCovariance:
 
     Args:
         size: C, number of features.
+        device: of the sums, and of the batches.
         stacked: multiply the stacked features of both models without subtracting means: bit for bit
             the arithmetic of the original program, whose error is 1e-5 where features are far from
             zero, at four times the cost.

@@ -24,12 +24,12 @@ class Symmetry:
 
     Attributes:
         groups: by name.
-        family: names of the architecture.
+        family: module names of the architecture.
         tied: tensor -> tensor that it shares storage with.
-        unknown: tensors whose role in the model is not known.
-        domains: of a model with experts.
+        unknown: names of tensors whose role in the model is not known.
+        domains: of a model with experts; empty: it has none.
         output_heads: of the model.
-        tensors: names of all tensors.
+        tensors: names of all tensors that are stored.
     """
 
     groups: Mapping[str, Group]
@@ -50,7 +50,7 @@ def find_symmetry(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fa
 
     Args:
         config: its configuration, as in config.json.
-        shapes: of all its tensors.
+        shapes: of all its floating-point tensors, as they are stored.
         qk: permute queries and keys within heads separately from values.
     Raises:
         UserError: if the architecture is not known, or a tensor is missing or does not fit the

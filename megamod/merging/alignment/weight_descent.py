@@ -1,4 +1,4 @@
-"""Orthogonal maps and permutations from weights alone, or from those on from given ones.
+"""Orthogonal maps and permutations from the weights of two models, starting from any others.
 
 Coordinate descent: with all other groups fixed, the best map of a group is that of the products of
 the weights that the group touches. A step is taken only if it raises the inner product of the
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megamod.merging.alignment.folding import Read
+from megamod.merging.alignment.folding import ReadTensor
 from megamod.merging.alignment.groups import Group, TensorAxis
 from megamod.merging.alignment.matching import assign_features
 from megamod.merging.alignment.orthogonal import (
@@ -35,17 +35,17 @@ class WeightDescent:
     Args:
         first, second: read tensors of the models in float64, norms folded if `folded`.
         units: groups that share a map or a permutation; a group of heads is alone.
-        counted: whether a tensor counts, as tied matrices may count once.
-        folded: norms have no weights left to compare.
+        counted: returns True for the names of tensors that count; tied matrices may count once.
+        folded: the norms of the models are folded, so they have no weights left to compare.
         keeps_ones: maps of the stream keep the vector of ones.
-        kind: of maps of queries and keys, see `solve_inner`.
+        kind: of maps of queries and keys, see `solve_head_maps`.
         mode: of heads, see `match_heads`.
     """
 
     def __init__(
         self,
-        first: Read,
-        second: Read,
+        first: ReadTensor,
+        second: ReadTensor,
         units: Sequence[Sequence[Group]],
         counted: Callable[[str], bool],
         *,
@@ -69,7 +69,8 @@ class WeightDescent:
             start: match of each group by name; not changed.
             rounds: at most; a round solves every unit once.
         Returns:
-            match of each group by name, never worse than `start`.
+            match of each group by name; the inner product of the weights is at least that with
+            `start`.
         """
         solution = dict(start)
         for _ in range(rounds):

@@ -20,7 +20,7 @@ from megamod.merging.alignment.matching import (
 from megamod.merging.alignment.options import Options
 
 _IMPROVES = 1e-12  # smallest relative improvement that is not rounding
-_ROUNDS = 100
+_ROUNDS = 100  # at most; a round without an improvement is the last one
 
 
 def match_weights(
@@ -34,7 +34,7 @@ def match_weights(
     Units are solved in random order, round by round, until none improves.
 
     Args:
-        first, second: weights by name; a tied matrix counts if both have it.
+        first, second: weights by name, on the CPU; a tied matrix counts if both have it.
         units: sets of classes of groups that are solved together. Groups of a class share one
             permutation; classes of a unit share the order of their heads.
         options: `attention` and `seed` count.
@@ -85,7 +85,7 @@ def _solve_unit(
     """Find the best match of each class of a unit.
 
     Args:
-        similarities: [C, C] of each class.
+        similarities: [C, C] of each class, in the order of the unit.
     """
     heads = unit[0][0].heads
     if heads is None:
