@@ -372,9 +372,13 @@ def iterate_stored_pieces(folder: TensorSource, name: str) -> Iterator[Tensor]:
 
 
 def _explain_non_finite(plan: MergePlan, name: str, models: Sequence[ModelTensor]) -> str:
-    """Return a message with the model whose tensor is not finite, else that the result's dtype is.
+    """Explain why a tensor of the result is not finite: that of a model is not, or its dtype cannot
+    hold the result.
 
     Reads the tensor of every model whole, as it is called at the end of a failed merge.
+
+    Args:
+        name: of the tensor in the result; `models`: the tensor of every model.
     """
     for model in models:
         if not is_finite(model.read()):

@@ -20,8 +20,8 @@ from torch import Tensor
 from megamod.merging.tensors import MergeTensor
 
 MergeFunction = Callable[[MergeTensor], Iterator[Tensor]]
-"""Yields the elements of the merged tensor in order, in 1-D or shaped pieces of its dtype of
-computation. A piece may be overwritten when the next one is requested. It runs in any thread."""
+"""Yields the elements of the merged tensor in order, in pieces of any shape and floating-point
+dtype. A piece may be overwritten when the next one is requested. It runs in any thread."""
 
 
 @dataclass(frozen=True)
