@@ -292,7 +292,7 @@ def test_refinement_lowers_the_loss_and_goes_on_after_a_kill(tmp_path, monkeypat
         return Refinement(first, second, symmetry, plain, batches_of(32), 3, file)
 
     whole = refinement()
-    before = whole._load_or_make_state().best_loss
+    before = whole._make_initial_state().best_loss
     expected = whole.run(22)
     file = tmp_path / "progress.safetensors"
     killed, step = refinement(file), Refinement._make_step
@@ -307,7 +307,7 @@ def test_refinement_lowers_the_loss_and_goes_on_after_a_kill(tmp_path, monkeypat
         killed.run(22)
     monkeypatch.setattr(Refinement, "_make_step", step)
     resumed = refinement(file)
-    state = resumed._load_or_make_state()
+    state = resumed._make_initial_state()
     assert state.step == 20 and state.best_loss < before
     again = resumed.run(22)
     for name, maps in expected.maps.items():
