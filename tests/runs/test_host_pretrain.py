@@ -139,17 +139,22 @@ def alone(rank: int, root: Path) -> None:
     start(root, "killed", "--model", llama)
 
 
-def killed(rank: int, root: Path) -> None:
-    """A run whose process is killed in the third step; the checkpoint is that of the second."""
+def die_at_call(number: int) -> None:
+    """Kill this process at the given call of the loss, counted from 1."""
     score, calls = CausalLMObjective.compute_loss, []
 
     def score_or_die(*arguments: object) -> BatchScore:
         calls.append(None)
-        if len(calls) == 2 * 4 + 2:  # four micro-batches are a step
+        if len(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return score(*arguments)
 
     CausalLMObjective.compute_loss = score_or_die
+
+
+def killed(rank: int, root: Path) -> None:
+    """A run whose process is killed in the third step; the checkpoint is that of the second."""
+    die_at_call(2 * 4 + 2)  # four micro-batches are a step
     start(root, "killed", "--model", root / "llama")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models.tiny_hosts import tiny_stock_config
 from ranks import on_ranks
-from runs.test_host_pretrain import DOMAINS, seed_folder, start, words_of
+from runs.test_host_pretrain import DOMAINS, die_at_call, seed_folder, start, words_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +18,12 @@ from megamod.errors import UserError
 from megamod.runs.to_moe import MoeArgs, run_to_moe
 
 SIZES = {"plain": None, "one": 1, "two": 2}
-FAMILIES = {"llama": "mixtral", "olmo2": "flex_olmo", "qwen2": "qwen2_moe"}
+FAMILIES = {
+    "llama": "mixtral",
+    "olmo2": "flex_olmo",
+    "qwen2": "qwen2_moe",
+    "qwen3": "qwen3_moe",
+}
 
 
 def make_folder(root: Path) -> Path:
@@ -49,26 +54,42 @@ def train_alone(rank: int, root: Path) -> None:
         run(root, f"alone-{family}", "plain1", family=family)
 
 
+def die(rank: int, root: Path) -> None:
+    """A run of two ranks that are killed in the third step; the checkpoint is of the second."""
+    die_at_call(2 * 2 + 1)  # two micro-batches of each rank are a step
+    run(root, "killed", "two1")
+
+
 def train(rank: int, root: Path) -> None:
     """All runs of one of two ranks."""
     for family in FAMILIES:
         run(root, f"spread-{family}", "two1", family=family)
     run(root, "spread-stage2", "two2", "--gradient_checkpointing", "true")
+    run(root, "killed", "two1")
     for name, before, after in (
-        ("halves", "two1", "two1"),
         ("joined", "two1", "plain2"),
         ("divided", "plain1", "two2"),
-        ("moved", "one1", "two1"),
+        ("spread", "one1", "two1"),
     ):
         run(root, name, before, "--stop_step", 2)
         run(root, name, after)
+    run(root, "shrunk", "two1", "--stop_step", 2)
+
+
+def finish_alone(rank: int, root: Path) -> None:
+    run(root, "shrunk", "one1")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     root = make_folder(tmp_path_factory.mktemp("spread"))
     on_ranks(1, train_alone, root)
+    with pytest.raises(AssertionError, match=r"ended without an answer|failed"):
+        on_ranks(2, die, root)
+    assert (root / "killed" / "checkpoints" / "step-2").is_dir()
+    assert not (root / "killed" / "model").exists()
     on_ranks(2, train, root)
+    on_ranks(1, finish_alone, root)
     return root
 
 
@@ -86,6 +107,7 @@ def read_last_step(run: Path) -> dict:
     return [record for record in records if "loss" in record][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_equal_one_process(trained, family):
     alone, spread = weights(trained, f"alone-{family}"), weights(trained, f"spread-{family}")
@@ -99,13 +121,21 @@ def test_two_ranks_equal_one_process(trained, family):
     assert model.config.model_type == FAMILIES[family]
 
 
-@pytest.mark.parametrize("run", ["spread-stage2", "joined", "divided", "moved"])
-def test_checkpoints_move_between_stages_and_sizes(trained, run):
+MOVED = ("joined", "divided", "spread", "shrunk")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["spread-stage2", *MOVED])
+def test_checkpoints_move_between_stages_sizes_and_ranks(trained, run):
+    """Recomputed layers at stage 2; the others change stage, `autoep_size` or ranks on resuming."""
     assert farthest(weights(trained, run), weights(trained, "alone-llama")) <= 1e-6
 
 
-def test_resumed_run_has_the_same_bits(trained):
-    assert farthest(weights(trained, "halves"), weights(trained, "spread-llama")) == 0.0
+@pytest.mark.slow
+def test_killed_run_goes_on_to_the_same_bits(trained):
+    assert farthest(weights(trained, "killed"), weights(trained, "spread-llama")) == 0.0
+    log = map(json.loads, (trained / "killed" / "metrics.jsonl").read_text().splitlines())
+    assert [record["step"] for record in log if "loss" in record] == [1, 2, 3]
 
 
 REFUSED = {
