@@ -19,9 +19,9 @@ from megamod.states.forest import Expert, edit_forest, open_forest
 FAMILIES = ["llama", "granite", "ernie4_5"]
 
 
-def anchored(folder: Path, kind: str = "llama") -> None:
+def anchored(folder: Path, kind: str = "llama", **changes: object) -> None:
     """Save a seed and models that differ from it in their feed-forwards alone."""
-    seed = tiny_stock(kind)
+    seed = tiny_stock(kind, **changes)
     seed.save_pretrained(folder / "seed")
     for number, name in enumerate(("law", "med", "new")):
         model, generator = copy.deepcopy(seed), torch.Generator().manual_seed(number)
