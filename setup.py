@@ -32,12 +32,14 @@ CORE = [
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 COMPLETION = ["argcomplete>=3.5,<4"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"]
+SERVE = ["fastapi>=0.136,<1", "uvicorn>=0.40,<1", "prometheus_client>=0.22,<1"]
 EVAL = ["lm-eval>=0.4.13,<0.5", "accelerate>=1.15,<2"]
 DEV = [
     "pytest>=9",
     "pytest-timeout>=2.4",
     "pytest-xdist>=3.8",
     "hypothesis>=6.150",
+    "httpx>=0.28,<1",
     "trl>=1.16,<2",
     "ruff>=0.14",
     "pre-commit>=4",
@@ -64,14 +66,18 @@ setup(
     + find_packages("kernels", include=["megamod_kernels*"])
     + list(FILES),
     package_dir={"megamod_kernels": "kernels/megamod_kernels", **FILES},
-    package_data={name: ["*.yaml", "*.json", "*.md"] for name in FILES},
+    package_data={
+        "megamod.serving": ["page.html"],
+        **{name: ["*.yaml", "*.json", "*.md"] for name in FILES},
+    },
     entry_points={"console_scripts": ["megamod = megamod.__main__:run"]},
     install_requires=CORE,
     extras_require={
         "triton": TRITON,
         "eval": EVAL,
+        "serve": SERVE,
         "completion": COMPLETION,
         "docs": DOCS,
-        "dev": DEV + TRITON + EVAL + COMPLETION + DOCS,
+        "dev": DEV + TRITON + EVAL + SERVE + COMPLETION + DOCS,
     },
 )

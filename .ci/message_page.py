@@ -15,6 +15,7 @@ GUIDES = {
     "merging": "merging.md",
     "mixture": "mixing.md",
     "planning": "planning.md",
+    "serving": "serving.md",
     "models": "using-models.md",
 }
 """Packages of megamod, and the page that explains what their messages are about."""

@@ -71,13 +71,27 @@ def read_document(path: str | Path, schema: type[Schema], origin: str | None = N
             whose value does not fit, with what is allowed.
     """
     path, origin = Path(path), origin or str(path)
-    kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
-    text = _read_text(path, kind, origin)
-    with _report_malformed(kind, origin):
-        if kind == "JSON":
-            value = json.loads(text, object_pairs_hook=_build_mapping)
-        else:
-            value = _Loader(text).get_single_data()
+    if path.suffix.lower() == ".json":
+        return parse_json(_read_bytes(path, "JSON", origin), schema, origin)
+    text = _decode_text(_read_bytes(path, "YAML", origin), origin)
+    with _report_malformed("YAML", origin):
+        value = _Loader(text).get_single_data()
+    _check_limits(value, origin)
+    return check_document(value, schema, origin)
+
+
+def parse_json(data: bytes, schema: type[Schema], origin: str) -> Schema:
+    """Parse JSON, the content of a file or the body of a request, as an instance of a schema.
+
+    Args:
+        schema: see `read_document`.
+        origin: name of the data in messages.
+    Raises:
+        UserError: as `read_document`.
+    """
+    text = _decode_text(data, origin)
+    with _report_malformed("JSON", origin):
+        value = json.loads(text, object_pairs_hook=_build_mapping)
     _check_limits(value, origin)
     return check_document(value, schema, origin)
 
@@ -91,7 +105,7 @@ def read_yaml_lines(path: str | Path, origin: str) -> dict[str, tuple[object, in
         UserError: if the file cannot be read, is too large or no such list, and naming line and key
             of a malformed value.
     """
-    text = _read_text(Path(path), "YAML", origin)
+    text = _decode_text(_read_bytes(Path(path), "YAML", origin), origin)
     with _report_malformed("YAML", origin):
         loader = _Loader(text)
         root = loader.get_single_node()
@@ -230,11 +244,8 @@ def _build_mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return content
 
 
-def _read_text(path: Path, kind: str, origin: str) -> str:
-    """Read a file of the format `kind` as text, without a byte order mark.
-
-    Raise UserError if it cannot be read, is larger than allowed for `kind`, or not UTF-8.
-    """
+def _read_bytes(path: Path, kind: str, origin: str) -> bytes:
+    """Read a file; raise UserError if that fails or it is larger than allowed for `kind`."""
     try:
         with open(path, "rb") as file:
             data = file.read(_LARGEST_FILE[kind] + 1)
@@ -244,6 +255,11 @@ def _read_text(path: Path, kind: str, origin: str) -> str:
         raise UserError(
             f"{origin} has more than {_LARGEST_FILE[kind]:,} bytes, the most for {kind}"
         )
+    return data
+
+
+def _decode_text(data: bytes, origin: str) -> str:
+    """Decode UTF-8 without a byte order mark; raise UserError if it is something else."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

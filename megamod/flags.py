@@ -108,6 +108,24 @@ def parse_args(*classes: type, argv: Sequence[str] | None = None, doc: str | Non
     return tuple(parsed)
 
 
+def move_argument_to_flag(words: Sequence[str], flag: str) -> list[str]:
+    """Move the only word of a command line that is neither a flag nor its value to its end.
+
+    There it follows `flag`, so `parse_args` reads it as the value of that. With no such word or
+    several, or if the flag is there, the command line stays as it is.
+    """
+    alone = [
+        number
+        for number, word in enumerate(words)
+        if not word.startswith("-")
+        and (number == 0 or not re.fullmatch(r"--[^=]+", words[number - 1]))
+    ]
+    if len(alone) != 1 or flag in words:
+        return list(words)
+    (number,) = alone
+    return [*words[:number], *words[number + 1 :], flag, words[number]]
+
+
 def find_origin(args: Arguments, name: str) -> str:
     """Find the origin of a value: "default", "recipe FILE", "environment VAR" or "--flag"."""
     return getattr(args, "_origins", {}).get(name, "default")

@@ -28,6 +28,7 @@ from megamod.errors import UserError
 from megamod.flags import (
     Arguments,
     find_origin,
+    move_argument_to_flag,
     option,
     parse_args,
     require_values,
@@ -218,6 +219,20 @@ def test_a_saved_run_tells_origins_and_keeps_a_derived_accumulation(tmp_path):
     assert "seed: 1  # default\n" in path.read_text()
     (run,) = parse_args(RunArgs, argv=[str(path)])
     assert (run.global_batch_size, run.gradient_accumulation_steps) == (32, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "moved"),
+    [
+        ("runs/a --port 1", "--port 1 --model runs/a"),
+        ("--port=1 runs/a", "--port=1 --model runs/a"),
+        ("recipe.yaml --model runs/a", "recipe.yaml --model runs/a"),
+        ("a b --port 1", "a b --port 1"),
+        ("--port 1", "--port 1"),
+    ],
+)
+def test_a_bare_word_becomes_a_flag(words, moved):
+    assert move_argument_to_flag(words.split(), "--model") == moved.split()
 
 
 def test_classes_check_themselves_and_stay_small():

@@ -83,6 +83,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {"megamod.states"},
         {"torch", "transformers", "matplotlib", "numpy", "scipy", "sklearn", "safetensors"},
     ),
+    "megamod.serving": (
+        {"megamod.evaluation", "megamod.states", "megamod.version"},
+        {"torch", "fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic"},
+    ),
     "megamod.train": (
         DATA
         | {"megamod.version", "megamod.args", "megamod.flags", "megamod.dist", "megamod.dist.scope"}

@@ -21,6 +21,7 @@ BROUGHT_BY = {
     "huggingface-hub": "transformers",
     "tokenizers": "transformers",
     "protobuf": "tensorboard",
+    "starlette": "fastapi",
 }
 
 
@@ -36,9 +37,8 @@ def setup_lists() -> dict[str, list[str]]:
 def declared() -> dict[str, Requirement]:
     """Return the requirements of an installation, and the optional ones except for developers."""
     lists = setup_lists()
-    expected = map(
-        Requirement, lists["CORE"] + lists["TRITON"] + lists["COMPLETION"] + lists["EVAL"]
-    )
+    names = ("CORE", "TRITON", "COMPLETION", "EVAL", "SERVE")
+    expected = [Requirement(text) for name in names for text in lists[name]]
     return {canonicalize_name(item.name): item for item in expected}
 
 

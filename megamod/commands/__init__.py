@@ -12,7 +12,7 @@ GROUPS = {
     "Train language models and encoders": ("pretrain", "btm", "adapt", "forest"),
     "Train on tasks": ("finetune_glue", "finetune_ner", "finetune_mtl", "finetune_all"),
     "Make one model of several": ("merge", "to_moe"),
-    "Use": ("generate", "attribute"),
+    "Use": ("generate", "serve", "attribute"),
     "Measure": ("eval_lm", "eval_ensemble", "eval_barrier", "report", "study"),
     "Files": ("convert", "verify"),
 }

@@ -13,7 +13,7 @@ an answer.
 import sys
 
 from megamod.errors import run_main
-from megamod.flags import parse_args
+from megamod.flags import move_argument_to_flag, parse_args
 
 
 def main() -> None:
@@ -24,15 +24,7 @@ def main() -> None:
     """
     from megamod.runs.attribution_args import AttributionArgs
 
-    argv = sys.argv[1:]
-    # TEXT, the one word that is neither a flag nor the value of one, gets the flag --text.
-    alone = [
-        number
-        for number, word in enumerate(argv)
-        if not word.startswith("-") and (number == 0 or not argv[number - 1].startswith("--"))
-    ]
-    if len(alone) == 1:
-        argv += ["--text", argv.pop(alone[0])]
+    argv = move_argument_to_flag(sys.argv[1:], "--text")  # TEXT
     (args,) = parse_args(AttributionArgs, argv=argv, doc=__doc__)
     from megamod.runs.attribution import attribute
 

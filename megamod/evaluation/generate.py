@@ -1,12 +1,17 @@
 """Text from a saved language model, one of its experts, or a mixture of several."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from megamod.errors import UserError
 from megamod.mixture.prior import read_prior
@@ -35,6 +40,7 @@ class Sampling:
         top_p: total probability of the tokens to sample from.
         sequences: continuations per prompt.
         seed: of the random numbers.
+        stop: texts that end a continuation, which is cut before the first of them.
     """
 
     max_new_tokens: int
@@ -42,6 +48,7 @@ class Sampling:
     top_p: float = 1.0
     sequences: int = 1
     seed: int = 1
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,19 @@ class Continuation:
 
     Attributes:
         text: of both, without special tokens.
+        new_text: of the continuation alone.
         weights: posterior of the experts after the last token, by domain, of those with prior above
             0; None if there is only one.
+        prompt_tokens, new_tokens: tokens of the prompt, and those that the model wrote.
+        finished: True if the model ended the text, or a stop text did; False if it is cut off.
     """
 
     text: str
+    new_text: str
     weights: Mapping[str, float] | None
+    prompt_tokens: int
+    new_tokens: int
+    finished: bool
 
 
 class TextWriter:
@@ -66,6 +80,15 @@ class TextWriter:
     ):
         self.model = model
         self.tokenizer = tokenizer
+        ends = model.generation_config.eos_token_id
+        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._end_ids = torch.tensor(sorted(ends), dtype=torch.long, device=model.device)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains of the experts that are mixed, in the order of the weights; none for one."""
+        used = self.model.used_domains if isinstance(self.model, ForestForCausalLM) else ()
+        return used if len(used) > 1 else ()
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """Encode a prompt as ids [1, L]; an empty one is the token between two documents.
@@ -82,15 +105,23 @@ class TextWriter:
         limit = self._get_limit()
         if limit is not None and len(ids) >= limit:
             raise UserError(
-                f"--prompt of {len(ids)} tokens: the model has {limit} positions, which leaves "
+                f"prompt of {len(ids)} tokens: the model has {limit} positions, which leaves "
                 "none for a continuation"
             )
         return torch.tensor([ids], device=self.model.device)
 
     @torch.no_grad()
-    def write(self, prompt: str, sampling: Sampling) -> list[Continuation]:
+    def write(
+        self,
+        prompt: str,
+        sampling: Sampling,
+        on_text: Callable[[str], bool] | None = None,
+    ) -> list[Continuation]:
         """Continue a prompt; the same arguments give the same texts.
 
+        Args:
+            on_text: called after every token of the first continuation with its text so far,
+                without an end that later tokens can still change. It returns False to stop.
         Raises:
             UserError: if the prompt is too long.
         """
@@ -101,6 +132,9 @@ class TextWriter:
             settings = dict(
                 do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0
             )
+        if sampling.stop or on_text is not None:
+            watch = _TextWatch(self, prompt_ids.shape[1], sampling.stop, on_text)
+            settings["stopping_criteria"] = StoppingCriteriaList([watch])
         with torch.random.fork_rng():
             torch.manual_seed(sampling.seed)
             rows = self.model.generate(
@@ -111,37 +145,100 @@ class TextWriter:
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                 **settings,
             )
-        return [self._read_continuation(row, prompt_ids.shape[1]) for row in rows]
+        return [self._read_continuation(row, prompt_ids.shape[1], sampling.stop) for row in rows]
 
-    def _read_continuation(self, ids: Tensor, prompt_length: int) -> Continuation:
-        """Decode a row of `generate`.
+    def decode_continuation(self, ids: Tensor, prompt_length: int) -> str:
+        """Decode the tokens [L] after the prompt as they continue its text, with their blanks."""
+        text, prompt = self._decode(ids), self._decode(ids[:prompt_length])
+        return text[len(prompt) :] if text.startswith(prompt) else self._decode(ids[prompt_length:])
+
+    def _decode(self, ids: Tensor) -> str:
+        """Decode as the tokenizer encodes, without the blanks that it would remove for display."""
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _read_continuation(
+        self, ids: Tensor, prompt_length: int, stop: Sequence[str]
+    ) -> Continuation:
+        """Decode a row of `generate`, and cut it before a stop text.
 
         Args:
             ids: [L] of prompt and continuation, perhaps with eos and padding after them.
             prompt_length: ids of the prompt.
+            stop: see `Sampling`.
         """
-        ends = (ids[prompt_length:] == self.tokenizer.eos_token_id).nonzero()
+        ends = torch.isin(ids[prompt_length:], self._end_ids).nonzero()
         if len(ends):
             ids = ids[: prompt_length + int(ends[0])]
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return Continuation(text, self._compute_weights(ids))
+        whole = self.decode_continuation(ids, prompt_length)
+        new_text = whole[: _find_stop(whole, stop)]
+        return Continuation(
+            self._decode(ids[:prompt_length]) + new_text,
+            new_text,
+            self._compute_weights(ids),
+            prompt_length,
+            len(ids) - prompt_length,
+            len(ends) > 0 or len(new_text) < len(whole),
+        )
 
     def _compute_weights(self, ids: Tensor) -> dict[str, float] | None:
         """Compute `Continuation.weights` after the last of the ids [L]."""
-        if not isinstance(self.model, ForestForCausalLM):
-            return None
-        prior = self.model.config.prior or [1.0] * len(self.model.domains)
-        used = [d for d, weight in zip(self.model.domains, prior, strict=True) if weight > 0]
-        if len(used) < 2:
+        if not self.domains:
             return None
         shares = self.model(ids[None], logits_to_keep=1).log_weights[:, 0, -1].exp()
-        return dict(zip(used, shares.tolist(), strict=True))
+        return dict(zip(self.domains, shares.tolist(), strict=True))
 
     def _get_limit(self) -> int | None:
         """Return the number of positions of the model, the least of its experts; None: no limit."""
         parts = getattr(self.model, "parts", [self.model])
         limits = [get_max_sequence_length(part.config) for part in parts]
         return min((limit for limit in limits if limit is not None), default=None)
+
+
+class _TextWatch(StoppingCriteria):
+    """Stops a row whose continuation has a stop text, and shows the text of the first row.
+
+    Args:
+        writer: decodes the rows.
+        prompt_length: tokens of the prompt.
+        stop: see `Sampling`.
+        on_text: see `TextWriter.write`.
+    """
+
+    def __init__(
+        self,
+        writer: TextWriter,
+        prompt_length: int,
+        stop: Sequence[str],
+        on_text: Callable[[str], bool] | None,
+    ):
+        self.writer, self.prompt_length = writer, prompt_length
+        self.stop, self.on_text = stop, on_text
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        """Return for rows [B, L] where to stop, [B] bool."""
+        texts = [self.writer.decode_continuation(row, self.prompt_length) for row in input_ids]
+        done = [_find_stop(text, self.stop) is not None for text in texts]
+        if self.on_text is not None:
+            done[0] |= not self.on_text(_cut_unsettled_end(texts[0], self.stop))
+        return torch.tensor(done, device=input_ids.device)
+
+
+def _find_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Find where the first stop text begins in a text; None if there is none."""
+    return min((text.index(end) for end in stop if end in text), default=None)
+
+
+def _cut_unsettled_end(text: str, stop: Sequence[str]) -> str:
+    """Cut a continuation where later tokens can change it.
+
+    That is before a stop text, the beginning of one, or a character of which bytes are missing.
+    """
+    text = text[: _find_stop(text, stop)].rstrip("\N{REPLACEMENT CHARACTER}")
+    beginnings = [end[:size] for end in stop for size in range(1, len(end))]
+    held = max((len(start) for start in beginnings if text.endswith(start)), default=0)
+    return text[: len(text) - held]
 
 
 def load_writer(
@@ -162,7 +259,7 @@ def load_writer(
         UserError: if there is no such model or expert, it has no tokenizer, `prior` does not fit
             the experts, or `domain` or `prior` is set for a model without experts.
     """
-    folder = _find_folder(model)
+    folder = find_model_folder(model)
     kind = _get_kind(folder)
     if kind == "dense":
         if domain is not None or prior is not None:
@@ -186,10 +283,11 @@ def load_writer(
     return TextWriter(mixture.eval().to(device), _load_tokenizer(folders))
 
 
-def _find_folder(model: str) -> Path:
+def find_model_folder(model: str) -> Path:
     """Find the folder of a model, in the hub if there is none; of a run, its model's.
 
-    Raise UserError if the hub has none either.
+    Raises:
+        UserError: if there is neither.
     """
     path = Path(model)
     if not path.exists():

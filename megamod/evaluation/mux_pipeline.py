@@ -13,7 +13,7 @@ transformers run multiplexed models too, but do not pad as in training and do no
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import TYPE_CHECKING
@@ -57,6 +57,11 @@ AUTO = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
 }
+
+
+def is_classifier(fields: Mapping[str, object]) -> bool:
+    """Return True if the fields of a config.json name a classifier of sequences or tokens."""
+    return any(str(name).endswith(tuple(AUTO)) for name in fields.get("architectures") or ())
 
 
 class MuxPipeline:
@@ -112,6 +117,7 @@ class MuxPipeline:
         source: str | Path,
         tokenizer: str | Path | None = None,
         device: str | torch.device = "cpu",
+        flag: str = "source",
         **options: int | bool,
     ) -> "MuxPipeline":
         """Load a pipeline from a model folder or a name on the hub.
@@ -120,17 +126,18 @@ class MuxPipeline:
             source: folder or name of the model.
             tokenizer: folder or name of a tokenizer; None for that of the model.
             device: that the model runs on.
+            flag: option that named the model, for messages.
             options: see the class.
         Raises:
             UserError: if model or tokenizer cannot be loaded, or do not belong to a classifier.
         """
-        checked = resolve_model(str(source), "source")
+        checked = resolve_model(str(source), flag)
         name = (checked.config.architectures or ["a model of no named architecture"])[0]
         kind = next((kind for kind in AUTO if name.endswith(kind)), None)
         if kind is None:
-            raise UserError(f"source {source}: {name} is no classifier; finetune it first")
-        model, report = load_pretrained(AUTO[kind], checked.name, "source", config=checked.config)
-        check_all_weights_loaded(report, f"source {source}")
+            raise UserError(f"{flag} {source}: {name} is no classifier; finetune it first")
+        model, report = load_pretrained(AUTO[kind], checked.name, flag, config=checked.config)
+        check_all_weights_loaded(report, f"{flag} {source}")
         return cls(model.to(device), _load_pipeline_tokenizer(tokenizer or source), **options)
 
     def __call__(self, requests: Request | list[Request]) -> list[Answer] | list[list[Answer]]:
@@ -156,9 +163,22 @@ class MuxPipeline:
         if not self.per_token:
             return self._classify_rows(batch)
         answers = self._classify_words(
-            [_read_words(item, number) for number, item in enumerate(batch)]
+            [_read_words(item, f"request {number}") for number, item in enumerate(batch)]
         )
         return answers if isinstance(requests, list) else answers[0]
+
+    def parse_request(self, request: object, where: str) -> Request:
+        """Return a request that `__call__` takes in one form: a text, a pair as a tuple, or words.
+
+        Args:
+            where: beginning of the message.
+        Raises:
+            ValueError: if it is no such request.
+        """
+        if self.per_token:
+            return _read_words(request, where)
+        texts = _read_texts(request, where)
+        return texts if len(texts) == 2 else texts[0]
 
     def _classify_rows(self, requests: Sequence[Request]) -> list[Answer]:
         """Classify texts or pairs, one answer each.
@@ -166,7 +186,7 @@ class MuxPipeline:
         Raises:
             ValueError: if a request is neither, or both are in one call.
         """
-        rows = [_read_texts(request, number) for number, request in enumerate(requests)]
+        rows = [_read_texts(item, f"request {number}") for number, item in enumerate(requests)]
         for number, row in enumerate(rows):
             if len(row) != len(rows[0]):
                 raise ValueError(
@@ -244,11 +264,10 @@ def _load_pipeline_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def _read_texts(request: Request, number: int) -> tuple[str, ...]:
-    """Return the text or the two texts of request `number`.
+def _read_texts(request: object, where: str) -> tuple[str, ...]:
+    """Return the text, or the two texts, of a request.
 
-    Raises:
-        ValueError: if it is neither a text nor a pair of texts.
+    Raise ValueError, its message beginning with `where`, if it is neither a text nor a pair.
     """
     if isinstance(request, dict):
         texts = [request.get("text"), *(request[key] for key in request if key != "text")]
@@ -257,23 +276,18 @@ def _read_texts(request: Request, number: int) -> tuple[str, ...]:
         texts = [request] if isinstance(request, str) else request
         fits = isinstance(request, str) or (isinstance(texts, list | tuple) and len(texts) == 2)
     if not fits or not all(isinstance(text, str) for text in texts):
-        raise ValueError(
-            f"request {number}, {shorten(request)}: neither a text nor a pair of texts"
-        )
+        raise ValueError(f"{where}, {shorten(request)}: neither a text nor a pair of texts")
     return tuple(texts)
 
 
-def _read_words(request: Request, number: int) -> list[str]:
-    """Return the words of request `number`: those of its list, or of its text split at blanks, tabs
-    and line ends.
+def _read_words(request: object, where: str) -> list[str]:
+    """Return the words of a request: those of its list, or of its text split at blanks, tabs and
+    line ends.
 
-    Raises:
-        ValueError: if it is neither, or has no word.
+    Raise ValueError, its message beginning with `where`, if it is neither, or has no word.
     """
     words = re.findall(r"[^ \t\r\n]+", request) if isinstance(request, str) else request
     fits = isinstance(words, list | tuple) and all(isinstance(word, str) for word in words)
     if not fits or not words:
-        raise ValueError(
-            f"request {number}, {shorten(request)}: neither a text nor a list of words"
-        )
+        raise ValueError(f"{where}, {shorten(request)}: neither a text nor a list of words")
     return list(words)

@@ -88,6 +88,7 @@ DRILLS = {
         "two jobs in one folder", ("tests/drills/drill_one_holder.py", "tests/test_folder_lock.py")
     ),
     "Q": Drill("full disks and read-only folders", ("tests/drills/drill_full_disk.py",)),
+    "A": Drill("answers of a server under mixed load", ("tests/drills/drill_serve.py",)),
     "L": Drill("memory and files of a long run", ("tests/drills/drill_soak.py",)),
 }
 

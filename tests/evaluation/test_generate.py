@@ -106,7 +106,7 @@ def test_length_is_bounded_by_the_positions(root):
     writer = load_writer(str(root / "law"))
     (text,) = writer.write(PROMPT, Sampling(10**6, temperature=0))
     assert len(writer.tokenizer(text.text).input_ids) <= LENGTH
-    with pytest.raises(UserError, match=r"--prompt of \d+ tokens: the model has 32 positions"):
+    with pytest.raises(UserError, match=r"prompt of \d+ tokens: the model has 32 positions"):
         writer.write("lawa " * 40, GREEDY)
 
 

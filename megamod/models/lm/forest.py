@@ -180,6 +180,11 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         """Domains of the experts, in the order of the prior and of `log_weights`."""
         return tuple(expert["domain"] for expert in self.config.experts)
 
+    @property
+    def used_domains(self) -> tuple[str, ...]:
+        """Domains of the experts that run: those of `log_weights`, in its order."""
+        return tuple(self.domains[expert] for expert in self._select_experts()[0])
+
     def set_prior(self, prior: Sequence[float] | Mapping[str, float] | None) -> None:
         """Set the probabilities of the experts before any token is seen, in the configuration.
 

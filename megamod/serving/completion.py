@@ -1,0 +1,242 @@
+"""Completions of language models over HTTP, as OpenAI's, with the posterior of mixed experts."""
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response, StreamingResponse
+from pydantic import AfterValidator, Field
+
+from megamod.documents import Document
+from megamod.errors import UserError, shorten
+from megamod.evaluation.generate import Continuation, Sampling, TextWriter
+from megamod.serving.exchange import (
+    await_unless_abandoned,
+    check_model,
+    describe_fault,
+    format_error,
+    read_body,
+)
+from megamod.serving.request_queue import RequestQueue
+
+logger = logging.getLogger(__name__)
+
+MOST_STOPS = 4
+
+
+def _allow_only(allowed: object) -> object:
+    """Make the type of a field that has one value here, and others elsewhere."""
+
+    def check(value: object) -> object:
+        if type(value) is not type(allowed) or value != allowed:
+            raise ValueError(
+                f"{shorten(value)} is not supported; give {json.dumps(allowed)}, or leave it out"
+            )
+        return value
+
+    return Annotated[Any, AfterValidator(check)]
+
+
+def _parse_stop(value: object) -> tuple[str, ...]:
+    """Parse stop texts: null, a text, or a list of them; raise ValueError for anything else."""
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    fits = isinstance(texts, list) and all(isinstance(text, str) and text for text in texts)
+    if not fits or len(texts) > MOST_STOPS:
+        raise ValueError(
+            f"{shorten(value)} is neither a text nor a list of up to {MOST_STOPS} texts, none empty"
+        )
+    return tuple(texts)
+
+
+class CompletionRequest(Document):
+    """Body of a request, with the fields of OpenAI's completions that are supported.
+
+    Attributes:
+        max_tokens: longest continuation, in tokens.
+        temperature: divisor of the logits; 0 selects the most probable token each time.
+        top_p: total probability of the tokens to sample from.
+        seed: of the random numbers; None: drawn, and different each time.
+        stop: texts that end the continuation.
+        stream: send the text piece by piece as server-sent events.
+        user: ignored.
+    """
+
+    prompt: str
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] = 16
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
+    stop: Annotated[Any, AfterValidator(_parse_stop)] = ()
+    stream: bool = False
+    n: _allow_only(1) = 1
+    best_of: _allow_only(1) = 1
+    echo: _allow_only(False) = False
+    logprobs: _allow_only(None) = None
+    user: str | None = None
+
+
+@dataclass(eq=False)
+class CompletionJob:
+    """A request in the queue.
+
+    Attributes:
+        on_text: called in the worker thread with the text so far; None if it is not streamed.
+        abandoned: set when nobody waits for the text any more, which stops it.
+    """
+
+    prompt: str
+    sampling: Sampling
+    on_text: Callable[[str], None] | None = None
+    abandoned: bool = False
+
+    def report_text(self, text: str) -> bool:
+        """Pass on the text so far; return False to stop."""
+        if self.on_text is not None:
+            self.on_text(text)
+        return not self.abandoned
+
+
+class CompletionService:
+    """A language model, an expert or a forest to serve.
+
+    Args:
+        writer: the model and its tokenizer.
+        name: of the model.
+        max_tokens: most tokens that a request may ask for.
+
+    Attributes:
+        on_tokens: called with the number of tokens of every text.
+    """
+
+    kind, path = "completion", "/v1/completions"
+    group_size = max_groups = 1
+
+    def __init__(self, writer: TextWriter, name: str, max_tokens: int):
+        self.writer, self.name, self.max_tokens = writer, name, max_tokens
+        self.on_tokens: Callable[[int], None] = lambda count: None
+
+    def describe(self) -> dict[str, object]:
+        """Describe the model for the list of models."""
+        return {"domains": list(self.writer.domains), "max_tokens": self.max_tokens}
+
+    def make_job(self, body: CompletionRequest) -> CompletionJob:
+        """Make the job of a request.
+
+        Raises:
+            UserError: if it asks for too many tokens.
+        """
+        if body.max_tokens > self.max_tokens:
+            raise UserError(
+                f"request, max_tokens: {body.max_tokens} is not {self.max_tokens} or less"
+            )
+        seed = secrets.randbits(32) if body.seed is None else body.seed
+        sampling = Sampling(
+            body.max_tokens, body.temperature, body.top_p, seed=seed, stop=body.stop
+        )
+        return CompletionJob(body.prompt, sampling)
+
+    def run(self, jobs: Sequence[CompletionJob]) -> list[Continuation]:
+        """Write the texts of jobs, one after the other."""
+        texts = []
+        for job in jobs:
+            texts += self.writer.write(job.prompt, job.sampling, job.report_text)
+            self.on_tokens(texts[-1].new_tokens)
+        return texts
+
+    def make_router(self, queue: RequestQueue) -> APIRouter:
+        """Make the route of the model.
+
+        Args:
+            queue: runs `run`.
+        """
+        router = APIRouter()
+        schema = CompletionRequest.model_json_schema()
+        content = {"content": {"application/json": {"schema": schema}}}
+
+        @router.post(self.path, openapi_extra={"requestBody": content}, response_model=None)
+        async def complete(request: Request) -> Response | dict[str, object]:
+            """Return the continuation of a prompt, whole or as server-sent events."""
+            body = await read_body(request, CompletionRequest)
+            check_model(body.model, self.name)
+            job = self.make_job(body)
+            if body.stream:
+                return await self._stream(job, queue)
+            try:
+                (text,) = await await_unless_abandoned(request, queue.submit([job]))
+            finally:
+                job.abandoned = True
+            return self._start_response(job) | self._format_end(text, text.new_text)
+
+        return router
+
+    async def _stream(self, job: CompletionJob, queue: RequestQueue) -> Response:
+        """Stream a text as server-sent events; an error before its first piece is raised."""
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
+        job.on_text = lambda text: loop.call_soon_threadsafe(pieces.put_nowait, text)
+        task = asyncio.ensure_future(queue.submit([job]))
+        task.add_done_callback(lambda _: pieces.put_nowait(None))
+        first = await pieces.get()
+        if first is None:
+            task.result()
+
+        async def send_events() -> AsyncIterator[str]:
+            head, sent, text = self._start_response(job), "", first
+            try:
+                while text is not None:
+                    if len(text) > len(sent):
+                        yield _format_event(head | {"choices": [_make_choice(text[len(sent) :])]})
+                        sent = text
+                    text = await pieces.get()
+                (end,) = task.result()
+                yield _format_event(head | self._format_end(end, end.new_text[len(sent) :]))
+                yield "data: [DONE]\n\n"
+            except Exception as error:  # the status is sent already
+                logger.exception("a stream failed")
+                yield _format_event(format_error(500, describe_fault(error)))
+            finally:
+                job.abandoned = True
+                task.cancel()
+
+        return StreamingResponse(send_events(), media_type="text/event-stream")
+
+    def _start_response(self, job: CompletionJob) -> dict[str, object]:
+        """Return the fields that all parts of a response share; the seed repeats it."""
+        return {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.name,
+            "seed": job.sampling.seed,
+        }
+
+    def _format_end(self, end: Continuation, text: str) -> dict[str, object]:
+        """Format the last part of a response.
+
+        Args:
+            text: the continuation, or what of it was not yet sent.
+        """
+        choice = _make_choice(text, "stop" if end.finished else "length")
+        if end.weights is not None:
+            choice["posterior"] = dict(end.weights)
+        usage = {"prompt_tokens": end.prompt_tokens, "completion_tokens": end.new_tokens}
+        return {
+            "choices": [choice],
+            "usage": usage | {"total_tokens": end.prompt_tokens + end.new_tokens},
+        }
+
+
+def _make_choice(text: str, reason: str | None = None) -> dict[str, object]:
+    """Make the only choice of a response; without a reason for its end it goes on."""
+    return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+
+
+def _format_event(content: dict[str, object]) -> str:
+    """Format a server-sent event."""
+    return f"data: {json.dumps(content)}\n\n"
