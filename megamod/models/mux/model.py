@@ -393,7 +393,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return (batch.position_ids, None) if self.sees_segments else (None, batch.position_ids)
 
     def _first_block_takes_embeddings(self, queries: int | None) -> bool:
-        """Return True if `embed_and_attend` can run the first block: plain, all columns, D wide."""
+        """Return True if `embed_with_attention` can run block 0: plain, all columns, D wide."""
         backbone, layers = self.backbone, self.backbone.encoder.layer
         narrow = hasattr(backbone, "embeddings_project")
         plain = is_plain(*layers[0].attention["self"].values())
