@@ -19,12 +19,13 @@ and of three models above that of the worst of them; `worst`, that loss of two.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megamod.data.lm.databin import DataBin
@@ -103,6 +104,7 @@ def run_barrier_cell(
     details = {
         "curve": curve,
         "seeds": seeds,
+        "cosine_of_matrices": _compute_cosines(*pairs[0][0]),
         "alignment_processor_seconds": round(seconds, 1),
         "parameters": count_parameters(folders[:1]),
         "tokens": flags["max_steps"] * flags["per_device_train_batch_size"] * length,
@@ -177,6 +179,15 @@ def _measure(
         states = [ends[0], *(other for (_, other), _ in pairs)]
         scores["average_of_three"] = _compute_loss_of_mean(probe, states, losses) - max(alone)
     return scores, {"weights": weights, "losses": curve}
+
+
+def _compute_cosines(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, float]:
+    """Compute the cosine between the matrices of two models, by name."""
+    return {
+        name: round(float(cosine_similarity(tensor.flatten(), second[name].flatten(), 0)), 3)
+        for name, tensor in first.items()
+        if tensor.dim() == 2
+    }
 
 
 def _compute_loss_of_mean(
