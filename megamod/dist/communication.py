@@ -90,7 +90,12 @@ def compute_step_traffic(
 
 
 def compute_exchange_traffic(
-    assignments: float, rank_count: int, layer_count: int, hidden_size: int, element_bytes: int
+    assignments: float,
+    rank_count: int,
+    layer_count: int,
+    hidden_size: int,
+    element_bytes: int,
+    recomputed: bool = False,
 ) -> float:
     """Compute the bytes that a rank sends in a step to exchange tokens with the experts' ranks.
 
@@ -103,9 +108,11 @@ def compute_exchange_traffic(
         layer_count: number of layers with experts.
         hidden_size: features of a token's state.
         element_bytes: bytes of a feature as sent.
+        recomputed: with gradient checkpointing, whose second forward pass sends as much as the
+            first.
     """
-    share = (rank_count - 1) / rank_count
-    return 4 * layer_count * assignments * share * hidden_size * element_bytes
+    passes, share = 3 if recomputed else 2, (rank_count - 1) / rank_count
+    return 2 * passes * layer_count * assignments * share * hidden_size * element_bytes
 
 
 def _count_elements(parameter_elements: int, ranks: int, zero_stage: int, micro_steps: int) -> int:

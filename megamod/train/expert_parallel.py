@@ -148,6 +148,7 @@ def compute_parallel_exchange(module: nn.Module, tokens: int) -> float:
         len(layers),
         first.hidden_size,
         first.experts.w1.element_size(),
+        recomputed=module.is_gradient_checkpointing,
     )
 
 

@@ -1,5 +1,6 @@
 """Counts what the collectives of torch.distributed put on the wire."""
 
+import math
 from collections import Counter
 from contextlib import contextmanager
 
@@ -14,7 +15,8 @@ CONTROL = 2  # tensors of at most so many elements are norms, flags and counts
 def counted():
     """Yield Counters of ring bytes sent by this rank: {"payload": {(op, ranks): bytes}, "control"}.
 
-    all-reduce of p bytes over n ranks: 2 (n-1)/n p; all-gather and reduce-scatter: (n-1)/n p.
+    all-reduce of p bytes over n ranks: 2 (n-1)/n p; all-gather and reduce-scatter: (n-1)/n p;
+    all-to-all: what goes to other ranks.
     """
     sent = {"payload": Counter(), "control": Counter()}
     undo = []
@@ -52,6 +54,19 @@ def counted():
 
     dist.all_gather = all_gather
     undo.append((dist, "all_gather", original))
+    exchange = dist.all_to_all_single
+
+    def all_to_all_single(output, input, input_split_sizes=None, group=None, **kwargs):
+        ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+        rows = input_split_sizes or [len(input) // len(ranks)] * len(ranks)
+        others = sum(rows) - rows[dist.get_rank(group)]
+        kind = "payload" if input.is_floating_point() else "control"  # counts of rows to come
+        nbytes = math.prod(input.shape[1:]) * input.element_size()
+        sent[kind][("all_to_all", ranks)] += others * nbytes
+        return exchange(output, input, input_split_sizes=input_split_sizes, group=group, **kwargs)
+
+    dist.all_to_all_single = all_to_all_single
+    undo.append((dist, "all_to_all_single", exchange))
     try:
         yield sent
     finally:
