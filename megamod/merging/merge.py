@@ -100,8 +100,6 @@ def merge(
     seed: int = 0,
     copy_tokenizer: bool = True,
     quiet: bool = False,
-    record: Mapping[str, object] | None = None,
-    note: str = "",
 ) -> MergePlan:
     """Carry out a recipe; the folder `output` appears whole or not at all.
 
@@ -116,34 +114,76 @@ def merge(
         seed: of everything that is drawn at random.
         copy_tokenizer: give the result a tokenizer.
         quiet: no progress bar.
-        record: further entries of merge.json; `note`: text for the model card.
     Returns:
         the plan that was carried out, now or before: an equal merge is not written again.
     Raises:
         UserError: as `average_folders`.
     """
-    repeated = output is not None and (output / RECORD).is_file() and has_recorded_inputs(recipe)
-    if output is not None and not repeated:
-        check_new_folder(output)
+    check_output(recipe, output)
     with ExitStack() as stack:
         plan = open_plan(recipe, shard_bytes, stack)
         if dry_run:
             return plan
-        tokenizer = plan.folders[recipe.tokenizer].folder if copy_tokenizer else None
-        make_record = partial(
-            make_merge_record,
-            recipe,
-            plan.compute_shares(),
-            tuple(plan.files),
+        return write_merge(
+            plan,
+            output,
+            threads=threads,
             seed=seed,
-            tokenizer=tokenizer,
-            entries=record or {},
+            copy_tokenizer=copy_tokenizer,
+            quiet=quiet,
         )
-        if repeated:
-            content = make_record([folder.compute_digest() for folder in plan.folders])
-            if has_merge(output, content, update_tie_setting(plan.specs, plan.config, output)):
-                return replace(plan, is_written=True)
-            check_new_folder(output)
+
+
+def check_output(recipe: MergeRecipe, output: Path | None) -> None:
+    """Refuse an output folder that exists, unless it may hold the result of this recipe already.
+
+    Args:
+        output: None: no folder.
+    Raises:
+        UserError: as `check_new_folder`.
+    """
+    if output is not None and not _may_hold_merge(recipe, output):
+        check_new_folder(output)
+
+
+def write_merge(
+    plan: MergePlan,
+    output: Path,
+    *,
+    threads: int = 1,
+    seed: int = 0,
+    copy_tokenizer: bool = True,
+    quiet: bool = False,
+    record: Mapping[str, object] | None = None,
+    note: str = "",
+) -> MergePlan:
+    """Write the result of a plan with open folders; `output` appears whole or not at all.
+
+    Args:
+        output, threads, seed, copy_tokenizer, quiet: see `merge`.
+        record: further entries of merge.json; `note`: text for the model card.
+    Returns:
+        the plan that was carried out, now or before.
+    Raises:
+        UserError: as `average_folders`.
+    """
+    recipe = plan.recipe
+    tokenizer = plan.folders[recipe.tokenizer].folder if copy_tokenizer else None
+    make_record = partial(
+        make_merge_record,
+        recipe,
+        plan.compute_shares(),
+        tuple(plan.files),
+        seed=seed,
+        tokenizer=tokenizer,
+        entries=record or {},
+    )
+    if _may_hold_merge(recipe, output):
+        content = make_record([folder.compute_digest() for folder in plan.folders])
+        if has_merge(output, content, update_tie_setting(plan.specs, plan.config, output)):
+            return replace(plan, is_written=True)
+        check_new_folder(output)
+    with ExitStack() as stack:
         files = find_or_compute_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
         statistics = [file and stack.enter_context(ModelFolder(file)) for file in files]
         plan = replace(plan, statistics=statistics)
@@ -157,9 +197,13 @@ def merge(
             threads=threads,
             quiet=quiet,
         )
-        plan = replace(plan, config=update_tie_setting(plan.specs, plan.config, folder))
+        config = update_tie_setting(plan.specs, plan.config, folder)
+        content = make_record(digests)
+        if recipe.align is not None:
+            content["unties_output_matrix"] = config != plan.config
+        plan = replace(plan, config=config)
         write_config_and_tokenizer(plan, folder, tokenizer)
-        write_merge_record(folder, recipe, make_record(digests), plan.config, note)
+        write_merge_record(folder, recipe, content, config, note)
     return plan
 
 
@@ -232,11 +276,14 @@ def write_weights_and_hash_sources(
         hashing.shutdown(cancel_futures=True)
 
 
-def has_recorded_inputs(recipe: MergeRecipe) -> bool:
-    """Return True if merge.json has digests of all inputs; text and statistics have none."""
-    return not (recipe.align or recipe.calibration) and not any(
-        model.statistics or model.calibration for model in recipe.inputs
-    )
+def _may_hold_merge(recipe: MergeRecipe, output: Path) -> bool:
+    """Return True if a folder has a merge.json that tells whether it is the result of a recipe.
+
+    merge.json has digests of the models alone; text and statistics have none.
+    """
+    unrecorded = recipe.align or recipe.calibration
+    unrecorded = unrecorded or any(m.statistics or m.calibration for m in recipe.inputs)
+    return (output / RECORD).is_file() and not unrecorded
 
 
 def write_config_and_tokenizer(plan: MergePlan, folder: Path, tokenizer: Path | None) -> None:

@@ -35,7 +35,7 @@ A merge ({method}) of {count} models, made with megamod {version}.
 | weight | model | digest of its weights |
 |---|---|---|
 {rows}
-{note}
+{aligned}{note}
 Load it as those it was made of{how}. `{record}` has all of this for programs.
 """
 
@@ -286,6 +286,12 @@ def write_merge_record(
         f"| {model} | {parent['digest']} |"
         for model, parent in zip(recipe.inputs, parents, strict=True)
     )
+    aligned = ""
+    if recipe.align is not None:
+        block = json.dumps(recipe.align, ensure_ascii=False)
+        aligned = (
+            f"\nThe models were aligned to the first one before the merge: `align: {block}`.\n"
+        )
     ours = str(config.get("model_type", "")).startswith("demix")
     text = _CARD.format(
         library="megamod" if ours else "transformers",
@@ -294,6 +300,7 @@ def write_merge_record(
         count=len(parents),
         version=__version__,
         rows=rows,
+        aligned=aligned,
         note=f"\n{note}\n" if note else "",
         how=", after `import megamod`" if ours else "",
         record=RECORD,

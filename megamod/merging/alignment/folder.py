@@ -42,12 +42,14 @@ class PermutedFolder(TensorView):
     Attributes:
         tensors: specification of every tensor.
         config: configuration of a model with these weights.
+        alignment, reference: the arguments.
     Raises:
         UserError: if the alignment does not fit the model.
     """
 
     def __init__(self, source: TensorSource, alignment: Alignment, reference: bool = False):
         super().__init__(source)
+        self.alignment, self.reference = alignment, reference
         symmetry = find_folder_symmetry(source, qk=alignment.options.qk)
         all_changes = compute_axis_changes(symmetry, alignment)
         self._folding = find_alignment_folding(symmetry, alignment)

@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
+from transformers import PreTrainedModel
+
 from megamod.documents import check_document
 from megamod.errors import UserError
-from megamod.merging.alignment.align import align_folders, align_weights
+from megamod.merging.alignment.align import align_folders, align_weights, collect_float_shapes
 from megamod.merging.alignment.folder import PermutedFolder, find_folder_symmetry
+from megamod.merging.alignment.measure import load_model
 from megamod.merging.alignment.options import EffectiveOptions, Options
+from megamod.merging.alignment.permute import apply_alignment
 from megamod.merging.alignment.record import Alignment, make_identity_alignment
+from megamod.merging.alignment.symmetry import find_symmetry
 from megamod.merging.tensors import TensorSource, describe_source
 from megamod.states.forest import read_model_config
 
@@ -47,6 +52,23 @@ def align_folder_views(
             )
         views.append(view)
     return views
+
+
+def load_aligned_model(source: TensorSource, auto: type | None = None) -> PreTrainedModel:
+    """Load the model of a source of `align_folder_views` in float32, with aligned features.
+
+    Args:
+        source: a folder as it is, or the view of one.
+        auto: see `load_model`.
+    Raises:
+        UserError: if the model cannot be loaded.
+    """
+    model = load_model(str(source.folder), auto)
+    if isinstance(source, PermutedFolder):
+        config, shapes = model.config.to_dict(), collect_float_shapes(model.state_dict())
+        symmetry = find_symmetry(config, shapes, qk=source.alignment.options.qk)
+        apply_alignment(model, symmetry, source.alignment, reference=source.reference)
+    return model
 
 
 def _align_two_folders(

@@ -319,6 +319,27 @@ def prepare_reference(state: State, symmetry: Symmetry, alignment: Alignment) ->
     return _transform_state(state, symmetry, alignment, all_changes, {})
 
 
+def apply_alignment(
+    model: PreTrainedModel, symmetry: Symmetry, alignment: Alignment, *, reference: bool = False
+) -> None:
+    """Give a model in memory the weights of `permute_state`, or of `prepare_reference`.
+
+    An output matrix that the alignment unties becomes one of its own.
+
+    Args:
+        model: that `alignment` aligns; its weights are overwritten.
+        symmetry: of the model.
+        reference: the model is the reference.
+    Raises:
+        UserError: if the alignment does not fit the model.
+    """
+    transform = prepare_reference if reference else permute_state
+    state = transform(model.state_dict(), symmetry, alignment)
+    if find_untied_by_alignment(symmetry, alignment):
+        untie_output_matrix(model)
+    model.load_state_dict(state)
+
+
 def interpolate_states(first: State, second: State, weight: float = 0.5) -> dict[str, Tensor]:
     """Compute weight * first + (1 - weight) * second by name; integers must be equal.
 

@@ -50,12 +50,7 @@ from megamod.merging.alignment.align import (
 )
 from megamod.merging.alignment.calibration import iterate_whole_batches, read_token_ids
 from megamod.merging.alignment.measure import load_model
-from megamod.merging.alignment.permute import (
-    find_untied_by_alignment,
-    permute_state,
-    prepare_reference,
-    untie_output_matrix,
-)
+from megamod.merging.alignment.permute import apply_alignment
 from megamod.merging.alignment.symmetry import find_symmetry
 from megamod.merging.compatibility import describe_config_differences, refuse_quantised_model
 from megamod.models.classifier_inputs import list_input_fields
@@ -353,13 +348,9 @@ def _compute_curve(
     alignment = align_models(first, second, batches, options)
     config, shapes = first.config.to_dict(), collect_float_shapes(first.state_dict())
     symmetry = find_symmetry(config, shapes, qk=options.qk)
-    ends = (
-        prepare_reference(first.state_dict(), symmetry, alignment),
-        permute_state(second.state_dict(), symmetry, alignment),
-    )
-    if find_untied_by_alignment(symmetry, alignment):
-        untie_output_matrix(second)
-    ends = tuple({name: tensor.clone() for name, tensor in state.items()} for state in ends)
+    apply_alignment(first, symmetry, alignment, reference=True)
+    apply_alignment(second, symmetry, alignment)
+    ends = (first.state_dict(), {n: tensor.clone() for n, tensor in second.state_dict().items()})
     weights = list_even_weights(study.points)
     losses = compute_losses_along_line(second, *ends, weights, held_out.losses, advance)
     return {

@@ -4,26 +4,29 @@
     models: [{model: runs/one/model}, {model: runs/two/model}, {model: runs/three/model}]
     evaluation: {task: clm, data: valid.txt, max_items: 64}
 
+With an `align:` block all models are brought to the features of the first before they are tried.
 Source: Wortsman et al. 2022 (Model Soups: averaging weights of multiple fine-tuned models improves
 accuracy without increasing inference time), recipe 1.
 """
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from megamod.data.tasks.specs import find_any_task
 from megamod.documents import check_document
 from megamod.errors import UserError
 from megamod.evaluation.barrier import Losses
-from megamod.merging.alignment.measure import load_model
-from megamod.merging.merge import SHARD_BYTES, merge
-from megamod.merging.plan import MergePlan
+from megamod.merging.alignment.merge_step import load_aligned_model
+from megamod.merging.merge import SHARD_BYTES, check_output, open_plan, write_merge
+from megamod.merging.plan import MergePlan, make_plan
 from megamod.merging.recipe import GREEDY_SOUP, MergeRecipe
 from megamod.progress import show_progress
 from megamod.runs.studies.barrier import HEADS, open_held_out
@@ -65,7 +68,8 @@ def greedy_soup(
     record.
 
     Selection holds two models and the soup in memory. Models run on a GPU if one is available;
-    `dry_run` runs none. The arguments are those of `merge`.
+    with `dry_run` only alignment by text runs any. The arguments are those of `merge`. The record
+    of an aligned soup has the first model even if that is left out, with weight 0.
 
     Returns:
         the plan of the merge, and all candidates, smallest loss first; none with `dry_run`.
@@ -73,26 +77,63 @@ def greedy_soup(
         UserError: if the recipe has keys that the method does not support, the models do not fit
             each other, or no model has a finite loss.
     """
-    uniform = _build_average_recipe(recipe, range(len(recipe.inputs)))
+    whole = _build_average_recipe(recipe, range(len(recipe.inputs)))
     settings = _read_evaluation(recipe)
-    options = {"shard_bytes": shard_bytes, "threads": threads, "quiet": quiet}
-    plan = merge(uniform, output, dry_run=True, copy_tokenizer=copy_tokenizer, **options)
-    if dry_run:
-        return plan, []
+    check_output(whole, output)
     paths = [str(model.path) for model in recipe.inputs]
-    losses = open_held_out(settings, settings.task, paths[0]).losses
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    candidates = select_models(paths, losses, device, HEADS.get(settings.task))
-    kept = sorted(candidate.number for candidate in candidates if candidate.kept)
-    record = {"merge_method": GREEDY_SOUP, "evaluation": dict(recipe.evaluation)}
-    record |= {"tasted": [asdict(candidate) for candidate in candidates]}
-    note = f"```\n{format_candidates(candidates)}\n```"
-    options |= {"copy_tokenizer": copy_tokenizer, "record": record, "note": note}
-    return merge(_build_average_recipe(recipe, kept), output, **options), candidates
+    held_out = None if dry_run else open_held_out(settings, settings.task, paths[0])
+    with ExitStack() as stack:
+        plan = open_plan(whole, shard_bytes, stack)
+        if held_out is None:
+            return plan, []
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        auto, sources = HEADS.get(settings.task), plan.folders
+        candidates = select_models(
+            paths, lambda n: load_aligned_model(sources[n], auto), held_out.losses, device
+        )
+        record = {"merge_method": GREEDY_SOUP, "evaluation": dict(recipe.evaluation)}
+        record |= {"candidates": [asdict(candidate) for candidate in candidates]}
+        plan = _plan_soup(recipe, plan, candidates, shard_bytes, stack)
+        written = write_merge(
+            plan,
+            output,
+            threads=threads,
+            copy_tokenizer=copy_tokenizer,
+            quiet=quiet,
+            record=record,
+            note=f"```\n{format_candidates(candidates)}\n```",
+        )
+    return written, candidates
+
+
+def _plan_soup(
+    recipe: MergeRecipe,
+    whole: MergePlan,
+    candidates: Sequence[Candidate],
+    shard_bytes: int,
+    stack: ExitStack,
+) -> MergePlan:
+    """Plan the average of the models that are kept.
+
+    Aligned models are those of the plan `whole` of all models, which are in the feature order of
+    the first; others are opened again, until the stack is closed.
+    """
+    kept = {candidate.number for candidate in candidates if candidate.kept}
+    if recipe.align is None:
+        return open_plan(_build_average_recipe(recipe, kept), shard_bytes, stack)
+    return make_plan(
+        _build_average_recipe(recipe, kept, reference=0),
+        [whole.folders[number] for number in sorted({0, *kept})],
+        shard_bytes,
+        copied=[name for name, tensor in whole.tensor_plans.items() if tensor.copied],
+    )
 
 
 def select_models(
-    paths: Sequence[str], losses: Losses, device: torch.device, auto: type | None = None
+    paths: Sequence[str],
+    load: Callable[[int], PreTrainedModel],
+    losses: Losses,
+    device: torch.device,
 ) -> list[Candidate]:
     """Try the models in order of their loss; keep each that does not raise the loss of the soup.
 
@@ -101,16 +142,16 @@ def select_models(
 
     Args:
         paths: folders of the models.
+        load: loads the model of a number.
         losses: computes the losses of a model; their mean is compared.
-        auto: see `load_model`.
     Returns:
         all candidates in the order of the trials.
     Raises:
         UserError: if no model has a finite loss.
     """
     alone = [
-        _compute_mean_loss(losses, load_model(path, auto).to(device).eval())
-        for path in show_progress(paths, "single models", unit="model")
+        _compute_mean_loss(losses, load(number).to(device).eval())
+        for number in show_progress(range(len(paths)), "single models", unit="model")
     ]
     order = sorted(range(len(paths)), key=lambda number: (alone[number], number))
     if not math.isfinite(alone[order[0]]):
@@ -119,7 +160,7 @@ def select_models(
     soup: Mapping[str, Tensor] = {}
     best, count = math.inf, 0
     for number in show_progress(order, "soup", unit="model"):
-        model = load_model(paths[number], auto).to(device).eval()
+        model = load(number).to(device).eval()
         updated = _add_to_mean(soup, model.state_dict(), count)
         if count:
             model.load_state_dict(updated)
@@ -168,11 +209,15 @@ def _compute_mean_loss(losses: Losses, model: torch.nn.Module) -> float:
     return math.inf if math.isnan(mean) else mean
 
 
-def _build_average_recipe(recipe: MergeRecipe, numbers: Sequence[int]) -> MergeRecipe:
+def _build_average_recipe(
+    recipe: MergeRecipe, kept: Collection[int], reference: int | None = None
+) -> MergeRecipe:
     """Build the recipe for the uniform average of some models of a recipe.
 
     Args:
-        numbers: indices of these models.
+        kept: indices of these models.
+        reference: index of a model that is named in the recipe, with weight 0 unless it is kept;
+            None: none.
     Raises:
         UserError: for keys that a soup does not support.
     """
@@ -180,7 +225,6 @@ def _build_average_recipe(recipe: MergeRecipe, numbers: Sequence[int]) -> MergeR
         "base_model": recipe.base is not None,
         "slices": recipe.is_stacked,
         "modules": recipe.module_parameters or (recipe.parts and not recipe.is_stacked),
-        "align": recipe.align,
         "tokenizer_source": recipe.vocabulary_request,
         "parameters": recipe.parameters or [model for model in recipe.inputs if model.parameters],
         "member": [model for model in recipe.inputs if model.member],
@@ -189,7 +233,11 @@ def _build_average_recipe(recipe: MergeRecipe, numbers: Sequence[int]) -> MergeR
     for key, value in unsupported.items():
         if value:
             raise UserError(f"{recipe.origin}: {GREEDY_SOUP} does not support {key}; leave it out")
-    inputs = tuple(replace(recipe.inputs[n], parameters={"weight": 1.0}) for n in numbers)
+    inputs = tuple(
+        replace(model, parameters={"weight": float(number in kept)})
+        for number, model in enumerate(recipe.inputs)
+        if number in kept or number == reference
+    )
     return replace(recipe, method="linear", inputs=inputs, tokenizer=0, cut_vocabularies=False)
 
 
