@@ -192,9 +192,9 @@ def _find_common_symmetry(
         UserError: if the models do not fit each other or the options.
     """
     check_same_architecture(config, other_config)
+    symmetry = find_symmetry(config, shapes, qk=options.qk)
     if options.method == "orthogonal":
         check_configs_fit_maps(config, other_config)
-    symmetry = find_symmetry(config, shapes, qk=options.qk)
     _check_same_shapes(shapes, other_shapes, symmetry.tied)
     queries_move_whole = any(
         axis.part == "queries"

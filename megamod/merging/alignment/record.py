@@ -32,11 +32,16 @@ Maps = Mapping[str, Tensor]
 
 
 class _Record(Document):
-    """The content of alignment.json."""
+    """The content of alignment.json.
+
+    Attributes:
+        residual: the change of the residual stream where there are maps; None: there are none.
+    """
 
     format: Literal[1, 2]
     options: Options
     costs: dict[str, float]
+    residual: Literal["rotation", "permutation", "unchanged"] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,12 @@ class Alignment:
                     "norms of this model need"
                 )
 
+    def _name_change_of_stream(self) -> str:
+        """Return the word of alignment.json for the change of the residual stream."""
+        if "res.emb" in self.maps:
+            return "rotation"
+        return "permutation" if "res.emb" in self.permutations else "unchanged"
+
     def save(self, folder: Path) -> None:
         """Write the folder of the alignment, whole or not at all; `load_alignment` reads it.
 
@@ -135,6 +146,8 @@ class Alignment:
                 options = self.options.model_dump()
                 version = 2 if named else 1
                 record = {"format": version, "options": options, "costs": dict(self.costs)}
+                if named:
+                    record["residual"] = self._name_change_of_stream()
                 write_json(temporary / _RECORD, record)
         except FileExistsError as error:
             raise UserError(f"{folder}: exists already") from error
