@@ -53,6 +53,7 @@ def root(tmp_path_factory) -> Path:
         {"llama": "llama", "llama2": "llama", "gpt2": "gpt2", "bloom": "bloom"}.items()
     ):
         stock_folder(root / name, family, number, root / "words")
+    stock_folder(root / "gpt2b", "gpt2", 5, root / "words")
     stock_folder(root / "wide", "olmo2", 4, root / "words", vocab_size=352)
     config = make_lm_config(
         str(root / "llama"),
@@ -341,30 +342,49 @@ def test_plans_hold_the_parameters_of_the_model(root, capsys):
     assert job["checkpoint_bytes"] == 16 * count - 4 * hidden
 
 
-def test_barriers_between_stock_models(root, tmp_path):
+@pytest.mark.parametrize("names", [("llama", "llama2"), ("gpt2", "gpt2b")], ids=lambda n: n[0])
+def test_barriers_between_stock_models(root, tmp_path, names):
     lines = [text for domain in DOMAINS for text in words_of(domain, 6)]
     (tmp_path / "valid.txt").write_text("\n".join(lines) + "\n")
+    calibration = {"path": str(tmp_path / "valid.txt")}
+    variants = {"vanilla": {"method": "identity"}, "permutations": {"calibration": calibration}}
+    variants["maps"] = {"method": "orthogonal", "calibration": calibration}
+    variants["maps of weights"] = {"method": "orthogonal"}
     study = {
-        "models": [str(root / "llama"), str(root / "llama2")],
+        "models": [str(root / name) for name in names],
         "task": "clm",
         "data": str(tmp_path / "valid.txt"),
         "tokenizer": str(root / "words"),
         "max_seq_length": LENGTH,
         "points": 3,
-        "variants": {"vanilla": {"method": "identity"}},
+        "variants": variants,
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     launch("eval_barrier", tmp_path / "study.yaml", "--output_dir", tmp_path / "out")
-    curve = json.loads((tmp_path / "out/curves/clm/vanilla/1-2.json").read_text())
-    (losses,) = curve["losses"].values()
-    models = ("--models", root / "llama", root / "llama2", "--output_dir", tmp_path / "mean")
-    launch("merge", "--merge_method", "linear", *models)
+
+    def read_losses(variant: str) -> list[float]:
+        curve = json.loads((tmp_path / f"out/curves/clm/{variant}/1-2.json").read_text())
+        (losses,) = curve["losses"].values()
+        return losses
+
+    mean = ("merge", "--merge_method", "linear", "--output_dir", tmp_path / "mean")
+    launch(*mean, "--models", *(root / name for name in names))
     encode = AutoTokenizer.from_pretrained(root / "words").encode
     blocks = torch.from_numpy(read_text_blocks(tmp_path / "valid.txt", encode, LENGTH))
-    for folder, loss in zip((root / "llama2", tmp_path / "mean"), losses, strict=False):
+    plain = []
+    for folder in (root / names[1], tmp_path / "mean", root / names[0]):
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         with torch.no_grad():
-            assert loss == pytest.approx(float(model(blocks, labels=blocks).loss), rel=1e-4)
+            plain.append(float(model(blocks, labels=blocks).loss))
+    assert read_losses("vanilla") == pytest.approx(plain, rel=1e-4)
+    for variant in variants:  # aligned ends compute what they did, and the middle moves
+        second, middle, first = read_losses(variant)
+        assert [second, first] == pytest.approx([plain[0], plain[2]], rel=1e-5)
+        assert variant == "vanilla" or abs(middle - plain[1]) > 1e-6
+    (results,) = json.loads((tmp_path / "out/results.json").read_text()).values()
+    assert results.keys() == variants.keys()
+    for plot in ("clm.png", "barriers.png"):
+        assert (tmp_path / "out" / plot).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_verify(root, capsys):

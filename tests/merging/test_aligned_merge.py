@@ -5,14 +5,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+import yaml
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from twins import twin
 
 from megamod.errors import UserError
 from megamod.merging.merge import merge
+from megamod.merging.methods.table import METHODS
 from megamod.merging.recipe_file import read_recipe
 from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM
+from megamod.runs.studies.barrier import run_study
+from megamod.runs.studies.barrier_recipe import read_study
+from megamod.runs.studies.soup import greedy_soup
+from megamod.runs.to_moe import MoeArgs, run_to_moe
 
 WORDS = [f"w{n}" for n in range(25)]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -29,8 +44,21 @@ OURS = DemixConfig(
     vocab_size=30, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
     intermediate_size=40, max_position_embeddings=32,
 )  # fmt: skip
+LLAMA = LlamaConfig(
+    vocab_size=30, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+    intermediate_size=40, max_position_embeddings=32, bos_token_id=2,
+    eos_token_id=3,
+)  # fmt: skip
 KINDS = {"bert": (BertForMaskedLM, BERT), "gpt2": (GPT2LMHeadModel, GPT2)}
 KINDS |= {"ours": (DemixForCausalLM, OURS)}
+
+
+def save(model, folder: Path) -> None:
+    """Save a model with its tokenizer."""
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(VOCAB))
+    tokenizer = {"tokenizer_class": "BertTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +71,7 @@ def models_root(tmp_path_factory) -> Path:
         for parameter in first.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         for number, model in enumerate((first, twin(first, 2), twin(first, 3))):
-            model.save_pretrained(root / f"{name}-{number}")
-            (root / f"{name}-{number}" / "vocab.txt").write_text("\n".join(VOCAB))
-            tokenizer = {"tokenizer_class": "BertTokenizer"}
-            file = root / f"{name}-{number}" / "tokenizer_config.json"
-            file.write_text(json.dumps(tokenizer))
+            save(model, root / f"{name}-{number}")
     generator = torch.Generator().manual_seed(4)
     rows = torch.randint(25, (60, 9), generator=generator).tolist()
     (root / "text.txt").write_text("\n".join(" ".join(WORDS[n] for n in row) for row in rows))
@@ -116,3 +140,72 @@ def test_models_of_different_shapes(models_root, tmp_path):
     with pytest.raises(UserError, match=r"intermediate"):
         merge(read_recipe(file), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def llamas(models_root) -> list[str]:
+    """Folders of a Llama with gains of its own, and of two with its features in another order."""
+    torch.manual_seed(1)
+    first = LlamaForCausalLM(LLAMA)
+    for parameter in first.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    folders = [models_root / f"llama-{number}" for number in range(3)]
+    for folder, model in zip(folders, (first, twin(first, 2), twin(first, 3)), strict=True):
+        save(model, folder)
+    return [*map(str, folders)]
+
+
+def write_merge_recipe(file: Path, method: str, models: list[str], **blocks: object) -> None:
+    """Write a recipe for a method, with values for those of its parameters that have no default."""
+    content = {"merge_method": method, **blocks}
+    if method in METHODS:
+        entry = METHODS[method]
+        models = models[: entry.models[1] + (entry.base == "needed")]
+        required = [n for n, value in {**entry.per_model, **entry.overall}.items() if value is None]
+        content["parameters"] = {name: 0.4 if name == "t" else 1.0 for name in required}
+        if entry.base == "needed":
+            content["base_model"] = models[0]
+    content["models"] = [{"model": model} for model in models]
+    file.write_text(yaml.safe_dump(content))
+
+
+RECIPES = [*METHODS, "greedy_soup", "barrier study", "to_moe"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_takes_orthogonal_maps(models_root, llamas, tmp_path, name):
+    text, file, out = str(models_root / "text.txt"), tmp_path / "recipe.yaml", tmp_path / "out"
+    align = {"method": "orthogonal", "calibration": {"path": text}}
+    held_out = {"data": text, "max_seq_length": 16, "max_items": 4}
+    write_merge_recipe(file, name, llamas, align=align)
+    if name in ("fisher", "regmean"):
+        with pytest.raises(UserError, match=f"{name} weights by statistics of the models as they"):
+            merge(read_recipe(file), out)
+        assert not out.exists()
+        return
+    if name == "barrier study":
+        study = {"models": llamas, "task": "clm", "points": 3, "variants": {"maps": align}}
+        file.write_text(yaml.safe_dump(study | held_out))
+        run_study(read_study(file), out, torch.device("cpu"))
+        for curve in (out / "curves/clm/maps").glob("*.json"):
+            (losses,) = json.loads(curve.read_text())["losses"].values()
+            assert max(losses) - min(losses) < 1e-4  # the same function all along
+        return
+    if name == "to_moe":
+        run_to_moe(
+            MoeArgs(models=llamas, output_dir=str(out), align=True, align_method="orthogonal")
+        )
+    elif name == "greedy_soup":
+        write_merge_recipe(file, name, llamas, align=align, evaluation={"task": "clm", **held_out})
+        greedy_soup(read_recipe(file), out)
+    else:
+        merge(read_recipe(file), out)
+    # Of a single model nothing is aligned; the norms of several are folded.
+    gains = [
+        t for n, t in load_file(out / "model.safetensors").items() if n.endswith("norm.weight")
+    ]
+    assert all(bool((gain == 1).all()) for gain in gains) is (name != "passthrough") and gains
+    if name != "to_moe":  # maps from weights alone find another function of the two
+        expected = answers(llamas[0], AutoModelForCausalLM)
+        merged = answers(out, AutoModelForCausalLM)
+        torch.testing.assert_close(merged, expected, atol=2e-4, rtol=1e-3)
