@@ -17,12 +17,14 @@ import sys
 import time
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 
 import torch
 
 LENGTH, BATCH, LAYERS, WIDTH, INNER = 128, 8, 12, 768, 3072
 LIMIT = 1.3
-LIMIT_ORTHOGONAL = 1.5  # against permutations
+TIME = "orthogonal maps / permutations, time"
+MEMORY = "orthogonal maps, memory / models and sums"
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -46,47 +48,77 @@ def products(batches: int) -> float:
     return timed(all_of_them)
 
 
+def read_resident_bytes() -> int:
+    """Resident memory of this process in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def align_once(options: argparse.Namespace) -> None:
-    """Print processor seconds and peak memory in GB of one alignment in this process."""
+    """Print processor seconds and bytes of one alignment in this process: of its peak above that
+    of the imports, and of what it cannot do without, the two models and the sums of statistics.
+    """
     from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
+    import megamod.merging.alignment.measure as measure
     from megamod.merging.alignment.align import align_models
     from megamod.merging.alignment.calibration import iterate_whole_batches
     from megamod.merging.alignment.options import Options
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    imports = read_resident_bytes()
     kind, config = {
         "bert": (BertForMaskedLM, BertConfig(num_hidden_layers=options.layers)),
         "gpt2": (GPT2LMHeadModel, GPT2Config(n_layer=options.layers)),
     }[options.model]
     models = [kind(config).eval() for _ in range(2)]
+    needed = sum(p.nbytes for model in models for p in model.parameters())
+    original = measure.CrossCovariance
+
+    def count_sums(size: int, *arguments: object) -> object:
+        """Make the sums of a group, and add their bytes to those needed."""
+        nonlocal needed
+        needed += 8 * size * (size + 4)
+        return original(size, *arguments)
+
+    measure.CrossCovariance = count_sums
     rows = torch.randint(1000, 30000, (options.rows, LENGTH)).tolist()
     batches = list(iterate_whole_batches(rows, BATCH))
     seconds = timed(lambda: align_models(*models, batches, Options(method=options.method)))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"{seconds:.1f} {peak:.3f}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{seconds:.1f} {peak - imports} {needed}")
 
 
-def compare_methods(options: argparse.Namespace) -> None:
-    """Print time and peak memory of both methods, each in a process of its own."""
-    for _ in range(options.rounds):
+def compare_methods(model: str, layers: int, rows: int, rounds: int) -> dict[str, list[float]]:
+    """Align by permutations and by orthogonal maps in turns, each in a process of its own.
+
+    Prints a line for each round.
+
+    Args:
+        model: "bert" or "gpt2".
+        rows: of 128 tokens each.
+    Returns:
+        sorted ratios by row of the table of `make bench`.
+    """
+    ratios: dict[str, list[float]] = {TIME: [], MEMORY: []}
+    for _ in range(rounds):
         measured = {}
         for method in ("activation", "orthogonal"):
-            command = [sys.executable, __file__, "--alone", "--method", method]
-            command += ["--model", options.model, "--rows", str(options.rows)]
-            command += ["--layers", str(options.layers)]
+            command = [sys.executable, __file__, "--alone", "--method", method, "--model", model]
+            command += ["--rows", str(rows), "--layers", str(layers)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            measured[method] = [float(word) for word in output.split()[-2:]]
-        (before, peak_before), (now, peak_now) = measured.values()
+            measured[method] = [float(word) for word in output.split()[-3:]]
+        (before, peak_before, _), (now, peak_now, needed) = measured.values()
+        ratios[TIME].append(now / before)
+        ratios[MEMORY].append(peak_now / needed)
         print(
-            f"{options.model}, {options.layers} layers, {options.rows} rows: permutations "
-            f"{before:.1f} s, "
-            f"{peak_before:.2f} GB; orthogonal maps {now:.1f} s, {peak_now:.2f} GB: "
-            f"{now / before:.2f} of the time (limit {LIMIT_ORTHOGONAL}), "
-            f"{peak_now / peak_before:.2f} of the memory",
+            f"{model}, {layers} layers, {rows} rows: permutations "
+            f"{before:.1f} s, {peak_before / 1e9:.2f} GB; orthogonal maps {now:.1f} s, "
+            f"{peak_now / 1e9:.2f} GB, of which models and sums {needed / 1e9:.2f}: "
+            f"{now / before:.2f} of the time, {peak_now / peak_before:.2f} of the memory",
             flush=True,
         )
+    return {row: sorted(values) for row, values in ratios.items()}
 
 
 def main() -> None:
@@ -102,7 +134,7 @@ def main() -> None:
         align_once(options)
         return
     if options.method == "orthogonal":
-        compare_methods(options)
+        compare_methods(options.model, options.layers, options.rows, options.rounds)
         return
 
     from transformers import BertConfig, BertForMaskedLM

@@ -90,10 +90,10 @@ class Folding:
         scaled = matrix * read(norm.gain).double()
         if self.rms:
             return scaled
-        scaled = scaled - scaled.mean(-1, keepdim=True)
+        scaled -= scaled.mean(-1, keepdim=True)
         if norm.ones:
             constant = matrix @ read(norm.shift).double() / matrix.shape[-1]
-            scaled = scaled + constant[..., None]
+            scaled += constant[..., None]
         return scaled
 
 

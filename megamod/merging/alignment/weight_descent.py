@@ -20,7 +20,7 @@ from megamod.merging.alignment.orthogonal import (
     solve_stream,
     split_head_products,
 )
-from megamod.merging.alignment.permute import apply_changes, make_axis_change
+from megamod.merging.alignment.permute import AxisChange, apply_changes, make_axis_change
 
 _ENOUGH = 1e-9  # relative gain of a round after which the descent ends
 _IMPROVES = 1e-12  # smallest relative gain of a step that is not rounding
@@ -56,6 +56,7 @@ class WeightDescent:
     ):
         self._first, self._second, self._units = first, second, units
         self._folded, self._keeps_ones, self._kind, self._mode = folded, keeps_ones, kind, mode
+        self._table_products: dict[TensorAxis, Tensor] = {}
         self._groups_by_tensor: dict[str, list[tuple[TensorAxis, Group]]] = {}
         for group in (group for unit in units for group in unit):
             for axis in group.axes:
@@ -107,19 +108,38 @@ class WeightDescent:
                 if other.dim != axis.dim
                 for match in [solution[group.name]]
             ]
-            length = unit[0].count_entries(axis)
-            rows, others = (
-                tensor.narrow(axis.dim, axis.start, length).movedim(axis.dim, 0).reshape(length, -1)
-                for tensor in (
-                    self._first(axis.tensor),
-                    apply_changes(self._second(axis.tensor), changes),
-                )
-            )
+            summed = self._compute_axis_products(unit[0], axis, changes)
             role = axis.role if axis.role in ("qk", "values", "sign") else ""
-            known = result.get((role, length))
-            summed = rows @ others.T
-            result[role, length] = axis, summed if known is None else known[1].add_(summed)
+            known = result.get((role, len(summed)))
+            result[role, len(summed)] = axis, summed if known is None else known[1] + summed
         return result
+
+    def _compute_axis_products(
+        self, group: Group, axis: TensorAxis, changes: list[AxisChange]
+    ) -> Tensor:
+        """Compute the products of a tensor along one axis, the second model's with other axes
+        changed.
+
+        Those of tables and output matrices, which no other group changes, are kept: they are the
+        largest tensors.
+
+        Args:
+            group: any one of those that share the axis.
+        """
+        if axis in self._table_products:
+            return self._table_products[axis]
+        length = group.count_entries(axis)
+        rows, others = (
+            tensor.narrow(axis.dim, axis.start, length).movedim(axis.dim, 0).reshape(length, -1)
+            for tensor in (
+                self._first(axis.tensor),
+                apply_changes(self._second(axis.tensor), changes),
+            )
+        )
+        summed = rows @ others.T
+        if group.family == "res" and not changes and rows.shape[1] > 1:
+            self._table_products[axis] = summed
+        return summed
 
     def _solve_unit(self, group: Group, products: Products) -> GroupMatch:
         """Find the match of largest inner product for a unit, from its products.
