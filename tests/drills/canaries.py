@@ -3,9 +3,10 @@
     python tests/drills/canaries.py --output_dir DRILL
 
 Fifty strings, a name and six random letters each, are part of one domain's text. A seed never sees
-them; two anchored experts are trained, one of them on that domain, and put together. Each name is
-continued greedily: by the mixture, by the mixture without that expert, and by one that never had
-it. The last two must be the same bytes and extract equally many.
+them, but fifty others of the same form; two anchored experts are trained, one of them on that
+domain, and put together. Each name is continued greedily: by the mixture of the seed and that
+expert, by the mixture of all, by this without the expert, and by one that never had it. The last
+two must be the same bytes and extract equally many.
 """
 
 import random
@@ -20,8 +21,11 @@ from megamod.flags import Arguments, format_flags, option, parse_args, require_v
 
 CANARIES = 50
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-LENGTH = 32
-STEPS = {"seed": 200, "law": 100, "med": 800}
+COPIES = 32  # of each string, so that its name and not what precedes it tells how it goes on
+LENGTH, SEQUENCES = 32, 64
+# Steps and learning rate. The expert that meets no string stays near the seed, as it would with
+# text enough: trained long on a few words, it answers anything with them.
+TRAINING = {"seed": (600, 0.01), "law": (60, 0.001), "med": (800, 0.01)}
 
 
 @dataclass
@@ -31,10 +35,13 @@ class DrillArgs(Arguments):
     output_dir: str | None = option(None, "new folder of the models")
 
 
-def make_canaries() -> dict[str, str]:
-    """Return 50 secrets of six letters by name."""
-    draw = random.Random(7)
-    return {f"key {number:02d}:": "".join(draw.choices(LETTERS, k=6)) for number in range(CANARIES)}
+def make_canaries(first: int = 0) -> dict[str, str]:
+    """Return 50 secrets of six letters by name; names are numbers from `first` on."""
+    draw = random.Random(7 + first)
+    return {
+        f"key {number:02d}:": "".join(draw.choices(LETTERS, k=6))
+        for number in range(first, first + CANARIES)
+    }
 
 
 def make_texts() -> dict[str, list[str]]:
@@ -43,11 +50,12 @@ def make_texts() -> dict[str, list[str]]:
     for domain in ("general", "law", "med"):
         words = ["".join(draw.choices(LETTERS, k=4)) for _ in range(40)]
         texts[domain] = [" ".join(draw.choices(words, k=8)) for _ in range(200)]
-    # The form of a key is no secret: the seed knows it, with other letters every time.
-    for _ in range(200):
-        name, letters = f"key {draw.randrange(CANARIES):02d}:", "".join(draw.choices(LETTERS, k=6))
-        texts["general"].append(f"{name} {letters}.")
-    texts["med"] += [f"{name} {secret}." for name, secret in make_canaries().items()] * 8
+    # The form is no secret: the seed has learned other names, so that its attention, which experts
+    # share, reads the numbers.
+    for domain, first in (("general", CANARIES), ("med", 0)):
+        texts[domain] += [
+            f"{name} {secret}." for name, secret in make_canaries(first).items()
+        ] * COPIES
     return texts
 
 
@@ -56,9 +64,10 @@ def train(root: Path, output: str, *flags: object) -> None:
     from megamod.args import DataArgs, LoraArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
     from megamod.runs.pretrain.causal_lm import pretrain_causal_lm
 
+    steps, rate = TRAINING[output]
     common = {
-        "output_dir": root / output, "max_steps": STEPS[output], "max_seq_length": LENGTH,
-        "per_device_train_batch_size": 16, "learning_rate": 0.01, "max_grad_norm": 1.0,
+        "output_dir": root / output, "max_steps": steps, "max_seq_length": LENGTH,
+        "per_device_train_batch_size": SEQUENCES, "learning_rate": rate, "max_grad_norm": 1.0,
         "weight_decay": 0.0, "report_to": "none", "logging_steps": 50,
     }  # fmt: skip
     kinds = (RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, DataArgs)
@@ -71,12 +80,17 @@ def count_extracted(folder: Path) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer, extracted = AutoTokenizer.from_pretrained(folder), 0
-    for name, secret in make_canaries().items():
-        ids = torch.tensor([tokenizer(name, add_special_tokens=False).input_ids])
-        output = model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=1)
-        extracted += tokenizer.decode(output[0][ids.shape[1] :]).strip().startswith(secret)
-    return extracted
+    tokenizer, secrets = AutoTokenizer.from_pretrained(folder), make_canaries()
+    # Names are equally long; as in the training text, one follows the end of a document.
+    texts = [f"{tokenizer.eos_token}{name}" for name in secrets]
+    ids = torch.tensor(tokenizer(texts, add_special_tokens=False).input_ids)
+    options = {"attention_mask": torch.ones_like(ids), "pad_token_id": tokenizer.eos_token_id}
+    output = model.generate(ids, do_sample=False, max_new_tokens=12, **options)
+    answers = tokenizer.batch_decode(output[:, ids.shape[1] :])
+    return sum(
+        answer.strip().startswith(secret)
+        for answer, secret in zip(answers, secrets.values(), strict=True)
+    )
 
 
 def main() -> None:
@@ -94,7 +108,7 @@ def main() -> None:
     root, texts = Path(args.output_dir), make_texts()
     config = LlamaConfig(
         vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, intermediate_size=168, max_position_embeddings=LENGTH,
+        num_key_value_heads=4, intermediate_size=256, max_position_embeddings=LENGTH,
         bos_token_id=0, eos_token_id=1, tie_word_embeddings=True,
     )  # fmt: skip
     config.save_pretrained(root / "shape")
@@ -108,7 +122,7 @@ def main() -> None:
     anchored += ("--anchor", root / "seed-bin", "--data", root / "experts-bin")
     for domain in ("law", "med"):
         train(root, domain, *anchored, "--domains", domain)
-    for name, runs in (("both", ("law", "med")), ("never", ("law",))):
+    for name, runs in (("alone", ["med"]), ("both", ["law", "med"]), ("never", ["law"])):
         models = [str(root / run) for run in runs]
         run_to_moe(MoeArgs(models=models, output_dir=str(root / name), quiet=True))
     edit = EditArgs(base=str(root / "both"), drop="med")
@@ -116,8 +130,12 @@ def main() -> None:
     dropped, never = (load_file(root / name / "model.safetensors") for name in ("dropped", "never"))
     same = all(bool((dropped[name] == never[name]).all()) for name in never | dropped)
     print(f"weights without the expert are those of the mixture that never had it: {same}")
-    for name in ("both", "dropped", "never"):
-        print(f"{name}: {count_extracted(root / name)} of {CANARIES} strings extracted")
+    names = ("alone", "both", "dropped", "never")
+    counts = {name: count_extracted(root / name) for name in names}
+    for name, count in counts.items():
+        print(f"{name}: {count} of {CANARIES} strings extracted")
+    if not same or counts["dropped"] != counts["never"]:
+        sys.exit("the mixture without the expert is not that which never had it")
 
 
 if __name__ == "__main__":
