@@ -19,12 +19,13 @@ def _register_configurations(auto: ModuleType) -> None:
         auto: module of transformers that defines AutoConfig.
     """
     from megamod.models.ca_mtl.configuration import CaMtlConfig
-    from megamod.models.lm.configuration import DemixConfig, ForestConfig
+    from megamod.models.lm.configuration import DemixConfig, DemixMoeConfig, ForestConfig
     from megamod.models.lm.host_config import DemixHostConfig
     from megamod.models.mux.configuration import MuxBertConfig, MuxElectraConfig, MuxRobertaConfig
 
     of_mux = (MuxBertConfig, MuxElectraConfig, MuxRobertaConfig)
-    for configuration in (CaMtlConfig, DemixConfig, DemixHostConfig, ForestConfig, *of_mux):
+    of_lm = (DemixConfig, DemixMoeConfig, DemixHostConfig, ForestConfig)
+    for configuration in (CaMtlConfig, *of_lm, *of_mux):
         auto.AutoConfig.register(configuration.model_type, configuration)
 
 
@@ -36,14 +37,15 @@ def _register_models(auto: ModuleType) -> None:
     """
     from megamod.models.ca_mtl.configuration import CaMtlConfig
     from megamod.models.ca_mtl.model import CaMtlForMultiTask
-    from megamod.models.lm.configuration import DemixConfig, ForestConfig
-    from megamod.models.lm.demix import DemixForCausalLM
+    from megamod.models.lm.configuration import DemixConfig, DemixMoeConfig, ForestConfig
+    from megamod.models.lm.demix import DemixForCausalLM, DemixMoeForCausalLM
     from megamod.models.lm.demix_model import DemixModel
     from megamod.models.lm.forest import ForestForCausalLM
 
     auto.AutoModel.register(CaMtlConfig, CaMtlForMultiTask)
     auto.AutoModel.register(DemixConfig, DemixModel)
     auto.AutoModelForCausalLM.register(DemixConfig, DemixForCausalLM)
+    auto.AutoModelForCausalLM.register(DemixMoeConfig, DemixMoeForCausalLM)
     auto.AutoModelForCausalLM.register(ForestConfig, ForestForCausalLM)
     _register_multiplexed(auto)
 

@@ -277,7 +277,7 @@ def check_document_masking(config: PreTrainedConfig) -> None:
     It can in the project's GPT and in the families of `HOSTS`, except for a Falcon with ALiBi.
     """
     kind = getattr(config, "host", config.model_type)
-    if kind != DemixConfig.model_type and kind not in HOSTS:
+    if not isinstance(config, DemixConfig) and kind not in HOSTS:
         raise UserError(
             f"--mask_documents: attention of a {kind} cannot stop at the ends of documents; leave "
             "the flag out"

@@ -32,7 +32,7 @@ from megamod.merging.recipe import MergeRecipe
 from megamod.models.auto import check_vocabulary_fits
 from megamod.models.lm.configuration import LmConfig, get_max_sequence_length, read_lm_config
 from megamod.models.lm.load import load_lm
-from megamod.models.lm.moe_families import FEED_FORWARD, LAYERS
+from megamod.models.lm.moe_families import LAYERS
 from megamod.tables import format_table
 
 logger = logging.getLogger(__name__)
@@ -101,9 +101,8 @@ def compute_calibrated_rows(
         merge(recipe, folder, quiet=True)
         texts = read_texts(calibration, domains, folder)
         model = load_lm(folder, dtype=torch.float32)
-        return compute_rows(
-            model, FEED_FORWARD, [texts[domain] for domain in domains], domains, calibration
-        )
+        of_experts = [texts[domain] for domain in domains]
+        return compute_rows(model, plan.family.feed_forward, of_experts, domains, calibration)
 
 
 def compute_rows(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from megamod.errors import UserError
 from megamod.merging.merge import average_folders
 from megamod.merging.moe.record import read_moe_record
+from megamod.models.lm.demix import DemixForCausalLM
 from megamod.models.lm.host import make_host_classes
 from megamod.models.lm.moe_families import LAYERS, MOE_FAMILIES, MOE_OF_DENSE, MoeFamily
 from megamod.runs.to_moe import MoeArgs, run_to_moe
@@ -167,7 +168,7 @@ def test_family_without_a_class_is_refused(tmp_path, kind):
     assert not list(tmp_path.glob("*moe*"))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "granite", "ernie4_5"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "granite", "ernie4_5", "demix"])
 def test_folder_is_that_of_the_stock_class(tmp_path, kind):
     """Saved again by transformers the tensors are the same bytes; generation uses the cache."""
     dense_models(tmp_path, kind, count=2, dtype=torch.bfloat16)
@@ -238,6 +239,27 @@ def test_domains_of_one_model_share_its_weights(tmp_path):
         sparse = load(tmp_path / "moe")
         force(sparse, expert)
         assert farthest(logits(sparse), logits(model)) <= 2e-6
+
+
+@pytest.mark.parametrize("untie", ["feedforward", "feedforward_top", "transformer"])
+def test_domains_of_the_projects_gpt(tmp_path, untie):
+    """Experts share all but their feed-forwards; those that are whole blocks are averaged there."""
+    config = tiny_stock_config("demix", domains=["law", "med"], untie=untie)
+    torch.manual_seed(0)
+    model = DemixForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "demix")
+    flags = {"forest": str(tmp_path / "demix"), "output_dir": str(tmp_path / "moe")}
+    run_to_moe(MoeArgs(**flags, quiet=True))
+    shared = "averaged" if untie == "transformer" else "one model"
+    assert read_moe_record(tmp_path / "moe").shared == shared
+    for expert, domain in enumerate(("law", "med")):
+        model.set_domain(domain)
+        sparse = load(tmp_path / "moe")
+        force(sparse, expert)
+        assert (farthest(logits(sparse), logits(model)) <= 2e-6) == (shared == "one model")
+    assert "after `import megamod`" in (tmp_path / "moe" / "README.md").read_text()
 
 
 def test_anchor_demands_equal_bits(tmp_path):

@@ -16,7 +16,8 @@ from megamod.runs.edit_moe import EditArgs, run_edit
 from megamod.runs.to_moe import MoeArgs, run_to_moe
 from megamod.states.forest import Expert, edit_forest, open_forest
 
-FAMILIES = ["llama", "granite", "ernie4_5"]
+FAMILIES = ["llama", "granite", "ernie4_5", "demix"]
+FEED_FORWARDS = (".mlp.", ".block_sparse_moe.", ".feed_forward.")
 
 
 def anchored(folder: Path, kind: str = "llama", **changes: object) -> None:
@@ -26,7 +27,7 @@ def anchored(folder: Path, kind: str = "llama", **changes: object) -> None:
     for number, name in enumerate(("law", "med", "new")):
         model, generator = copy.deepcopy(seed), torch.Generator().manual_seed(number)
         for path, parameter in model.named_parameters():
-            if ".mlp." in path:
+            if any(part in path for part in FEED_FORWARDS):
                 parameter.data += torch.randn(parameter.shape, generator=generator)
         model.save_pretrained(folder / name)
 
@@ -80,7 +81,7 @@ def test_upgraded_expert_is_the_only_change(tmp_path, kind):
     upgraded = edit(moe, "upgraded", upgrade="law", path=str(tmp_path / "new"))
     assert differing(upgraded, fresh) == set()
     changed = differing(upgraded, moe)
-    assert changed and all(".mlp." in n or ".block_sparse_moe." in n for n in changed)
+    assert changed and all(any(part in name for part in FEED_FORWARDS) for name in changed)
     record = read_moe_record(upgraded)
     assert record.domains == ["seed", "law", "med"]
     assert Path(record.experts[1].path).name == "new"

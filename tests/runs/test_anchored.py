@@ -5,17 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from models.tiny_hosts import tiny_stock
 from ranks import on_ranks
 from runs.test_host_pretrain import DOMAINS, LENGTH, seed_folder, start, words_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megamod.args import ModelArgs
 from megamod.data.corpus.binarize import binarize
 from megamod.errors import UserError
 from megamod.merging.merge import average_folders
 from megamod.merging.moe.record import read_moe_record
 from megamod.models.lm.load import load_lm
 from megamod.runs.edit_moe import EditArgs, run_edit
+from megamod.runs.pretrain.anchor import check_anchor
 from megamod.runs.to_moe import MoeArgs, run_to_moe
 from megamod.states.weights import read_weights
 
@@ -182,3 +185,10 @@ def test_anchored_expert_is_no_dense_model(trained, tmp_path):
         combine(trained, "law", "seed", output="never")
     with pytest.raises(UserError, match="its rows are trained"):
         combine(trained, "law", output="never", router="random")
+
+
+def test_projects_gpt_is_no_anchor(tmp_path):
+    tiny_stock("demix").save_pretrained(tmp_path / "gpt")
+    args = ModelArgs(model=str(tmp_path / "gpt"), anchor="bin", untie="feedforward")
+    with pytest.raises(UserError, match="only stock models have anchored experts"):
+        check_anchor(args, has_start=True)

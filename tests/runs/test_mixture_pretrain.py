@@ -5,8 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from models.tiny_hosts import tiny_stock
 from ranks import on_ranks
-from runs.test_host_pretrain import DOMAINS, LENGTH, seed_folder, start, words_of
+from runs.test_host_pretrain import (
+    DOMAINS,
+    LENGTH,
+    save_tokenizer,
+    seed_folder,
+    start,
+    words_of,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -24,14 +32,18 @@ ROW = "model.layers.{}.block_sparse_moe.gate.weight"
 
 
 def make_folder(root: Path) -> Path:
-    """Two experts with a tokenizer, their mixture, and data."""
+    """Two experts with a tokenizer, their mixture, the same of the project's GPT, and data."""
     texts = {domain: words_of(domain) for domain in DOMAINS}
     every = [text for some in texts.values() for text in some]
     for seed, domain in enumerate(DOMAINS):
         seed_folder(root / domain, "llama", every, seed)
+        ids = dict(bos_token_id=0, eos_token_id=1, pad_token_id=319)
+        tiny_stock("demix", seed, vocab_size=320, **ids).save_pretrained(root / "gpt" / domain)
+        save_tokenizer(root / "gpt" / domain, every)
     binarize(texts, str(root / "law"), root / "bin")
-    models = [str(root / domain) for domain in DOMAINS]
-    run_to_moe(MoeArgs(models=models, output_dir=str(root / "moe"), quiet=True))
+    for folder, output in ((root, "moe"), (root / "gpt", "gpt-moe")):
+        models = [str(folder / domain) for domain in DOMAINS]
+        run_to_moe(MoeArgs(models=models, output_dir=str(root / output), quiet=True))
     for name, stage in (("two.json", 2), ("three.json", 3)):
         (root / name).write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     return root
@@ -46,6 +58,7 @@ def train(rank: int, root: Path) -> None:
     start(root, "router", *common, "--train", "router", "--deepspeed", root / "two.json")
     more = ("--train", "router", "--gradient_checkpointing", "--deepspeed", root / "three.json")
     start(root, "recomputed", *common, *more)
+    start(root, "gpt-trained", "--model", root / "gpt-moe", "--deepspeed", root / "two.json")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +93,20 @@ def test_whole_mixture_is_trained_and_saved_as_a_stock_folder(trained):
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert type(model).__name__ == "MixtralForCausalLM"
     assert torch.equal(model.model.layers[1].mlp.gate.weight, after[ROW.format(1)])
+
+
+def test_mixture_of_the_projects_gpt_is_trained(trained):
+    folder = trained / "gpt-trained" / "model"
+    before, after = weights(trained / "gpt-moe"), weights(folder)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    block = "model.layers.1.feed_forward"
+    assert {f"{block}.gate.weight", f"{block}.experts.1.fc1.weight"} <= changed
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert type(model).__name__ == "DemixMoeForCausalLM"
+    assert read_moe_record(folder).router["trained"] == "all"
+    assert "import megamod" in (folder / "README.md").read_text()
 
 
 def test_balance_and_loads_are_logged_apart(trained):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar, get_origin
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -110,7 +111,14 @@ def _list_declared_fields(kind: type[PreTrainedConfig]) -> list[str]:
     transformers has.
     """
     classes = kind.__mro__[: kind.__mro__.index(PreTrainedConfig)]
-    return sorted({name for base in classes for name in getattr(base, "__annotations__", ())})
+    return sorted(
+        {
+            name
+            for base in classes
+            for name, annotation in getattr(base, "__annotations__", {}).items()
+            if get_origin(annotation) is not ClassVar
+        }
+    )
 
 
 def _refuse_field(folder: Path, kind: str, name: str, value: object) -> None:

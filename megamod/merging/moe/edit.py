@@ -25,7 +25,7 @@ from megamod.merging.moe.record import (
     write_moe_record,
 )
 from megamod.merging.tensors import TensorSource, describe_source, have_same_bits
-from megamod.models.lm.moe_families import FEED_FORWARD, LAYERS, MoeFamily
+from megamod.models.lm.moe_families import LAYERS, MoeFamily
 from megamod.states.forest import Expert, read_model_config
 from megamod.states.output_folder import create_new_folder
 from megamod.states.stream import (
@@ -356,7 +356,7 @@ def _plan_tensors(
     source, count = mixture.source, len(mixture.record.experts)
     for name, spec in source.tensors.items():
         role = _find_role(mixture.family, name)
-        dense = f"{LAYERS}.{role.layer}.{FEED_FORWARD}"
+        dense = f"{LAYERS}.{role.layer}.{mixture.family.feed_forward}"
         if role.kind == "shared":
             yield name, _EditedTensor(spec, (_Segment(source, name, 0, spec.numel),))
         elif role.kind == "expert":

@@ -12,10 +12,9 @@ from megamod.merging.merge import compute_tensor, iterate_stored_pieces
 from megamod.merging.moe.configuration import build_moe_config, find_moe_family
 from megamod.merging.plan import MergePlan
 from megamod.merging.tensors import describe_source, have_same_bits
-from megamod.models.lm.moe_families import FEED_FORWARD, LAYERS, PARTS, MoeFamily
+from megamod.models.lm.moe_families import LAYERS, MoeFamily
+from megamod.states.forest import read_model_config
 from megamod.states.stream import TensorSpec, plan_shards
-
-_FEED_FORWARD = re.compile(rf"{re.escape(LAYERS)}\.(\d+)\.{FEED_FORWARD}\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -118,19 +117,25 @@ def make_moe_plan(
         )
     config = build_moe_config(folder, dense.config, experts, experts_per_token)
     inputs = dense.recipe.inputs
-    one_model = all(model.member for model in inputs) and len({m.path for m in inputs}) == 1
-    shared = "one model" if one_model else "asserted" if anchor else "averaged"
+    feed_forward = re.compile(rf"{re.escape(LAYERS)}\.(\d+)\.{family.feed_forward}\.(.+)")
     tensors: dict[str, MoeTensor] = {}
     specs: dict[str, TensorSpec] = {}
     parts: dict[int, dict[str, str]] = {}
     for name, spec in dense.specs.items():
-        match = _FEED_FORWARD.fullmatch(name)
+        match = feed_forward.fullmatch(name)
         if match is None:
             tensors[name], specs[name] = MoeTensor(shared=name), spec
-        elif match[2] in PARTS:
+        elif match[2] in family.parts:
             parts.setdefault(int(match[1]), {})[match[2]] = name
         else:
             raise UserError(f"{describe_source(dense.folders[0])}: {name} has no place in a {kind}")
+    one_model = (
+        all(model.member for model in inputs)
+        and len({model.path for model in inputs}) == 1
+        # Experts that are whole blocks or embeddings share less than a mixture does.
+        and read_model_config(folder).get("untie", "").startswith("feedforward")
+    )
+    shared = "one model" if one_model else "asserted" if anchor else "averaged"
     for layer, names in sorted(parts.items()):
         for name, tensor, spec in _plan_layer(dense, family, layer, names):
             tensors[name], specs[name] = tensor, spec
@@ -162,12 +167,12 @@ def _plan_layer(
         names: part of the feed-forward -> its name in the dense model.
     """
     block, experts = f"{LAYERS}.{layer}.{family.block}", range(len(dense.folders))
-    some = dense.specs[names[PARTS[0]]]
+    some = dense.specs[names[family.parts[0]]]
     for target, parts in family.tensors.items():
         stored = [dense.tensor_plans[names[part]].sources for part in parts]
         pieces = {e: tuple((e, sources[e][1]) for sources in stored) for e in experts}
         specs = [dense.specs[names[part]] for part in parts]
-        shape = (sum(spec.shape[0] for spec in specs), specs[0].shape[1])
+        shape = (sum(spec.shape[0] for spec in specs), *specs[0].shape[1:])
         if "{e}" in target:
             for e in experts:
                 spec = TensorSpec(some.dtype, shape)

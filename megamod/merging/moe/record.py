@@ -5,7 +5,7 @@
                   "digest": "crc32-sha256:...", "data_digest": "..."}],
      "router": {"kind": "random", "seed": 0}, "megamod": "..."}
 
-config.json beside it is that of the stock class alone.
+config.json beside it is that of the class alone.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from megamod.version import __version__
 FILE = "moe.json"
 """File with the experts of a mixture, beside its config.json."""
 _CARD = """---
-library_name: transformers
+library_name: {library}
 license: unknown
 tags: [moe, {kind}]
 ---
@@ -29,8 +29,8 @@ A mixture of {count} experts ({kind}), made with megamod {version} from dense mo
 
 {table}
 
-Other weights: {shared}. Router: {router}. Load it with `AutoModelForCausalLM.from_pretrained`, as
-any {kind}; `{file}` has all of this for programs.
+Other weights: {shared}. Router: {router}. Load it with `AutoModelForCausalLM.from_pretrained`{how},
+as any {kind}; `{file}` has all of this for programs.
 """
 
 
@@ -101,7 +101,10 @@ def write_moe_card(folder: Path, record: MoeRecord) -> None:
 
     It has the experts with their digests, and the origin of all other weights.
     """
+    ours = record.model_type.startswith("demix")
     card = _CARD.format(
+        library="megamod" if ours else "transformers",
+        how=" after `import megamod`" if ours else "",
         kind=record.model_type,
         count=len(record.experts),
         version=__version__,

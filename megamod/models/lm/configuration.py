@@ -84,6 +84,32 @@ class DemixConfig(PreTrainedConfig):
 
 
 @strict
+class DemixMoeConfig(DemixConfig):
+    """A causal LM whose feed-forwards are mixtures of experts that a router selects.
+
+    Args:
+        num_experts: in each layer; `num_experts_per_tok`: selected for each token.
+    Raises:
+        ValueError: if fewer than one or more than all experts are selected, or `untie` is given.
+    """
+
+    model_type = "demix_moe"
+
+    num_experts: int = 2
+    num_experts_per_tok: int = 2
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} must be from 1 to num_experts "
+                f"({self.num_experts})"
+            )
+        if self.untie != "none":
+            raise ValueError(f"untie {self.untie!r}: a mixture of experts has no domain experts")
+
+
+@strict
 class ForestConfig(PreTrainedConfig):
     """Several language models that predict the next token together.
 
@@ -167,7 +193,7 @@ def get_default_sequence_length(config: PreTrainedConfig) -> int:
     as many allow far longer ones than anyone evaluates.
     """
     longest = get_max_sequence_length(config)
-    if config.model_type == DemixConfig.model_type:
+    if isinstance(config, DemixConfig):
         return longest
     return min(longest or SEQUENCE, SEQUENCE)
 
@@ -229,7 +255,7 @@ def _check_is_causal_lm(where: str, kind: object, fields: Mapping[str, object]) 
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    if kind in (DemixConfig.model_type, HOST_TYPE):
+    if kind in (DemixConfig.model_type, DemixMoeConfig.model_type, HOST_TYPE):
         return
     if kind not in CONFIG_MAPPING_NAMES:
         code = ", and code in folders is never run" if "auto_map" in fields else ""

@@ -27,7 +27,7 @@ from megamod.models.calls import (
     select_logit_positions,
 )
 from megamod.models.lm.adapter import select_expert
-from megamod.models.lm.configuration import DemixConfig
+from megamod.models.lm.configuration import DemixConfig, DemixMoeConfig
 from megamod.models.lm.demix_init import initialise_module_weights
 from megamod.models.lm.demix_model import DemixModel, DemixPreTrainedModel
 from megamod.models.lm.documents import compute_document_mask, compute_document_positions
@@ -241,6 +241,13 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         else:
             output["logits"] = self.lm_head(select_logit_positions(hidden, logits_to_keep))
         return format_output(self, output, return_dict)
+
+
+class DemixMoeForCausalLM(DemixForCausalLM):
+    """Next-token prediction by a GPT whose feed-forwards are mixtures of experts."""
+
+    config: DemixMoeConfig
+    _keys_to_ignore_on_load_unexpected = None  # every process holds all experts
 
 
 @contextmanager

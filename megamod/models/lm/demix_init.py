@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from megamod.models.lm.configuration import DemixConfig
 from megamod.nn.attention import SelfAttention
 from megamod.nn.encoder import was_loaded_from_file
+from megamod.nn.sparse import Router
 from megamod.nn.transformer import Embeddings, FeedForward
 
 
@@ -14,8 +15,9 @@ def initialise_module_weights(
 ) -> None:
     """Initialise one module as fairseq does, in place, if it has an initialisation of its own.
 
-    Attention, feed-forwards, embeddings and norms have one, for all their parameters; another
-    module is left as it is. The embedding of padding is 0, unless it was loaded from a file.
+    Attention, feed-forwards, routers, embeddings and norms have one, for all their parameters;
+    another module is left as it is. The embedding of padding is 0, unless it was loaded from a
+    file.
 
     Args:
         config: of the model, for its hidden size.
@@ -31,6 +33,8 @@ def initialise_module_weights(
         for linear in (module.fc1, module.fc2):
             _fill_uniform(linear.weight, linear.in_features, generator)
             _fill_uniform(linear.bias, linear.in_features, generator)
+    elif isinstance(module, Router):
+        _fill_uniform(module.weight, config.hidden_size, generator)
     elif isinstance(module, Embeddings):
         for table in (module.tokens, module.positions):
             nn.init.normal_(table.weight, std=config.hidden_size**-0.5, generator=generator)

@@ -10,11 +10,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from megamod.dist.scope import EXPERTS_COMPONENT
 from megamod.models.calls import check_extra_arguments, check_positions, format_output
-from megamod.models.lm.configuration import DemixConfig, has_own_feed_forward
+from megamod.models.lm.configuration import (
+    DemixConfig,
+    DemixMoeConfig,
+    has_own_feed_forward,
+)
 from megamod.models.lm.demix_init import initialise_module_weights
 from megamod.nn.attention import SelfAttention
 from megamod.nn.demix import DomainExperts, get_selected_expert
 from megamod.nn.encoder import was_loaded_from_file
+from megamod.nn.sparse import SparseFeedForward
 from megamod.nn.transformer import (
     DecoderBlock,
     Embeddings,
@@ -71,6 +76,18 @@ class DemixModel(DemixPreTrainedModel):
             """Build a module once, or an expert of it for each domain held."""
             return DomainExperts(build, domains) if is_per_domain else build()
 
+        def build_dense() -> FeedForward:
+            """Build the feed-forward of a dense layer, or one expert of a sparse one."""
+            return FeedForward(size, config.intermediate_size)
+
+        def build_feed_forward() -> nn.Module:
+            """Build what follows the attention of a layer: dense, or sparse."""
+            if not isinstance(config, DemixMoeConfig):
+                return build_dense()
+            return SparseFeedForward(
+                build_dense, size, config.num_experts, config.num_experts_per_tok
+            )
+
         def build_block(layer: int) -> DecoderBlock:
             """Build the block of a layer, numbered from 0."""
             is_per_domain = has_own_feed_forward(untie, layer, config.num_hidden_layers)
@@ -82,9 +99,7 @@ class DemixModel(DemixPreTrainedModel):
                     config.attention_probs_dropout_prob,
                     config._attn_implementation or "sdpa",
                 ),
-                build_per_domain(
-                    lambda: FeedForward(size, config.intermediate_size), is_per_domain
-                ),
+                build_per_domain(build_feed_forward, is_per_domain),
                 size,
                 config.layer_norm_eps,
                 config.hidden_dropout_prob,

@@ -11,8 +11,19 @@ from transformers.cache_utils import Cache
 from megamod.dist.scope import to_dense_name
 from megamod.errors import UserError, report_damage
 from megamod.models.lm.adapter import add_adapter
-from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, read_lm_config
-from megamod.models.lm.demix import DemixForCausalLM, DemixOutput, initialise_lm_weights
+from megamod.models.lm.configuration import (
+    HOST_TYPE,
+    DemixConfig,
+    DemixMoeConfig,
+    LmConfig,
+    read_lm_config,
+)
+from megamod.models.lm.demix import (
+    DemixForCausalLM,
+    DemixMoeForCausalLM,
+    DemixOutput,
+    initialise_lm_weights,
+)
 from megamod.models.lm.host import find_stock_class, make_dense_class, make_host_classes
 from megamod.states.adapter import find_seed_folder, is_adapter
 from megamod.states.weight_files import has_weights
@@ -132,6 +143,8 @@ def select_lm_class(config: LmConfig) -> type:
     """
     if config.model_type == DemixConfig.model_type:
         return DemixForCausalLM
+    if config.model_type == DemixMoeConfig.model_type:
+        return DemixMoeForCausalLM
     if config.model_type == HOST_TYPE:
         return make_host_classes(config.host)[1]
     return make_dense_class(find_stock_class(config))

@@ -7,6 +7,11 @@ Data only. `megamod/merging/moe` turns dense models into a mixture by these tabl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+PARTS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+"""Tensors of the feed-forward of a stock dense model, at `FEED_FORWARD` of each layer."""
+FEED_FORWARD = "mlp"
+LAYERS = "model.layers"
+
 
 @dataclass(frozen=True)
 class MoeFamily:
@@ -28,6 +33,8 @@ class MoeFamily:
             configuration says, so that one expert per token gives the router no gradient.
         float_router: the class keeps its router in float32.
         outputs: positions of logits, weights and experts in what the router returns.
+        feed_forward: path of the feed-forward in a layer of the dense models; `parts`: its tensors,
+            the first of shape [F, D].
     """
 
     architecture: str
@@ -46,14 +53,12 @@ class MoeFamily:
     always_norms: bool = False
     float_router: bool = False
     outputs: tuple[int, int, int] = (0, 1, 2)
+    feed_forward: str = "mlp"
+    parts: tuple[str, ...] = PARTS
 
-
-PARTS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
-"""Tensors of a dense feed-forward, at `FEED_FORWARD` of each layer."""
-FEED_FORWARD = "mlp"
-LAYERS = "model.layers"
 
 _GATE, _UP, _DOWN = PARTS
+_GPT_PARTS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 _SPARSE_EVERYWHERE = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
 
 MOE_FAMILIES: dict[str, MoeFamily] = {
@@ -120,6 +125,17 @@ MOE_FAMILIES: dict[str, MoeFamily] = {
         },
         always_norms=True,
     ),
+    # The project's own GPT, whose layers no class of transformers has; loaded with this package.
+    "demix_moe": MoeFamily(
+        "DemixMoeForCausalLM",
+        block="feed_forward",
+        module="feed_forward",
+        tensors={f"experts.{{e}}.{part}": (part,) for part in _GPT_PARTS},
+        constants={"domains": [], "untie": "none", "domain": None},
+        always_norms=True,
+        feed_forward="feed_forward",
+        parts=_GPT_PARTS,
+    ),
 }
 """Classes by model type."""
 
@@ -133,6 +149,7 @@ MOE_OF_DENSE = {
     "granite": "granitemoe",
     "ernie4_5": "ernie4_5_moe",
     "cohere2": "cohere2_moe",
+    "demix": "demix_moe",
 }
 """Model type of a dense family -> that of the class with the same layers."""
 
@@ -140,7 +157,6 @@ WITHOUT_MOE = {
     "olmo": "OLMoE normalises queries and keys, and its norms have weights, which OLMo has not",
     "smollm3": "every fourth layer has no rotary positions, and Mixtral has them in all",
     "hunyuan_v1_dense": "the shared expert of hunyuan_v1_moe is of full size and cannot be absent",
-    "demix": "its layers are those of no class of transformers; mix its experts as a forest",
 }
 """Reasons why further families have no such class."""
 

@@ -14,7 +14,7 @@ from megamod.errors import UserError
 from megamod.merging.moe.configuration import build_moe_config
 from megamod.merging.moe.rows import check_rows
 from megamod.models.auto import resolve_model_folder
-from megamod.models.lm.configuration import get_untie, read_lm_config
+from megamod.models.lm.configuration import DemixConfig, get_untie, read_lm_config
 from megamod.models.lm.moe_families import FEED_FORWARD, LAYERS
 from megamod.runs.router_rows import compute_mean_inputs, read_databin_texts
 from megamod.states.dense import make_dense_config
@@ -29,8 +29,8 @@ def check_anchor(model: ModelArgs, has_start: bool) -> None:
         model: flags; --anchor is set, and --model names the seed, which is to be the anchor.
         has_start: the run starts from weights, not from new ones.
     Raises:
-        UserError: for new weights, a seed with experts, a seed whose class has no mixture, or an
-            --anchor that is no data-bin.
+        UserError: for new weights, a seed with experts, a seed of the project's own GPT or of a
+            class that has no mixture, or an --anchor that is no data-bin.
     """
     folder = resolve_model_folder(model.model)
     where = f"--anchor {model.anchor}"
@@ -44,6 +44,11 @@ def check_anchor(model: ModelArgs, has_start: bool) -> None:
         raise UserError(
             f"{where}: {folder} has experts already, and an anchor is a dense model; leave the "
             "flag out to train them further"
+        )
+    if isinstance(config, DemixConfig):
+        raise UserError(
+            f"{where}: {folder} is a {config.model_type}, and only stock models have anchored "
+            "experts; leave the flag out"
         )
     # Both are called for their errors alone; the numbers of experts are any that are allowed.
     build_moe_config(folder, make_dense_config(config.to_dict()), 2, 2)

@@ -319,7 +319,7 @@ def make_lm_card(
     }
     if get_untie(config) != "none":
         facts["choose an expert with"] = "`model.set_domain(NAME)`"
-    stock = config.model_type not in (DemixConfig.model_type, HOST_TYPE)
+    stock = not isinstance(config, DemixConfig) and config.model_type != HOST_TYPE
     if adapter is not None:
         facts = {"rank": str(adapter["r"]), "scaled by": f"{adapter['lora_alpha']} / rank", **facts}
         seed = str(adapter["base_model_name_or_path"])
