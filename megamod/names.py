@@ -1,7 +1,7 @@
 """Names that become parts of the names of files and parameters: checks, and types for schemas.
 
-`check_name` and `check_domain` check a name of the command line, and the types `Name` and `Domain`
-a field of a `Document`.
+`check_name` and `check_domain` check a name from the command line, or from a file that was read
+before; the types `Name` and `Domain` check a field of a `Document`.
 """
 
 import re

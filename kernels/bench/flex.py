@@ -10,7 +10,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 def make_block_diagonal_attention(
     instances: int, length: int, heads: int, device: str
 ) -> Callable[..., Tensor]:
-    """Make attention over one sequence of L * N tokens, where the N instances of a position attend.
+    """Make attention over one sequence of L * N tokens, in which a token attends to the N tokens of
+    its own position only.
 
     q, k, v [B, N, L, D] -> [B, N, L, D]. The mask is made here, once.
     Source: Dong et al. 2024 (Flex Attention), document masking.

@@ -13,8 +13,9 @@
 task is mlm, clm (text files), or a task of finetune_glue.py or finetune_ner.py; then `data` is its
 folder, and its train rows calibrate variants without a file. A list runs several tasks, and {task}
 in a model's path is replaced by each. All pairs are compared, or those under `pairs`. The same
-command resumes and computes only missing curves. OUT/results.json has both definitions of the
-barrier by pair, their means and standard errors; OUT/TASK.png the curves and OUT/barriers.png all
+command resumes and computes only missing curves.
+OUT/results.json has both definitions of the barrier by pair, their means and standard errors;
+OUT/TASK.png (TASK_SPLIT.png of a task with several dev splits) the curves and OUT/barriers.png all
 barriers. launchers/recipes/barrier_*.yaml are example studies; docs/merging.md explains them.
 """
 
@@ -43,7 +44,7 @@ def main() -> None:
 
     Raises:
         UserError: if a flag is missing, --output_dir is a file, the GPU is missing, or as
-            `megamod.runs.studies.barrier.run_barrier_study`.
+            `read_barrier_study`, `hold_folder` and `run_barrier_study`.
     """
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):

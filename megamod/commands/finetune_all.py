@@ -13,9 +13,9 @@
       mux: {model: "runs/mux-{N}/model", num_instances: [2, 5, 10]}
     seeds: [1, 2, 3]
 
-Flags are those of finetune_glue.py and finetune_ner.py. Each run has a folder with its log; the
-same command resumes and runs only what is missing. summary.json and scores.png are
-written at the end.
+Flags are those of finetune_glue.py, finetune_ner.py and finetune_mtl.py (launcher: glue, ner or
+mtl). Each run has a folder with its log; the same command resumes and runs only what is missing.
+summary.json, scores.png and trade_off.png are written at the end.
 """
 
 import shlex
@@ -41,7 +41,8 @@ def main() -> None:
     """Parse the flags, run the missing jobs and print the table; with --dry_run only the commands.
 
     Raises:
-        UserError: if a flag is missing, --output_dir is a file, or as `read_sweep` and `run_sweep`.
+        UserError: if a flag is missing, --output_dir is a file, or as `read_sweep`, `hold_folder`
+            and `run_sweep`.
     """
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):

@@ -40,7 +40,7 @@ def compute_step_traffic(
     tied_names: Collection[str] = (),
     frozen: Mapping[str, int] = MappingProxyType({}),
     experts: Collection[str] = (),
-    expert_ranks: int = 1,
+    expert_data_parallel_size: int = 1,
 ) -> Traffic:
     """Compute the bytes that one rank sends in a step.
 
@@ -59,7 +59,7 @@ def compute_step_traffic(
         frozen: elements of every frozen parameter, which only ZeRO 3 sends.
         experts: parameters with a rank's share of the experts of a mixture. The exchange of tokens
             with them is not included, see `compute_exchange_traffic`.
-        expert_ranks: number of ranks that have the same share.
+        expert_data_parallel_size: number of ranks that hold the same share of the experts.
     Source: Rajbhandari et al. 2020 (ZeRO), section 7; Gururangan et al. 2022 (DEMix), section 3.2.
     """
     parameter_scopes = find_scopes({**element_counts, **frozen}, topology.sharing, experts)
@@ -69,7 +69,7 @@ def compute_step_traffic(
         if scope is Scope.DOMAIN:
             ranks = topology.ranks_per_domain
         elif scope is Scope.EXPERT:
-            ranks = expert_ranks
+            ranks = expert_data_parallel_size
         scope_counts = {
             name: size for name, size in element_counts.items() if parameter_scopes[name] is scope
         }

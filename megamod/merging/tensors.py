@@ -203,8 +203,8 @@ class MergeTensor:
     seed: int = 0
 
     @property
-    def others(self) -> list[ModelTensor]:
-        """All models except the base."""
+    def non_base_models(self) -> list[ModelTensor]:
+        """Tensors of all models except the base; of all models if there is no base."""
         return [model for model in self.models if model is not self.base]
 
     @property

@@ -13,7 +13,7 @@ from megamod_kernels.norm_linear import Norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megamod.nn.linear import is_plain
+from megamod.nn.linear import are_standard_layers
 
 
 class SharedRsaLayers(nn.Module):
@@ -90,7 +90,7 @@ class RsaDemultiplexer(nn.Module):
             last_norm,
             *(() if norm is None else (norm,)),
         )
-        if not is_plain(*layers):
+        if not are_standard_layers(*layers):
             states = hidden if norm is None else norm(hidden)
             return self._run_modules(
                 shared.demux_instance_embedding, states, first_layer, middle_layers, pairs
@@ -226,7 +226,7 @@ def apply_keyed_linear(
     Returns:
         [R, D] for pairs, else [B, N, L, D].
     """
-    if not is_plain(dense):
+    if not are_standard_layers(dense):
         return dense(_concatenate_keys(hidden, key, pairs))
     weight, bias = dense.weight, dense.bias
     if pairs is None or len(pairs.group) >= hidden.shape[0] * hidden.shape[1]:

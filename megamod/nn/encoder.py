@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
-from megamod.nn.linear import Linear, is_plain
+from megamod.nn.linear import Linear, are_standard_layers
 
 MASKED = -10000.0  # added to the scores of masked keys, as in BERT; finite, so all may be masked
 
@@ -53,7 +53,7 @@ class EncoderEmbeddings(nn.Module):
         Returns:
             [R, T, D].
         """
-        if not is_plain(self.position_embeddings, self.token_type_embeddings):
+        if not are_standard_layers(self.position_embeddings, self.token_type_embeddings):
             if position_ids is None:
                 last = self.first_position + ids_or_vectors.shape[1]
                 position_ids = torch.arange(
@@ -149,10 +149,10 @@ class EncoderEmbeddings(nn.Module):
         )
         return x, attended
 
-    def has_plain_modules(self) -> bool:
+    def has_standard_layers(self) -> bool:
         """Return True if kernels may use the tables and the norm without calling modules."""
         tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
-        return is_plain(*tables, self.LayerNorm)
+        return are_standard_layers(*tables, self.LayerNorm)
 
     def _collect_tables(self) -> Tables:
         """Collect the embedding tables, the norm and the padding ids for the kernels."""

@@ -35,7 +35,7 @@ class Linear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
 
 
-def is_plain(*modules: nn.Module) -> bool:
+def are_standard_layers(*modules: nn.Module) -> bool:
     """Return True if `weight` and `bias` of each module define its result as in torch.
 
     An adapter (LoRA) or a quantised layer that replaced a layer also has a `weight`, but computes

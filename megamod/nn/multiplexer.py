@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamod.nn.encoder import EncoderLayer, make_key_mask
-from megamod.nn.linear import is_plain
+from megamod.nn.linear import are_standard_layers
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def multiplex_contextual(
     if mask_instances and attention_mask is not None:
         instance_mask = attention_mask.view(groups, instances, length)
     projections = instance_block.attention["self"].values()
-    if is_plain(*projections) and uses_kernels(x, instance_block.heads, implementation):
+    if are_standard_layers(*projections) and uses_kernels(x, instance_block.heads, implementation):
         mixed = _attend_over_instances(instance_block, context, key, instance_mask, implementation)
         return instance_block.apply_feed_forward(mixed).mean(1) + multiplex(
             context, key, implementation

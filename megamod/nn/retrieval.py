@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamod.nn.demultiplexer import MlpDemultiplexer, SharedRsaLayers, apply_keyed_linear
-from megamod.nn.linear import is_plain
+from megamod.nn.linear import are_standard_layers
 
 IGNORED = -100
 _SCORED_TOGETHER = 2**24  # logits computed at once to count correct predictions: bounds the memory
@@ -112,7 +112,7 @@ def score_tokens(
     Returns:
         summed loss (nats, float32), number of correct predictions or None, logits [R, V] or None.
     """
-    if return_logits or not is_plain(decoder):
+    if return_logits or not are_standard_layers(decoder):
         logits = decoder(states)
         total = F.cross_entropy(logits.float(), labels, reduction="sum")
         correct = (logits.argmax(-1) == labels).sum() if count_correct else None

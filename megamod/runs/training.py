@@ -53,7 +53,7 @@ from megamod.train.deepspeed_settings import (
 from megamod.train.engine import build_engine
 from megamod.train.expert_parallel import (
     compute_parallel_exchange,
-    count_expert_ranks,
+    get_expert_data_parallel_size,
     list_expert_names,
 )
 from megamod.train.export import Card, ModelExport, publish_model
@@ -379,7 +379,7 @@ def make_monitor(
         next(engine.module.parameters()).element_size(),
         frozen=frozen,
         experts=list_expert_names(engine.module),
-        expert_ranks=count_expert_ranks(engine.module),
+        expert_data_parallel_size=get_expert_data_parallel_size(engine.module),
     )
     exchange = compute_parallel_exchange(engine.module, tokens)
     experts = ""

@@ -1,6 +1,6 @@
-"""The ids of words in the tokenizer files of a model folder, and their comparison between folders.
+"""The ids of tokens in the tokenizer files of a model folder, and their comparison between folders.
 
-Added words count like those of the base vocabulary: tokenizer.json, added_tokens.json and
+Added tokens count like those of the base vocabulary: tokenizer.json, added_tokens.json and
 tokenizer_config.json (`added_tokens_decoder`) all list some.
 """
 
@@ -14,8 +14,11 @@ _RAW = ("merges.txt", "vocab.bpe", "dict.txt")
 """Files of subword merges and dictionaries, which are not parsed; their bytes must be equal."""
 
 
-def _read_word_ids(folder: Path) -> dict[str, int]:
-    """Map every word that the tokenizer files of a folder list to its id; empty without files.
+def _read_token_ids(folder: Path) -> dict[str, int]:
+    """Map the tokens in the vocabulary files of a folder (`_READERS`) to their ids; empty without
+    such files.
+
+    Of a token in two files the later file counts; values that are no whole numbers are skipped.
 
     Raises:
         UserError: naming a file that cannot be read, or whose content does not fit its name.
@@ -33,32 +36,32 @@ def _read_word_ids(folder: Path) -> dict[str, int]:
 
 
 def check_same_ids(first: Path, second: Path, remedy: str = "") -> None:
-    """Refuse two folders whose tokenizers give one id to two words, or one word two ids.
+    """Refuse two folders whose tokenizers give one id to two tokens, or one token two ids.
 
-    Words that only one of them has are allowed. Folders without tokenizer files pass. Files of
+    Tokens that only one of them has are allowed. Folders without tokenizer files pass. Files of
     merges and SentencePiece models must be equal if both folders have them.
 
     Args:
         remedy: end of the message, such as "; unite them".
     Raises:
-        UserError: naming both folders, and the word and id or the file in which they differ; or a
+        UserError: naming both folders, and the token and id or the file in which they differ; or a
             file that cannot be read.
     """
     first, second = Path(first), Path(second)
     if _have_identical_files(first, second):
         return
-    ids, other = _read_word_ids(first), _read_word_ids(second)
-    words = {number: word for word, number in ids.items()}
-    for word, number in other.items():
-        known = words.get(number, word)
-        if known != word:
+    ids, other = _read_token_ids(first), _read_token_ids(second)
+    tokens = {number: token for token, number in ids.items()}
+    for token, number in other.items():
+        known = tokens.get(number, token)
+        if known != token:
             raise UserError(
                 f"{first} and {second}: their tokenizers differ: id {number} is {known!r} in the "
-                f"first and {word!r} in the second, so equal ids are different words{remedy}"
+                f"first and {token!r} in the second, so equal ids are different tokens{remedy}"
             )
-        if ids.get(word, number) != number:
+        if ids.get(token, number) != number:
             raise UserError(
-                f"{first} and {second}: their tokenizers differ: {word!r} has id {ids[word]} in "
+                f"{first} and {second}: their tokenizers differ: {token!r} has id {ids[token]} in "
                 f"the first and {number} in the second{remedy}"
             )
     for name in (*_RAW, *sorted({file.name for file in first.glob("*.model")})):
@@ -66,7 +69,7 @@ def check_same_ids(first: Path, second: Path, remedy: str = "") -> None:
         if all(file.is_file() for file in files) and not _have_equal_bytes(*files):
             raise UserError(
                 f"{first} and {second}: their tokenizers differ, as {name} shows, so equal ids are "
-                f"different words{remedy}"
+                f"different tokens{remedy}"
             )
 
 
@@ -109,37 +112,37 @@ def _read_content(file: Path) -> object:
 
 
 def _parse_tokenizer_json(content: Mapping) -> Iterator[tuple[str, int]]:
-    """Yield word and id of the vocabulary and the added tokens of tokenizer.json."""
+    """Yield token and id of the vocabulary and the added tokens of tokenizer.json."""
     model = content.get("model") or {}
     listed = model.get("vocab") or {}
     if isinstance(listed, list):  # unigrams, each with its score
-        listed = {word: number for number, (word, _) in enumerate(listed)}
+        listed = {token: number for number, (token, _) in enumerate(listed)}
     yield from listed.items()
     for entry in content.get("added_tokens") or ():
         yield entry["content"], entry["id"]
 
 
 def _parse_id_mapping(content: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """Yield word and id of a vocabulary; values that are no whole numbers are skipped."""
-    # Some tokenizers nest a vocabulary per language; those ids are not comparable by word.
-    for word, number in content.items():
+    """Yield token and id of a vocabulary; values that are no whole numbers are skipped."""
+    # Some tokenizers nest a vocabulary per language; those ids are not comparable by token.
+    for token, number in content.items():
         if type(number) is int:
-            yield word, number
+            yield token, number
 
 
 def _parse_added_tokens(content: Mapping) -> Iterator[tuple[str, int]]:
-    """Yield word and id of the added tokens of tokenizer_config.json."""
+    """Yield token and id of the added tokens of tokenizer_config.json."""
     for number, entry in (content.get("added_tokens_decoder") or {}).items():
         yield entry["content"] if isinstance(entry, dict) else str(entry), int(number)
 
 
 def _number_lines(content: list[str]) -> Iterator[tuple[str, int]]:
-    """Yield word and id of a vocabulary with one word a line: the line and its number from 0."""
+    """Yield token and id of a vocabulary with one token a line: the line and its number from 0."""
     for number, line in enumerate(content):
         yield line.rstrip("\r"), number
 
 
-# Later files win where two list a word.
+# Later files win where two list a token.
 _READERS = {
     "vocab.txt": _number_lines,
     "vocab.json": _parse_id_mapping,

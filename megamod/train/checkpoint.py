@@ -130,6 +130,7 @@ class Checkpoints:
         if is_true_on_all_ranks(written) and dist.get_rank() == 0:
             try:
                 self._commit(temporary, final)
+                self._record_sound(history or History())
                 self._delete_older(final, history or History())
             except OSError as error:
                 logger.error("checkpoint %s: %s", final.name, error)
@@ -355,14 +356,17 @@ class Checkpoints:
         os.rename(temporary, final)
         write_atomic(self.folder / LATEST, final.name + "\n")  # syncs both names
 
+    def _record_sound(self, history: History) -> None:
+        """Write the step of the sound checkpoint to the file `SOUND`, if it is another one."""
+        if history.sound is not None:
+            write_atomic(self.folder / SOUND, f"{history.sound}\n")
+
     def _delete_older(self, final: Path, history: History) -> None:
-        """Record the sound checkpoint; delete those beyond the number to keep, see `save`.
+        """Delete the checkpoints beyond the number to keep, but not the recorded sound one.
 
         Args:
             final: folder of the checkpoint that was just written.
         """
-        if history.sound is not None:
-            write_atomic(self.folder / SOUND, f"{history.sound}\n")
         if not self.keep:
             return
         # Later steps belong to an abandoned run or are invalid: they do not count.

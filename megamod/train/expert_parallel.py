@@ -124,8 +124,10 @@ def list_expert_names(module: nn.Module) -> list[str]:
     return [f"{path}.experts.w{n}" for path in get_parallel_layers(module) for n in (1, 2, 3)]
 
 
-def count_expert_ranks(module: nn.Module) -> int:
-    """Count the ranks that hold the same share of the experts; all of them without such shares."""
+def get_expert_data_parallel_size(module: nn.Module) -> int:
+    """Return the number of ranks that hold the same experts (expert data parallel size): world
+    size / `ep_size`; the world size if experts are not spread.
+    """
     size = max((layer.ep_size for layer in get_parallel_layers(module).values()), default=1)
     return dist.get_world_size() // size
 

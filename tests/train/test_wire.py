@@ -92,7 +92,7 @@ def count_mixtures(rank: int) -> list[tuple[dict, dict, list[float]]]:
     from megamod.train.engine import build_engine
     from megamod.train.expert_parallel import (
         compute_parallel_exchange,
-        count_expert_ranks,
+        get_expert_data_parallel_size,
         list_expert_names,
     )
     from megamod.train.optim import make_adamw
@@ -116,7 +116,7 @@ def count_mixtures(rank: int) -> list[tuple[dict, dict, list[float]]]:
             MICRO_STEPS,
             4,
             experts=list_expert_names(engine.module),
-            expert_ranks=count_expert_ranks(engine.module),
+            expert_data_parallel_size=get_expert_data_parallel_size(engine.module),
         )
         exchange = compute_parallel_exchange(engine.module, MICRO_STEPS * MICRO * LENGTH)
         predicted = [expected.world, expected.expert, exchange]

@@ -1,7 +1,8 @@
 """Permutations and orthogonal maps applied to weights, and averages of aligned models.
 
-An aligned model computes the same function: rows of the weights that produce features and columns
-of those that read them are reordered by indexing, and multiplied by the same orthogonal matrices.
+Rows of the weights that produce features and columns of those that read them are reordered by
+indexing, and multiplied by the same orthogonal matrices. So an aligned model computes the same
+function, except with soft assignments (method "ot") or one permutation per norm (residual "sep").
 """
 
 from collections.abc import Mapping, Sequence
@@ -247,7 +248,7 @@ def transform_tensor(
 
     Args:
         name: of the tensor.
-        read: of the model as it is.
+        read: returns a tensor by name, before folding and changes.
         folding: None: norms stay as they are.
         tensor_changes: of this tensor.
     """

@@ -23,7 +23,7 @@ def slerp(target: MergeTensor) -> Iterator[Tensor]:
 
     Source: Shoemake 1985 (Animating Rotation with Quaternion Curves), section 3.3.
     """
-    (other,), t = target.others, target.values["t"]
+    (other,), t = target.non_base_models, target.values["t"]
     first, second = target.allocate_buffers(2)
     squares, other_squares, products = 0.0, 0.0, 0.0
     for start, stop in target.iterate_pieces():
@@ -65,7 +65,7 @@ def nuslerp(target: MergeTensor) -> Iterator[Tensor]:
 
     Source: as `slerp`; the weighting is that of the method of this name in mergekit.
     """
-    left, right = target.others
+    left, right = target.non_base_models
     total = left.values["weight"] + right.values["weight"]
     t = 0.5 if abs(total) < 1e-6 else right.values["weight"] / total
     if target.values["nuslerp_flatten"] or not target.shape:

@@ -111,7 +111,9 @@ def model_stock(target: MergeTensor) -> Iterator[Tensor]:
             mean = rows.mean(0).mul_(pull.to(rows.dtype)[:, None])
             yield base.add_(mean.view(-1))
         return
-    products = torch.zeros(len(target.others), len(target.others), dtype=torch.float64)
+    products = torch.zeros(
+        len(target.non_base_models), len(target.non_base_models), dtype=torch.float64
+    )
     for _, _, deltas in _iterate_task_vectors(target, list(target.iterate_pieces())):
         products += deltas @ deltas.T
     pull = float(_compute_pull(products))
@@ -153,14 +155,14 @@ def _iterate_task_vectors(
         spans: first element, and that after the last, of each piece.
     """
     longest = max((stop - start for start, stop in spans), default=0)
-    others = target.others
-    buffer = torch.empty((len(others) + 1) * longest, dtype=target.dtype)
+    models = target.non_base_models
+    buffer = torch.empty((len(models) + 1) * longest, dtype=target.dtype)
     for start, stop in spans:
         # One view per span, so that the pieces of a shorter last span are contiguous too.
-        whole = buffer[: (len(others) + 1) * (stop - start)].view(len(others) + 1, -1)
+        whole = buffer[: (len(models) + 1) * (stop - start)].view(len(models) + 1, -1)
         base, deltas = whole[0], whole[1:]
         target.base.read_into(start, base)
-        for model, delta in zip(others, deltas, strict=True):
+        for model, delta in zip(models, deltas, strict=True):
             model.read_into(start, delta)
             delta.sub_(base)
         yield start, base, deltas
@@ -180,7 +182,7 @@ def _prepare_sparsifiers(
     by_row = sparsifier is sparsify.drop_by_rank  # which ranks the entries of whole rows
     spans = list(target.iterate_row_pieces() if by_row else target.iterate_pieces())
     models = []
-    for model in target.others:
+    for model in target.non_base_models:
         if model.values["weight"] == 0:
             continue
         start = sparsifier(target, model) if sparsifier else lambda: sparsify.keep_all
@@ -200,7 +202,7 @@ def _add_task_vectors(target: MergeTensor, sparsifier: Sparsifier | None) -> Ite
         sparsifier: None: whole task vectors.
     """
     spans, models = _prepare_sparsifiers(target, sparsifier)
-    weight_sum = sum(model.values["weight"] for model in target.others)
+    weight_sum = sum(model.values["weight"] for model in target.non_base_models)
     factor = target.values["lambda"]
     if target.values["normalize"] and abs(weight_sum) >= 1e-8:
         factor /= weight_sum

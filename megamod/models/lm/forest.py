@@ -36,7 +36,7 @@ from megamod.models.lm.configuration import (
 )
 from megamod.models.lm.demix import DemixOutput
 from megamod.models.lm.forest_cache import ExpertCache, fill_mask_and_positions, split_cache
-from megamod.models.lm.forest_experts import add_member, check_member, load_lm_for_scoring
+from megamod.models.lm.forest_experts import check_member, load_lm_for_scoring, prepare_expert
 from megamod.models.lm.load import LanguageModel, select_lm_class
 from megamod.states.adapter import find_seed_folder
 from megamod.states.forest import FILE, Forest, open_forest
@@ -135,7 +135,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         for expert, seed in zip(forest.experts, seeds, strict=True):
             part = folders.index(seed)
             check_member(expert, parts[part].config)
-            member = add_member(parts[part], expert, forest.experts)
+            member = prepare_expert(parts[part], expert, forest.experts)
             experts.append({"domain": expert.domain, "part": part, "member": member})
         fields = (config or ForestConfig()).to_diff_dict()
         for field in ("model_type", "transformers_version", "architectures"):

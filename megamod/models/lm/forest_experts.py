@@ -23,7 +23,7 @@ class LoadedExpert:
     Attributes:
         domain: of the expert in its forest.
         model: holds the expert, and maybe others.
-        member: name of the expert in the model, see `add_member`; None: the model is the expert.
+        member: name of the expert in the model, see `prepare_expert`; None: the model is it.
     """
 
     domain: str
@@ -64,7 +64,7 @@ def load_experts(
             members = [e.member for e in selected if e.path.resolve() == folder and e.member]
             open_models[folder] = load_lm_for_scoring(folder, members).to(device)
         check_member(expert, open_models[folder].config)
-        member = add_member(open_models[folder], expert, selected)
+        member = prepare_expert(open_models[folder], expert, selected)
         loaded = LoadedExpert(expert.domain, open_models[folder], member)
         if member is not None:
             loaded.model.set_domain(member)
@@ -144,12 +144,12 @@ def check_member(expert: Expert, config: PreTrainedConfig) -> None:
         )
 
 
-def add_member(model: LanguageModel, expert: Expert, experts: Sequence[Expert]) -> str | None:
-    """Make an expert selectable in the model that holds it, and return the name that selects it.
+def prepare_expert(model: LanguageModel, expert: Expert, experts: Sequence[Expert]) -> str | None:
+    """Return the name that selects an expert in the model that holds it.
 
-    If the expert is an adapter, it is added to the model. `SEED` selects the seed itself, if
-    adapters of it are among the experts; otherwise the name is the expert's `member`, None if the
-    expert is the whole model.
+    An adapter is added to the model first, and stays selected; each call adds it anew. `SEED`
+    selects the seed itself, if adapters of it are among the experts; otherwise the name is the
+    expert's `member`, None if the expert is the whole model.
 
     Args:
         model: holds the expert, or is the seed of the adapter; changed in place.

@@ -52,6 +52,7 @@ def find_routers(model: nn.Module) -> list[nn.Module]:
 
 def _is_expert_parallel(block: nn.Module) -> bool:
     """Return True for a layer of DeepSpeed that took the place of a sparse block."""
+    # By DeepSpeed's own mark, because models must not import deepspeed.
     return getattr(block, "_is_autoep_layer", False)
 
 

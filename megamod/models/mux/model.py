@@ -28,7 +28,7 @@ from megamod.nn.encoder import (
     initialise_weights,
     was_loaded_from_file,
 )
-from megamod.nn.linear import is_plain
+from megamod.nn.linear import are_standard_layers
 from megamod.nn.multiplexer import (
     MULTIPLEXERS,
     compute_key_shape,
@@ -257,7 +257,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         instance_positions, mixed_positions = self._select_positions(batch)
         table, kernels = embeddings.word_embeddings.weight, self.config.kernels
         keyed_mean = MULTIPLEXERS[self.config.muxing_variant].mix is multiplex
-        if keyed_mean and uses_triton(kernels, table) and embeddings.has_plain_modules():
+        if keyed_mean and uses_triton(kernels, table) and embeddings.has_standard_layers():
             inputs = (
                 batch.ids,
                 self.instance_embedding,
@@ -393,11 +393,11 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return (batch.position_ids, None) if self.sees_segments else (None, batch.position_ids)
 
     def _first_block_takes_embeddings(self, queries: int | None) -> bool:
-        """Return True if `embed_with_attention` can run block 0: plain, all columns, D wide."""
+        """Return True if `embed_with_attention` can run block 0: standard, all columns, D wide."""
         backbone, layers = self.backbone, self.backbone.encoder.layer
         narrow = hasattr(backbone, "embeddings_project")
-        plain = is_plain(*layers[0].attention["self"].values())
-        return not narrow and plain and (queries is None or len(layers) > 1)
+        standard = are_standard_layers(*layers[0].attention["self"].values())
+        return not narrow and standard and (queries is None or len(layers) > 1)
 
     def _multiplex(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Multiplex embeddings by the configured variant: [B, N, T, D] -> [B, T, D].

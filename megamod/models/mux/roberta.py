@@ -121,7 +121,9 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
         return score_tokens(states, decoder, labels, return_logits=not self.training)[:2]
 
     def _select_positions(self, batch: PreparedBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Return positions of the instances, padding not counted, and None for the mixed ones."""
+        """Return the caller's positions of the instances, else positions that do not count padding;
+        and None (consecutive) for the mixed sequence.
+        """
         if batch.position_ids is not None:
             return batch.position_ids, None
         return compute_padding_aware_positions(batch.ids, self.config.pad_token_id), None

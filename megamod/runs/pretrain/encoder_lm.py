@@ -136,7 +136,7 @@ def pretrain_encoder(
         topology=topology,
         data_digest=data.digest,
         tokenizer=data.databin.path / "tokenizer",
-        card=make_encoder_card(config, mux, data.digest),
+        card=_make_encoder_card(mux, data.digest),
         groups=(GROUP,),
         unit="tokens",
         make_batches=lambda division: batches("train", division=division),
@@ -295,13 +295,14 @@ def _read_source_config(source: str, mux: MuxArgs, data: DataBin) -> PreTrainedC
 
 
 def _check_structure(source: str, config: PreTrainedConfig, mux: MuxArgs, data: DataBin) -> None:
-    """Check that the flags agree with the multiplexing of a model, and its [MASK] with the data's.
+    """Check that flags given by the user agree with a multiplexed model and, for replaced_token,
+    that its [MASK] is that of the data.
 
     Args:
         source: model folder or hub name, for messages.
         config: of that model, which is multiplexed.
     Raises:
-        UserError: naming the flag, its value and that of the model.
+        UserError: naming the flag and the model.
     """
     for name in STRUCTURE:
         held = getattr(config, name, "none")
@@ -433,7 +434,7 @@ def build_initial_encoder(
     return model
 
 
-def make_encoder_card(config: PreTrainedConfig, mux: MuxArgs, data_digest: str) -> Card:
+def _make_encoder_card(mux: MuxArgs, data_digest: str) -> Card:
     """Return the model card of an encoder: objective, instances per pass, digest of its data."""
     kind = "multiplexed " if mux.num_instances > 1 else ""
     masked = mux.objective == "masked_lm"

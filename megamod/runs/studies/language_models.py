@@ -15,7 +15,7 @@ Settings are flags of megamod pretrain, and
     score_novel            score domains that nothing was trained on as well
     family                 model type of a stock family, in place of `model`; with the shape flags
     adapt_to, ...          adapt an expert of the run, see `adaptation`
-    mixture_topk, ...      turn the forest into a mixture of experts, see `mixtures`
+    anchor, mixture_topk, ...   turn the forest into a mixture of experts, see `mixtures`
 """
 
 import fcntl
@@ -61,8 +61,8 @@ OWN_SETTINGS = (
     *("strangers", "strangers_refine_steps"),
     *("family", *adaptation.SETTINGS, *mixtures.SETTINGS),
 )
-"""Settings of a cell that are no flags of megamod pretrain; `extras` are their values, None if not
-set."""
+"""Settings of a cell that are not passed on as flags of megamod pretrain (its --anchor is a folder,
+here true or false); `extras` are their values, None if not set."""
 _CALIBRATION_BYTES = 100_000  # of each domain's training text, to align strangers on
 QUARTERS = 4  # a dense run keeps a checkpoint after each, which a forest can branch off
 
