@@ -232,10 +232,11 @@ class Driver:
         elif code in (USER_ERROR, POLICY_STOP):
             self._record_failure(job, code, f"{job.stage.program} ended with exit code {code}")
         elif job.row.restarts >= self.max_restarts:
+            event = "crashed" if code else "ended before it was finished"
             self._record_failure(
                 job,
                 code,
-                f"{job.stage.program} crashed (exit code {code}), {job.row.restarts} restarts",
+                f"{job.stage.program} {event} (exit code {code}), {job.row.restarts} restarts",
             )
         else:
             job.row.restarts += 1

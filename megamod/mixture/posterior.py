@@ -6,7 +6,8 @@ Two rules compute the weights w_j(t) from a prior pi:
 
     history     w_j(t) ∝ pi_j exp(l_j(t) / temperature),
                 l_j(t) = forgetting l_j(t-1) + log p_j(x_{t-1}),  l_j(0) = 0
-    last_token  w_j(t) ∝ pi_j p_j(x_{t-1});  at the first token all experts count equally
+    last_token  w_j(t) ∝ pi_j p_j(x_{t-1});  at the first token all experts with
+                prior above 0 count equally, or with `first_over_all` all experts
 
 With temperature and forgetting 1, `history` is Bayes' rule; `last_token` is the rule of the DEMix
 release. Evidence is accumulated in float64; weights are float32 logarithms.
@@ -54,17 +55,19 @@ def compute_token_weights(
     Raises:
         ValueError: for an unknown rule.
     """
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r} is unknown; choose one of {', '.join(RULES)}")
     if mask is None:
         mask = torch.ones(log_probs.shape[1:], dtype=torch.bool, device=log_probs.device)
     evidence = _compute_evidence(log_probs, prior, mask)
     has_history = _shift_by_one(mask.cumsum(-1)) > 0
     if rule == "history":
         summed = _sum_with_decay(evidence, 1 + mask.double() * (forgetting - 1))
-        return _normalise_weights(_shift_by_one(summed), prior, rule, temperature)
+        return _compute_log_weights(_shift_by_one(summed), prior, temperature)
     positions = torch.arange(mask.shape[-1], device=mask.device).where(mask, 0)
     latest = positions.cummax(-1).values.expand_as(evidence)
     evidence = _shift_by_one(evidence.gather(-1, latest))
-    return _normalise_weights(evidence, prior, rule, 1.0, has_history, first_over_all)
+    return _compute_log_weights(evidence, prior, 1.0, has_history, first_over_all)
 
 
 def mix_log_probs(log_weights: Tensor, log_probs: Tensor) -> Tensor:
@@ -128,10 +131,9 @@ def _shift_by_one(values: Tensor) -> Tensor:
     return pad(values[..., :-1], (1, 0))
 
 
-def _normalise_weights(
+def _compute_log_weights(
     evidence: Tensor,
     prior: Tensor,
-    rule: str,
     temperature: float,
     has_history: Tensor | None = None,
     first_over_all: bool = False,
@@ -144,11 +146,7 @@ def _normalise_weights(
         temperature: divides the evidence.
         has_history: [B, T], False where no real token precedes: weights are equal there over all
             experts with prior above 0, or with `first_over_all` over all. None: nowhere.
-    Raises:
-        ValueError: if `rule` is unknown.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule {rule!r} is unknown; choose one of {', '.join(RULES)}")
     shape = (-1, *[1] * (evidence.ndim - 1))
     scores = prior.double().log().reshape(shape) + evidence / temperature
     if has_history is not None:

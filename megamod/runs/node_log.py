@@ -50,6 +50,7 @@ class NodeLog(logging.Handler):
 
     def __init__(self, path: Path):
         super().__init__()
+        self.path = path
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self.warned = False
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
@@ -65,7 +66,8 @@ class NodeLog(logging.Handler):
             os.write(self.file, f"{text}\n".encode())
         except OSError as error:  # the run goes on: the console shows the same lines
             if not self.warned:
-                print(f"OUT/logs: cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+                text = f"{self.path}: cannot be written: {error.strerror}"
+                print(text, file=sys.stderr, flush=True)
             self.warned = True
 
     def append_line(self, text: str) -> None:
@@ -82,13 +84,13 @@ class NodeLog(logging.Handler):
 def write_node_log(output: Path, table: str, step: int) -> Iterator[None]:
     """Append the log records of a run to OUT/logs/HOST.log for the time of the block.
 
-    Every rank calls it; only the first rank of each host (LOCAL_RANK 0) writes: its lines of
-    `logging`, start and end of the run, and the error that ended it, which is raised again. If the
-    file cannot be written the run goes on without it.
+    Every rank calls it; only the first rank of each host (LOCAL_RANK 0) writes: the start of the
+    run, its lines of `logging`, and its end or the error that ended it, which is raised again. If
+    the file cannot be written the run goes on without it.
 
     Args:
         output: OUT, folder of the run.
-        table: ranks and groups, written first.
+        table: ranks and groups, written after the line that says that the run begins.
         step: steps that were finished before the block.
     """
     local, rank = os.environ.get("LOCAL_RANK", "0"), os.environ.get("RANK", "0")

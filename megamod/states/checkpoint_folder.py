@@ -52,7 +52,8 @@ class TrainState:
         tokens: target tokens trained on, per domain.
         skipped: steps whose update was left out because a loss or gradient was not finite.
         mean_loss: running mean of the loss, in nats per token, for spike detection.
-        nonfinite_steps: data steps, among the last `WINDOW`, that were not finite (fp16: none).
+        nonfinite_steps: data steps that were not finite (fp16: none); when one is added, those
+            before the last `WINDOW` are dropped. See `list_recent_nonfinite`.
     """
 
     step: int = 0
@@ -68,10 +69,14 @@ class TrainState:
         Returns:
             number of the last `WINDOW` data steps that were not finite, this one included.
         """
-        first = self.data_step - WINDOW
-        self.nonfinite_steps = [step for step in self.nonfinite_steps if step > first]
         self.nonfinite_steps.append(self.data_step)
+        self.nonfinite_steps = self.list_recent_nonfinite()
         return len(self.nonfinite_steps)
+
+    def list_recent_nonfinite(self) -> list[int]:
+        """List those of the last `WINDOW` data steps that were not finite."""
+        first = self.data_step - WINDOW
+        return [step for step in self.nonfinite_steps if step > first]
 
 
 _Count = Annotated[int, Field(ge=0)]
@@ -153,9 +158,9 @@ def format_checkpoint_name(step: int) -> str:
 
 
 def parse_checkpoint_step(checkpoint: Path) -> int:
-    """Parse the step of a checkpoint from the name of its folder, `step-N`.
+    """Parse the step of a checkpoint from the name of its folder, `step-N` or just `N`.
 
-    Raises ValueError for a folder of another name.
+    Raises ValueError for another name.
     """
     return int(checkpoint.name.removeprefix("step-"))
 

@@ -105,9 +105,9 @@ def train(
         select_batches: selects the data of a step to train on; None: all of them.
     Raises:
         PolicyStop: a loss or gradient was not finite and the policy is to stop, steps were skipped
-            or rolled back too often, a rollback had no checkpoint, or no step at all was finite. A
-            checkpoint was written before.
-        Interrupted: SIGTERM, SIGUSR1 or Ctrl-C arrived. A checkpoint was written before.
+            or rolled back too often, a rollback had no checkpoint, or no step at all was finite.
+        Interrupted: SIGTERM, SIGUSR1 or Ctrl-C arrived. Before either, the last state is saved if
+            a step was taken; if that fails and `save_failure` is "continue", it is logged.
         UserError: a checkpoint could not be written (raised at the end, or at once with
             `save_failure` "stop"), or an evaluation failed.
     """
@@ -185,7 +185,7 @@ def train(
         monitor.write_record(state)
     saver.save(state, diverged=stop is Stop.NONFINITE)
     if stop is Stop.NONFINITE:
-        raise PolicyStop(_format_reason(plan, state, checkpoints))
+        raise PolicyStop(_format_reason(plan, state, saver))
     if state.step and not is_true_on_all_ranks(state.skipped < state.step):
         raise PolicyStop(
             f"none of {state.step} steps had a finite loss and gradient, so nothing was trained "
@@ -193,8 +193,8 @@ def train(
         )
     if stop is Stop.SIGNAL:
         raise Interrupted(
-            f"stopped by a signal after step {state.step}; a checkpoint is in "
-            f"{checkpoints.folder}, the same command resumes"
+            f"stopped by a signal after step {state.step}; {saver.describe_checkpoint(state)}, the "
+            "same command resumes"
         )
     saver.raise_if_failed()
     return state
@@ -312,12 +312,12 @@ def _handle_skipped_step(plan: Plan, state: TrainState, saver: "_Saver") -> Stop
     return Stop.NO
 
 
-def _format_reason(plan: Plan, state: TrainState, checkpoints: Checkpoints) -> str:
+def _format_reason(plan: Plan, state: TrainState, saver: "_Saver") -> str:
     """Format the message of a run that stops because a step was not finite."""
-    count, limit = len(state.nonfinite_steps), plan.max_nonfinite_steps
+    count, limit = len(state.list_recent_nonfinite()), plan.max_nonfinite_steps
     text = (
-        f"a loss or gradient was not finite at step {state.step}; its update was skipped, a "
-        f"checkpoint is in {checkpoints.folder}"
+        f"a loss or gradient was not finite at step {state.step}; its update was skipped, "
+        f"{saver.describe_checkpoint(state)}"
     )
     if plan.nonfinite == "stop":
         text += ". --nonfinite skip or rollback goes on instead"
@@ -325,7 +325,7 @@ def _format_reason(plan: Plan, state: TrainState, checkpoints: Checkpoints) -> s
         text += f". {count} of the last {WINDOW} steps were so; --max_nonfinite_steps {limit}"
     else:
         text += ". --nonfinite rollback: there is no earlier checkpoint to go back to"
-    sound = checkpoints.find_sound()
+    sound = saver.checkpoints.find_sound()
     if sound is not None:
         text += f". --resume {sound} goes back to the last one that finite steps followed"
     return text
@@ -372,7 +372,7 @@ class _Saver:
     def _begin(self, state: TrainState) -> None:
         """Start counting the steps after the checkpoint of `state`."""
         self.saved = (state.step, state.data_step)
-        self.healthy = not state.nonfinite_steps
+        self.healthy = not state.list_recent_nonfinite()
         self.finite: list[bool] = []
 
     def note_step(self, finite: bool) -> None:
@@ -408,7 +408,9 @@ class _Saver:
             self.raise_if_failed()
 
     def describe_checkpoint(self, state: TrainState) -> str:
-        """Describe the checkpoint of `state` for an error message."""
+        """Describe the checkpoint of `state`, after `save` of it, for an error message."""
+        if not state.step:
+            return "no step was taken, so nothing was saved"
         if self.saved == (state.step, state.data_step):
             return f"a checkpoint of that step is in {self.checkpoints.folder}"
         return f"a checkpoint could not be written to {self.checkpoints.folder}"

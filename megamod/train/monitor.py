@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 import torch
@@ -66,6 +67,7 @@ class Monitor:
         self.max_steps = max_steps
         self.flops_per_token = flops_per_token
         self.peak = peak_flops
+        self.metrics: TextIO | None = None
         self.writer = None
         self.bar = None
         self.reset()
@@ -181,19 +183,25 @@ class Monitor:
         """Drop the scores of an evaluation that a resumed run repeats."""
         key = {"step": step, "split": split}
         path = self.folder / "metrics.jsonl"
-        self.metrics.close()
+        self._close_metrics()
         _drop_records(path, lambda record: kind in record and record.items() >= key.items())
         self.metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def close(self) -> None:
-        """Close the progress bar and TensorBoard.
-
-        metrics.jsonl stays open, and is flushed after every record.
-        """
+        """Close metrics.jsonl, progress bar and TensorBoard; nothing can be logged afterwards."""
+        if self.metrics is not None:
+            self._close_metrics()
         if self.bar is not None:
             self.bar.close()
         if self.writer is not None:
             self.writer.close()
+
+    def _close_metrics(self) -> None:
+        """Close metrics.jsonl, with the text that failed writes left; a disk error is logged."""
+        try:
+            self.metrics.close()
+        except OSError as error:
+            self._report_disk_error(error)
 
     def _average_further_metrics(self) -> dict[str, float]:
         """Average the objective's further metrics over all steps and ranks; collective.
@@ -228,7 +236,11 @@ class Monitor:
                     self.writer.add_scalar(tag, value, record["step"])
                 self.writer.flush()
         except OSError as error:  # losing a line of the log must not end the run
-            logger.error("%s: cannot be written: %s", self.folder / "metrics.jsonl", error.strerror)
+            self._report_disk_error(error)
+
+    def _report_disk_error(self, error: OSError) -> None:
+        """Log that metrics.jsonl cannot be written."""
+        logger.error("%s: cannot be written: %s", self.folder / "metrics.jsonl", error.strerror)
 
     def _build_tensorboard_tags(
         self, record: Mapping[str, object], further_metrics: Mapping[str, float]

@@ -203,6 +203,12 @@ def test_crashes_without_end(folder):
     assert (folder / "out" / "experts" / "code" / "perplexity.json").exists()
 
 
+def test_a_program_that_ends_too_early_did_not_crash(folder):
+    (folder / "told" / "wrong-med").write_text("0")
+    output = ended(begin(folder, "--seed_share", "0", "--slots", "3", "--max_restarts", "0"), 4)
+    assert "med: pretrain.py ended before it was finished (exit code 0), 0 restarts" in output
+
+
 @pytest.mark.parametrize("code", [2, 3])
 def test_a_mistake_is_told_and_not_tried_again(folder, code):
     (folder / "told" / "wrong-law").write_text(str(code))

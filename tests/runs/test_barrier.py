@@ -230,7 +230,10 @@ def test_a_study_without_pairs_compares_all(tmp_path):
         ("{models: [a, b], pairs: [], variants: {x: {}}}", r"pairs: \[\] has fewer than 1 items"),
         ("{models: {a: b, ../c: d}, variants: {x: {}}}", "models: '../c' is not made of letters"),
         ("{models: [a, b], variants: {../x: {}}}", "variants: '../x' is not made of letters"),
-        ("{models: [a, b], variants: {x: {seed: 3}}}", "variants.x: seed has no effect with"),
+        (
+            "{models: [a, b], variants: {x: {seed: 3}}}",
+            "x: seed has no effect, it needs method",
+        ),
         ("{models: [a, b], task: clm, seed: 1, variants: {x: {}}}", "seed: has no effect without"),
         ("{models: [a, b], task: ../x, variants: {x: {}}}", r"task\[0\]: '../x' is not made of"),
         ("{models: [a, b]}", "variants is missing"),

@@ -3,10 +3,11 @@
 import logging
 import os
 import re
+from pathlib import Path
 
 import pytest
 
-from megamod.runs.node_log import LONGEST, write_node_log
+from megamod.runs.node_log import LONGEST, NodeLog, write_node_log
 
 
 @pytest.fixture
@@ -71,3 +72,11 @@ def test_a_folder_that_cannot_be_written_is_passed_over(tmp_path, rank):
     with write_node_log(tmp_path, "table", 0):
         say(logging.WARNING, "here")
     assert (tmp_path / "logs").read_text() == "a file"
+
+
+def test_a_full_disk_is_told_once_by_the_name_of_the_file(capsys):
+    log = NodeLog(Path("/dev/full"))
+    for _ in range(2):
+        log.append_line("text")
+    log.close()
+    assert capsys.readouterr().err == "/dev/full: cannot be written: No space left on device\n"

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from train.tiny_runs import DOMAINS, batches_of, run_tiny
 
 from megamod.errors import Interrupted, PolicyStop
+from megamod.states.checkpoint_folder import TrainState
+from megamod.train import loop as module
 
 STEPS = 4  # micro-batches of a rank in a step, in all runs
 CASES = {
@@ -222,3 +224,42 @@ def test_a_skipped_step_is_remembered(drilled, case):
     straight, cut = (tensors_of(root, f"{case}-{name}", 4) for name in ("skip", "skipped"))
     assert same(straight, cut)
     assert [of[f"{case}-skipped"] for of in output] == [of[f"{case}-skip"] for of in output]
+
+
+class Checkpoints:
+    """Checkpoints that are saved or not, as the test says, and never written."""
+
+    folder = Path("run/checkpoints")
+
+    def __init__(self, works: bool = True):
+        self.works = works
+        self.histories = []
+
+    def save(self, state, history):
+        self.histories.append(history)
+        return self.works
+
+
+def test_a_failure_long_ago_does_not_count_against_a_checkpoint(monkeypatch):
+    monkeypatch.setattr(module, "is_true_on_all_ranks", bool)
+    for failed, sound in ((3, 500), (450, None)):
+        checkpoints = Checkpoints()
+        state = TrainState(500, 500, nonfinite_steps=[failed])
+        saver = module._Saver(checkpoints, "continue", state)
+        saver.note_step(True)
+        saver.note_step(False)
+        saver.save(TrainState(502, 502, nonfinite_steps=[failed, 502]))
+        assert checkpoints.histories[0].sound == sound
+
+
+def test_messages_claim_a_checkpoint_only_if_it_was_written(monkeypatch):
+    monkeypatch.setattr(module, "is_true_on_all_ranks", bool)
+    for works, step, text in (
+        (True, 0, "no step was taken, so nothing was saved"),
+        (True, 3, "a checkpoint of that step is in run/checkpoints"),
+        (False, 3, "a checkpoint could not be written to run/checkpoints"),
+    ):
+        saver = module._Saver(Checkpoints(works), "continue", TrainState())
+        state = TrainState(step, step)
+        saver.save(state)
+        assert saver.describe_checkpoint(state) == text

@@ -111,6 +111,22 @@ def test_a_repeated_evaluation_stands_once(tmp_path):
     ]
 
 
+def test_a_closed_log_takes_nothing_more(tmp_path):
+    monitor = monitor_in(tmp_path)
+    monitor.close()
+    with pytest.raises(ValueError, match="closed file"):
+        monitor.log_scores(4, {"law": 4.0}, "valid")
+
+
+def test_text_that_a_full_disk_refuses_is_reported_and_lost(tmp_path, caplog):
+    monitor = monitor_in(tmp_path)
+    monitor.metrics.close()
+    with open("/dev/full", "a") as monitor.metrics:
+        monitor.log_scores(4, {"law": 4.0}, "valid")
+        monitor.close()
+    assert caplog.text.count("metrics.jsonl: cannot be written: No space left on device") == 2
+
+
 def test_tensorboard_has_the_same_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -129,58 +129,81 @@ class Options(Document):
         return self.method in BY_TEXT or (self.method == BY_TEXT_OR_WEIGHTS and named)
 
 
-def list_unused_keys(options: Options) -> list[str]:
-    """List keys, dotted, with a value other than the default that have no effect with the others.
+def _list_unused_keys(options: Options) -> list[tuple[str, str]]:
+    """List keys, dotted, with a value other than the default that have no effect with the others;
+    each with the values that it needs.
 
     A record of an alignment holds all keys, so only documents that people write are checked.
     """
     by_correlation, permuting = options.method in BY_TEXT, options.method != "identity"
     maps, by_text = options.method == BY_TEXT_OR_WEIGHTS, options.reads_text
     groups, compat, text = set(options.groups), options.compat, options.calibration
+    change, correlation = "another method than identity", "method activation or ot"
+    reading = "method activation or ot, or orthogonal with calibration.path"
+    without_maps = "method activation, ot or weight"
     effective = {
-        "groups": permuting or compat.scale,
-        "attention": permuting and "attn" in groups,
-        "residual": "res" in groups and not maps and (by_correlation or options.residual == "sep"),
-        "qk": permuting and not maps and "attn" in groups,
-        "absolute": by_correlation,
-        "covariance": by_correlation,
-        "head": permuting or compat.scale,
-        "head_follow_residual": permuting and "res" in groups,
-        "seed": options.method == "weight" or (maps and options.refine_steps > 0),
-        "refine_steps": maps and by_text,
-        "maps": maps,
-        "regularisation": options.method == "ot",
-        "calibration.path": by_text or maps,
-        "calibration.fraction": by_text,
-        "calibration.batch_size": by_text,
-        "calibration.special_tokens": by_text and text.sentence_level != "cls",
-        "calibration.sentence_level": by_text,
-        "compat.scale": not maps,
-        "compat.unmerge": permuting and not maps and "res" in groups,
-        "compat.res_attn_without_embeddings": permuting and not maps and groups == {"attn", "res"},
-        "compat.pooler_by_tokens": by_correlation and options.head,
-        "compat.cls_at_one": by_correlation and text.sentence_level == "cls",
-        "compat.stacked": by_correlation,
+        "groups": (permuting or compat.scale, f"{change}, or compat.scale"),
+        "attention": (permuting and "attn" in groups, f"attn among groups, and {change}"),
+        "residual": (
+            "res" in groups and not maps and (by_correlation or options.residual == "sep"),
+            f"res among groups, and {correlation}",
+        ),
+        "qk": (
+            permuting and not maps and "attn" in groups,
+            f"attn among groups, and {without_maps}",
+        ),
+        "absolute": (by_correlation, correlation),
+        "covariance": (by_correlation, correlation),
+        "head": (permuting or compat.scale, f"{change}, or compat.scale"),
+        "head_follow_residual": (permuting and "res" in groups, f"res among groups, and {change}"),
+        "seed": (
+            options.method == "weight" or (maps and options.refine_steps > 0),
+            "method weight, or orthogonal with refine_steps",
+        ),
+        "refine_steps": (maps and by_text, "method orthogonal with calibration.path"),
+        "maps": (maps, "method orthogonal"),
+        "regularisation": (options.method == "ot", "method ot"),
+        "calibration.path": (by_text or maps, "method activation, ot or orthogonal"),
+        "calibration.fraction": (by_text, reading),
+        "calibration.batch_size": (by_text, reading),
+        "calibration.special_tokens": (
+            by_text and text.sentence_level != "cls",
+            f"another calibration.sentence_level than cls, and {reading}",
+        ),
+        "calibration.sentence_level": (by_text, reading),
+        "compat.scale": (not maps, "another method than orthogonal"),
+        "compat.unmerge": (
+            permuting and not maps and "res" in groups,
+            "res among groups, and method activation or weight",
+        ),
+        "compat.res_attn_without_embeddings": (
+            permuting and not maps and groups == {"attn", "res"},
+            f"groups attn and res alone, and {without_maps}",
+        ),
+        "compat.pooler_by_tokens": (by_correlation and options.head, f"head, and {correlation}"),
+        "compat.cls_at_one": (
+            by_correlation and text.sentence_level == "cls",
+            f"calibration.sentence_level cls, and {correlation}",
+        ),
+        "compat.stacked": (by_correlation, correlation),
     }
     defaults, unused = Options(), []
-    for key, used in effective.items():
+    for key, (used, needed) in effective.items():
         value, default = options, defaults
         for part in key.split("."):
             value, default = getattr(value, part), getattr(default, part)
         if value != default and not used:
-            unused.append(key)
+            unused.append((key, needed))
     return unused
 
 
 def _refuse_unused(options: Options) -> Options:
-    """Return the options; raise ValueError naming the first key without effect."""
+    """Return the options; raise ValueError naming the first key without effect, and its needs."""
     if options.refine_steps and options.method == BY_TEXT_OR_WEIGHTS and not options.reads_text:
         raise ValueError("refine_steps: needs calibration.path, text to refine the maps on")
-    if unused := list_unused_keys(options):
-        raise ValueError(
-            f"{unused[0]} has no effect with method {options.method} and groups "
-            f"{', '.join(options.groups) or 'none'}; leave it out"
-        )
+    if unused := _list_unused_keys(options):
+        key, needed = unused[0]
+        raise ValueError(f"{key} has no effect, it needs {needed}; leave it out")
     return options
 
 

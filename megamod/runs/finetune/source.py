@@ -67,7 +67,8 @@ def load_matching_tokenizer(
         model: folder or hub name of the model; None: it is built from scratch.
         tokenizer: folder or hub name; None: that of the model.
     Raises:
-        UserError: if there is none, it has no padding token, or has more ids than the model.
+        UserError: if none is named, it is missing or cannot be read, it is no encoder's (without a
+            padding token), or it has more ids than the model.
     """
     name = tokenizer or model
     if name is None:
@@ -78,7 +79,8 @@ def load_matching_tokenizer(
         if tokenizer is not None:
             raise
         raise UserError(
-            f"{name} has no tokenizer; --tokenizer_name names one, for BERT a folder with vocab.txt"
+            f"{name}: its tokenizer cannot be used ({error}); name another (--tokenizer_name, or "
+            "`tokenizer` of a study)"
         ) from error
     if fast is None or fast.pad_token_id is None:
         raise UserError(f"{name}: an encoder's tokenizer is needed, which has a padding token")
