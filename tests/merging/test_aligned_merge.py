@@ -24,8 +24,8 @@ from megamod.merging.methods.table import METHODS
 from megamod.merging.recipe_file import read_recipe
 from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM
-from megamod.runs.studies.barrier import run_study
-from megamod.runs.studies.barrier_recipe import read_study
+from megamod.runs.studies.barrier import run_barrier_study
+from megamod.runs.studies.barrier_recipe import read_barrier_study
 from megamod.runs.studies.soup import greedy_soup
 from megamod.runs.to_moe import MoeArgs, run_to_moe
 
@@ -186,7 +186,7 @@ def test_every_recipe_takes_orthogonal_maps(models_root, llamas, tmp_path, name)
     if name == "barrier study":
         study = {"models": llamas, "task": "clm", "points": 3, "variants": {"maps": align}}
         file.write_text(yaml.safe_dump(study | held_out))
-        run_study(read_study(file), out, torch.device("cpu"))
+        run_barrier_study(read_barrier_study(file), out, torch.device("cpu"))
         for curve in (out / "curves/clm/maps").glob("*.json"):
             (losses,) = json.loads(curve.read_text())["losses"].values()
             assert max(losses) - min(losses) < 1e-4  # the same function all along
