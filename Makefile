@@ -25,13 +25,14 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -c constraints.txt --editable '.[dev]'
 	touch $@
 
+# Three workers on two cores: ranks of a test wait for each other.
 .PHONY: test test-long lint
 test: MARKED := not long
 test-long: MARKED := long
 test test-long: lint
 	@extensions=$$(mktemp -d) && trap 'rm -rf "$$extensions"' EXIT && \
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR="$$extensions" \
-	  $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m '$(MARKED)'
+	  $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m '$(MARKED)'
 
 lint: install
 	$(BIN)/ruff check .
