@@ -24,7 +24,7 @@ import torch
 LENGTH, BATCH, LAYERS, WIDTH, INNER = 128, 8, 12, 768, 3072
 LIMIT = 1.3
 TIME = "orthogonal maps / permutations, time"
-MEMORY = "orthogonal maps, memory / models and sums"
+MEMORY = "orthogonal maps / permutations, memory"
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -83,20 +83,22 @@ def align_once(options: argparse.Namespace) -> None:
 
     measure.CrossCovariance = count_sums
     rows = torch.randint(1000, 30000, (options.rows, LENGTH)).tolist()
-    batches = list(iterate_whole_batches(rows, BATCH))
+    batches = list(iterate_whole_batches(rows, options.batch_size))
     seconds = timed(lambda: align_models(*models, batches, Options(method=options.method)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"{seconds:.1f} {peak - imports} {needed}")
 
 
-def compare_methods(model: str, layers: int, rows: int, rounds: int) -> dict[str, list[float]]:
+def compare_methods(
+    model: str, layers: int, rows: int, rounds: int, batch_size: int = BATCH
+) -> dict[str, list[float]]:
     """Align by permutations and by orthogonal maps in turns, each in a process of its own.
 
     Prints a line for each round.
 
     Args:
         model: "bert" or "gpt2".
-        rows: of 128 tokens each.
+        rows: of 128 tokens each; `batch_size` of them in a forward pass.
     Returns:
         sorted ratios by row of the table of `make bench`.
     """
@@ -106,19 +108,27 @@ def compare_methods(model: str, layers: int, rows: int, rounds: int) -> dict[str
         for method in ("activation", "orthogonal"):
             command = [sys.executable, __file__, "--alone", "--method", method, "--model", model]
             command += ["--rows", str(rows), "--layers", str(layers)]
+            command += ["--batch_size", str(batch_size)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             measured[method] = [float(word) for word in output.split()[-3:]]
         (before, peak_before, _), (now, peak_now, needed) = measured.values()
         ratios[TIME].append(now / before)
-        ratios[MEMORY].append(peak_now / needed)
+        ratios[MEMORY].append(peak_now / peak_before)
         print(
-            f"{model}, {layers} layers, {rows} rows: permutations "
+            f"{model}, {layers} layers, {rows} rows, {batch_size} a pass: permutations "
             f"{before:.1f} s, {peak_before / 1e9:.2f} GB; orthogonal maps {now:.1f} s, "
-            f"{peak_now / 1e9:.2f} GB, of which models and sums {needed / 1e9:.2f}: "
-            f"{now / before:.2f} of the time, {peak_now / peak_before:.2f} of the memory",
+            f"{peak_now / 1e9:.2f} GB: {now / before:.2f} of the time, "
+            f"{peak_now / peak_before:.2f} of the memory, {peak_now / needed:.2f} of that of "
+            "models and sums",
             flush=True,
         )
     return {row: sorted(values) for row, values in ratios.items()}
+
+
+def measure() -> dict[str, list[float]]:
+    """Ratios of a pair of GPT-2 size for `make bench`, of one round three times."""
+    ratios = compare_methods("gpt2", LAYERS, rows=200, rounds=1)
+    return {row: 3 * values for row, values in ratios.items()}
 
 
 def main() -> None:
@@ -128,13 +138,15 @@ def main() -> None:
     parser.add_argument("--method", choices=("activation", "orthogonal"), default="activation")
     parser.add_argument("--model", choices=("bert", "gpt2"), default="bert")
     parser.add_argument("--layers", type=int, default=LAYERS, help="with --method orthogonal")
+    parser.add_argument("--batch_size", type=int, default=BATCH, help="with --method orthogonal")
     parser.add_argument("--alone", action="store_true", help="align once and print what it took")
     options = parser.parse_args()
     if options.alone:
         align_once(options)
         return
     if options.method == "orthogonal":
-        compare_methods(options.model, options.layers, options.rows, options.rounds)
+        shape = (options.model, options.layers, options.rows)
+        compare_methods(*shape, options.rounds, options.batch_size)
         return
 
     from transformers import BertConfig, BertForMaskedLM

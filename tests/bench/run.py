@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import align  # noqa: E402
 import checkpoint  # noqa: E402
 import demux_split  # noqa: E402
 import ensemble  # noqa: E402
@@ -36,6 +37,8 @@ FLOORS = {  # (limit, True if larger is better)
     **{
         mux_throughput.row_name(*row): (floor, True) for row, floor in mux_throughput.FLOORS.items()
     },
+    align.TIME: (1.5, False),
+    align.MEMORY: (1.15, False),
     multitask_step.STEP: (multitask_step.LIMIT, False),
     **{demux_split.row_name(row): (floor, True) for row, floor in demux_split.FLOORS.items()},
 }
@@ -51,6 +54,7 @@ def main() -> int:
     results |= mux_throughput.measure()
     results |= demux_split.measure()
     results |= multitask_step.measure()
+    results |= align.measure()
     missed = 0
     for name, ratios in results.items():
         limit, larger = FLOORS[name]
