@@ -24,7 +24,7 @@ import torch
 LENGTH, BATCH, LAYERS, WIDTH, INNER = 128, 8, 12, 768, 3072
 LIMIT = 1.3
 TIME = "orthogonal maps / permutations, time"
-MEMORY = "orthogonal maps / permutations, memory"
+MEMORY = "orthogonal maps, memory / models and sums"
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -113,7 +113,7 @@ def compare_methods(
             measured[method] = [float(word) for word in output.split()[-3:]]
         (before, peak_before, _), (now, peak_now, needed) = measured.values()
         ratios[TIME].append(now / before)
-        ratios[MEMORY].append(peak_now / peak_before)
+        ratios[MEMORY].append(peak_now / needed)
         print(
             f"{model}, {layers} layers, {rows} rows, {batch_size} a pass: permutations "
             f"{before:.1f} s, {peak_before / 1e9:.2f} GB; orthogonal maps {now:.1f} s, "
