@@ -38,7 +38,7 @@ FLOORS = {  # (limit, True if larger is better)
         mux_throughput.row_name(*row): (floor, True) for row, floor in mux_throughput.FLOORS.items()
     },
     align.TIME: (1.5, False),
-    align.MEMORY: (1.5, False),
+    align.MEMORY: (1.0, False),
     multitask_step.STEP: (multitask_step.LIMIT, False),
     **{demux_split.row_name(row): (floor, True) for row, floor in demux_split.FLOORS.items()},
 }
