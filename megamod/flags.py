@@ -20,9 +20,9 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 import yaml
 
 from megamod.command_line import CommandParser, complete_with, make_unknown_error
-from megamod.documents import read_yaml_lines
 from megamod.errors import UserError
 from megamod.files import write_atomic
+from megamod.schemas import read_yaml_lines
 
 
 def option(

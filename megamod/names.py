@@ -1,10 +1,11 @@
 """Names that become parts of the names of files and parameters: checks, and types for schemas.
 
 `check_name` and `check_domain` check a name from the command line, or from a file that was read
-before; the types `Name` and `Domain` check a field of a `Document`.
+before; the types `Name` and `Domain` check a field of a `Schema`.
 """
 
 import re
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
@@ -23,10 +24,7 @@ def check_name(name: str, origin: str) -> str:
     Raises:
         UserError: if it cannot.
     """
-    try:
-        return parse_name(name)
-    except ValueError as error:
-        raise UserError(f"{origin}: {error}") from None
+    return _parse_or_refuse(parse_name, name, origin)
 
 
 def check_domain(name: str, origin: str) -> str:
@@ -37,10 +35,7 @@ def check_domain(name: str, origin: str) -> str:
     Raises:
         UserError: if it cannot.
     """
-    try:
-        return parse_domain(name)
-    except ValueError as error:
-        raise UserError(f"{origin}: {error}") from None
+    return _parse_or_refuse(parse_domain, name, origin)
 
 
 def is_name(name: str) -> bool:
@@ -83,6 +78,14 @@ def parse_domain(name: str) -> str:
     if not is_domain(name):
         raise ValueError(f"{shorten(name)} is not made of letters, digits, _ and - (at most 100)")
     return name
+
+
+def _parse_or_refuse(parse: Callable[[str], str], name: str, origin: str) -> str:
+    """Parse a name, with the parser's ValueError as a UserError that begins with `origin`."""
+    try:
+        return parse(name)
+    except ValueError as error:
+        raise UserError(f"{origin}: {error}") from None
 
 
 Name = Annotated[str, BeforeValidator(parse_name)]

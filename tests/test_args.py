@@ -23,7 +23,6 @@ from megamod.args import (
 from megamod.btm.campaign import BtmArgs
 from megamod.command_line import FOREIGN_FLAGS
 from megamod.commands import list_verbs
-from megamod.documents import read_run_recipe
 from megamod.errors import UserError
 from megamod.flags import (
     Arguments,
@@ -34,6 +33,7 @@ from megamod.flags import (
     require_values,
     write_run_recipe,
 )
+from megamod.schemas import read_run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = (RunArgs, SafetyArgs, OptimArgs, ModelArgs, LoraArgs, DataArgs)

@@ -10,7 +10,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LEAVES = {
-    "megamod.documents",
+    "megamod.schemas",
     "megamod.errors",
     "megamod.files",
     "megamod.folder_lock",
@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.progress": (set(), {"tqdm"}),
     "megamod.tables": (set(), set()),
     "megamod.names": ({"megamod.errors"}, {"pydantic"}),
-    "megamod.documents": ({"megamod.errors", "megamod.names"}, {"pydantic", "yaml"}),
+    "megamod.schemas": ({"megamod.errors", "megamod.names"}, {"pydantic", "yaml"}),
     "megamod.command_line": ({"megamod.errors"}, {"argcomplete"}),
     "megamod.shipped_files": (set(), set()),
     "megamod.flags": ({"megamod.command_line"}, {"yaml"}),

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from megamod.documents import Document, Items, read_document, read_run_recipe
 from megamod.errors import UserError
+from megamod.schemas import Items, Schema, read_checked_file, read_run_recipe
 from megamod.states.adapter import find_seed_folder, is_adapter, is_model
 from megamod.states.checkpoint_folder import STATE, StateRecord, is_optimizer_file
 from megamod.states.forest import (
@@ -23,7 +23,7 @@ WITHOUT_EFFECT = ("output_dir", "data", "deepspeed", "report_to", "logging_steps
 """Settings of a run that do not affect its model, and so not its `config_digest`."""
 
 
-class BranchRecord(Document):
+class BranchRecord(Schema):
     """Content of branch.json: parents of a branched run, and the step that it starts at."""
 
     format: Literal[1] = 1
@@ -38,7 +38,7 @@ def read_branch_record(run: Path) -> BranchRecord | None:
         UserError: if it is malformed.
     """
     file = run / RECORD
-    return read_document(file, BranchRecord) if file.is_file() else None
+    return read_checked_file(file, BranchRecord) if file.is_file() else None
 
 
 def make_forest_entry(path: Path, domain: str | None = None, member: str | None = None) -> Expert:

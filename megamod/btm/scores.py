@@ -5,8 +5,8 @@ from pathlib import Path
 
 from megamod.btm.campaign import Campaign
 from megamod.btm.tasks import AVERAGE, EVALUATION, SEED, WORLD, get_expert_folder
-from megamod.documents import read_object
 from megamod.errors import UserError
+from megamod.schemas import read_json_object
 from megamod.tables import format_table
 
 SCORES = "perplexity.json"
@@ -53,7 +53,7 @@ def format_campaign_scores(campaign: Campaign, in_one_world: bool) -> str:
 def _read_scores(path: Path) -> dict:
     """Read a file of scores; an empty object if it is missing or cannot be read."""
     try:
-        return read_object(path)
+        return read_json_object(path)
     except (OSError, UserError):
         return {}
 

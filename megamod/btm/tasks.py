@@ -16,9 +16,9 @@ from pathlib import Path
 
 from megamod.args import LoraArgs
 from megamod.btm.campaign import Campaign, Parsed
-from megamod.documents import read_object
 from megamod.errors import UserError
 from megamod.flags import find_origin, format_flags
+from megamod.schemas import read_json_object
 from megamod.states.manifest import list_checkpoints
 
 FOLDER_SHAPE_FLAGS: dict[str, object] = {
@@ -207,7 +207,7 @@ def has_finished(folder: Path, step: int) -> bool:
     The scores, perplexity.json, are written last. A file that cannot be read counts as absent.
     """
     try:
-        scores = read_object(folder / "perplexity.json")
+        scores = read_json_object(folder / "perplexity.json")
     except (OSError, UserError):
         return False
     return scores.get("step") == step and (folder / "model").is_dir()

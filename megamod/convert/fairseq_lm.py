@@ -18,9 +18,9 @@ from torch import Tensor
 from megamod.convert import NO_OPTIONS, ConvertedModel, Options
 from megamod.convert.reading import Checkpoint, read_checkpoint
 from megamod.dist.scope import EXPERTS_COMPONENT, parse_expert_domain
-from megamod.documents import read_object
 from megamod.errors import UserError
 from megamod.files import write_json
+from megamod.schemas import read_json_object
 from megamod.states.config_file import read_config_file
 from megamod.states.weights import extract_expert_weights, read_weights, write_tensors
 
@@ -259,7 +259,8 @@ def _read_settings(folder: Path, checkpoint: Checkpoint) -> dict[str, object]:
     The checkpoint's are `cfg.model`, or `args` if there is no `cfg.model`. They win over
     config.json; null counts as absent. Raise UserError if config.json is malformed.
     """
-    in_folder = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    file = folder / "config.json"
+    in_folder = read_json_object(file) if file.exists() else {}
     cfg = checkpoint.settings.get("cfg")
     stored = cfg.get("model") if isinstance(cfg, dict) else None
     stored = stored if isinstance(stored, dict) else checkpoint.settings.get("args")

@@ -8,7 +8,6 @@ from megamod.data.lm.batches import iterate_eval_batches
 from megamod.data.lm.blocks import TokenBlocks
 from megamod.data.lm.databin import DataBin
 from megamod.data.lm.pretraining import LmData
-from megamod.documents import read_run_recipe
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import Batch, prepend_context
 from megamod.models.auto import check_document_masking
@@ -19,6 +18,7 @@ from megamod.models.lm.configuration import (
     get_domains,
     get_max_sequence_length,
 )
+from megamod.schemas import read_run_recipe
 from megamod.states.token_ids import check_same_ids
 from megamod.states.tokenizer_files import find_tokenizer_folder
 

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 
 import matplotlib
 
-from megamod.documents import Document, Number, read_document, read_object, read_run_recipe
 from megamod.errors import UserError
 from megamod.evaluation.plots import (
     plot_barriers,
@@ -24,6 +23,7 @@ from megamod.evaluation.plots import (
 )
 from megamod.evaluation.run_plots import plot_losses_of_runs, plot_shares
 from megamod.files import write_atomic
+from megamod.schemas import Number, Schema, read_checked_file, read_json_object, read_run_recipe
 
 METRICS, MISSING = "metrics.jsonl", "–"
 STYLE = """
@@ -36,7 +36,7 @@ tr.differs { background: #fff3cd !important }
 """
 
 
-class _SummaryRow(Document):
+class _SummaryRow(Schema):
     """An item of the summary.json of a sweep of finetuning runs."""
 
     task: str
@@ -124,7 +124,7 @@ def _read_run(path: Path, name: str) -> _RunFiles:
         UserError: if there is none, or one is malformed.
     """
     if path.is_file():
-        mixture = read_object(path)
+        mixture = read_json_object(path)
         if not isinstance(mixture.get("domains"), dict):
             raise UserError(f"{path}: is no result of megamod eval-ensemble --output")
         return _RunFiles(name, path.parent, mixture=mixture)
@@ -134,7 +134,7 @@ def _read_run(path: Path, name: str) -> _RunFiles:
         read_metrics(path / METRICS) if (path / METRICS).is_file() else (),
         _read_optional(path / "perplexity.json"),
         _read_optional(path / "results.json"),
-        read_document(path / "summary.json", list[_SummaryRow])
+        read_checked_file(path / "summary.json", list[_SummaryRow])
         if (path / "summary.json").is_file()
         else (),
         _read_optional(path / "evaluation" / "mixture.json"),
@@ -151,7 +151,7 @@ def _read_run(path: Path, name: str) -> _RunFiles:
 
 def _read_optional(path: Path) -> dict[str, object]:
     """Read a JSON object; {} if there is no file. Raise UserError if it is malformed."""
-    return read_object(path) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _flatten(record: Mapping) -> dict[str, object]:

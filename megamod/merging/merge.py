@@ -30,7 +30,7 @@ from megamod.merging.model_folder import (
 from megamod.merging.naming import list_tieable_pairs, rename_to_template
 from megamod.merging.plan import MergePlan, make_plan
 from megamod.merging.recipe import InputModel, MergeRecipe, build_weighted_recipe
-from megamod.merging.statistics import check_calibration, find_or_compute_statistics
+from megamod.merging.statistics import check_calibration, provide_statistics
 from megamod.merging.tensors import ModelTensor, TensorSource, have_same_bits
 from megamod.merging.vocabulary import Vocabulary, unite_vocabularies
 from megamod.merging.vocabulary_view import view_with_vocabulary
@@ -184,11 +184,11 @@ def write_merge(
             return replace(plan, is_written=True)
         check_new_folder(output)
     with ExitStack() as stack:
-        files = find_or_compute_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
+        files = provide_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
         statistics = [file and stack.enter_context(ModelFolder(file)) for file in files]
         plan = replace(plan, statistics=statistics)
         folder = stack.enter_context(create_new_folder(output))
-        digests = write_weights_and_hash_sources(
+        digests = write_merged_weights(
             folder,
             plan.files,
             plan.specs,
@@ -232,7 +232,7 @@ def open_plan(recipe: MergeRecipe, shard_bytes: int, stack: ExitStack) -> MergeP
     return make_plan(recipe, inputs, shard_bytes, vocabulary, common.copied)
 
 
-def write_weights_and_hash_sources(
+def write_merged_weights(
     folder: Path,
     files: Mapping[str, list[str]],
     specs: Mapping[str, TensorSpec],
@@ -242,9 +242,10 @@ def write_weights_and_hash_sources(
     threads: int,
     quiet: bool,
 ) -> list[str]:
-    """Write weight files with a progress bar, and hash the sources meanwhile.
+    """Write the weight files of a merge with a progress bar, and return the sources' digests.
 
-    Hashing and reading both release the interpreter's lock, so they run at the same time.
+    A thread hashes the sources during the writing: hashing and reading both release the
+    interpreter's lock.
 
     Args:
         folder: to write into.

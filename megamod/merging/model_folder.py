@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megamod.documents import read_object
 from megamod.errors import UserError
 from megamod.files import format_json, write_atomic, write_json
 from megamod.merging.layer_settings import LayerOrigin, build_stacked_config
 from megamod.merging.recipe import MergeRecipe, RecipePart
 from megamod.merging.vocabulary import FILE as VOCABULARY
 from megamod.merging.vocabulary import UNION, Vocabulary
+from megamod.schemas import read_json_object
 from megamod.states.dense import make_dense_config
 from megamod.states.forest import read_model_config
 from megamod.states.manifest import find_file_faults
@@ -147,7 +147,7 @@ def _adapt_files_to_vocabulary(folder: Path, has_tokenizer: bool, vocabulary: Vo
     """
     generation = folder / _CARRIED[0]
     if generation.is_file():
-        write_json(generation, vocabulary.renumber_token_ids(read_object(generation)))
+        write_json(generation, vocabulary.renumber_token_ids(read_json_object(generation)))
     if has_tokenizer and vocabulary.has_new_words:
         write_json(folder / VOCABULARY, vocabulary.tokenizer)
         # These files lack the new words, and nobody reads them if there is a tokenizer.json.
@@ -186,7 +186,7 @@ def _read_chat_template(folder: Path) -> str | None:
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return None
-    template = read_object(file).get("chat_template")
+    template = read_json_object(file).get("chat_template")
     return template if isinstance(template, str) else None
 
 
@@ -258,7 +258,7 @@ def has_merge(folder: Path, record: Mapping[str, object], config: Mapping[str, o
         config: of the result.
     """
     try:
-        stored = [read_object(folder / name) for name in (RECORD, "config.json")]
+        stored = [read_json_object(folder / name) for name in (RECORD, "config.json")]
     except (OSError, UserError):
         return False
     expected = [json.loads(format_json(content)) for content in (record, config)]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megamod.documents import check_known_word
 from megamod.errors import UserError
 from megamod.merging.assembly import TensorPlan, plan_tensors
 from megamod.merging.methods.table import METHODS, Method, list_parameters
@@ -17,6 +16,7 @@ from megamod.merging.recipe import MergeRecipe
 from megamod.merging.settings import WITHOUT_EFFECT, Scope, check_parameters
 from megamod.merging.tensors import MergeTensor, ModelTensor, TensorSource
 from megamod.merging.vocabulary import Vocabulary
+from megamod.schemas import check_known_word
 from megamod.states.forest import HOST_TYPE, read_model_config
 from megamod.states.stream import TensorSpec, plan_shards
 from megamod.states.weights import select_weight_file

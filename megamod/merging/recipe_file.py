@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from megamod.documents import Document, Items, Key, read_document
 from megamod.errors import UserError, shorten
 from megamod.merging.recipe import (
     GREEDY_SOUP,
@@ -23,6 +22,7 @@ from megamod.merging.recipe import (
 )
 from megamod.merging.settings import Setting
 from megamod.merging.vocabulary import UNION, TokenizerBlock, read_vocabulary_request
+from megamod.schemas import Items, Key, Schema, read_checked_file
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 """Names of the dtypes that a recipe may round or store weights in."""
@@ -44,7 +44,7 @@ _Parameters = Annotated[
 _Block = dict[str, Any]
 
 
-class _ModelEntry(Document):
+class _ModelEntry(Schema):
     """One model as a recipe names it, with its own parameters and text."""
 
     model: str
@@ -60,7 +60,7 @@ class _SliceSource(_ModelEntry):
     layer_range: Annotated[Items[int], AfterValidator(_check_layer_range)]
 
 
-class _Slice(Document):
+class _Slice(Schema):
     """Layers of the result that are merged from the layers of one or more models."""
 
     sources: Items[_SliceSource] = Field(min_length=1)
@@ -76,7 +76,7 @@ class _Slice(Document):
         return self
 
 
-class _Module(Document):
+class _Module(Schema):
     """Content of a module, or of a recipe without modules: either models or slices."""
 
     models: Annotated[Items[_ModelEntry], Field(min_length=1)] | None = None
@@ -143,7 +143,7 @@ def read_recipe(path: Path) -> MergeRecipe:
     """
     path = Path(path)
     where = f"recipe {path}"
-    file = read_document(path, _RecipeFile, where)
+    file = read_checked_file(path, _RecipeFile, where)
     inputs: list[InputModel] = []
     parts, module_parameters = _read_parts(file, path.parent, inputs)
     base = _register_base(file.base_model, path.parent, inputs)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megamod.documents import check_known_word
 from megamod.errors import UserError
+from megamod.schemas import check_known_word
 
 if TYPE_CHECKING:
     from megamod.merging.methods.table import Method

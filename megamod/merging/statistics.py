@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megamod.documents import check_document, check_known_word
 from megamod.errors import UserError
 from megamod.files import sync_file, sync_folder
 from megamod.merging.methods.statistics import INPUT_FIRST
 from megamod.merging.recipe import InputModel, MergeRecipe
 from megamod.progress import show_progress
+from megamod.schemas import check_against_schema, check_known_word
 from megamod.states.forest import read_model_config
 from megamod.states.stream import ModelFolder
 from megamod.states.weights import write_tensors
@@ -208,14 +208,15 @@ def check_calibration(recipe: MergeRecipe) -> None:
             )
 
 
-def find_or_compute_statistics(recipe: MergeRecipe, folder: Path) -> list[Path | None]:
-    """Find the statistics of each model, or compute them on its calibration text.
+def provide_statistics(recipe: MergeRecipe, folder: Path) -> list[Path | None]:
+    """Provide a file of statistics for each model: the recipe's own, or one computed now on the
+    model's calibration text.
 
     Args:
         folder: to write new files into.
     Returns:
-        the file of the recipe, else a new file; None for a model that has neither a file nor text,
-        or needs none.
+        the recipe's file, else a new one; None for a model that has neither file nor text, or whose
+        method weights by no statistics.
     Raises:
         UserError: if a model cannot be loaded or run on its text, or its folder stores no tensor
             under the names of the statistics.
@@ -258,11 +259,11 @@ def _compute_model_statistics(
         UserError: if the block is invalid, or the model or the text cannot be read.
     """
     # Imported here, as only these two methods run models.
-    from megamod.merging.alignment.align import read_calibration_batches
+    from megamod.merging.alignment.calibration import read_calibration_batches
     from megamod.merging.alignment.measure import load_model
     from megamod.merging.alignment.options import Calibration
 
-    calibration = check_document(block, Calibration, str(parent), "calibration")
+    calibration = check_against_schema(block, Calibration, str(parent), "calibration")
     model = load_model(str(parent.path))
     batches = (
         {"input_ids": batch.input_ids, "attention_mask": batch.mask}

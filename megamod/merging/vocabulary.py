@@ -14,8 +14,8 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from megamod.documents import Document, Key
 from megamod.errors import UserError, shorten
+from megamod.schemas import Key, Schema
 
 UNION = "union"
 """Value of `tokenizer_source` for the words of all models."""
@@ -24,14 +24,14 @@ Donors = tuple[tuple[int, int], ...]
 """Rows to average, as (number of the model, number of the row); none: zeros."""
 
 
-class TokenEntry(Document):
+class TokenEntry(Schema):
     """Source of the row of a word, as a recipe has it; see `_read_row_origin` for its forms."""
 
     source: Any
     force: bool = False
 
 
-class TokenizerBlock(Document):
+class TokenizerBlock(Schema):
     """The `tokenizer:` block of a recipe."""
 
     source: Any

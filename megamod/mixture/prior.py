@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megamod.documents import Document, Items, read_document
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.mixture.posterior import RULES
 from megamod.names import Name
+from megamod.schemas import Items, Schema, read_checked_file
 
 FORMAT = 1
 TOLERANCE = 1e-4  # of the sum of the weights in a file
@@ -77,7 +77,7 @@ def write_prior(path: Path, prior: Prior) -> None:
     )
 
 
-class _PriorFile(Document):
+class _PriorFile(Schema):
     """The file that `write_prior` writes."""
 
     format: Literal[FORMAT]
@@ -109,7 +109,7 @@ def read_prior(path: Path, domains: Sequence[str]) -> Prior:
     Raises:
         UserError: if the file cannot be read, names other domains, or has invalid weights.
     """
-    file = read_document(path, _PriorFile, f"prior {path}")
+    file = read_checked_file(path, _PriorFile, f"prior {path}")
     named = file.domains
     for domain in named:
         if domain not in domains:

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from megamod.documents import check_known_word
 from megamod.errors import UserError
 from megamod.flags import option, require_values
 from megamod.runs.model_output import ModelOutputArgs
+from megamod.schemas import check_known_word
 
 if TYPE_CHECKING:
     from megamod.merging.recipe import MergeRecipe
@@ -100,6 +100,10 @@ def _extract_lora(args: MergeArgs, recipe_file: Path | None) -> None:
         raise UserError(f"--extract_lora {args.extract_lora}: needs --base_model BASE")
     if args.dry_run:
         raise UserError("--dry_run does not go with --extract_lora, which needs --output_dir")
+    # An adapter is one file, computed layer by layer in one process.
+    for flag, default in (("num_threads", None), ("max_shard_size", MergeArgs.max_shard_size)):
+        if getattr(args, flag) != default:
+            raise UserError(f"--{flag} {getattr(args, flag)} does not go with --extract_lora")
     from megamod.merging.extract_lora import extract_lora
 
     extracted = extract_lora(

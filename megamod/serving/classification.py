@@ -5,15 +5,15 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from megamod.documents import Document
 from megamod.errors import UserError
 from megamod.evaluation.mux_pipeline import Answer, MuxPipeline
 from megamod.evaluation.mux_pipeline import Request as Input
+from megamod.schemas import Schema
 from megamod.serving.exchange import await_unless_abandoned, check_model, read_body
 from megamod.serving.request_queue import RequestQueue
 
 
-class ClassificationRequest(Document):
+class ClassificationRequest(Schema):
     """Body of a request.
 
     Attributes:

@@ -13,9 +13,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import AfterValidator, Field
 
-from megamod.documents import Document
 from megamod.errors import UserError, shorten
 from megamod.evaluation.generate import Continuation, Sampling, TextWriter
+from megamod.schemas import Schema
 from megamod.serving.exchange import (
     await_unless_abandoned,
     check_model,
@@ -54,7 +54,7 @@ def _parse_stop(value: object) -> tuple[str, ...]:
     return tuple(texts)
 
 
-class CompletionRequest(Document):
+class CompletionRequest(Schema):
     """Body of a request, with the fields of OpenAI's completions that are supported.
 
     Attributes:

@@ -10,8 +10,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from megamod.documents import parse_json
 from megamod.errors import UserError
+from megamod.schemas import parse_checked_json
 from megamod.serving.request_queue import DrainingError, QueueFullError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ KINDS = {
 }
 """Type of an error, by status; other statuses are server errors."""
 
-Schema = TypeVar("Schema")
+Checked = TypeVar("Checked")
 Answer = TypeVar("Answer")
 
 
@@ -41,8 +41,8 @@ class RefusedRequestError(UserError):
         self.status = status
 
 
-async def read_body(request: Request, schema: type[Schema]) -> Schema:
-    """Read a request's body as an instance of a schema, see `megamod.documents.parse_json`.
+async def read_body(request: Request, schema: type[Checked]) -> Checked:
+    """Read a request's body as an instance of a schema, see `megamod.schemas.parse_checked_json`.
 
     Raises:
         UserError: naming the first field that does not fit, with what is allowed.
@@ -55,7 +55,7 @@ async def read_body(request: Request, schema: type[Schema]) -> Schema:
             raise RefusedRequestError(
                 413, f"request: its body has more than {LARGEST_BODY:,} bytes, the most allowed"
             )
-    return parse_json(bytes(body), schema, "request")
+    return parse_checked_json(bytes(body), schema, "request")
 
 
 def check_model(requested: str | None, served: str) -> None:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from megamod.documents import read_run_recipe
 from megamod.errors import UserError
 from megamod.evaluation.generate import find_model_folder, load_writer
 from megamod.evaluation.mux_pipeline import MuxPipeline, is_classifier
+from megamod.schemas import read_run_recipe
 from megamod.serving.app import Service
 from megamod.serving.classification import ClassifierService
 from megamod.serving.completion import CompletionService

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from megamod.documents import read_object
 from megamod.errors import UserError
+from megamod.schemas import read_json_object
 from megamod.states.hub import find_in_hub
 from megamod.states.weight_files import (
     ADAPTER_CONFIG,
@@ -89,7 +89,7 @@ def read_adapter_config(folder: Path) -> dict[str, object]:
     """
     file = folder / ADAPTER_CONFIG
     try:
-        return read_object(file)
+        return read_json_object(file)
     except FileNotFoundError:
         raise UserError(
             f"{folder}: is not the folder of an adapter (no {ADAPTER_CONFIG})"

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 from safetensors import safe_open
 
-from megamod.documents import Document, Items, read_document
 from megamod.files import hash_file, write_json
+from megamod.schemas import Items, Schema, read_checked_file
 from megamod.states.manifest import MANIFEST
 from megamod.states.weight_files import ADAPTER_CONFIG
 
@@ -82,7 +82,7 @@ class TrainState:
 _Count = Annotated[int, Field(ge=0)]
 
 
-class _TrainStateEntry(Document):
+class _TrainStateEntry(Schema):
     """Schema of the progress in state.json, see `TrainState`."""
 
     step: _Count
@@ -93,7 +93,7 @@ class _TrainStateEntry(Document):
     nonfinite_steps: Items[_Count] = ()
 
 
-class _StateFile(Document):
+class _StateFile(Schema):
     """Schema of state.json, see `StateRecord`."""
 
     state: _TrainStateEntry
@@ -146,7 +146,7 @@ class StateRecord:
         Raises:
             UserError: if it is missing or malformed.
         """
-        record = read_document(folder / STATE, _StateFile).model_dump()
+        record = read_checked_file(folder / STATE, _StateFile).model_dump()
         state = record["state"]
         state["nonfinite_steps"] = list(state["nonfinite_steps"])
         return cls(**{**record, "state": TrainState(**state)})

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from megamod.documents import read_object
 from megamod.errors import UserError
+from megamod.schemas import read_json_object
 
 SIZES = (
     *("num_hidden_layers", "n_layer", "num_layers", "hidden_size", "n_embd", "d_model"),
@@ -25,7 +25,7 @@ def read_config_file(folder: Path) -> dict[str, object]:
     """
     file = Path(folder) / "config.json"
     try:
-        fields = read_object(file)
+        fields = read_json_object(file)
     except FileNotFoundError:
         raise UserError(f"{folder}: there is no model (no config.json)") from None
     if not isinstance(fields.get("model_type", ""), str):

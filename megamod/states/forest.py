@@ -22,10 +22,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from megamod.documents import Document, Items, read_document
 from megamod.errors import UserError, shorten
 from megamod.files import write_json
 from megamod.names import check_name
+from megamod.schemas import Items, Schema, read_checked_file
 from megamod.states.adapter import (
     check_seed_weights,
     find_seed_folder,
@@ -48,7 +48,7 @@ HOST_TYPE = "demix_host"
 """`model_type` of a stock model with experts per domain."""
 
 
-class Parent(Document):
+class Parent(Schema):
     """A model that an expert's first weights came from, with its share in their average.
 
     Attributes:
@@ -67,7 +67,7 @@ def _parse_path(value: object) -> Path:
     return Path(value)
 
 
-class Expert(Document):
+class Expert(Schema):
     """One expert of a forest.
 
     Attributes:
@@ -96,7 +96,7 @@ class Expert(Document):
     config_digest: str | None = None
 
 
-class _ForestFile(Document):
+class _ForestFile(Schema):
     """Schema of forest.json."""
 
     format: Literal[1]
@@ -254,7 +254,7 @@ def _read_experts(file: Path) -> list[Expert]:
     """Read the experts of a forest.json, with absolute paths; UserError if it is malformed."""
     return [
         expert.model_copy(update={"path": (file.parent / expert.path).absolute()})
-        for expert in read_document(file, _ForestFile).experts
+        for expert in read_checked_file(file, _ForestFile).experts
     ]
 
 

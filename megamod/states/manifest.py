@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from megamod.documents import Document, read_document
 from megamod.errors import UserError
 from megamod.files import hash_file
+from megamod.schemas import Schema, read_checked_file
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +23,14 @@ FULL_CHECK_BYTES = 10**11  # above this, opening a checkpoint checks sizes only;
 THREADS = 8  # that compute digests; they wait for the disk, not for each other
 
 
-class _FileEntry(Document):
+class _FileEntry(Schema):
     """Schema of a file's entry: its size and digest."""
 
     bytes: int
     sha256: str
 
 
-class _Manifest(Document):
+class _Manifest(Schema):
     """Schema of manifest.json: entries by path in the folder."""
 
     files: dict[str, _FileEntry] = Field(min_length=1)
@@ -103,7 +103,7 @@ def find_file_faults(path: Path, check_digests: bool = True) -> list[str]:
     if not file.exists():
         return [f"{file} is missing"]
     try:
-        listed = read_document(file, _Manifest).files
+        listed = read_checked_file(file, _Manifest).files
     except UserError as error:
         return [str(error)]
 

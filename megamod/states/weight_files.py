@@ -5,8 +5,8 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from megamod.documents import read_object
 from megamod.errors import UserError
+from megamod.schemas import read_json_object
 
 DENSE_FILE = "model.safetensors"
 """All weights of a model that is not sharded."""
@@ -63,7 +63,7 @@ def read_index(folder: Path, name: str = INDEX_FILE) -> dict[str, str]:
     """
     file = folder / name
     try:
-        weight_map = read_object(file).get("weight_map")
+        weight_map = read_json_object(file).get("weight_map")
     except FileNotFoundError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     if not isinstance(weight_map, dict) or not weight_map:

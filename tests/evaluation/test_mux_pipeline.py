@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from serving.tiny_services import LABELS, LENGTH, SIZE
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -22,18 +23,7 @@ from megamod.models.mux.bert import (
 from megamod.models.mux.configuration import MuxBertConfig
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(12)), "##s", "."]
-LENGTH = 9
-SIZE = dict(
-    vocab_size=len(VOCAB),
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=24,
-    max_position_embeddings=12,
-    initializer_range=0.5,
-    pad_token_id=0,
-)
-LABELS = {0: "O", 1: "B-A", 2: "I-A"}
+POSITIONS = 12
 TEXTS = ["w1 w2", "w3", "w4 w5 w6 .", "w1", "w7s w8", "w9 w0 w2s", "w11"]
 
 
@@ -47,7 +37,7 @@ def tokenizer(tmp_path_factory) -> BertTokenizerFast:
 def build_model(kind: type, instances: int = 1, **more: object):
     """A model with random weights; N = 1 is a stock one."""
     torch.manual_seed(instances)
-    fields = SIZE | dict(id2label=LABELS) | more
+    fields = SIZE | dict(vocab_size=len(VOCAB), max_position_embeddings=POSITIONS) | more
     if instances > 1:
         config = MuxBertConfig(**fields, num_instances=instances, cls_token_id=2)
     else:

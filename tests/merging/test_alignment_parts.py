@@ -14,7 +14,6 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from megamod.documents import check_document
 from megamod.errors import UserError
 from megamod.merging.alignment import folder as folder_module
 from megamod.merging.alignment.align import (
@@ -32,6 +31,7 @@ from megamod.merging.alignment.permute import merge_keeping_heads, permute_state
 from megamod.merging.alignment.record import load_alignment
 from megamod.merging.alignment.statistics import CrossCovariance, average_moments
 from megamod.merging.alignment.symmetry import find_symmetry
+from megamod.schemas import check_against_schema
 from megamod.states.stream import ModelFolder
 
 
@@ -417,7 +417,7 @@ def test_models_that_are_not_known_are_named():
 
 def test_options_are_checked():
     block = {"groups": ["ff"], "calibration": {"fraction": 1, "path": "a.txt"}}
-    options = check_document(block, Options, "r.yaml", "align")
+    options = check_against_schema(block, Options, "r.yaml", "align")
     assert options.groups == ("ff",) and options.calibration.path == "a.txt"
     assert options == Options(groups=("ff",), calibration=Calibration(fraction=1, path="a.txt"))
     for bad, message in (
@@ -433,4 +433,4 @@ def test_options_are_checked():
         ({"groups": []}, "align: groups: is empty"),
     ):
         with pytest.raises(UserError, match=message):
-            check_document(bad, Options, "r.yaml", "align")
+            check_against_schema(bad, Options, "r.yaml", "align")

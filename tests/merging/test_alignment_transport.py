@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 from test_alignment_families import copy_of, random_model, texts
 from twins import twin
 
-from megamod.documents import check_document
 from megamod.errors import UserError
 from megamod.merging.alignment import folder as folder_module
 from megamod.merging.alignment import matching
@@ -21,6 +20,7 @@ from megamod.merging.alignment.options import Compat, Options
 from megamod.merging.alignment.permute import AxisChange, apply_changes, permute_state
 from megamod.merging.alignment.record import load_alignment
 from megamod.merging.alignment.symmetry import find_symmetry
+from megamod.schemas import check_against_schema
 from megamod.states.stream import ModelFolder
 
 
@@ -133,7 +133,7 @@ def test_what_cannot_be_soft():
         ({"compat": Compat(unmerge=True)}, "not with method ot"),
     ):
         with pytest.raises(UserError, match=message):
-            check_document({"method": "ot", **options}, Options, "r.yaml", "align")
+            check_against_schema({"method": "ot", **options}, Options, "r.yaml", "align")
     model = random_model("llama-grouped", 1)
     for options, message in (
         (Options(method="ot"), "align.method: ot: queries and keys of a llama"),

@@ -193,6 +193,16 @@ def test_an_adapter_of_full_rank_is_the_whole_difference(root, tmp_path, name, c
         ),
         ({"output_dir": "o"}, None, "--extract_lora tuned: needs --base_model"),
         ({"base_model": "b", "dry_run": True}, None, "--dry_run does not go with --extract_lora"),
+        (
+            {"base_model": "b", "output_dir": "o", "num_threads": 2},
+            None,
+            "--num_threads 2 does not",
+        ),
+        (
+            {"base_model": "b", "output_dir": "o", "max_shard_size": "1MB"},
+            None,
+            "--max_shard_size 1MB does not",
+        ),
     ],
 )
 def test_flags_that_do_not_go_with_extraction(flags, recipe, message):

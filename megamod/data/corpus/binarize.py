@@ -37,12 +37,12 @@ from megamod.data.corpus.tokenizers import (
     find_trainer,
     load_tokenizer,
 )
-from megamod.documents import read_document
 from megamod.errors import UserError
 from megamod.files import format_json, hash_file, sync_folder, sync_tree, write_atomic, write_json
 from megamod.folder_lock import hold_name
 from megamod.names import check_domain
 from megamod.progress import show_progress
+from megamod.schemas import read_checked_file
 
 logger = logging.getLogger(__name__)
 
@@ -371,7 +371,7 @@ def _write_splits(
                 prefix = work / "databin" / format_split_prefix(name, split)
                 record = work / "parts" / f"{name}.{split}.json"
                 if record.exists():
-                    entry = read_document(record, SplitHeader).model_dump()
+                    entry = read_checked_file(record, SplitHeader).model_dump()
                     if hash_split_files(prefix) == entry["sha256"] and entry["blocks"]:
                         domains[name][split] = entry
                         bar.update(entry["bytes"])

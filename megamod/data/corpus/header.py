@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megamod.documents import Document, read_document
 from megamod.errors import UserError
 from megamod.files import format_json
 from megamod.names import Domain, check_domain
+from megamod.schemas import Schema, read_checked_file
 
 HEADER = "databin.json"
 FORMAT = 1
@@ -19,7 +19,7 @@ SPLITS = ("train", "valid", "test")
 Count = Annotated[int, Field(ge=0)]
 
 
-class SplitHeader(Document):
+class SplitHeader(Schema):
     """Counts and digests of a split; headers of earlier versions lack some digests.
 
     Attributes:
@@ -41,14 +41,14 @@ class SplitHeader(Document):
     blocks: str | None = None
 
 
-class TokenizerHeader(Document):
+class TokenizerHeader(Schema):
     """Kind and digest of the tokenizer."""
 
     kind: str
     digest: str
 
 
-class DataBinHeader(Document):
+class DataBinHeader(Schema):
     """Content of databin.json; headers of earlier versions lack some keys.
 
     Attributes:
@@ -99,7 +99,7 @@ def read_header(folder: Path) -> DataBinHeader:
         UserError: if it is missing, malformed, or differs from its digest.
     """
     path = folder / HEADER
-    header = read_document(path, DataBinHeader)
+    header = read_checked_file(path, DataBinHeader)
     if header.digest is not None:
         text = path.read_text(encoding="utf-8")
         if compute_header_digest(text, header.digest) != header.digest:

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from megamod.data.tasks.specs import METRICS, Column, Kind, TaskSpec
-from megamod.documents import Document, Items, read_document
 from megamod.errors import shorten
 from megamod.names import Name
+from megamod.schemas import Items, Schema, read_checked_file
 
 USUAL_METRICS = {  # by kind, of tasks whose file names none
     "sequence": ("accuracy",),
@@ -39,7 +39,7 @@ _Column = Annotated[Any, AfterValidator(_check_column)]
 _Label = Annotated[str, BeforeValidator(lambda label: str(label).strip())]
 
 
-class _TaskFile(Document):
+class _TaskFile(Schema):
     """Schema of a task's YAML file, see `read_task_spec`."""
 
     name: Name
@@ -100,7 +100,7 @@ def read_task_spec(path: str | Path) -> TaskSpec:
     Raises:
         UserError: naming file, line or key, and what is allowed.
     """
-    file = read_document(path, _TaskFile, f"--task_spec {path}")
+    file = read_checked_file(path, _TaskFile, f"--task_spec {path}")
     hub_name, _, config = (file.hub or "").partition(":")
     return TaskSpec(
         name=file.name,

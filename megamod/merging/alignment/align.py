@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from megamod.data.corpus.fast_tokenizers import load_fast_tokenizer
 from megamod.errors import UserError
 from megamod.merging.alignment.align_orthogonal import (
     DESCENT_ROUNDS,
@@ -25,7 +24,7 @@ from megamod.merging.alignment.align_orthogonal import (
     align_weights_by_maps,
     check_configs_fit_maps,
 )
-from megamod.merging.alignment.calibration import Batch, iterate_whole_batches, read_token_ids
+from megamod.merging.alignment.calibration import Batch, read_calibration_batches
 from megamod.merging.alignment.groups import Group
 from megamod.merging.alignment.matching import (
     FeatureMatch,
@@ -41,7 +40,7 @@ from megamod.merging.alignment.measure import (
     load_model,
     measure_covariances,
 )
-from megamod.merging.alignment.options import Calibration, Options
+from megamod.merging.alignment.options import Options
 from megamod.merging.alignment.record import Alignment, find_following_head, list_aligned_groups
 from megamod.merging.alignment.refine import Refinement
 from megamod.merging.alignment.reuse import compute_cached_alignment
@@ -393,40 +392,3 @@ def align_folders(
     if batches is None and options.reads_text and calibration.path is not None:
         batches = read_calibration_batches(first, models[0].config, calibration)
     return align_models(*models, batches, options)
-
-
-def find_position_limit(config: PreTrainedConfig) -> int | None:
-    """Find the largest number of tokens of a sequence; None: the configuration sets no limit."""
-    position_limit = getattr(config, "max_position_embeddings", None)
-    if position_limit and config.model_type in ("roberta", "xlm-roberta"):
-        position_limit -= config.pad_token_id + 1  # positions start after the padding id
-    return position_limit or None
-
-
-def read_calibration_batches(
-    name: str, config: PreTrainedConfig, calibration: Calibration
-) -> Iterable[Batch]:
-    """Read calibration text in the tokens of a model; items are cut to its positions.
-
-    Args:
-        name: folder or hub id of the tokenizer.
-        config: of the model.
-        calibration: names the text; its `path` must not be None.
-    Returns:
-        an iterator, for one pass.
-    Raises:
-        UserError: if there is no tokenizer, or the text cannot be read.
-    """
-    try:
-        tokenizer = load_fast_tokenizer(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{name}: has no tokenizer to read calibration text with ({reason})"
-        ) from error
-    position_limit = find_position_limit(config) or tokenizer.model_max_length
-    items = read_token_ids(
-        Path(calibration.path), lambda text: tokenizer(text)["input_ids"], position_limit
-    )
-    pad_id = config.pad_token_id if config.pad_token_id is not None else 0
-    return iterate_whole_batches(items, calibration.batch_size, calibration.fraction, pad_id=pad_id)

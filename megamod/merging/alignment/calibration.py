@@ -1,14 +1,17 @@
 """Calibration text as batches, and the selection of tokens that count."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
+from megamod.data.corpus.fast_tokenizers import load_fast_tokenizer
 from megamod.data.corpus.file_formats import parse_json_object, read_numbered_lines, require_format
 from megamod.errors import UserError
+from megamod.merging.alignment.options import Calibration
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,43 @@ class Batch:
         positions = torch.arange(self.input_ids.shape[1])
         inner = 0 if special_tokens else 1
         return (positions >= inner) & (positions < self.lengths[:, None] - inner)
+
+
+def read_calibration_batches(
+    name: str, config: PreTrainedConfig, calibration: Calibration
+) -> Iterable[Batch]:
+    """Read calibration text in the tokens of a model; items are cut to its positions.
+
+    Args:
+        name: folder or hub id of the tokenizer.
+        config: of the model.
+        calibration: names the text; its `path` must not be None.
+    Returns:
+        an iterator, for one pass.
+    Raises:
+        UserError: if there is no tokenizer, or the text cannot be read.
+    """
+    try:
+        tokenizer = load_fast_tokenizer(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{name}: has no tokenizer to read calibration text with ({reason})"
+        ) from error
+    position_limit = find_position_limit(config) or tokenizer.model_max_length
+    items = read_token_ids(
+        Path(calibration.path), lambda text: tokenizer(text)["input_ids"], position_limit
+    )
+    pad_id = config.pad_token_id if config.pad_token_id is not None else 0
+    return iterate_whole_batches(items, calibration.batch_size, calibration.fraction, pad_id=pad_id)
+
+
+def find_position_limit(config: PreTrainedConfig) -> int | None:
+    """Find the largest number of tokens of a sequence; None: the configuration sets no limit."""
+    position_limit = getattr(config, "max_position_embeddings", None)
+    if position_limit and config.model_type in ("roberta", "xlm-roberta"):
+        position_limit -= config.pad_token_id + 1  # positions start after the padding id
+    return position_limit or None
 
 
 def iterate_whole_batches(

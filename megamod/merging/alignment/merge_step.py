@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 
-from megamod.documents import check_document
 from megamod.errors import UserError
 from megamod.merging.alignment.align import align_folders, align_weights, collect_float_shapes
 from megamod.merging.alignment.folder import PermutedFolder, find_folder_symmetry
@@ -14,6 +13,7 @@ from megamod.merging.alignment.permute import apply_alignment
 from megamod.merging.alignment.record import Alignment, make_identity_alignment
 from megamod.merging.alignment.symmetry import find_symmetry
 from megamod.merging.tensors import TensorSource, describe_source
+from megamod.schemas import check_against_schema
 from megamod.states.forest import read_model_config
 
 
@@ -34,7 +34,7 @@ def align_folder_views(
         UserError: if the block is invalid, the models cannot be aligned, or the result would need
             an output matrix that is no longer tied.
     """
-    options = check_document(block, EffectiveOptions, origin, "align")
+    options = check_against_schema(block, EffectiveOptions, origin, "align")
     if options.method == "identity" and not options.compat.scale:
         return list(folders)
     views: list[TensorSource] = [folders[0]]

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megamod.documents import Document, Items, Number
 from megamod.merging.alignment.matching import ATTENTION
+from megamod.schemas import Items, Number, Schema
 
 METHODS = ("activation", "ot", "weight", "orthogonal", "identity")
 BY_TEXT = ("activation", "ot")
@@ -19,7 +19,7 @@ SENTENCE_LEVELS = ("none", "cls", "maxpool", "avgpool")
 _Positive = Annotated[Number, Field(gt=0)]
 
 
-class Compat(Document):
+class Compat(Schema):
     """Defects of the program of Verma and Elbayad 2024, to reproduce its results; all off.
 
     Attributes:
@@ -41,7 +41,7 @@ class Compat(Document):
     stacked: bool = False
 
 
-class Calibration(Document):
+class Calibration(Schema):
     """Calibration text.
 
     Attributes:
@@ -59,7 +59,7 @@ class Calibration(Document):
     sentence_level: Literal[SENTENCE_LEVELS] = "none"
 
 
-class Options(Document):
+class Options(Schema):
     """Options of an alignment.
 
     Attributes:
@@ -208,4 +208,4 @@ def _refuse_unused(options: Options) -> Options:
 
 
 EffectiveOptions = Annotated[Options, AfterValidator(_refuse_unused)]
-"""Schema of documents that people write: keys without effect are refused, too."""
+"""The schema for what people write: keys without effect are refused, too."""

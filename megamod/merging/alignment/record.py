@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megamod.documents import Document, read_document
 from megamod.errors import UserError
 from megamod.files import create_folder_atomically, write_json
 from megamod.merging.alignment.groups import Group
 from megamod.merging.alignment.options import Options
 from megamod.merging.alignment.symmetry import Symmetry
+from megamod.schemas import Schema, read_checked_file
 from megamod.states.weights import write_tensors
 
 _RECORD, _PERMUTATIONS = "alignment.json", "permutations.safetensors"
@@ -31,7 +31,7 @@ Maps = Mapping[str, Tensor]
 """Orthogonal matrices [m, h, h] of a group by the role of the entries that they act on."""
 
 
-class _Record(Document):
+class _Record(Schema):
     """The content of alignment.json.
 
     Attributes:
@@ -202,7 +202,7 @@ def load_alignment(folder: Path) -> Alignment:
         UserError: if a file cannot be read, or holds no permutations or no orthogonal matrices.
     """
     folder = Path(folder)
-    record = read_document(folder / _RECORD, _Record)
+    record = read_checked_file(folder / _RECORD, _Record)
     permutations = _read_tensors(folder / _PERMUTATIONS)
     for name, index in permutations.items():
         if index.dim() == 2 and record.options.method == "ot":

@@ -13,7 +13,7 @@ from megamod.merging.merge import (
     open_plan,
     update_tie_setting,
     write_config_and_tokenizer,
-    write_weights_and_hash_sources,
+    write_merged_weights,
 )
 from megamod.merging.moe.plan import MoePlan, compute_moe_tensor, make_moe_plan
 from megamod.merging.moe.record import ExpertRecord, MoeRecord, write_moe_card, write_moe_record
@@ -70,7 +70,7 @@ def convert_to_moe(
         rows = make_rows(plan)
         folder = stack.enter_context(create_new_folder(output))
         produce = partial(compute_moe_tensor, plan, rows.rows)
-        digests = write_weights_and_hash_sources(
+        digests = write_merged_weights(
             folder, plan.files, plan.specs, produce, dense.folders, threads=threads, quiet=quiet
         )
         config = update_tie_setting(plan.specs, plan.config, folder)

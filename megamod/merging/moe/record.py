@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from megamod.documents import Document, Items, read_document
 from megamod.errors import UserError
 from megamod.files import write_json
+from megamod.schemas import Items, Schema, read_checked_file
 from megamod.tables import format_table
 from megamod.version import __version__
 
@@ -34,7 +34,7 @@ as any {kind}; `{file}` has all of this for programs.
 """
 
 
-class ExpertRecord(Document):
+class ExpertRecord(Schema):
     """One expert of a mixture.
 
     Attributes:
@@ -53,7 +53,7 @@ class ExpertRecord(Document):
     data_digest: str | None
 
 
-class MoeRecord(Document):
+class MoeRecord(Schema):
     """Content of moe.json.
 
     Attributes:
@@ -134,7 +134,7 @@ def read_moe_record(folder: Path) -> MoeRecord:
         raise UserError(
             f"{folder}: there is no {FILE}; mixtures of experts are made by megamod to-moe"
         )
-    return read_document(file, MoeRecord)
+    return read_checked_file(file, MoeRecord)
 
 
 def format_experts(record: MoeRecord) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megamod.documents import read_document
 from megamod.files import write_json
 from megamod.runs.finetune.records import EVALUATIONS, Evaluation, Record
+from megamod.schemas import read_checked_file
 from megamod.train.export import ModelExport
 
 
@@ -43,7 +43,7 @@ class BestModel:
         """
         file = self.folder / EVALUATIONS
         if step and file.exists() and (self.folder / "model").is_dir():
-            recorded = read_document(file, list[Evaluation])
+            recorded = read_checked_file(file, list[Evaluation])
             earlier = [
                 item.model_dump(exclude_unset=True) for item in recorded if item.step <= step
             ]

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from megamod.data.tasks.specs import GLUE, describe_task
-from megamod.documents import Document, Number
 from megamod.evaluation.glue import Scores, average_task_scores, compute_task_score
 from megamod.runs.finetune.model import FinetuneModel
+from megamod.schemas import Number, Schema
 from megamod.train.export import Card
 
 AVERAGE = "average"
@@ -24,7 +24,7 @@ TaskScores = Mapping[str, Mapping[str, Scores]]
 _SplitScores = dict[str, dict[str, Any]]
 
 
-class Evaluation(Document):
+class Evaluation(Schema):
     """An item of evaluations.json: `tasks` and `score` of many tasks, or `scores` of one.
 
     Attributes:
@@ -41,7 +41,7 @@ class Evaluation(Document):
     instances_per_second: Number
 
 
-class SeedResults(Document):
+class SeedResults(Schema):
     """Results of one seed: its best and last evaluation, peaks of tasks, predicted splits."""
 
     step: int | None = None
@@ -51,7 +51,7 @@ class SeedResults(Document):
     predicted: dict[str, Any] | None = None
 
 
-class Results(Document):
+class Results(Schema):
     """Content of results.json of a finetuning run.
 
     Attributes:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from megamod.data.lm.databin import DataBin
 from megamod.data.lm.pretraining import LmData
 from megamod.dist.scope import parse_expert_domain, to_dense_name
-from megamod.documents import Document, read_document
 from megamod.errors import UserError
 from megamod.evaluation.ensemble import MixingProtocol, estimate_priors
 from megamod.evaluation.expert_scores import Experts, ParallelScores, SequentialScores
@@ -36,6 +35,7 @@ from megamod.models.lm.configuration import (
 from megamod.models.lm.feed_forward import list_feed_forward_names
 from megamod.models.lm.load import LanguageModel, select_lm_class
 from megamod.runs.pretrain.adapt_args import AdaptArgs
+from megamod.schemas import Schema, read_checked_file
 from megamod.states.dense import make_dense_config
 from megamod.states.forest import Expert, Forest, open_forest
 from megamod.states.stream import ModelFolder
@@ -58,7 +58,7 @@ class AdaptationStart:
     posterior: dict[str, float] | None = None
 
 
-class StartRecord(Document):
+class StartRecord(Schema):
     """Content of start.json.
 
     Attributes:
@@ -303,7 +303,7 @@ def _read_recorded_start(path: Path, forest: Forest) -> AdaptationStart | None:
     if not path.is_file():
         return None
     try:
-        saved = read_document(path, StartRecord)
+        saved = read_checked_file(path, StartRecord)
     except UserError as error:
         raise UserError(f"{error}; remove it to choose anew") from error
     if saved.forest != str(forest.path) or saved.start not in forest.domains:

@@ -13,12 +13,12 @@ import shutil
 from pathlib import Path
 
 from megamod.args import RunArgs, SafetyArgs
-from megamod.documents import read_document
 from megamod.evaluation.perplexity import DENSE
 from megamod.flags import format_flags, parse_args
 from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
 from megamod.runs.studies.forest_scores import Losses, ScoredText, score_expert
 from megamod.runs.studies.study_file import Settings
+from megamod.schemas import read_checked_file
 from megamod.states.config_file import read_config_file
 
 SETTINGS = ("adapt_to", "adapt_method", "adapt_steps", "adapt_learning_rate")
@@ -67,7 +67,7 @@ def score_adaptation(
     adapt(*parse_args(RunArgs, SafetyArgs, AdaptOptimArgs, AdaptArgs, argv=words))
     start = DENSE
     if apart:
-        start = read_document(output / RECORD, StartRecord).start
+        start = read_checked_file(output / RECORD, StartRecord).start
     # With feedforward the result is the whole model with one more expert.
     grown = apart and settings["adapt_method"] == "feedforward"
     end = settings["adapt_to"] if grown else DENSE

@@ -26,7 +26,6 @@ from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.masking import Masking
 from megamod.data.lm.text_blocks import read_text_blocks
 from megamod.data.tasks.specs import find_any_task
-from megamod.documents import read_document
 from megamod.errors import UserError
 from megamod.evaluation.barrier import (
     Losses,
@@ -46,9 +45,12 @@ from megamod.merging.alignment.align import (
     align_models,
     check_same_architecture,
     collect_float_shapes,
-    find_position_limit,
 )
-from megamod.merging.alignment.calibration import iterate_whole_batches, read_token_ids
+from megamod.merging.alignment.calibration import (
+    find_position_limit,
+    iterate_whole_batches,
+    read_token_ids,
+)
 from megamod.merging.alignment.measure import load_model
 from megamod.merging.alignment.permute import apply_alignment
 from megamod.merging.alignment.symmetry import find_symmetry
@@ -68,6 +70,7 @@ from megamod.runs.studies.barrier_recipe import (
     HeldOutSettings,
     make_study_record,
 )
+from megamod.schemas import read_checked_file
 from megamod.tables import format_score_table
 
 if TYPE_CHECKING:
@@ -379,7 +382,7 @@ def _write_results(study: BarrierStudy, output: Path) -> str:
     for task in study.tasks:
         for name in study.variants:
             pair_curves = [
-                read_document(_find_curve_path(output, task, name, pair), Curve).model_dump()
+                read_checked_file(_find_curve_path(output, task, name, pair), Curve).model_dump()
                 for pair in study.pairs
             ]
             splits = list(pair_curves[0]["losses"])

@@ -1,8 +1,8 @@
 """Settings of `megamod eval-barrier`: the YAML file of a barrier study, and the files it writes.
 
 `barrier` runs a barrier study. The studies of `megamod study`, one kind of which measures barriers
-too, are read by `study_file`. The `evaluation:` block of a merge recipe has settings in common with
-a barrier study, so its schema is here.
+too, are read by `study_file`. `HeldOutSettings` are also the base of the
+`evaluation:` block of a merge recipe, see `soup`.
 """
 
 import itertools
@@ -11,16 +11,16 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from megamod.documents import Document, Items, Number, read_document
 from megamod.errors import UserError
 from megamod.merging.alignment.options import EffectiveOptions
 from megamod.names import Name, parse_name
+from megamod.schemas import Items, Number, Schema, read_checked_file
 
 MLM, CLM = "mlm", "clm"  # the tasks without labels
 RECORD = "study.json"  # in OUT
 
 
-class HeldOutSettings(Document):
+class HeldOutSettings(Schema):
     """Held-out data that losses are measured on.
 
     Attributes:
@@ -51,19 +51,6 @@ class HeldOutSettings(Document):
             if MLM not in self.tasks:
                 raise ValueError(f"{key}: has no effect without the task mlm; leave it out")
         return self
-
-
-class Evaluation(HeldOutSettings):
-    """The `evaluation:` block of a merge recipe: settings and one task."""
-
-    task: str = CLM
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The only task, in the form of the `tasks` of a `BarrierStudy`, so that both are
-        checked alike.
-        """
-        return (self.task,)
 
 
 def _number_models(value: object) -> object:
@@ -144,10 +131,10 @@ def read_barrier_study(path: Path) -> BarrierStudy:
     Raises:
         UserError: naming the key that is wrong and what is allowed.
     """
-    return read_document(path, BarrierStudy)
+    return read_checked_file(path, BarrierStudy)
 
 
-class RecordedStudy(Document):
+class RecordedStudy(Schema):
     """Content of study.json: the settings of a barrier study as JSON values, see `BarrierStudy`."""
 
     models: dict[str, Any]
@@ -165,7 +152,7 @@ class RecordedStudy(Document):
     char_split: Any
 
 
-class Curve(Document):
+class Curve(Schema):
     """Content of a file of `curves/`: losses on the line between two models, by split.
 
     Attributes:
@@ -199,7 +186,7 @@ def make_study_record(study: BarrierStudy, output: Path) -> dict[str, object]:
     record = {key: values[key] for key in RecordedStudy.model_fields}
     path = output / RECORD
     if path.exists():
-        previous = read_document(path, RecordedStudy).model_dump()
+        previous = read_checked_file(path, RecordedStudy).model_dump()
         # Pairs, tasks, models and variants may be added; recorded ones must not change.
         fixed = [key for key in record if key not in ("models", "pairs", "tasks", "variants")]
         differs = [key for key in fixed if record[key] != previous[key]]

@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 from megamod.args import SafetyArgs
-from megamod.documents import read_document
 from megamod.errors import UserError
 from megamod.files import hash_file
 from megamod.flags import format_flags, parse_args
@@ -25,6 +24,7 @@ from megamod.runs.finetune.args import (
 from megamod.runs.finetune.records import RESULTS, Results
 from megamod.runs.studies.records import Figures, Scores
 from megamod.runs.studies.study_file import Cell, Settings, Study
+from megamod.schemas import read_checked_file
 
 PACKAGE = "package:"  # prefix of a model or tokenizer that lies in a Python package
 COMMON = (FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs)
@@ -64,7 +64,7 @@ def run_finetuning_cell(
         folder = work / f"{cell.name}{'.' + named[0] if several else ''}"
         flags = settings | ({"tasks": named} if launcher == "mtl" else {})
         digests |= _finetune(flags, launcher, cell.seed, inputs, folder)
-        _add_task_scores(read_document(folder / RESULTS, Results), launcher, figures)
+        _add_task_scores(read_checked_file(folder / RESULTS, Results), launcher, figures)
         shutil.rmtree(folder)
     speed = [values["instances_per_second"] for values in figures.scores.values()]
     scores = [values["score"] for values in figures.scores.values()]

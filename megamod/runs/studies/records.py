@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 import torch
 
-from megamod.documents import Document, Number, read_document
 from megamod.errors import UserError
 from megamod.files import format_json, write_json
 from megamod.runs.studies.study_file import Cell, Study
 from megamod.runs.training import compute_code_digest
+from megamod.schemas import Number, Schema, read_checked_file
 from megamod.version import __version__
 
 TOLERANCE = 1e-4  # relative, of scores that are computed again on a machine of the same class
@@ -40,7 +40,7 @@ class Figures:
     details: dict[str, object] = field(default_factory=dict)
 
 
-class CellRecord(Document):
+class CellRecord(Schema):
     """Content of a cell's file.
 
     Attributes:
@@ -133,7 +133,7 @@ def read_record(folder: Path, cell: Cell) -> Record | None:
     path = folder / f"{cell.name}.json"
     if not path.is_file():
         return None
-    record = read_document(path, CellRecord).model_dump()
+    record = read_checked_file(path, CellRecord).model_dump()
     recorded_settings = {
         k: v for k, v in record["config"].items() if k not in ("kind", "seed", "inputs")
     }

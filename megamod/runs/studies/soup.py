@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megamod.data.tasks.specs import find_any_task
-from megamod.documents import check_document
 from megamod.errors import UserError
 from megamod.evaluation.barrier import Losses
 from megamod.merging.alignment.merge_step import load_aligned_model
@@ -30,9 +29,25 @@ from megamod.merging.plan import MergePlan, make_plan
 from megamod.merging.recipe import GREEDY_SOUP, MergeRecipe
 from megamod.progress import show_progress
 from megamod.runs.studies.barrier import HEADS, open_held_out
-from megamod.runs.studies.barrier_recipe import CLM, MLM, Evaluation
+from megamod.runs.studies.barrier_recipe import CLM, MLM, HeldOutSettings
+from megamod.schemas import check_against_schema
 
 logger = logging.getLogger(__name__)
+
+
+class SoupEvaluation(HeldOutSettings):
+    """Schema of the `evaluation:` block of a greedy soup: held-out data and one task.
+
+    Attributes:
+        task: "mlm", "clm" or the name of a task with labels.
+    """
+
+    task: str = CLM
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The task as a tuple, like `BarrierStudy.tasks`, which `HeldOutSettings` checks."""
+        return (self.task,)
 
 
 @dataclass(frozen=True)
@@ -241,7 +256,7 @@ def _build_average_recipe(
     return replace(recipe, method="linear", inputs=inputs, tokenizer=0, cut_vocabularies=False)
 
 
-def _read_evaluation(recipe: MergeRecipe) -> Evaluation:
+def _read_evaluation(recipe: MergeRecipe) -> SoupEvaluation:
     """Read and check the `evaluation:` block of a recipe.
 
     Raises:
@@ -252,7 +267,7 @@ def _read_evaluation(recipe: MergeRecipe) -> Evaluation:
             f"{recipe.origin}, evaluation: is missing; give `evaluation: {{task: clm, data: FILE}}`"
             ", the text that the losses are measured on"
         )
-    settings = check_document(recipe.evaluation, Evaluation, recipe.origin, "evaluation")
+    settings = check_against_schema(recipe.evaluation, SoupEvaluation, recipe.origin, "evaluation")
     if settings.task not in (CLM, MLM):
         find_any_task(settings.task)
     elif settings.data is None or not Path(settings.data).is_file():

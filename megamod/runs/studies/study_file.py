@@ -26,9 +26,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megamod.documents import Document, parse_setting, read_document
 from megamod.errors import UserError, shorten
 from megamod.names import Name
+from megamod.schemas import Schema, parse_setting, read_checked_file
 
 Settings = dict[str, object]
 
@@ -51,7 +51,7 @@ Setting = Annotated[Any, AfterValidator(_check_setting)]
 """Value of a flag: a scalar or a list of them, or such values by rung."""
 
 
-class TextSpec(Document):
+class TextSpec(Schema):
     """Text of a study of kind `language_models` or `barriers`; folders of the names of its domains
     lie below INPUTS/domains.
 
@@ -68,7 +68,7 @@ class TextSpec(Document):
     held_out_bytes: int | None = Field(None, ge=1)
 
 
-class Table(Document):
+class Table(Schema):
     """Lines of a table: for each its arm and the row of that arm's scores.
 
     With columns "rungs" a column is a rung and shows `value` of the line's row; with columns "rows"
@@ -107,7 +107,7 @@ class Table(Document):
         return self
 
 
-class StudyFile(Document):
+class StudyFile(Schema):
     """The content of a study's file.
 
     Attributes:
@@ -184,7 +184,7 @@ def read_study(path: Path) -> Study:
     Raises:
         UserError: naming the file, the key and what is wrong.
     """
-    file = read_document(path, StudyFile)
+    file = read_checked_file(path, StudyFile)
     cells = [
         Cell(arm, rung, seed, _merge_settings(file, arm, rung))
         for rung in file.rungs

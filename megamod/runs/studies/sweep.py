@@ -18,7 +18,6 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from megamod.btm.placement import find_free_port
 from megamod.data.tasks.specs import GLUE
-from megamod.documents import Document, Items, check_document, read_document
 from megamod.errors import UserError, shorten
 from megamod.evaluation.glue import average_task_scores
 from megamod.evaluation.plots import plot_scores_by_instances, plot_trade_off
@@ -27,6 +26,7 @@ from megamod.files import write_json
 from megamod.flags import format_flags
 from megamod.names import Name
 from megamod.runs.finetune.records import RESULTS, Results
+from megamod.schemas import Items, Schema, check_against_schema, read_checked_file
 from megamod.tables import format_score_table
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ Flags = Annotated[
 ]
 
 
-class SweepFile(Document):
+class SweepFile(Schema):
     """The content of a sweep's file, see `read_sweep`."""
 
     common: Flags = Field({})
@@ -162,7 +162,7 @@ def read_sweep(path: Path) -> tuple[list[Job], list[str]]:
     Raises:
         UserError: naming the key that is wrong and what is allowed.
     """
-    file = read_document(path, SweepFile)
+    file = read_checked_file(path, SweepFile)
     jobs: list[Job] = []
     for task, model in itertools.product(file.tasks, file.models):
         jobs += _make_jobs(task, model, file, str(path))
@@ -231,7 +231,7 @@ def _make_jobs(task: str, model: str, file: SweepFile, where: str) -> Iterator[J
                 f"{where}, {model}: num_instances {instances!r} is not a whole number from 1"
             )
         key = f"models.{model}.num_instances.{instances}"
-        count_flags = check_document(block, Flags, where, key)
+        count_flags = check_against_schema(block, Flags, where, key)
         job_flags = {
             name: flag.replace("{N}", str(instances or 1)) if isinstance(flag, str) else flag
             for name, flag in {**flags, **count_flags}.items()
@@ -253,7 +253,7 @@ def _is_finished(job: Job, output: Path) -> bool:
     record = folder / RECORD
     if not record.exists():
         return False
-    previous = read_document(record, list[str])
+    previous = read_checked_file(record, list[str])
     if previous != job.list_arguments(output):
         raise UserError(
             f"{folder} holds a run with other flags ({' '.join(previous)}); remove it or choose "
@@ -294,7 +294,7 @@ def _write_summary(jobs: Sequence[Job], output: Path) -> str:
     """
     runs: dict[tuple[str, int], dict[str, list[dict[str, float]]]] = {}
     for job in jobs:
-        results = read_document(job.get_folder(output) / RESULTS, Results)
+        results = read_checked_file(job.get_folder(output) / RESULTS, Results)
         if results.task_score is not None:
             score = {"task_score": results.task_score, **results.mean}
             score["instances_per_second"] = results.instances_per_second

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from megamod.documents import Document, Items, Number, check_document, read_document
 from megamod.errors import UserError
 from megamod.names import Name, check_name
+from megamod.schemas import Items, Number, Schema, check_against_schema, read_checked_file
 
 
-class Part(Document):
+class Part(Schema):
     """A nested schema."""
 
     size: int = Field(1, ge=1)
@@ -25,7 +25,7 @@ class Part(Document):
     kind: Literal["near", "far"] = "near"
 
 
-class Whole(Document):
+class Whole(Schema):
     """The schema of the tests."""
 
     name: Name
@@ -37,7 +37,7 @@ class Whole(Document):
 def read(folder, text: str | bytes, ending: str = "yaml") -> Whole:
     path = folder / f"doc.{ending}"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return read_document(path, Whole)
+    return read_checked_file(path, Whole)
 
 
 def test_both_formats_give_the_same(tmp_path):
@@ -48,7 +48,9 @@ def test_both_formats_give_the_same(tmp_path):
         "words": ["1", "no"],
     }
     document = read(tmp_path, json.dumps(content), "json")
-    assert document == read(tmp_path, json.dumps(content)) == check_document(content, Whole, "x")
+    assert (
+        document == read(tmp_path, json.dumps(content)) == check_against_schema(content, Whole, "x")
+    )
     assert document.parts == (Part(size=3, rate=2.0, share=1), Part(kind="far"))
     assert type(document.parts[0].rate) is float and type(document.parts[0].share) is int
     assert read(tmp_path, b"\xef\xbb\xbfname: 3\nby_name: {1.5: {}}").by_name == {"1.5": Part()}
@@ -151,9 +153,9 @@ def test_merged_keys_are_no_doubles(tmp_path):
 
 def test_absent_files_are_named(tmp_path):
     with pytest.raises(UserError, match="recipe x cannot be read: No such file"):
-        read_document(tmp_path / "x", Whole, "recipe x")
+        read_checked_file(tmp_path / "x", Whole, "recipe x")
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
-        read_document(tmp_path, Whole)
+        read_checked_file(tmp_path, Whole)
 
 
 def test_names():
@@ -177,16 +179,16 @@ VALUES = st.recursive(
 @given(st.dictionaries(KEYS, VALUES))
 def test_any_value_is_accepted_or_refused_in_one_sentence(content):
     try:
-        document = check_document({"name": "a", **content}, Whole, "file")
+        document = check_against_schema({"name": "a", **content}, Whole, "file")
     except UserError as error:
         assert str(error).startswith("file") and "\n" not in str(error)
     else:
-        assert check_document(_plain(document), Whole, "file") == document
+        assert check_against_schema(_plain(document), Whole, "file") == document
 
 
 def _plain(value: object) -> object:
     """A document as the lists and mappings of its file."""
-    if isinstance(value, (Document, dict)):
+    if isinstance(value, (Schema, dict)):
         return {key: _plain(inner) for key, inner in dict(value).items()}
     value = 0 if isinstance(value, float) and math.isnan(value) else value
     return [_plain(inner) for inner in value] if isinstance(value, tuple) else value

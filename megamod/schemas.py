@@ -1,7 +1,7 @@
-"""YAML and JSON documents, checked against schemas.
+"""Readers of YAML and JSON files that check them against pydantic schemas.
 
-A schema is a subclass of `Document`. The first thing that is wrong in a file becomes one sentence:
-file, key, value, and what is allowed.
+A schema is a subclass of `Schema`. The first value that does not fit becomes a UserError of one
+sentence: file, key, value, and what is allowed.
 """
 
 import difflib
@@ -31,8 +31,8 @@ _LARGEST_DEPTH = 100  # far below what the recursion of later code allows
 _MOST_VALUES = 10**6  # aliases of YAML count as often as they are used
 
 
-class Document(BaseModel):
-    """Base of the schemas: unknown keys are refused, and values of another type are not converted.
+class Schema(BaseModel):
+    """Base of pydantic schemas: unknown keys are refused, values of another type are not converted.
 
     A file's list becomes a tuple in fields of the type `Items`.
     """
@@ -55,16 +55,18 @@ class Document(BaseModel):
         return value
 
 
-Schema = TypeVar("Schema")
+Checked = TypeVar("Checked")  # an instance of a schema
 Item = TypeVar("Item")
 
 
-def read_document(path: str | Path, schema: type[Schema], origin: str | None = None) -> Schema:
+def read_checked_file(
+    path: str | Path, schema: type[Checked], origin: str | None = None
+) -> Checked:
     """Read a file as an instance of a schema: JSON if its name ends in .json, else YAML.
 
     Args:
         path: the file.
-        schema: a subclass of `Document`, or a list or dictionary of them or of plain values.
+        schema: a subclass of `Schema`, or a list or dictionary of them or of plain values.
         origin: name of the file in messages; None: its path.
     Raises:
         UserError: if the file cannot be read, is too large or malformed, and naming the first key
@@ -72,28 +74,28 @@ def read_document(path: str | Path, schema: type[Schema], origin: str | None = N
     """
     path, origin = Path(path), origin or str(path)
     if path.suffix.lower() == ".json":
-        return parse_json(_read_bytes(path, "JSON", origin), schema, origin)
+        return parse_checked_json(_read_bytes(path, "JSON", origin), schema, origin)
     text = _decode_text(_read_bytes(path, "YAML", origin), origin)
     with _report_malformed("YAML", origin):
         value = _Loader(text).get_single_data()
     _check_limits(value, origin)
-    return check_document(value, schema, origin)
+    return check_against_schema(value, schema, origin)
 
 
-def parse_json(data: bytes, schema: type[Schema], origin: str) -> Schema:
+def parse_checked_json(data: bytes, schema: type[Checked], origin: str) -> Checked:
     """Parse JSON, the content of a file or the body of a request, as an instance of a schema.
 
     Args:
-        schema: see `read_document`.
+        schema: see `read_checked_file`.
         origin: name of the data in messages.
     Raises:
-        UserError: as `read_document`.
+        UserError: as `read_checked_file`.
     """
     text = _decode_text(data, origin)
     with _report_malformed("JSON", origin):
         value = json.loads(text, object_pairs_hook=_build_mapping)
     _check_limits(value, origin)
-    return check_document(value, schema, origin)
+    return check_against_schema(value, schema, origin)
 
 
 def read_yaml_lines(path: str | Path, origin: str) -> dict[str, tuple[object, int]]:
@@ -120,7 +122,7 @@ def read_yaml_lines(path: str | Path, origin: str) -> dict[str, tuple[object, in
     return lines
 
 
-def read_object(path: Path) -> dict[str, object]:
+def read_json_object(path: Path) -> dict[str, object]:
     """Read a JSON object that has no schema, such as one of another program, of any size.
 
     Of a key that appears twice the last value counts.
@@ -152,15 +154,17 @@ def read_run_recipe(folder: Path) -> dict[str, object]:
         UserError: if the file is malformed.
     """
     file = folder / "run.yaml"
-    return read_document(file, dict[str, Setting]) if file.is_file() else {}
+    return read_checked_file(file, dict[str, Setting]) if file.is_file() else {}
 
 
-def check_document(value: object, schema: type[Schema], origin: str, key: str = "") -> Schema:
+def check_against_schema(
+    value: object, schema: type[Checked], origin: str, key: str = ""
+) -> Checked:
     """Check a value from a file against a schema, and return it as an instance of the schema.
 
     Args:
         value: parsed value, such as a dictionary.
-        schema: see `read_document`.
+        schema: see `read_checked_file`.
         origin: name of the file in messages.
         key: key of the value in the file, for messages; "" for the whole content.
     Raises:
@@ -285,7 +289,7 @@ _TOO_DEEP = f"is nested more than {_LARGEST_DEPTH} deep"
 
 
 def _check_limits(value: object, origin: str) -> None:
-    """Raise UserError for a document that later code would fail on.
+    """Raise UserError for a file that later code would fail on.
 
     It may not be nested deeper than `_LARGEST_DEPTH`, have more than `_MOST_VALUES` values, whole
     numbers of more than 64 bits, or text that cannot be written as UTF-8.
@@ -332,7 +336,8 @@ _MISTAKES = {
 def _format_error(error: ValidationError, origin: str, key: str) -> str:
     """Format the first error of a validation as one sentence.
 
-    It begins with `origin`, the file, and the path of the value below `key`, see `check_document`.
+    It begins with `origin`, the file, and the path of the value below `key`, as in
+    `check_against_schema`.
     """
     first = error.errors(include_url=False)[0]
     kind, location, context = first["type"], first["loc"], first.get("ctx", {})
