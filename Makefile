@@ -56,7 +56,7 @@ quickstart: install $(QUICKSTART)/data-bin/databin.json
 	$(BIN)/megamod generate --model $(QUICKSTART)/model --prompt "def " "The " --max_new_tokens 40
 
 $(QUICKSTART)/data-bin/databin.json: | install
-	$(BIN)/python launchers/preprocess.py --builtin --tokenizer sentencepiece:4096 \
+	$(BIN)/megamod preprocess --builtin --tokenizer sentencepiece:4096 \
 	  --output_dir $(QUICKSTART)/data-bin
 
 .PHONY: bench

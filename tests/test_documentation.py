@@ -275,6 +275,12 @@ def test_python_compiles_and_its_imports_work(block):
             assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_commands_of_one_process_are_verbs(page):
+    """`megamod VERB` starts one process; deepspeed and torchrun start files of launchers/."""
+    assert not re.search(r"python (?:-m )?launchers/", page.read_text(encoding="utf-8"))
+
+
 YAML = [block for block in BLOCKS if block.language == "yaml"]
 
 

@@ -68,7 +68,7 @@ def format_markdown(study: Study, records: Mapping[str, Record]) -> str:
         f"{caption}, its 95 % interval (Student's t), and with how many seeds it is below. "
         f"{len(records)} of {len(study.cells)} cells, seeds {', '.join(map(str, seeds)) or EMPTY}; "
         f"{hours:.1f} hours by the clock of one process of several on shared cores. Figures: "
-        f"`docs/evidence/{study.name}/`; one cell anew: `python launchers/study.py {study.name} "
+        f"`docs/evidence/{study.name}/`; one cell anew: `megamod study {study.name} "
         f"--cells {study.cells[0].name} --repeat true --inputs DATA`.",
     ]
     return "\n".join(lines)
