@@ -33,6 +33,7 @@ TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 COMPLETION = ["argcomplete>=3.5,<4"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"]
 SERVE = ["fastapi>=0.136,<1", "uvicorn>=0.40,<1", "prometheus_client>=0.22,<1"]
+WANDB = ["wandb>=0.19,<1"]
 EVAL = ["lm-eval>=0.4.13,<0.5", "accelerate>=1.15,<2"]
 DEV = [
     "pytest>=9",
@@ -76,6 +77,7 @@ setup(
         "triton": TRITON,
         "eval": EVAL,
         "serve": SERVE,
+        "wandb": WANDB,
         "completion": COMPLETION,
         "docs": DOCS,
         "dev": DEV + TRITON + EVAL + SERVE + COMPLETION + DOCS,

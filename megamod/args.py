@@ -51,7 +51,7 @@ class RunArgs(Arguments):
     precision: Literal["fp32", "bf16", "fp16"] | None = option(
         None, "number format of the model; none: that of the DeepSpeed file"
     )
-    report_to: Literal["tensorboard", "none"] = option(
+    report_to: Literal["tensorboard", "wandb", "none"] = option(
         "tensorboard", "where loss curves are logged"
     )
 

@@ -236,8 +236,8 @@ def test_a_bare_word_becomes_a_flag(words, moved):
 
 
 def test_classes_check_themselves_and_stay_small():
-    with pytest.raises(UserError, match=r"--report_to: 'wandb'"):
-        RunArgs(report_to="wandb")
+    with pytest.raises(UserError, match=r"--report_to: 'mlflow'"):
+        RunArgs(report_to="mlflow")
     for cls in CLASSES:
         assert len(fields(cls)) <= 15
         for f in fields(cls):

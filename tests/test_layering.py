@@ -91,7 +91,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         DATA
         | {"megamod.version", "megamod.args", "megamod.flags", "megamod.dist", "megamod.dist.scope"}
         | {"megamod.models", "megamod.nn", "megamod.states"},
-        {"torch", "transformers", "deepspeed", "safetensors", "psutil", "tqdm"},
+        {"torch", "transformers", "deepspeed", "safetensors", "psutil", "tqdm", "wandb"},
     ),
     # Alignment runs models, so it is imported only where a recipe asks for it.
     "megamod.merging.tensors": ({"megamod.states"}, {"torch"}),

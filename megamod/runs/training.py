@@ -61,6 +61,7 @@ from megamod.train.loop import SelectBatches, train
 from megamod.train.monitor import Monitor, find_peak_flops, write_environment
 from megamod.train.objectives import Objective
 from megamod.train.optim import make_optimizer_factory
+from megamod.train.trackers import check_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,7 @@ def execute_run(
     )
     topology, output = spec.topology, Path(run.output_dir)
     # Mistakes of the user are found before any process waits for another.
+    check_tracker(run.report_to)
     settings = resolve_settings(
         run,
         optim,
@@ -282,9 +284,10 @@ def _train(
     record_run(output, ds_config, parsed)
     with write_node_log(output, table, state.step):
         tokens = settings.global_batch // dist.get_world_size() * (spec.tokens_per_sample or 0)
-        monitor = make_monitor(
-            run, spec.groups, spec.unit, engine, topology, flops, state.step, tokens
-        )
+        with fail_together():
+            monitor = make_monitor(
+                run, spec.groups, spec.unit, engine, topology, flops, state.step, tokens
+            )
         running = ActiveRun(engine, device, monitor, export, output, state)
         train(
             engine,
@@ -404,7 +407,7 @@ def make_monitor(
         run.max_steps,
         flops_per_token,
         find_peak_flops(torch.cuda.get_device_name()) if on_gpu else None,
-        run.report_to == "tensorboard",
+        run.report_to,
         first_step,
     )
 

@@ -1,4 +1,4 @@
-"""Log of a run: metrics.jsonl, TensorBoard, a console line per log step, a progress bar."""
+"""Log of a run: metrics.jsonl, its curves, a console line per log step, a progress bar."""
 
 import logging
 import os
@@ -20,6 +20,7 @@ from megamod.files import format_json, write_atomic, write_json
 from megamod.states.checkpoint_folder import TrainState
 from megamod.states.metrics_file import parse_record
 from megamod.train.objectives import BatchScore
+from megamod.train.trackers import Tracker, open_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +42,16 @@ class Monitor:
     written by rank 0 only.
 
     Args:
-        folder: of the run, which exists; gets metrics.jsonl and, for TensorBoard, `tb`.
+        folder: of the run, which exists; gets metrics.jsonl and the files of a tracker.
         groups: names of the losses that are logged separately, such as domains.
         unit: items that a loss is the mean over: "tokens" or "examples".
         max_steps: last step of the run.
         flops_per_token: of a forward and backward pass; None where that is not defined.
         peak_flops: FLOP/s of one device; None if unknown, and then no MFU is printed.
+        report_to: tracker of the curves, see `open_tracker`.
         first_step: finished steps of a resumed run, else 0.
+    Raises:
+        UserError: on rank 0, if the tracker does not start.
     """
 
     def __init__(
@@ -58,7 +62,7 @@ class Monitor:
         max_steps: int,
         flops_per_token: float | None,
         peak_flops: float | None,
-        tensorboard: bool,
+        report_to: str,
         first_step: int,
     ):
         self.folder = Path(folder)
@@ -68,7 +72,7 @@ class Monitor:
         self.flops_per_token = flops_per_token
         self.peak = peak_flops
         self.metrics: TextIO | None = None
-        self.writer = None
+        self.tracker: Tracker | None = None
         self.bar = None
         self.reset()
         if get_rank() > 0:
@@ -76,10 +80,7 @@ class Monitor:
         self.first_step = first_step
         _drop_records(self.folder / "metrics.jsonl", lambda record: record["step"] > first_step)
         self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.folder / "tb"), purge_step=first_step + 1)
+        self.tracker = open_tracker(report_to, self.folder, first_step)
         if sys.stderr.isatty():
             self.bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
@@ -151,7 +152,7 @@ class Monitor:
             "skipped": state.skipped,
         }
         if get_rank() == 0:
-            self._append_record(record, self._build_tensorboard_tags(record, further_metrics))
+            self._append_record(record, self._select_curves(record, further_metrics))
             self._print_progress(record, interval_seconds)
         self.reset()
 
@@ -188,13 +189,13 @@ class Monitor:
         self.metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def close(self) -> None:
-        """Close metrics.jsonl, progress bar and TensorBoard; nothing can be logged afterwards."""
+        """Close metrics.jsonl, progress bar and tracker; nothing can be logged afterwards."""
         if self.metrics is not None:
             self._close_metrics()
         if self.bar is not None:
             self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        if self.tracker is not None:
+            self.tracker.close()
 
     def _close_metrics(self) -> None:
         """Close metrics.jsonl, with the text that failed writes left; a disk error is logged."""
@@ -227,14 +228,12 @@ class Monitor:
         return tokens_per_second * self.flops_per_token / (self.peak * dist.get_world_size())
 
     def _append_record(self, record: Mapping[str, object], tags: Mapping[str, float]) -> None:
-        """Append a record to metrics.jsonl and TensorBoard; a disk error is logged."""
+        """Append a record to metrics.jsonl, its numbers to the curves; a disk error is logged."""
         try:
             self.metrics.write(format_json(record) + "\n")
             self.metrics.flush()  # after an error the text stays in the buffer for the next call
-            if self.writer is not None:
-                for tag, value in tags.items():
-                    self.writer.add_scalar(tag, value, record["step"])
-                self.writer.flush()
+            if self.tracker is not None:
+                self.tracker.write(record["step"], tags)
         except OSError as error:  # losing a line of the log must not end the run
             self._report_disk_error(error)
 
@@ -242,10 +241,10 @@ class Monitor:
         """Log that metrics.jsonl cannot be written."""
         logger.error("%s: cannot be written: %s", self.folder / "metrics.jsonl", error.strerror)
 
-    def _build_tensorboard_tags(
+    def _select_curves(
         self, record: Mapping[str, object], further_metrics: Mapping[str, float]
     ) -> dict[str, float]:
-        """Select the numbers of a record that TensorBoard shows, by tag."""
+        """Select the numbers of a record that a tracker draws, by name."""
         names = ("loss", "lr", "grad_norm", f"{self.unit}_per_second", *further_metrics)
         tags = {f"train/{name}": record[name] for name in names}
         tags |= {f"train/loss/{g}": value for g, value in record["loss_by_domain"].items()}

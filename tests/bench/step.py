@@ -165,7 +165,8 @@ def through_loop(
     objective = CausalLMObjective(domains, device, selects_expert=False)
     state, saved = TrainState(), _NoCheckpoints()
     with tempfile.TemporaryDirectory() as folder:
-        monitor = Monitor(Path(folder), domains, "tokens", steps + 1, None, None, lead, 0)
+        curves = "tensorboard" if lead else "none"
+        monitor = Monitor(Path(folder), domains, "tokens", steps + 1, None, None, curves, 0)
         train(engine, objective, batches, plan, state, saved, monitor, lambda step: None)
         monitor.close()
 

@@ -30,7 +30,7 @@ def monitor_in(folder, **options) -> Monitor:
             max_steps=100,
             flops_per_token=1e6,
             peak_flops=1e9,
-            tensorboard=False,
+            report_to="none",
             first_step=0,
         )
         | options
@@ -130,7 +130,7 @@ def test_text_that_a_full_disk_refuses_is_reported_and_lost(tmp_path, caplog):
 def test_tensorboard_has_the_same_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monitor = monitor_in(tmp_path, tensorboard=True)
+    monitor = monitor_in(tmp_path, report_to="tensorboard")
     monitor.add_step([scored([6.0, 0.0, 0.0], [2.0, 0.0, 0.0])], 0.5, 1e-3, 0.0, 1.0)
     monitor.write_record(TrainState(step=3))
     monitor.log_scores(3, {"law": 20.0}, "valid")

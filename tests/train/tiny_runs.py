@@ -342,7 +342,7 @@ def run_tiny(
         spike_factor=spike_factor,
         save_failure=save_failure,
     )
-    monitor = Monitor(folder, topology.domains, "tokens", 10, None, None, False, state.step)
+    monitor = Monitor(folder, topology.domains, "tokens", 10, None, None, "none", state.step)
     choose = topology.sharing is Sharing.DEMIX
     state = train(
         engine,
