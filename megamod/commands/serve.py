@@ -59,12 +59,14 @@ def main() -> None:
     )
     require_values(args, "model")
     try:
-        from megamod.serving.server import DrainingServer, bind_socket
+        from megamod.serving.server import DrainingServer
     except ModuleNotFoundError as error:
         raise UserError(
             f"{error.name} is not installed, which megamod serve needs: "
             "pip install 'megamod[serve]'"
         ) from error
+    from megamod.serving.address import bind_socket
+
     bound = bind_socket(args.host, args.port)
     import torch
     from transformers.utils.logging import disable_progress_bar

@@ -26,6 +26,11 @@ from megamod.files import write_atomic
 from megamod.schemas import Number, Schema, read_checked_file, read_json_object, read_run_recipe
 
 METRICS, MISSING = "metrics.jsonl", "–"
+FILES = (
+    *(METRICS, "perplexity.json", "results.json", "summary.json", "evaluation/mixture.json"),
+    *("run.yaml", "env.json"),
+)
+"""Files of a run's folder that the page is made of."""
 STYLE = """
 body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #222 }
 h1 { font-size: 1.6em } h2 { border-bottom: 1px solid #ccc; margin-top: 2em }
@@ -82,12 +87,25 @@ def write_run_report(paths: Sequence[Path], output: Path) -> list[str]:
     """Write the page; return the titles of its sections.
 
     Args:
-        paths: at least one: folders of runs, campaigns, sweeps or studies of barriers; JSON files
-            of mixtures.
+        paths: see `format_run_report`.
         output: HTML file to write, which is replaced.
     Raises:
+        UserError: see `format_run_report`. Nothing is written then.
+    """
+    page, sections = format_run_report(paths)
+    write_atomic(output, page)
+    return sections
+
+
+def format_run_report(paths: Sequence[Path], script: str = "") -> tuple[str, list[str]]:
+    """Return the page and the titles of its sections.
+
+    Args:
+        paths: at least one: folders of runs, campaigns, sweeps or studies of barriers; JSON files
+            of mixtures.
+        script: HTML at the end of the page.
+    Raises:
         UserError: if a path is named twice, has nothing to report on, or a file of it is malformed.
-            Nothing is written then.
     """
     runs = [_read_run(path, name) for path, name in zip(paths, _name_runs(paths), strict=True)]
     sections = {title: part for title, part in _make_sections(runs) if part}
@@ -95,10 +113,14 @@ def write_run_report(paths: Sequence[Path], output: Path) -> list[str]:
     names = escape(", ".join(run.name for run in runs))
     page = (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{names}</title>\n'
-        f"<style>{STYLE}</style></head>\n<body>\n<h1>{names}</h1>\n{body}</body></html>\n"
+        f"<style>{STYLE}</style></head>\n<body>\n<h1>{names}</h1>\n{body}{script}</body></html>\n"
     )
-    write_atomic(output, page)
-    return list(sections)
+    return page, list(sections)
+
+
+def list_report_files(paths: Sequence[Path]) -> list[Path]:
+    """List the files that a page about these runs is made of, whether they exist or not."""
+    return [file for path in paths for file in (path, *(path / name for name in FILES))]
 
 
 def _name_runs(paths: Sequence[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The server of an application: its address, and a shutdown that answers what is accepted."""
+"""The server of an application, and a shutdown that answers what is accepted."""
 
 import socket
 from types import FrameType
@@ -6,34 +6,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from megamod.errors import UserError
-
 LONGEST_CLOSE = 10
 """Seconds in which clients must read their last responses at the end."""
-
-
-def bind_socket(host: str, port: int) -> socket.socket:
-    """Bind a socket to an address; it does not listen yet, so clients are refused until it does.
-
-    Args:
-        port: 0 for any free port.
-    Raises:
-        UserError: if the address is unknown or in use.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        bound = socket.socket(family, kind, protocol)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-        except OSError:
-            bound.close()
-            raise
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror}; give others") from error
-    return bound
 
 
 class DrainingServer(uvicorn.Server):

@@ -20,8 +20,9 @@ from serving.tiny_services import (
 from transformers import BertConfig, BertForMaskedLM
 
 from megamod.errors import UserError
+from megamod.serving.address import bind_socket
 from megamod.serving.load import load_service
-from megamod.serving.server import DrainingServer, bind_socket
+from megamod.serving.server import DrainingServer
 
 
 def test_a_signal_drains_the_server(tmp_path, capsys):

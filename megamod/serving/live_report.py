@@ -1,0 +1,133 @@
+"""The page about runs over HTTP: drawn anew whenever a file that it is made of has changed."""
+
+import json
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+from hashlib import sha256
+from html import escape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from megamod.errors import UserError
+from megamod.evaluation.run_report import format_run_report, list_report_files
+
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The page loads nothing, and asks its server alone."""
+
+SCRIPT = """
+<script>
+const shown = %s
+setInterval(async () => {
+  const answer = await fetch("version").catch(() => null)  // none: the server has ended
+  if (answer && answer.ok && (await answer.text()) !== shown) location.reload()
+}, 2000)
+</script>
+"""
+
+
+class LivePage:
+    """The page of some runs, with a version that changes with their files.
+
+    Args:
+        paths: see `format_run_report`.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = list(paths)
+        self.lock = threading.Lock()  # matplotlib draws one figure at a time
+        self.version, self.text = "", ""
+
+    def read_version(self) -> str:
+        """Digest times and sizes of the files of the runs: equal while nothing has changed."""
+        digest = sha256()
+        for file in list_report_files(self.paths):
+            try:
+                stat = file.stat()
+                digest.update(f"{file} {stat.st_mtime_ns} {stat.st_size}\n".encode())
+            except OSError:
+                digest.update(f"{file} is missing\n".encode())
+        return digest.hexdigest()
+
+    def format(self) -> str:
+        """Return the page, with a script that loads it again when the version has changed.
+
+        Runs that cannot be reported on, such as one that has not logged a step yet, give a page
+        with the reason.
+        """
+        with self.lock:
+            version = self.read_version()  # before the files are read, so that no change is missed
+            if version != self.version:
+                script = SCRIPT % json.dumps(version)
+                try:
+                    self.text, _ = format_run_report(self.paths, script)
+                except UserError as error:
+                    self.text = (
+                        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+                        f"<title>no report yet</title></head>\n<body>\n<p>No report yet. "
+                        f"{escape(str(error))}</p>\n{script}</body></html>\n"
+                    )
+                self.version = version
+            return self.text
+
+
+class LiveServer(ThreadingHTTPServer):
+    """Server of a live page: the page at /, its version at /version, and nothing else.
+
+    Args:
+        page: page to serve.
+        bound: bound socket, which the server closes at its end.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, page: LivePage, bound: socket.socket):
+        super().__init__(bound.getsockname(), _Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket, self.page = bound, page
+        self.server_activate()
+
+    def run(self) -> None:
+        """Serve until Ctrl-C or SIGTERM, then return."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            self.serve_forever(poll_interval=0.1)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers a request of a `LiveServer`."""
+
+    server: LiveServer
+
+    def do_GET(self) -> None:
+        """Send the page, its version, or status 404."""
+        match self.path:
+            case "/":
+                self._send(200, "text/html", self.server.page.format())
+            case "/version":
+                self._send(200, "text/plain", self.server.page.read_version())
+            case _:
+                self._send(404, "text/plain", "there is / and /version\n")
+
+    def _send(self, status: int, kind: str, text: str) -> None:
+        """Send a response."""
+        body = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Security-Policy", POLICY)
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Log no requests: a page asks every two seconds."""
