@@ -8,6 +8,7 @@ import tomllib
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -37,7 +38,7 @@ def setup_lists() -> dict[str, list[str]]:
 def declared() -> dict[str, Requirement]:
     """Return the requirements of an installation, and the optional ones except for developers."""
     lists = setup_lists()
-    names = ("CORE", "TRITON", "COMPLETION", "EVAL", "SERVE")
+    names = ("CORE", "TRITON", "COMPLETION", "EVAL", "SERVE", "WANDB")
     expected = [Requirement(text) for name in names for text in lists[name]]
     return {canonicalize_name(item.name): item for item in expected}
 
@@ -132,3 +133,66 @@ def test_installed_for_every_folder_and_nothing_else(tmp_path):
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stdout.strip() == "['megamod', 'megamod_kernels']", done.stderr
+
+
+def list_extras() -> set[str]:
+    """Names of the optional parts of an installation."""
+    text = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
+    return set(re.findall(r'"(\w+)": (?:DEV|[A-Z]+)\b', text.partition("extras_require")[2]))
+
+
+def check_requirement(text: str) -> None:
+    """The current folder, or a package with a pin, is what pip is to install."""
+    path, _, extras = text.strip("'").partition("[")
+    if path == ".":
+        assert set(extras.rstrip("]").split(",")) <= list_extras(), text
+    else:
+        assert canonicalize_name(path) in pins(), text
+
+
+def is_supported(python: str) -> bool:
+    """True for a version of Python that the package and its workflow name."""
+    workflow = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text())
+    return python in workflow["jobs"]["ci"]["strategy"]["matrix"]["python"]
+
+
+def test_the_container_agrees_with_the_package():
+    """There is no docker here: the file is compared with what it installs."""
+    text = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
+    lines = [line.split() for line in re.sub(r"\\\n *", "", text).splitlines() if line.strip()]
+    assert {line[0] for line in lines} <= {
+        *("#", "ARG", "FROM", "RUN", "ENV", "WORKDIR", "COPY", "ENTRYPOINT")
+    }
+    assert is_supported(re.search(r"^ARG PYTHON=(\S+)$", text, re.M)[1])
+    stages = {}
+    for line in lines:
+        if line[0] == "FROM":
+            assert line[1] in stages or line[1].startswith("python:"), line
+            copied = stages.setdefault(line[3], list(stages.get(line[1], [])))
+        if line[0] == "COPY":
+            copied += line[1:-1]
+            assert all((REPOSITORY / name).exists() for name in line[1:-1]), line
+        if line[:3] == ["RUN", "pip", "install"]:
+            words = iter(line[3:])
+            for word in words:
+                if word in ("-c", "--index-url"):
+                    value = next(words)
+                    assert word != "-c" or value in copied
+                else:
+                    check_requirement(word)
+    # What setup.py reads and packs is in both images.
+    packed = {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
+    packed |= {"megamod", "kernels", "launchers", "ds_configs"}
+    for target in ("cpu", "cuda"):
+        assert packed <= set(stages[target])
+    assert text.count('ENTRYPOINT ["megamod"]') == 2
+
+
+def test_the_environment_of_conda_agrees_with_the_package():
+    environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text(encoding="utf-8"))
+    (python,) = [item for item in environment["dependencies"] if str(item).startswith("python=")]
+    assert environment["name"] == "megamod" and is_supported(python.partition("=")[2])
+    constraint, package = environment["dependencies"][-1]["pip"]
+    assert constraint.split() == ["--constraint", "constraints.txt"]
+    assert package.split()[0] == "--editable"
+    check_requirement(package.split()[1])
