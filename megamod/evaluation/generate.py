@@ -26,7 +26,7 @@ from megamod.models.lm.load import LanguageModel, load_lm
 from megamod.states.adapter import is_adapter, is_model
 from megamod.states.config_file import read_config_file
 from megamod.states.forest import FILE, find_expert_index, open_forest
-from megamod.states.hub import find_in_hub
+from megamod.states.hub import find_folder
 from megamod.states.tokenizer_files import find_tokenizer_folder, list_tokenizer_files
 
 
@@ -289,13 +289,7 @@ def find_model_folder(model: str) -> Path:
     Raises:
         UserError: if there is neither.
     """
-    path = Path(model)
-    if not path.exists():
-        downloaded, reason = find_in_hub(model)
-        if downloaded is None:
-            reason = reason and f"; {reason}"
-            raise UserError(f"--model {model}: is no folder and no repository of the hub{reason}")
-        return downloaded
+    path = find_folder(model, "--model")
     is_run = (path / "model").is_dir() and not is_model(path) and not (path / FILE).is_file()
     return path / "model" if is_run else path
 

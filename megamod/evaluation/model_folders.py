@@ -21,6 +21,7 @@ from megamod.models.lm.configuration import LmConfig, get_domains, get_untie, re
 from megamod.models.lm.forest_experts import ModelReader
 from megamod.states.adapter import is_model, list_model_folders
 from megamod.states.forest import FILE, open_forest
+from megamod.states.hub import find_folder
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,14 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
     in it; the models in its subfolders, whose names are then their domains.
 
     Args:
-        folder: of a model, a forest or models of one domain each; or a forest.json.
+        folder: of a model, a forest or models of one domain each; a forest.json; or a repository
+            of the hub.
         held_out: data to check against. Its `experts` select rows; a model without experts ignores
             them.
     Raises:
         UserError: if there is no model, or one does not match the data or lacks a requested expert.
     """
-    folder = Path(folder)
+    folder = find_folder(str(folder), "--model")
     members: dict[Path, dict[str, str | None] | None] = {}
     if folder.is_file() or (folder / FILE).exists():
         for expert in open_forest(folder).experts:

@@ -29,6 +29,24 @@ def find_in_hub(name: str) -> tuple[Path | None, str]:
         return None, str(error)
 
 
+def find_folder(name: str, flag: str) -> Path:
+    """Find the path that a flag names, in the hub if there is none here.
+
+    Args:
+        name: path or repository of the hub.
+        flag: of the command line, for messages.
+    Raises:
+        UserError: if there is neither; without a network, if it is not in the cache.
+    """
+    if Path(name).exists():
+        return Path(name)
+    downloaded, reason = find_in_hub(name)
+    if downloaded is None:
+        reason = reason and f"; {reason}"
+        raise UserError(f"{flag} {name}: is no folder and no repository of the hub{reason}")
+    return downloaded
+
+
 @cache
 def download_from_hub(name: str) -> Path:
     """Download a repository of the hub into the cache of huggingface_hub; return its local folder.
@@ -40,9 +58,18 @@ def download_from_hub(name: str) -> Path:
         UserError: with the reason, if there is none or it cannot be reached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"the hub: {name} is not in the cache, and the hub cannot be reached; fetch it with "
+            f"`hf download {name}` where there is a network, and take HF_HOME along"
+        ) from error
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise UserError(f"the hub: {' '.join(str(error).split())[:200]}") from error

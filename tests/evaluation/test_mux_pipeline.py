@@ -150,6 +150,18 @@ def test_stock_models_answer_as_in_a_pipeline_of_transformers(tokenizer):
     assert answer == {"label": "grade", "score": pytest.approx(expected, abs=1e-5)}
 
 
+@pytest.mark.parametrize("requests", [1, 4, 7])
+def test_a_pipeline_of_transformers_runs_groups_of_a_multiplexed_model(tokenizer, requests):
+    model = build_model(MuxBertForSequenceClassification, 2)
+    theirs = pipeline("text-classification", model=model, tokenizer=tokenizer, batch_size=4)
+    padding = dict(padding="max_length", max_length=LENGTH, truncation=True)
+    ours = MuxPipeline(model, tokenizer, max_length=LENGTH, batch_size=2)
+    answers = theirs(TEXTS[:requests], **padding)
+    for mine, other in zip(ours(TEXTS[:requests]), answers, strict=True):
+        assert mine["label"] == other["label"]
+        assert mine["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
 def test_a_pipeline_of_a_folder(tokenizer, tmp_path):
     model = build_model(MuxBertForTokenClassification, 2)
     model.save_pretrained(tmp_path)
