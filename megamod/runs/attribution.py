@@ -21,6 +21,7 @@ from megamod.merging.moe.record import MoeRecord, format_experts, read_moe_recor
 from megamod.models.lm.configuration import get_max_sequence_length
 from megamod.models.lm.load import load_lm
 from megamod.models.lm.routing import record_routing
+from megamod.progress import show_progress
 from megamod.runs.attribution_args import AttributionArgs
 from megamod.states.output_folder import check_new_folder, create_new_folder
 from megamod.tables import format_table
@@ -71,7 +72,7 @@ def attribute(args: AttributionArgs) -> None:
         Path(args.text), lambda text: tokenizer.encode_batch([text])[0].tolist(), limit, "--text"
     )[: args.max_documents]
     documents = []
-    for ids in items:
+    for ids in show_progress(items, "attributing", unit="document"):
         shares = compute_shares(model, torch.tensor([ids]))
         documents.append(
             AttributedDocument([tokenizer.decode([token]) for token in ids], shares.tolist())

@@ -28,6 +28,9 @@ def start_logging() -> None:
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.addFilter(is_not_printed)
     first = read_launcher_rank() == 0
     logging.getLogger("megamod").setLevel(logging.INFO if first else logging.WARNING)
     for name in ("DeepSpeed", "deepspeed", "transformers"):
@@ -37,6 +40,19 @@ def start_logging() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # DeepSpeed calls collectives by names that torch will retire; users cannot change that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def is_not_printed(record: logging.LogRecord) -> bool:
+    """Return False if a handler of the record's library, such as transformers, prints it already.
+
+    Some of them hand their records on to the root as well.
+    """
+    logger = logging.getLogger(record.name)
+    while logger.parent is not None:
+        if any(type(handler) is logging.StreamHandler for handler in logger.handlers):
+            return False
+        logger = logger.parent
+    return True
 
 
 class NodeLog(logging.Handler):

@@ -33,6 +33,7 @@ from megamod.models.auto import check_vocabulary_fits
 from megamod.models.lm.configuration import LmConfig, get_max_sequence_length, read_lm_config
 from megamod.models.lm.load import load_lm
 from megamod.models.lm.moe_families import LAYERS
+from megamod.progress import show_progress
 from megamod.tables import format_table
 
 logger = logging.getLogger(__name__)
@@ -302,7 +303,8 @@ def _run_batches(model: nn.Module, sequences: Tensor, batch_size: int) -> None:
     """
     device = next(model.parameters()).device
     with torch.no_grad():
-        for start in range(0, len(sequences), batch_size):
+        starts = range(0, len(sequences), batch_size)
+        for start in show_progress(starts, "reading text of a domain"):
             # The final states are enough; logits of a whole batch would need much memory.
             model.base_model(sequences[start : start + batch_size].to(device), use_cache=False)
 

@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,20 @@ def lines_of(folder):
     (file,) = (folder / "logs").iterdir()
     assert file.name == f"{os.uname().nodename}.log"
     return file.read_text().splitlines()
+
+
+def test_lines_of_libraries_are_printed_once():
+    """transformers and the hub have handlers of their own, and hand records on to the root, too."""
+    program = (
+        "import logging\nfrom megamod.runs.node_log import start_logging\nstart_logging()\n"
+        "for name in ('transformers', 'huggingface_hub'):\n"
+        "    logging.getLogger(name).addHandler(logging.StreamHandler())\n"
+        "for name in ('transformers.models', 'huggingface_hub.file', 'megamod.train', 'other'):\n"
+        "    logging.getLogger(name).warning('line of %s', name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    lines = [line.rpartition("line of ")[2] for line in done.stderr.splitlines()]
+    assert lines == ["transformers.models", "huggingface_hub.file", "megamod.train", "other"]
 
 
 def test_a_run_that_ends_well_and_goes_on(tmp_path, rank):
