@@ -12,7 +12,7 @@ from megamod.errors import UserError
 from megamod.flags import (
     Arguments,
     option,
-    refuse_changes,
+    refuse_values_without_effect,
     set_values,
 )
 from megamod.names import check_domain
@@ -101,7 +101,9 @@ class SafetyArgs(Arguments):
         if 0 < self.spike_factor <= 1:
             raise UserError(f"--spike_factor: {self.spike_factor} is not 0 (off) or above 1")
         if self.deepspeed is None:
-            refuse_changes(self, ("allow_unknown_ds_keys",), "there is no --deepspeed")
+            refuse_values_without_effect(
+                self, ("allow_unknown_ds_keys",), "there is no --deepspeed"
+            )
 
 
 @dataclass
@@ -138,9 +140,9 @@ class OptimArgs(Arguments):
         super().__post_init__()
         if self.warmup_steps is not None:
             steps = f"--warmup_steps is {self.warmup_steps}"
-            refuse_changes(self, ("warmup_ratio",), steps)
+            refuse_values_without_effect(self, ("warmup_ratio",), steps)
         if self.optim == "adamw":
-            refuse_changes(self, ("muon_learning_rate",), "--optim is adamw")
+            refuse_values_without_effect(self, ("muon_learning_rate",), "--optim is adamw")
         elif not self.learning_rate:
             raise UserError(
                 "--optim muon: --learning_rate is 0; both optimizers follow its schedule, so it "
@@ -230,7 +232,7 @@ class LoraArgs(Arguments):
         super().__post_init__()
         if self.lora_rank is None:
             names = [f.name for f in fields(self) if f.name != "lora_rank"]
-            refuse_changes(self, names, "there is no --lora_rank")
+            refuse_values_without_effect(self, names, "there is no --lora_rank")
 
     @property
     def settings(self) -> dict[str, object]:
@@ -250,7 +252,7 @@ class LoraArgs(Arguments):
                 f"--lora_rank {self.lora_rank}: an adapter is an expert of its own, which has no "
                 f"parts per domain (--untie {model.untie}); give --untie none or all"
             )
-        refuse_changes(model, ("train",), f"--lora_rank is {self.lora_rank}")
+        refuse_values_without_effect(model, ("train",), f"--lora_rank is {self.lora_rank}")
 
 
 @dataclass
@@ -351,30 +353,40 @@ def refuse_unused_flags(
     causal, plain = mux.objective == "causal_lm", mux.num_instances == 1
     named_size = "/" not in model.model and not Path(model.model).is_dir()
     if named_size:
-        refuse_changes(model, ("from_scratch",), f"--model is {model.model}, which has no weights")
+        refuse_values_without_effect(
+            model, ("from_scratch",), f"--model is {model.model}, which has no weights"
+        )
     if model.init_from is not None:
-        refuse_changes(model, ("from_scratch",), f"--init_from is {model.init_from}")
+        refuse_values_without_effect(model, ("from_scratch",), f"--init_from is {model.init_from}")
     if causal:
         names = [f.name for f in fields(mux) if f.name != "objective"]
-        refuse_changes(mux, names, "it belongs to encoders, and --objective is causal_lm")
+        refuse_values_without_effect(
+            mux, names, "it belongs to encoders, and --objective is causal_lm"
+        )
     else:
         reason = f"--objective {mux.objective} trains an encoder"
         names = ("untie", "attn_implementation", "vocab_multiple", "anchor", *MIXTURE_FLAGS)
-        refuse_changes(model, names, reason)
-        refuse_changes(lora, ("lora_rank",), reason)
-        refuse_changes(data, ("domain_token", "mask_documents"), reason)
-        refuse_changes(optim, ("optim",), reason)
+        refuse_values_without_effect(model, names, reason)
+        refuse_values_without_effect(lora, ("lora_rank",), reason)
+        refuse_values_without_effect(data, ("domain_token", "mask_documents"), reason)
+        refuse_values_without_effect(optim, ("optim",), reason)
     if plain:
         names = ("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "learn_muxing")
-        refuse_changes(mux, (*names, "task_loss_coeff"), "--num_instances is 1")
+        refuse_values_without_effect(mux, (*names, "task_loss_coeff"), "--num_instances is 1")
     if mux.demuxing_variant == "index":
-        refuse_changes(mux, ("num_hidden_demux_layers",), "--demuxing_variant is index")
+        refuse_values_without_effect(
+            mux, ("num_hidden_demux_layers",), "--demuxing_variant is index"
+        )
     if mux.objective != "replaced_token":
-        refuse_changes(mux, ("disc_loss_weight",), "--objective is not replaced_token")
+        refuse_values_without_effect(
+            mux, ("disc_loss_weight",), "--objective is not replaced_token"
+        )
     if mux.generator == "none" and named_size:  # a folder may hold one
-        refuse_changes(mux, ("generator_size", "gen_loss_weight"), "--generator is none")
+        refuse_values_without_effect(
+            mux, ("generator_size", "gen_loss_weight"), "--generator is none"
+        )
     if data.sampler != "temperature":
-        refuse_changes(data, ("alpha",), f"--sampler is {data.sampler}")
+        refuse_values_without_effect(data, ("alpha",), f"--sampler is {data.sampler}")
 
 
 def apply_ds_values(

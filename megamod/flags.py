@@ -146,7 +146,7 @@ def set_values(args: Arguments, values: Mapping[str, object], origin: str) -> No
             args._origins = {**getattr(args, "_origins", {}), f.name: origin}
 
 
-def refuse_changes(args: Arguments, names: Iterable[str], reason: str) -> None:
+def refuse_values_without_effect(args: Arguments, names: Iterable[str], reason: str) -> None:
     """Refuse values of fields that have no effect in this command, unless they are the defaults.
 
     Args:
@@ -221,7 +221,7 @@ def _read_recipe(path: Path, fields_by_name: dict[str, Field]) -> dict[str, tupl
         where = f"{origin}, line {line}"
         if key not in fields_by_name:
             raise make_unknown_error(f"{where}: unknown key", key, fields_by_name)
-        if isinstance(value, str) and _inspect_type(fields_by_name[key])[0] is float:
+        if isinstance(value, str) and _parse_field_type(fields_by_name[key])[0] is float:
             value = _convert_text(float, value)  # YAML 1.1 reads 1e-3 as text
         values[key] = _check_value(fields_by_name[key], value, f"{where}, {key}"), origin
     return values
@@ -243,7 +243,7 @@ def _parse_flags(
     for cls in classes:
         group = parser.add_argument_group(cls.__doc__.splitlines()[0].rstrip("."))
         for f in fields(cls):
-            kind, choices, _ = _inspect_type(f)
+            kind, choices, _ = _parse_field_type(f)
             # DeepSpeed's own parser knows --deepspeed as a switch, so it may stand bare.
             bare = kind is bool or f.name == "deepspeed"
             argument_options = dict(
@@ -285,7 +285,7 @@ def _parse_value(flag_field: Field, text: str | list[str], origin: str) -> tuple
 
     Raise UserError for a value that the field does not allow.
     """
-    kind, _, optional = _inspect_type(flag_field)
+    kind, _, optional = _parse_field_type(flag_field)
     value = None
     if not optional or text not in ("none", ["none"]):
         separator = "," if kind == list[float] else flag_field.metadata["separator"]
@@ -319,7 +319,7 @@ def _convert_text(kind: type, text: str | list[str]) -> object:
         return text
 
 
-def _inspect_type(flag_field: Field) -> tuple[type, tuple[str, ...], bool]:
+def _parse_field_type(flag_field: Field) -> tuple[type, tuple[str, ...], bool]:
     """Return a field's plain type, the values of a Literal, and whether None is allowed."""
     optional = get_origin(flag_field.type) in (Union, UnionType)
     plain = (
@@ -340,7 +340,7 @@ def _check_value(flag_field: Field, value: object, where: str) -> object:
     Raises:
         UserError: naming `where`, the value and what is allowed.
     """
-    kind, choices, optional = _inspect_type(flag_field)
+    kind, choices, optional = _parse_field_type(flag_field)
     if value is None and optional:
         return None
     if kind is float and type(value) is int and abs(value) < 2**63:

@@ -170,11 +170,11 @@ class FolderLock:
 
 
 _held: dict[Path, FolderLock] = {}
-"""Locks of `hold_folder` in this process, by resolved folder."""
+"""Locks of `lock_folder` in this process, by resolved folder."""
 
 
 @contextmanager
-def hold_folder(folder: Path, title: str | None = None) -> Iterator[None]:
+def lock_folder(folder: Path, title: str | None = None) -> Iterator[None]:
     """Lock a folder that a run continues for the time of the block, by `FOLDER/.in_use`.
 
     The folder is created if needed, and deleted afterwards if it is new and still empty. Temporary
@@ -190,7 +190,10 @@ def hold_folder(folder: Path, title: str | None = None) -> Iterator[None]:
     if path in _held and _held[path].holder.pid == os.getpid():
         yield
         return
-    with _create_while_used(path, title), _hold_lock(path / ".in_use", title) as _held[path]:
+    with (
+        _create_while_used(path, title),
+        _acquire_for_block(path / ".in_use", title) as _held[path],
+    ):
         for file in path.glob(".*.tmp"):
             if file.is_file() and re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", file.name):
                 file.unlink(missing_ok=True)
@@ -201,7 +204,7 @@ def hold_folder(folder: Path, title: str | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def hold_name(path: Path) -> Iterator[None]:
+def lock_folder_name(path: Path) -> Iterator[None]:
     """Lock the name of a folder that will appear complete, by `PARENT/.NAME.in_use`, for the block.
 
     The parent is created if needed, and deleted afterwards if it is new and still empty. Temporary
@@ -213,7 +216,7 @@ def hold_name(path: Path) -> Iterator[None]:
     path, title = Path(path).absolute(), f"--output_dir {path}"
     with (
         _create_while_used(path.parent, title),
-        _hold_lock(path.with_name(f".{path.name}.in_use"), title),
+        _acquire_for_block(path.with_name(f".{path.name}.in_use"), title),
     ):
         for left in path.parent.glob(".tmp-*"):
             if re.fullmatch(rf"\.tmp-{re.escape(path.name)}-[0-9a-f]{{8}}", left.name):
@@ -222,7 +225,7 @@ def hold_name(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _hold_lock(file: Path, title: str) -> Iterator[FolderLock]:
+def _acquire_for_block(file: Path, title: str) -> Iterator[FolderLock]:
     """Hold a `FolderLock` for the block; it is also released if a rank ends at once by an error.
 
     Raise UserError if another process holds it, or the lock file cannot be created.

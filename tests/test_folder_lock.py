@@ -11,14 +11,14 @@ import pytest
 
 from megamod import folder_lock
 from megamod.errors import UserError
-from megamod.folder_lock import Holder, hold_folder, hold_name
+from megamod.folder_lock import Holder, lock_folder, lock_folder_name
 from megamod.states.output_folder import create_new_folder
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from megamod.folder_lock import hold_folder
-with hold_folder(Path(sys.argv[1])):
+from megamod.folder_lock import lock_folder
+with lock_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -36,7 +36,7 @@ def other(tmp_path):
 
 
 def refused(folder) -> str:
-    with pytest.raises(UserError) as caught, hold_folder(folder):
+    with pytest.raises(UserError) as caught, lock_folder(folder):
         pass
     return str(caught.value)
 
@@ -51,9 +51,9 @@ def test_a_second_process_is_refused_at_once_until_the_first_is_dead(other, tmp_
     other.wait()
     (out / ".evaluations.json.0123abcd.tmp").write_text("cut")
     (out / ".notes.tmp").write_text("mine")
-    with hold_folder(out):
+    with lock_folder(out):
         assert json.loads((out / ".in_use").read_text())["pid"] == os.getpid()
-        with hold_folder(out):  # the same process again
+        with lock_folder(out):  # the same process again
             pass
         assert (out / ".in_use").exists()
     assert [path.name for path in out.iterdir()] == [".notes.tmp"]
@@ -67,7 +67,7 @@ def lock_of(folder, **changes) -> None:
 
 def test_a_number_that_another_process_got_is_not_the_holder(tmp_path):
     lock_of(tmp_path / "out", started=1)
-    with hold_folder(tmp_path / "out"):
+    with lock_folder(tmp_path / "out"):
         pass
 
 
@@ -83,14 +83,14 @@ def test_a_holder_on_another_machine_is_known_by_its_touch(tmp_path, monkeypatch
     monkeypatch.setattr(
         folder_lock, "_read_touch_time", lambda path: 1.0
     )  # silent while it is watched
-    with hold_folder(out):
+    with lock_folder(out):
         assert json.loads(file.read_text())["pid"] == os.getpid()
     file.write_text(json.dumps(asdict(replace(Holder.of_this_process(), machine="another"))))
     monkeypatch.setattr(
         folder_lock, "_read_file_system_time", lambda path: 1.0 + folder_lock.STALE + 1
     )
     began = time.monotonic()
-    with hold_folder(out):
+    with lock_folder(out):
         pass
     assert time.monotonic() - began < 1
 
@@ -108,7 +108,7 @@ def test_without_hard_links(tmp_path, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", link)
-    with hold_folder(tmp_path / "out"):
+    with lock_folder(tmp_path / "out"):
         assert json.loads((tmp_path / "out" / ".in_use").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "out").exists()  # nothing was written
 
@@ -118,7 +118,7 @@ def test_leftovers_of_killed_writers_of_this_name_go(tmp_path):
         (tmp_path / name).mkdir()
     with create_new_folder(tmp_path / "out") as folder:
         (folder / "x").write_text("x")
-        with pytest.raises(UserError, match="is in use"), hold_name(tmp_path / "out"):
+        with pytest.raises(UserError, match="is in use"), lock_folder_name(tmp_path / "out"):
             pass
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [".tmp-other-0123abcd", ".tmp-out-0123abcd-0123abcd", "out"]

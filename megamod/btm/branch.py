@@ -17,10 +17,10 @@ from pathlib import Path
 
 from megamod.btm.forest_entry import RECORD
 from megamod.btm.parents import ParentModel
-from megamod.dist.scope import parse_expert_domain, to_dense_name
+from megamod.dist.scope import convert_to_dense_name, parse_expert_domain
 from megamod.errors import UserError
 from megamod.files import create_folder_atomically, write_json
-from megamod.folder_lock import hold_folder
+from megamod.folder_lock import lock_folder
 from megamod.merging.merge import average_folders
 from megamod.names import check_name
 from megamod.states.adapter import is_adapter
@@ -103,7 +103,7 @@ def write_branch_checkpoint(
     ]
     with (
         _remove_new_folders_on_failure(final.parent),
-        hold_folder(run_folder),
+        lock_folder(run_folder),
         create_folder_atomically(final) as folder,
     ):
         base = folder / ".start"
@@ -229,7 +229,7 @@ def _copy_optimizer(source: ParentModel, folder: Path, number: int, prefix: str)
 
     for part, file in enumerate(list_optimizer_files(source.folder)):
         renamed = {
-            prefix + to_dense_name(name.removeprefix(source_prefix)): (start, tensors)
+            prefix + convert_to_dense_name(name.removeprefix(source_prefix)): (start, tensors)
             for name, start, tensors in read_fragments(file, belongs)
         }
         if renamed:

@@ -36,7 +36,7 @@ from megamod.btm.scores import format_campaign_scores
 from megamod.btm.tasks import Stage, Task
 from megamod.dist.hostfile import Host, HostSlots, read_hostfile
 from megamod.errors import DistributedFailure, Interrupted, PolicyStop, UserError
-from megamod.folder_lock import hold_folder
+from megamod.folder_lock import lock_folder
 
 POLL_SECONDS = 0.2  # between two checks of the jobs that this driver started
 ADOPTED_POLL_SECONDS = 1.0  # between two checks of the lock of a job that another driver started
@@ -314,7 +314,7 @@ def run_campaign(parsed: Parsed, commands_folder: Path) -> None:
     output = campaign.output
     for folder in ("jobs", "logs", task_builders.PRIORS, task_builders.EVALUATION):
         (output / folder).mkdir(parents=True, exist_ok=True)
-    with hold_folder(output / "jobs", f"--output_dir {output}"):
+    with lock_folder(output / "jobs", f"--output_dir {output}"):
         driver = Driver(commands_folder, output, hosts, btm.hostfile, btm.max_restarts)
         _run_waves(campaign, waves, driver)
     print(f"\n{format_campaign_scores(campaign, btm.in_one_world)}")

@@ -44,7 +44,7 @@ def main() -> None:
 
     Raises:
         UserError: if a flag is missing, --output_dir is a file, the GPU is missing, or as
-            `read_barrier_study`, `hold_folder` and `run_barrier_study`.
+            `read_barrier_study`, `lock_folder` and `run_barrier_study`.
     """
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
@@ -53,7 +53,7 @@ def main() -> None:
     require_values(args, "study", "output_dir")
     import torch
 
-    from megamod.folder_lock import hold_folder
+    from megamod.folder_lock import lock_folder
     from megamod.runs.node_log import start_logging
     from megamod.runs.studies.barrier import run_barrier_study
     from megamod.runs.studies.barrier_recipe import read_barrier_study
@@ -66,7 +66,7 @@ def main() -> None:
         raise UserError("--device cuda: torch sees no GPU; use --device cpu")
     start_logging()
     device = torch.device("cuda" if has_gpu and args.device != "cpu" else "cpu")
-    with hold_folder(output):
+    with lock_folder(output):
         print(run_barrier_study(study, output, device))
 
 

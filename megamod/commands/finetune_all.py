@@ -41,7 +41,7 @@ def main() -> None:
     """Parse the flags, run the missing jobs and print the table; with --dry_run only the commands.
 
     Raises:
-        UserError: if a flag is missing, --output_dir is a file, or as `read_sweep`, `hold_folder`
+        UserError: if a flag is missing, --output_dir is a file, or as `read_sweep`, `lock_folder`
             and `run_sweep`.
     """
     arguments = sys.argv[1:]
@@ -49,7 +49,7 @@ def main() -> None:
         arguments = ["--sweep", *arguments]
     (args,) = parse_args(SweepArgs, argv=arguments, doc=__doc__)
     require_values(args, "sweep", "output_dir")
-    from megamod.folder_lock import hold_folder
+    from megamod.folder_lock import lock_folder
     from megamod.runs.node_log import start_logging
     from megamod.runs.studies.sweep import read_sweep, run_sweep
 
@@ -63,7 +63,7 @@ def main() -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output}: not a folder")
     start_logging()
-    with hold_folder(output):
+    with lock_folder(output):
         print(run_sweep(jobs, output, here, args.jobs, launch))
 
 

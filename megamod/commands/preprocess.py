@@ -24,7 +24,7 @@ from pathlib import Path
 
 from megamod.command_line import CommandParser
 from megamod.errors import UserError, run_main
-from megamod.folder_lock import hold_folder
+from megamod.folder_lock import lock_folder
 from megamod.tables import format_table
 
 
@@ -145,7 +145,7 @@ def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> st
         )
     if options.sample_lines < 1:
         raise UserError(f"--sample_lines {options.sample_lines}: at least 1 is needed")
-    with hold_folder(options.output_dir):
+    with lock_folder(options.output_dir):
         counts = sample_lines(
             inputs,
             options.sample_lines,

@@ -17,7 +17,7 @@ Memory does not grow with the models. docs/sparse.md has more.
 """
 
 from megamod.errors import run_main
-from megamod.flags import parse_args, refuse_changes
+from megamod.flags import parse_args, refuse_values_without_effect
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     if edit.base is not None:
         run_edit(args, edit)
         return
-    refuse_changes(edit, EditArgs.__dataclass_fields__, "it goes with --base")
+    refuse_values_without_effect(edit, EditArgs.__dataclass_fields__, "it goes with --base")
     run_to_moe(args)
 
 

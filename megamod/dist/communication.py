@@ -82,9 +82,13 @@ def compute_step_traffic(
                 for name, size in weights.items()
                 if size > persistence_threshold
             }
-            elements = _count_stage_3_elements(scope_counts, weights, gathers, ranks, micro_steps)
+            elements = _count_elements_sent_by_stage_3(
+                scope_counts, weights, gathers, ranks, micro_steps
+            )
         else:
-            elements = _count_elements(sum(scope_counts.values()), ranks, zero_stage, micro_steps)
+            elements = _count_sent_elements(
+                sum(scope_counts.values()), ranks, zero_stage, micro_steps
+            )
         sent_bytes[scope] = (ranks - 1) / ranks * elements * element_bytes
     return Traffic(*(sent_bytes[scope] for scope in (Scope.WORLD, Scope.DOMAIN, Scope.EXPERT)))
 
@@ -115,7 +119,9 @@ def compute_exchange_traffic(
     return 2 * passes * layer_count * assignments * share * hidden_size * element_bytes
 
 
-def _count_elements(parameter_elements: int, ranks: int, zero_stage: int, micro_steps: int) -> int:
+def _count_sent_elements(
+    parameter_elements: int, ranks: int, zero_stage: int, micro_steps: int
+) -> int:
     """Count the elements in all-gathers and reduce-scatters of a step of ZeRO 0, 1 or 2.
 
     An all-reduce counts as one of each.
@@ -128,10 +134,12 @@ def _count_elements(parameter_elements: int, ranks: int, zero_stage: int, micro_
     if zero_stage == 0:
         return 2 * parameter_elements
     reductions = micro_steps if zero_stage == 2 else 1
-    return 2 * parameter_elements * reductions + _round_up(parameter_elements, ALIGNMENT * ranks)
+    return 2 * parameter_elements * reductions + _round_up_to_multiple(
+        parameter_elements, ALIGNMENT * ranks
+    )
 
 
-def _count_stage_3_elements(
+def _count_elements_sent_by_stage_3(
     trained: Mapping[str, int],
     weights: Mapping[str, int],
     gather_counts: Mapping[str, int],
@@ -149,12 +157,12 @@ def _count_stage_3_elements(
         ranks: ranks of the scope, to whose multiples tensors are padded.
         micro_steps: see `compute_step_traffic`.
     """
-    padded = {name: _round_up(size, ranks) for name, size in weights.items()}
+    padded = {name: _round_up_to_multiple(size, ranks) for name, size in weights.items()}
     gathered = sum(padded[name] * times for name, times in gather_counts.items())
     whole_elements = sum(size for name, size in padded.items() if name not in gather_counts)
     return micro_steps * (sum(padded[name] for name in trained) + gathered) + whole_elements
 
 
-def _round_up(size: int, multiple: int) -> int:
+def _round_up_to_multiple(size: int, multiple: int) -> int:
     """Round `size` up to a multiple of `multiple`."""
     return -(-size // multiple) * multiple

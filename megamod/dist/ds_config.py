@@ -25,10 +25,10 @@ from megamod.dist.ds_keys import (
 )
 from megamod.dist.key_paths import (
     MISSING,
-    get_key_path,
+    get_by_key_path,
     iterate_leaves,
     remove_nulls,
-    set_key_path,
+    set_by_key_path,
 )
 from megamod.dist.scope import Sharing
 from megamod.errors import UserError
@@ -268,13 +268,13 @@ def _check_keys(name: str, block: dict, known: dict, allow_unknown: bool, parent
 def _check_refused_keys(name: str, config: dict) -> None:
     """Raise UserError for a key of `REFUSED` that is not off, or a wrong value of `REQUIRED`."""
     for where, advice in REFUSED.items():
-        value = get_key_path(config, where)
+        value = get_by_key_path(config, where)
         if isinstance(value, dict) and value.get("enabled", value.get("device")) in (False, "none"):
             continue
         if value is not MISSING and value not in (False, {}):
             raise UserError(f"{name}: {where} cannot be used here: {advice}")
     for where, (needed, why) in REQUIRED.items():
-        value = get_key_path(config, where)
+        value = get_by_key_path(config, where)
         if value not in (MISSING, needed):
             raise UserError(f"{name}: {where} is {value!r}, but {why}")
 
@@ -321,7 +321,7 @@ def _merge_values(
     merged = {**AUTO, **values, **batch}
     shared = [where for where in values if not where.startswith("zero_optimization.")]
     for where, value in merged.items():
-        file_value = get_key_path(config, where)
+        file_value = get_by_key_path(config, where)
         if where not in batch and file_value not in (MISSING, "auto"):
             origin = origins.get(where, "default")
             if origin != "default" and file_value != value:
@@ -329,7 +329,7 @@ def _merge_values(
             if where in values:
                 merged[where] = file_value
         elif file_value == "auto" or (where in shared and value is not False):
-            set_key_path(config, where, value)
+            set_by_key_path(config, where, value)
     if conflicts:
         raise UserError(
             f'{name} and the run disagree; change one of each pair, or write "auto" in the file: '
@@ -340,7 +340,7 @@ def _merge_values(
         if key != "torch_adam":  # the run chooses the class of AdamW
             final[f"optimizer.params.{key}"] = value
     return final | {
-        f"{kind}.enabled": get_key_path(config, f"{kind}.enabled") is True for kind in HALF
+        f"{kind}.enabled": get_by_key_path(config, f"{kind}.enabled") is True for kind in HALF
     }
 
 
@@ -420,11 +420,11 @@ def _check_block_types(name: str, config: dict) -> None:
     """
     exact = {"zero_optimization.stage": int, "bf16.enabled": bool, "fp16.enabled": bool}
     for where, kind in exact.items():
-        value = get_key_path(config, where)
+        value = get_by_key_path(config, where)
         if value is not MISSING and type(value) is not kind:
             raise UserError(f"{name}: {where} is {value!r}; it must be a {kind.__name__}")
     for where, model in load_block_models().items():
-        block = get_key_path(config, where)
+        block = get_by_key_path(config, where)
         if block is MISSING:
             continue
         try:

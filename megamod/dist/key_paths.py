@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 MISSING = object()
-"""Result of `get_key_path` for a path without a value."""
+"""Result of `get_by_key_path` for a path without a value."""
 
 
 def remove_nulls(value: object) -> object:
@@ -31,7 +31,7 @@ def iterate_leaves(value: object, where: str = "") -> Iterator[tuple[str, object
         yield where, value
 
 
-def get_key_path(config: Mapping, key_path: str) -> object:
+def get_by_key_path(config: Mapping, key_path: str) -> object:
     """Return the value at a dotted key path; `MISSING` if there is none."""
     for key in key_path.split("."):
         if not isinstance(config, Mapping) or key not in config:
@@ -40,7 +40,7 @@ def get_key_path(config: Mapping, key_path: str) -> object:
     return config
 
 
-def set_key_path(config: dict, key_path: str, value: object) -> None:
+def set_by_key_path(config: dict, key_path: str, value: object) -> None:
     """Set the value at a dotted key path of `config`, in place; missing blocks are created."""
     *parents, key = key_path.split(".")
     for parent in parents:

@@ -61,7 +61,7 @@ def parse_expert_domain(name: str) -> str | None:
     return parts[parts.index(EXPERTS_COMPONENT) + 1] if EXPERTS_COMPONENT in parts[:-1] else None
 
 
-def to_dense_name(name: str) -> str:
+def convert_to_dense_name(name: str) -> str:
     """Return the name that a parameter has in a dense model: `x.experts.law.fc1` -> `x.fc1`.
 
     The name of a shared parameter is returned unchanged. Names of stock mixtures must not be

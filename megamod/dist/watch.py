@@ -51,7 +51,9 @@ def watch_launcher(grace: float) -> None:
         parents = [p for p in psutil.Process().parents() if is_launcher(p.cmdline())]
         if parents:
             arguments = (parents, grace)
-            threading.Thread(target=_end_after, args=arguments, name=title, daemon=True).start()
+            threading.Thread(
+                target=_terminate_after, args=arguments, name=title, daemon=True
+            ).start()
 
 
 def is_launcher(command: Sequence[str]) -> bool:
@@ -65,7 +67,7 @@ def is_launcher(command: Sequence[str]) -> bool:
     return bool(set(modules) & set(MODULES) or set(names) & set(PROGRAMS))
 
 
-def _end_after(parents: Sequence[psutil.Process], grace: float) -> None:
+def _terminate_after(parents: Sequence[psutil.Process], grace: float) -> None:
     """Wait until one of `parents` has ended, then end this process: SIGTERM, exit after `grace`."""
     while all(map(_is_alive, parents)):
         time.sleep(POLL)
@@ -107,11 +109,11 @@ class Heartbeat:
             connection.set_timeout(timedelta(seconds=5 * BEAT))
         self._stop = threading.Event()
         self._beat(0)
-        self._thread = threading.Thread(target=self._beat_and_report, daemon=True)
+        self._thread = threading.Thread(target=self._run_until_stopped, daemon=True)
         self._thread.start()
         LOSS_DESCRIBERS.append(self.describe_lost)
 
-    def note_step(self) -> None:
+    def record_step(self) -> None:
         """Note that a step of the run has ended, which the thread sees: the rank is not stalled."""
         self.steps += 1
 
@@ -165,7 +167,7 @@ class Heartbeat:
             texts.append(self._reader.get(key).decode() if self._reader.check([key]) else "")
         return texts
 
-    def _beat_and_report(self) -> None:
+    def _run_until_stopped(self) -> None:
         """Run the thread until `stop`: write signs of life, and report silent and stalled ranks.
 
         Every `BEAT` seconds the sign of life of this rank is written. Rank 0 reports other ranks
@@ -242,7 +244,7 @@ def stop_heartbeat() -> None:
         _heartbeat = None
 
 
-def note_step() -> None:
+def record_step() -> None:
     """Tell the `Heartbeat` of this process, if it runs, that a step has ended."""
     if _heartbeat is not None:
-        _heartbeat.note_step()
+        _heartbeat.record_step()

@@ -91,7 +91,7 @@ def _check_model_count(recipe: MergeRecipe, part: RecipePart) -> None:
     Raises:
         UserError: naming the part; also if the method needs a base and the part has none.
     """
-    method, where = METHODS[recipe.method], recipe.label_part(part)
+    method, where = METHODS[recipe.method], recipe.describe_part(part)
     models = [source.model for source in part.sources]
     base = _find_base(recipe, part)
     if method.base == "needed" and base not in models:
@@ -319,7 +319,7 @@ def _plan_tensor(
             layers = (
                 f"; it has {_count_stored_layers(folders[model], parts[0])} layers" if parts else ""
             )
-            raise UserError(f"{recipe.label_part(part)}: {stored} has no {source_name}{layers}")
+            raise UserError(f"{recipe.describe_part(part)}: {stored} has no {source_name}{layers}")
         check_tensors_mergeable(
             first, name, folders[model], other_name=source_name, allow_cut=recipe.cut_vocabularies
         )

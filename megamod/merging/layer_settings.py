@@ -251,7 +251,7 @@ def _iterate_stacked_values(name: str, models: _StackedModels) -> Iterator[objec
         yield value
 
 
-def _read_list(name: str, value: object, depth: int) -> list | None:
+def _parse_layer_list(name: str, value: object, depth: int) -> list | None:
     """Read a list with one entry per layer.
 
     All readers take the name of a setting, its value and the number of layers. They return one
@@ -261,7 +261,7 @@ def _read_list(name: str, value: object, depth: int) -> list | None:
     return value if listed else None
 
 
-def _read_repeated_lists(name: str, value: object, depth: int) -> list | None:
+def _parse_repeated_lists(name: str, value: object, depth: int) -> list | None:
     """Read pairs of a list and its number of repetitions, as GPT-Neo's attention_types."""
     if not isinstance(value, list) or not value:
         return None
@@ -271,13 +271,13 @@ def _read_repeated_lists(name: str, value: object, depth: int) -> list | None:
     return whole if len(whole) == depth else None
 
 
-def _read_letters(name: str, value: object, depth: int) -> list | None:
+def _parse_layer_letters(name: str, value: object, depth: int) -> list | None:
     """Read a text with one letter per layer, as Nemotron-H's hybrid_override_pattern."""
     fits = isinstance(value, str) and len(value) == depth
     return list(value) if fits and _LAYER_LIKE.search(name) else None
 
 
-def _read_layer_numbers(name: str, value: object, depth: int) -> list[bool] | None:
+def _parse_layer_numbers(name: str, value: object, depth: int) -> list[bool] | None:
     """Read layer numbers in ascending order, as mlp_only_layers, as one flag per layer."""
     fits = isinstance(value, list) and all(
         type(number) is int and 0 <= number < depth for number in value
@@ -287,7 +287,7 @@ def _read_layer_numbers(name: str, value: object, depth: int) -> list[bool] | No
     return [n in value for n in range(depth)] if value and _LAYER_LIKE.search(name) else None
 
 
-def _read_leading_count(name: str, value: object, depth: int) -> list[bool] | None:
+def _parse_leading_count(name: str, value: object, depth: int) -> list[bool] | None:
     """Read the number of leading layers of a kind, as first_k_dense_replace, as one flag per
     layer.
     """
@@ -295,7 +295,7 @@ def _read_leading_count(name: str, value: object, depth: int) -> list[bool] | No
     return [n < value for n in range(depth)] if fits else None
 
 
-def _count_leading(flags: list[bool]) -> int | None:
+def _count_leading_true(flags: list[bool]) -> int | None:
     """Count the leading True flags; None if a later flag is True as well."""
     count = sum(flags)
     return count if all(flags[:count]) else None
@@ -304,12 +304,18 @@ def _count_leading(flags: list[bool]) -> int | None:
 # Readers of a setting's value, and for each the function that writes the entries of new layers as
 # such a value; None: it cannot express them.
 _READERS: tuple[Callable[[str, object, int], list | None], ...] = (
-    *(_read_list, _read_repeated_lists, _read_letters, _read_layer_numbers, _read_leading_count),
+    *(
+        _parse_layer_list,
+        _parse_repeated_lists,
+        _parse_layer_letters,
+        _parse_layer_numbers,
+        _parse_leading_count,
+    ),
 )
 _WRITERS: dict[Callable, Callable[[list], object]] = {
-    _read_list: list,
-    _read_repeated_lists: lambda moved: [[moved, 1]],
-    _read_letters: "".join,
-    _read_layer_numbers: lambda flags: [n for n, flag in enumerate(flags) if flag],
-    _read_leading_count: _count_leading,
+    _parse_layer_list: list,
+    _parse_repeated_lists: lambda moved: [[moved, 1]],
+    _parse_layer_letters: "".join,
+    _parse_layer_numbers: lambda flags: [n for n, flag in enumerate(flags) if flag],
+    _parse_leading_count: _count_leading_true,
 }

@@ -79,7 +79,7 @@ class AdaptedFolder(TensorView):
     def __init__(self, source: TensorSource, adapter: Path):
         super().__init__(source)
         self.adapter = Path(adapter)
-        config = _read_config(self.adapter)
+        config = _read_adapter_config(self.adapter)
         with ModelFolder(self.adapter / ADAPTER_FILE) as stored:
             tensors = {name: stored.read(name) for name in stored.tensors}
             self._digest = stored.compute_digest()
@@ -251,7 +251,7 @@ def open_weights(folder: Path, member: str | None = None) -> Iterator[TensorSour
         yield AdaptedFolder(source, folder) if is_adapter(folder) else source
 
 
-def _read_config(adapter: Path) -> Mapping[str, object]:
+def _read_adapter_config(adapter: Path) -> Mapping[str, object]:
     """Read adapter_config.json of a LoRA adapter, and check that it can be merged.
 
     Raises:

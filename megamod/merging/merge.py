@@ -28,7 +28,7 @@ from megamod.merging.model_folder import (
     write_merge_record,
 )
 from megamod.merging.naming import list_tieable_pairs, rename_to_template
-from megamod.merging.plan import MergePlan, make_plan
+from megamod.merging.plan import MergePlan, make_merge_plan
 from megamod.merging.recipe import InputModel, MergeRecipe, build_weighted_recipe
 from megamod.merging.statistics import check_calibration, provide_statistics
 from megamod.merging.tensors import ModelTensor, TensorSource, have_same_bits
@@ -121,7 +121,7 @@ def merge(
     """
     check_output(recipe, output)
     with ExitStack() as stack:
-        plan = open_plan(recipe, shard_bytes, stack)
+        plan = open_merge_plan(recipe, shard_bytes, stack)
         if dry_run:
             return plan
         return write_merge(
@@ -180,7 +180,7 @@ def write_merge(
     )
     if _may_hold_merge(recipe, output):
         content = make_record([folder.compute_digest() for folder in plan.folders])
-        if has_merge(output, content, update_tie_setting(plan.specs, plan.config, output)):
+        if has_merge(output, content, untie_config_if_needed(plan.specs, plan.config, output)):
             return replace(plan, is_written=True)
         check_new_folder(output)
     with ExitStack() as stack:
@@ -192,12 +192,12 @@ def write_merge(
             folder,
             plan.files,
             plan.specs,
-            partial(compute_tensor, plan, seed),
+            partial(compute_merged_tensor, plan, seed),
             plan.folders,
             threads=threads,
             quiet=quiet,
         )
-        config = update_tie_setting(plan.specs, plan.config, folder)
+        config = untie_config_if_needed(plan.specs, plan.config, folder)
         content = make_record(digests)
         if recipe.align is not None:
             content["unties_output_matrix"] = config != plan.config
@@ -207,7 +207,7 @@ def write_merge(
     return plan
 
 
-def open_plan(recipe: MergeRecipe, shard_bytes: int, stack: ExitStack) -> MergePlan:
+def open_merge_plan(recipe: MergeRecipe, shard_bytes: int, stack: ExitStack) -> MergePlan:
     """Open the models of a recipe until the stack is closed, check them, and plan every tensor.
 
     An `align:` block is carried out, which may run models and write the folder `maps` that it
@@ -218,7 +218,7 @@ def open_plan(recipe: MergeRecipe, shard_bytes: int, stack: ExitStack) -> MergeP
     Raises:
         UserError: as `average_folders`.
     """
-    folders = [_open_model(model, stack) for model in recipe.inputs]
+    folders = [_open_input_model(model, stack) for model in recipe.inputs]
     check_calibration(recipe)
     vocabulary = _unite_vocabularies(recipe)
     paths = [folders[recipe.template_model].folder, *(folder.folder for folder in folders)]
@@ -226,10 +226,10 @@ def open_plan(recipe: MergeRecipe, shard_bytes: int, stack: ExitStack) -> MergeP
         paths, allow_cut=recipe.cut_vocabularies, require_same_words=vocabulary is None
     )
     common = rename_to_template(folders, recipe.template_model, all_tensors=not recipe.is_stacked)
-    inputs = _align_folders(recipe, common.folders)
+    inputs = _view_folders_aligned(recipe, common.folders)
     if vocabulary is not None:
         inputs = view_with_vocabulary(inputs, vocabulary)
-    return make_plan(recipe, inputs, shard_bytes, vocabulary, common.copied)
+    return make_merge_plan(recipe, inputs, shard_bytes, vocabulary, common.copied)
 
 
 def write_merged_weights(
@@ -265,13 +265,13 @@ def write_merged_weights(
         digests = [hashing.submit(source.compute_digest) for source in sources]
         with tqdm(total=size, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
 
-            def compute_and_count(name: str) -> Iterator[Tensor]:
+            def compute_with_progress(name: str) -> Iterator[Tensor]:
                 """Yield the elements of a tensor, and advance the progress bar."""
                 for piece in compute(name):
                     yield piece
                     bar.update(piece.nbytes)
 
-            write_streamed_tensors(folder, files, specs, compute_and_count, threads)
+            write_streamed_tensors(folder, files, specs, compute_with_progress, threads)
         return [digest.result() for digest in digests]
     finally:
         hashing.shutdown(cancel_futures=True)
@@ -307,7 +307,7 @@ def write_config_and_tokenizer(plan: MergePlan, folder: Path, tokenizer: Path | 
     write_files_besides_weights(template, tokenizer, folder, plan.config, chat, plan.vocabulary)
 
 
-def _open_model(model: InputModel, stack: ExitStack) -> TensorSource:
+def _open_input_model(model: InputModel, stack: ExitStack) -> TensorSource:
     """Open the folder of a model until the stack is closed, with its adapter if it has one.
 
     Raises:
@@ -344,7 +344,9 @@ def _unite_vocabularies(recipe: MergeRecipe) -> Vocabulary | None:
     return vocabulary
 
 
-def _align_folders(recipe: MergeRecipe, folders: Sequence[TensorSource]) -> Sequence[TensorSource]:
+def _view_folders_aligned(
+    recipe: MergeRecipe, folders: Sequence[TensorSource]
+) -> Sequence[TensorSource]:
     """Return views of all folders with their features in the order of the first.
 
     Without an `align:` block they are the folders themselves.
@@ -360,7 +362,7 @@ def _align_folders(recipe: MergeRecipe, folders: Sequence[TensorSource]) -> Sequ
     return align_folder_views(recipe.align, folders, recipe.origin)
 
 
-def update_tie_setting(
+def untie_config_if_needed(
     specs: Mapping[str, TensorSpec], config: dict[str, object], folder: Path
 ) -> dict[str, object]:
     """Return the configuration of the result, `tie_word_embeddings` off if its matrices differ.
@@ -383,7 +385,7 @@ def update_tie_setting(
     return config
 
 
-def compute_tensor(plan: MergePlan, seed: int, name: str) -> Iterator[Tensor]:
+def compute_merged_tensor(plan: MergePlan, seed: int, name: str) -> Iterator[Tensor]:
     """Yield the elements of one tensor of the result in order, in its dtype.
 
     A piece may be overwritten when the next one is requested.

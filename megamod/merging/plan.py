@@ -10,7 +10,7 @@ import torch
 
 from megamod.errors import UserError
 from megamod.merging.assembly import TensorPlan, plan_tensors
-from megamod.merging.methods.table import METHODS, Method, list_parameters
+from megamod.merging.methods.table import METHODS, Method, list_method_parameters
 from megamod.merging.model_folder import build_merged_config
 from megamod.merging.recipe import MergeRecipe
 from megamod.merging.settings import WITHOUT_EFFECT, Scope, check_parameters
@@ -104,7 +104,7 @@ class MergePlan:
         return MergeTensor(name, models, base, overall, seed)
 
 
-def make_plan(
+def make_merge_plan(
     recipe: MergeRecipe,
     folders: Sequence[TensorSource],
     shard_bytes: int,
@@ -124,7 +124,7 @@ def make_plan(
         UserError: naming the folder, tensor or parameter, if they cannot be merged.
     """
     check_known_word(recipe.method, tuple(METHODS), f"{recipe.origin}: there is no merge method")
-    check_parameters(_list_scopes(recipe), list_parameters(), recipe.method)
+    check_parameters(_list_all_scopes(recipe), list_method_parameters(), recipe.method)
     _warn_of_unused_parameters(recipe)
     tensor_plans = plan_tensors(recipe, folders, copied)
     stored = recipe.out_dtype or recipe.dtype
@@ -153,7 +153,7 @@ def make_plan(
     return MergePlan(recipe, folders, statistics, tensor_plans, specs, files, config, vocabulary)
 
 
-def _list_scopes(recipe: MergeRecipe) -> list[Scope]:
+def _list_all_scopes(recipe: MergeRecipe) -> list[Scope]:
     """List every level of the recipe that holds parameters; some levels may be listed twice."""
     scopes = [(f"{recipe.origin}, {model}", model.parameters) for model in recipe.inputs]
     for part in recipe.all_parts:
@@ -171,7 +171,7 @@ def _warn_of_unused_parameters(recipe: MergeRecipe) -> None:
     used = {*method.per_model, *method.overall, *WITHOUT_EFFECT}
     unused = [
         (where, name)
-        for where, settings in _list_scopes(recipe)
+        for where, settings in _list_all_scopes(recipe)
         for name in settings
         if name not in used
     ]

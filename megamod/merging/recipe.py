@@ -166,7 +166,7 @@ class MergeRecipe:
         candidates += [] if self.is_stacked else [self.template_model]
         return next((models.index(number) for number in candidates if number in models), 0)
 
-    def label_part(self, part: RecipePart) -> str:
+    def describe_part(self, part: RecipePart) -> str:
         """Return the position of a part in the recipe, for messages: file or flag, then the key."""
         if self.is_stacked:
             return f"{self.origin}, slices"
@@ -177,14 +177,14 @@ class MergeRecipe:
         precedence.
         """
         return [
-            (self.label_part(part), part.parameters),
+            (self.describe_part(part), part.parameters),
             (f"{self.origin}, modules", self.module_parameters),
             (f"{self.origin}, parameters", self.parameters),
         ]
 
     def make_source_scope(self, part: RecipePart, source: PartSource) -> Scope:
         """Make the level of the recipe that holds the parameters of one source of a part."""
-        return f"{self.label_part(part)}, {self.inputs[source.model]}", source.parameters
+        return f"{self.describe_part(part)}, {self.inputs[source.model]}", source.parameters
 
 
 def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
@@ -201,17 +201,17 @@ def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
     Raises:
         UserError: as `find_seed_folder`, for an adapter alone.
     """
-    whole = find_path(text, folder)
+    whole = resolve_recipe_path(text, folder)
     if "+" in text and not whole.exists():
         for position in (number for number, letter in enumerate(text) if letter == "+"):
-            model = find_path(text[:position], folder)
-            adapter = find_path(text[position + 1 :], folder)
+            model = resolve_recipe_path(text[:position], folder)
+            adapter = resolve_recipe_path(text[position + 1 :], folder)
             if text[:position] and model.exists() and adapter.exists():
                 return model, adapter
     return (find_seed_folder(whole), whole) if is_adapter(whole) else (whole, None)
 
 
-def find_path(text: str, folder: Path) -> Path:
+def resolve_recipe_path(text: str, folder: Path) -> Path:
     """Find the path that `text` names: as it is, or in `folder` if it exists only there.
 
     The result need not exist.

@@ -17,7 +17,7 @@ from megamod.merging.recipe import (
     MergeRecipe,
     PartSource,
     RecipePart,
-    find_path,
+    resolve_recipe_path,
     split_adapter,
 )
 from megamod.merging.settings import Setting
@@ -232,7 +232,7 @@ def _read_input(entry: _ModelEntry, folder: Path) -> InputModel:
         entry.member,
         entry.parameters,
         entry.member,
-        None if entry.statistics is None else find_path(entry.statistics, folder),
+        None if entry.statistics is None else resolve_recipe_path(entry.statistics, folder),
         entry.calibration,
         adapter,
     )

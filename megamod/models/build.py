@@ -55,7 +55,7 @@ class EncoderFlags(Protocol):
     disc_loss_weight: float
 
 
-class Vocabulary(Protocol):
+class EncoderVocabulary(Protocol):
     """Size and special ids of the data's tokenizer; mask: read for replaced tokens only."""
 
     size: int
@@ -72,7 +72,7 @@ def make_encoder_config(
     preset: str,
     changed_fields: Mapping[str, int | None],
     flags: EncoderFlags,
-    vocabulary: Vocabulary,
+    vocabulary: EncoderVocabulary,
     sequence_length: int,
 ) -> PreTrainedConfig:
     """Make the configuration of an encoder of a named size, stock if `num_instances` is 1.
@@ -106,7 +106,7 @@ def make_encoder_config(
 
 
 def make_multiplexed_config_from_stock(
-    stock: PreTrainedConfig, flags: EncoderFlags, vocabulary: Vocabulary
+    stock: PreTrainedConfig, flags: EncoderFlags, vocabulary: EncoderVocabulary
 ) -> PreTrainedConfig:
     """Make the configuration of a multiplexed encoder that starts from a stock one.
 
@@ -124,7 +124,7 @@ def make_multiplexed_config_from_stock(
 
 
 def make_multiplexed_config(
-    shape: Mapping[str, object], flags: EncoderFlags, vocabulary: Vocabulary
+    shape: Mapping[str, object], flags: EncoderFlags, vocabulary: EncoderVocabulary
 ) -> PreTrainedConfig:
     """Make the configuration of a multiplexed encoder.
 

@@ -92,7 +92,7 @@ class RsaDemultiplexer(nn.Module):
         )
         if not are_standard_layers(*layers):
             states = hidden if norm is None else norm(hidden)
-            return self._run_modules(
+            return self._call_layers(
                 shared.demux_instance_embedding, states, first_layer, middle_layers, pairs
             )
         pending_norm = None if norm is None else Norm(norm.weight, norm.bias, norm.eps)
@@ -109,7 +109,7 @@ class RsaDemultiplexer(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return rsa_demux(*parts, chain, pairs, dropout, implementation)
 
-    def _run_modules(
+    def _call_layers(
         self,
         key: Tensor,
         hidden: Tensor,
@@ -127,13 +127,15 @@ class RsaDemultiplexer(nn.Module):
             [R, D] for pairs, else [B, N, L, D].
         """
 
-        def drop(x: Tensor) -> Tensor:
+        def apply_dropout(x: Tensor) -> Tensor:
             """Apply dropout in training."""
             return F.dropout(x, self.dropout, self.training)
 
-        x = drop(F.gelu(apply_keyed_linear(hidden, key.to(hidden.dtype), first_layer, pairs)))
+        x = apply_dropout(
+            F.gelu(apply_keyed_linear(hidden, key.to(hidden.dtype), first_layer, pairs))
+        )
         for dense in middle_layers:
-            x = drop(F.gelu(dense(x))) + x
+            x = apply_dropout(F.gelu(dense(x))) + x
         return self.pre_decoder_layer_norm(F.gelu(self.pre_decoder(x))) + x
 
 

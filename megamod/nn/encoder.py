@@ -186,11 +186,11 @@ class EncoderLayer(nn.Module):
         self.attention = nn.ModuleDict(
             {
                 "self": nn.ModuleDict(projections),
-                "output": _make_output(Linear(size, size), eps),
+                "output": _make_output_layers(Linear(size, size), eps),
             }
         )
         self.intermediate = nn.ModuleDict({"dense": Linear(size, config.intermediate_size)})
-        self.output = _make_output(Linear(config.intermediate_size, size), eps)
+        self.output = _make_output_layers(Linear(config.intermediate_size, size), eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -394,7 +394,7 @@ def was_loaded_from_file(parameter: Tensor) -> bool:
     return getattr(parameter, "_is_hf_initialized", False)
 
 
-def _make_output(dense: nn.Linear, eps: float) -> nn.ModuleDict:
+def _make_output_layers(dense: nn.Linear, eps: float) -> nn.ModuleDict:
     """Make the dense layer and LayerNorm that end a half of a block."""
     norm = nn.LayerNorm(dense.out_features, eps=eps)
     return nn.ModuleDict({"dense": dense, "LayerNorm": norm})

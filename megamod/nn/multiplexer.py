@@ -71,12 +71,14 @@ def multiplexer(
         mix, matrices, divides_features: attributes of `Multiplexer`.
     """
 
-    def enter(draw: Callable[[KeySettings], Tensor]) -> Callable[[KeySettings], Tensor]:
+    def register_multiplexer(
+        draw: Callable[[KeySettings], Tensor],
+    ) -> Callable[[KeySettings], Tensor]:
         """Enter a function into `MULTIPLEXERS`, and return it unchanged."""
         MULTIPLEXERS[name] = Multiplexer(draw, mix, matrices, divides_features)
         return draw
 
-    return enter
+    return register_multiplexer
 
 
 def compute_key_shape(variant: str, instances: int, size: int) -> tuple[int, ...]:
@@ -250,7 +252,7 @@ def draw_orthogonal_keys(keys: KeySettings) -> Tensor:
 def draw_low_rank_keys(keys: KeySettings) -> Tensor:
     """Draw matrices [N, D, D] of rank D / N whose ranges are orthogonal to each other."""
     first, second = (
-        _make_rotation(_draw_orthogonal_matrix(keys.size, keys.generator)) for _ in range(2)
+        _convert_to_rotation(_draw_orthogonal_matrix(keys.size, keys.generator)) for _ in range(2)
     )
     width = keys.size // keys.instances
     parts = [slice(i * width, (i + 1) * width) for i in range(keys.instances)]
@@ -264,7 +266,7 @@ def _draw_orthogonal_matrix(size: int, generator: torch.Generator | None) -> Ten
     return matrix * triangle.diagonal().sign()
 
 
-def _make_rotation(matrix: Tensor) -> Tensor:
+def _convert_to_rotation(matrix: Tensor) -> Tensor:
     """Flip the first column of an orthogonal [D, D] if its determinant is -1.
 
     From a uniform matrix this makes a uniform rotation.

@@ -16,16 +16,16 @@ from torch.nn import functional
 
 
 class Router(nn.Module):
-    """Selects `chosen` of `experts` for each token, by rows `weight` [E, D].
+    """Selects `experts_per_token` of `experts` for each token, by rows `weight` [E, D].
 
     Args:
         hidden_size: features D.
     """
 
-    def __init__(self, hidden_size: int, experts: int, chosen: int):
+    def __init__(self, hidden_size: int, experts: int, experts_per_token: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(experts, hidden_size))
-        self.chosen = chosen
+        self.experts_per_token = experts_per_token
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Select the experts of tokens [N, D].
@@ -34,7 +34,7 @@ class Router(nn.Module):
             logits [N, E], weights [N, K] float32 that sum to one, and numbers of experts [N, K].
         """
         logits = functional.linear(hidden, self.weight)
-        weights, experts = logits.float().softmax(-1).topk(self.chosen)
+        weights, experts = logits.float().softmax(-1).topk(self.experts_per_token)
         return logits, weights / weights.sum(-1, keepdim=True), experts
 
 
@@ -43,13 +43,15 @@ class SparseFeedForward(nn.Module):
 
     Args:
         build: called once per expert for its module from [N, D] to [N, D].
-        hidden_size, experts, chosen: see `Router`.
+        hidden_size, experts, experts_per_token: see `Router`.
     """
 
-    def __init__(self, build: Callable[[], nn.Module], hidden_size: int, experts: int, chosen: int):
+    def __init__(
+        self, build: Callable[[], nn.Module], hidden_size: int, experts: int, experts_per_token: int
+    ):
         super().__init__()
         self.experts = nn.ModuleList(build() for _ in range(experts))
-        self.gate = Router(hidden_size, experts, chosen)
+        self.gate = Router(hidden_size, experts, experts_per_token)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the selected experts to states: [..., D] -> [..., D].

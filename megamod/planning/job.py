@@ -11,7 +11,7 @@ from pathlib import Path
 from megamod.args import DataArgs, LoraArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.campaign import BtmArgs
 from megamod.btm.placement import allocate_slots, check_job_fits
-from megamod.data.corpus.header import HEADER, read_header
+from megamod.data.corpus.header import HEADER, read_databin_header
 from megamod.dist.ds_config import get_offload_device
 from megamod.dist.hostfile import Host, HostSlots, read_hostfile
 from megamod.dist.scope import Sharing, parse_sharing
@@ -169,7 +169,7 @@ def _read_vocabulary(
     """
     causal = mux.objective == "causal_lm"
     if data.data is not None and (Path(data.data) / HEADER).is_file():
-        header = read_header(Path(data.data))
+        header = read_databin_header(Path(data.data))
         domains, size = tuple(header.domains), header.vocab_size
         ids = header.bos_id or 0, header.pad_id, header.eos_id
         extra = len(data.domains or domains) if data.domain_token else 0

@@ -13,7 +13,7 @@ from megamod.dist.scope import Sharing, parse_expert_domain
 from megamod.errors import UserError
 from megamod.models.auto import make_lm_config, resolve_model_folder
 from megamod.models.build import FAMILIES, build_encoder, make_encoder_config
-from megamod.models.lm.adapter import add_blank_adapter, make_lora_fields
+from megamod.models.lm.adapter import add_adapter_without_storage, make_lora_fields
 from megamod.models.lm.configuration import read_lm_config
 from megamod.models.lm.flops import compute_flops_per_token, count_active_parameters
 from megamod.models.lm.load import select_lm_class
@@ -152,7 +152,9 @@ class Network:
             if demix:
                 module.set_domain(held[0])
             if self.trains_adapter:
-                add_blank_adapter(module, make_lora_fields(module, **self.job.lora.settings))
+                add_adapter_without_storage(
+                    module, make_lora_fields(module, **self.job.lora.settings)
+                )
             return module
         return build_encoder(config, self.job.mux.objective)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megamod.errors import UserError
-from megamod.flags import option, refuse_changes, require_values
+from megamod.flags import option, refuse_values_without_effect, require_values
 from megamod.runs.model_output import ModelOutputArgs
 
 if TYPE_CHECKING:
@@ -85,16 +85,16 @@ class MoeArgs(ModelOutputArgs):
         super().__post_init__()
         kind = self.router_kind
         if kind != "calibrated":
-            refuse_changes(self, CALIBRATION_FLAGS, f"--router is {kind}")
+            refuse_values_without_effect(self, CALIBRATION_FLAGS, f"--router is {kind}")
         if not self.align:
-            refuse_changes(self, ("align_method",), "there is no --align")
+            refuse_values_without_effect(self, ("align_method",), "there is no --align")
         if self.align_method == "orthogonal" and self.no_centre:
             raise UserError(
                 "--no_centre takes rows of the first model as it is, and --align_method orthogonal "
                 "folds its norms; give one of the two"
             )
         if kind != "random":
-            refuse_changes(self, ("seed",), f"--router is {kind}")
+            refuse_values_without_effect(self, ("seed",), f"--router is {kind}")
         if (self.router_file is not None) is not (kind == "file"):
             raise UserError("--router file and --router_file PATH go together")
         if not self.sharpness > 0:
@@ -225,7 +225,9 @@ def are_all_anchored(args: MoeArgs, experts: "Sequence[Expert]") -> bool:
             "experts do not make one mixture"
         )
     names = ("router", "router_file", "weights", "align", "seed", *CALIBRATION_FLAGS)
-    refuse_changes(args, names, f"{experts[0].path} is anchored, and its rows are trained")
+    refuse_values_without_effect(
+        args, names, f"{experts[0].path} is anchored, and its rows are trained"
+    )
     if NAME in [expert.domain for expert in experts]:
         raise UserError(f"{NAME!r} is the name of the frozen expert; call the domain otherwise")
     return True

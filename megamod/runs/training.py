@@ -39,7 +39,7 @@ from megamod.dist.watch import stop_heartbeat
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.flags import Arguments, write_run_recipe
-from megamod.folder_lock import hold_folder
+from megamod.folder_lock import lock_folder
 from megamod.models.lm.routing import is_mixture
 from megamod.runs.node_log import write_node_log
 from megamod.states.checkpoint_folder import TrainState
@@ -320,7 +320,7 @@ def hold_output(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         with fail_together():
             if dist.get_rank() == 0:
-                stack.enter_context(hold_folder(folder))
+                stack.enter_context(lock_folder(folder))
         yield
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megamod.dist.scope import EXPERTS_COMPONENT, parse_expert_domain, to_dense_name
+from megamod.dist.scope import EXPERTS_COMPONENT, convert_to_dense_name, parse_expert_domain
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.forest import read_model_config
@@ -64,11 +64,11 @@ def add_expert(
     for name, spec in source_model.tensors.items():
         if parse_expert_domain(name) != template_domain:
             continue
-        weight = dense_weights.get(to_dense_name(name))
+        weight = dense_weights.get(convert_to_dense_name(name))
         if weight is None or tuple(weight.shape) != spec.shape:
             shape = "none" if weight is None else tuple(weight.shape)
             raise UserError(
-                f"{source}: the new expert {domain} needs {to_dense_name(name)} of shape "
+                f"{source}: the new expert {domain} needs {convert_to_dense_name(name)} of shape "
                 f"{spec.shape}, but its weights have {shape}"
             )
         added[

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.files import create_folder_atomically
-from megamod.folder_lock import hold_name
+from megamod.folder_lock import lock_folder_name
 from megamod.states.checkpoint_folder import write_model_manifests
 
 
@@ -43,7 +43,7 @@ def create_new_folder(path: Path) -> Iterator[Path]:
     path = Path(path)
     check_new_folder(path)
     try:
-        with hold_name(path), create_folder_atomically(path) as folder:
+        with lock_folder_name(path), create_folder_atomically(path) as folder:
             yield folder
             write_model_manifests(folder)
             if path.exists():

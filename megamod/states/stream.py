@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megamod.dist.scope import parse_expert_domain, to_dense_name
+from megamod.dist.scope import convert_to_dense_name, parse_expert_domain
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.weight_files import compute_files_digest, read_index
@@ -123,7 +123,7 @@ class ModelFolder:
             elif member is not None:
                 if parse_expert_domain(name) not in (None, member):
                     continue
-                name = to_dense_name(name)
+                name = convert_to_dense_name(name)
             self.tensors[name], self._locations[name] = spec, location
         self.files = sorted({location.file for location in self._locations.values()})
 
@@ -187,7 +187,7 @@ def _find_dense_name(name: str, member: str | None) -> str | None:
     domain = parse_expert_domain(name)
     if domain is None and f".{ANCHOR}." in name:
         return name.replace(f".{ANCHOR}.", ".", 1) if member is None else None
-    return to_dense_name(name) if domain in (None, member) else None
+    return convert_to_dense_name(name) if domain in (None, member) else None
 
 
 def iterate_pieces(numel: int, itemsize: int = 4) -> Iterator[tuple[int, int]]:

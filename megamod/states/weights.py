@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megamod.dist.scope import parse_expert_domain, to_dense_name
+from megamod.dist.scope import convert_to_dense_name, parse_expert_domain
 from megamod.errors import UserError, report_damage
 from megamod.files import write_json
 from megamod.states.weight_files import DENSE_FILE, INDEX_FILE, read_index
@@ -221,7 +221,7 @@ def extract_expert_weights(state: Mapping[str, Tensor], domain: str) -> dict[str
         known = ", ".join(sorted(experts)) or "none"
         raise UserError(f"no expert of domain {domain!r}; there are {known}")
     return {
-        to_dense_name(name): tensor
+        convert_to_dense_name(name): tensor
         for name, tensor in state.items()
         if parse_expert_domain(name) in (None, domain)
     }
@@ -240,9 +240,9 @@ def copy_to_experts(state: Mapping[str, Tensor], names: Collection[str]) -> dict
     Raises:
         UserError: if the dense model lacks a weight.
     """
-    missing = [name for name in names if to_dense_name(name) not in state]
+    missing = [name for name in names if convert_to_dense_name(name) not in state]
     if missing:
         raise UserError(
-            f"the weights lack {to_dense_name(missing[0])} (and {len(missing) - 1} more)"
+            f"the weights lack {convert_to_dense_name(missing[0])} (and {len(missing) - 1} more)"
         )
-    return {name: state[to_dense_name(name)] for name in names}
+    return {name: state[convert_to_dense_name(name)] for name in names}

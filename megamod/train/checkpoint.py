@@ -118,7 +118,7 @@ class Checkpoints:
         final = self.folder / format_checkpoint_name(state.step)
         nonce = broadcast_from_rank_0(secrets.randbits(32))
         temporary = self.folder / f".tmp-{format_checkpoint_name(state.step)}-{nonce:08x}"
-        if not self._make_folder(temporary):
+        if not self._create_folder_on_all_ranks(temporary):
             return False
         writers = (self.write_model, self._write_optimizer, partial(self._write_state, state=state))
         try:
@@ -130,8 +130,8 @@ class Checkpoints:
         if is_true_on_all_ranks(written) and dist.get_rank() == 0:
             try:
                 self._commit(temporary, final)
-                self._record_sound(history or History())
-                self._delete_older(final, history or History())
+                self._record_sound_step(history or History())
+                self._delete_older_checkpoints(final, history or History())
             except OSError as error:
                 logger.error("checkpoint %s: %s", final.name, error)
                 written = False
@@ -226,7 +226,7 @@ class Checkpoints:
             due = record.read_text(encoding="utf-8").strip() == str(step)
         return bool(broadcast_from_rank_0(due))
 
-    def find_newest(self, below: int | None = None) -> Path | None:
+    def find_newest_checkpoint(self, below: int | None = None) -> Path | None:
         """Find the newest valid checkpoint of this run; collective.
 
         Args:
@@ -255,7 +255,7 @@ class Checkpoints:
             return None
         return self.folder / format_checkpoint_name(step) if choice == "auto" else Path(choice)
 
-    def _make_folder(self, folder: Path) -> bool:
+    def _create_folder_on_all_ranks(self, folder: Path) -> bool:
         """Create the folder; False on every rank if one cannot, so that none writes alone."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -356,12 +356,12 @@ class Checkpoints:
         os.rename(temporary, final)
         write_atomic(self.folder / LATEST, final.name + "\n")  # syncs both names
 
-    def _record_sound(self, history: History) -> None:
+    def _record_sound_step(self, history: History) -> None:
         """Write the step of the sound checkpoint to the file `SOUND`, if it is another one."""
         if history.sound is not None:
             write_atomic(self.folder / SOUND, f"{history.sound}\n")
 
-    def _delete_older(self, final: Path, history: History) -> None:
+    def _delete_older_checkpoints(self, final: Path, history: History) -> None:
         """Delete the checkpoints beyond the number to keep, but not the recorded sound one.
 
         Args:
@@ -375,12 +375,12 @@ class Checkpoints:
         older = existing[: len(existing) + 1 - self.keep]
         if history.diverged:
             older = [path for path in older if parse_checkpoint_step(path) == history.replaced]
-        sound = self.find_sound()
+        sound = self.find_sound_checkpoint()
         for path in older:
             if path != sound:
                 shutil.rmtree(path)
 
-    def find_sound(self) -> Path | None:
+    def find_sound_checkpoint(self) -> Path | None:
         """Find the newest checkpoint known to be followed by finite steps; None without one."""
         try:
             step = int((self.folder / SOUND).read_text(encoding="utf-8"))
@@ -389,7 +389,7 @@ class Checkpoints:
         path = self.folder / format_checkpoint_name(step)
         return path if path.is_dir() else None
 
-    def delete_after(self, step: int) -> None:
+    def delete_later_checkpoints(self, step: int) -> None:
         """Delete the checkpoints of later steps, which a rollback has rejected; collective."""
         if dist.get_rank() == 0:
             for path in list_checkpoints(self.folder):

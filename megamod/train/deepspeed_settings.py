@@ -18,7 +18,7 @@ from megamod.errors import UserError
 from megamod.flags import Arguments, find_origin
 from megamod.train.batch_size import count_domains_per_rank, count_micro_steps
 from megamod.train.expert_parallel import apply_expert_parallel_rules
-from megamod.train.loop import Plan
+from megamod.train.loop import LoopPlan
 from megamod.train.optim import SCHEDULES
 
 DS_KEYS = {
@@ -50,7 +50,7 @@ class ResolvedSettings:
     ds_config: dict[str, object]
     run: RunArgs
     optim: OptimArgs
-    plan: Plan
+    plan: LoopPlan
     topology: DomainTopology
 
     @property
@@ -177,7 +177,7 @@ def apply_muon_rules(config: dict[str, object]) -> None:
 
 def make_loop_plan(
     run: RunArgs, optim: OptimArgs, safety: SafetyArgs, topology: DomainTopology
-) -> Plan:
+) -> LoopPlan:
     """Make the settings of the training loop.
 
     Without --warmup_steps the warm-up is --warmup_ratio of all steps, rounded down.
@@ -201,7 +201,7 @@ def make_loop_plan(
     if warmup is None:
         # The product of 100 and 0.29 is 28.999999999999996.
         warmup = int(run.max_steps * optim.warmup_ratio + 1e-9)
-    return Plan(
+    return LoopPlan(
         max_steps=run.max_steps,
         stop_step=run.max_steps if run.stop_step is None else min(run.stop_step, run.max_steps),
         micro_steps=count_micro_steps(run, topology),

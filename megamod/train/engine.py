@@ -94,14 +94,14 @@ def build_engine(
                 "does not: remove the block"
             )
 
-        def make_after_replacement(_: object) -> torch.optim.Optimizer:
+        def make_optimizer_of_model(_: object) -> torch.optim.Optimizer:
             """Make the optimizer of the model as it is now; DeepSpeed's argument is not used."""
             parts = _make_parameter_groups(model, decay_vectors, muon)
             parts = split_params_into_different_moe_groups_for_optimizer(parts)
             return make_optimizer([part for part in parts if part["params"]])
 
         # DeepSpeed replaces the sparse blocks first, and then calls this.
-        optimizer = {"optimizer": make_after_replacement, "model_parameters": model.parameters()}
+        optimizer = {"optimizer": make_optimizer_of_model, "model_parameters": model.parameters()}
     else:
         optimizer = {"optimizer": make_optimizer(parameters)}
     groups.mpu = mpu  # DeepSpeed sets it, but never back, so a second engine would inherit it
@@ -215,7 +215,7 @@ def finish_micro_step(engine: deepspeed.DeepSpeedEngine, max_grad_norm: float) -
     """
     boundary = engine.is_gradient_accumulation_boundary()
     if not boundary or engine.zero_optimization_stage() > 0:
-        _step(engine)
+        _step_engine(engine)
         return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
     # Without ZeRO the engine would apply gradients that are NaN.
     parameters = [p for p in engine.module.parameters() if p.requires_grad]
@@ -229,11 +229,11 @@ def finish_micro_step(engine: deepspeed.DeepSpeedEngine, max_grad_norm: float) -
             parameter.grad = None
     elif max_grad_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-    _step(engine)
+    _step_engine(engine)
     return float(norm) if applied else None
 
 
-def _step(engine: deepspeed.DeepSpeedEngine) -> None:
+def _step_engine(engine: deepspeed.DeepSpeedEngine) -> None:
     """Call the engine's step; raise PolicyStop if the smallest fp16 loss scale overflows."""
     try:
         engine.step()

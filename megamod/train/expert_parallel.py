@@ -209,7 +209,7 @@ class Piece:
     stock_start: int
 
 
-def list_pieces(module: nn.Module) -> dict[str, list[Piece]]:
+def list_stock_pieces(module: nn.Module) -> dict[str, list[Piece]]:
     """List the pieces of each parameter with another name or split than in the stock class."""
     pieces = {
         name: [Piece(0, module.get_parameter(name).numel(), stock, 0)]

@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from megamod.train.expert_parallel import Piece, get_parallel_layers, list_pieces
+from megamod.train.expert_parallel import Piece, get_parallel_layers, list_stock_pieces
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _divide_by_stock_names(
     Yields:
         lists in which no tensor occurs twice, as a file of fragments needs it.
     """
-    pieces = list_pieces(module)
+    pieces = list_stock_pieces(module)
     lists: list[list[Fragment]] = []
     seen: dict[str, int] = {}
     for fragment in fragments:

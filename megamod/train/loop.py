@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megamod.dist.process import fail_together, is_true_on_all_ranks, make_control_tensor
-from megamod.dist.watch import note_step
+from megamod.dist.watch import record_step
 from megamod.errors import (
     Interrupted,
     PolicyStop,
@@ -44,7 +44,7 @@ OpenBatches = Callable[[int], Iterator[Batch]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoopPlan:
     """Settings of the training loop. An interval of 0 steps means "only at the end".
 
     Attributes:
@@ -85,7 +85,7 @@ def train(
     engine: deepspeed.DeepSpeedEngine,
     objective: Objective,
     open_batches: OpenBatches,
-    plan: Plan,
+    plan: LoopPlan,
     state: TrainState,
     checkpoints: Checkpoints,
     monitor: Monitor,
@@ -150,7 +150,7 @@ def train(
         scores, grad_norm = _take_step(
             engine, objective, micro_batches, item_totals, plan, state, group
         )
-        note_step()
+        record_step()
         state.step += 1
         state.data_step += 1
         monitor.add_step(
@@ -158,11 +158,11 @@ def train(
         )
         # With fp16 an overflow is routine: the loss scale is halved and training goes on.
         routine = engine.fp16_enabled()
-        saver.note_step(grad_norm is not None or routine)
+        saver.record_step(grad_norm is not None or routine)
         if grad_norm is None:
             state.skipped += 1
             if not routine:
-                stop = max(stop, _handle_skipped_step(plan, state, saver))
+                stop = max(stop, _apply_skip_policy(plan, state, saver))
                 batches = open_batches(state.data_step) if plan.nonfinite == "rollback" else batches
 
         if is_due(plan.logging_steps) or is_due(plan.eval_steps) or is_due(plan.save_steps):
@@ -185,7 +185,7 @@ def train(
         monitor.write_record(state)
     saver.save(state, diverged=stop is Stop.NONFINITE)
     if stop is Stop.NONFINITE:
-        raise PolicyStop(_format_reason(plan, state, saver))
+        raise PolicyStop(_format_stop_reason(plan, state, saver))
     if state.step and not is_true_on_all_ranks(state.skipped < state.step):
         raise PolicyStop(
             f"none of {state.step} steps had a finite loss and gradient, so nothing was trained "
@@ -237,7 +237,7 @@ def _take_step(
     objective: Objective,
     micro_batches: Sequence[Batch],
     item_totals: Sequence[float],
-    plan: Plan,
+    plan: LoopPlan,
     state: TrainState,
     group: dist.ProcessGroup | None,
 ) -> tuple[list[BatchScore], float | None]:
@@ -269,7 +269,7 @@ def _take_step(
 
 
 def _is_loss_spike(
-    scores: Sequence[BatchScore], plan: Plan, state: TrainState, group: dist.ProcessGroup | None
+    scores: Sequence[BatchScore], plan: LoopPlan, state: TrainState, group: dist.ProcessGroup | None
 ) -> bool:
     """Return True if a step's loss is a spike or not finite; collective.
 
@@ -285,7 +285,7 @@ def _is_loss_spike(
     return False
 
 
-def _handle_skipped_step(plan: Plan, state: TrainState, saver: "_Saver") -> Stop:
+def _apply_skip_policy(plan: LoopPlan, state: TrainState, saver: "_Saver") -> Stop:
     """Apply the policy for a skipped step; return the reason to stop, if any.
 
     A rollback loads an older checkpoint into the engine and `state` (except for the position in the
@@ -301,18 +301,18 @@ def _handle_skipped_step(plan: Plan, state: TrainState, saver: "_Saver") -> Stop
     if plan.nonfinite == "rollback":
         # The weights that this step began with are no start: if they are a checkpoint's, an older
         # one is needed. So every rollback makes progress towards the first checkpoint or the end.
-        path = saver.checkpoints.find_newest(below=state.step - 1)
+        path = saver.checkpoints.find_newest_checkpoint(below=state.step - 1)
         if path is None:
             return Stop.NONFINITE
         kept = {name: getattr(state, name) for name in ("data_step", "skipped", "nonfinite_steps")}
         vars(state).update(vars(saver.checkpoints.load(path)) | kept)
-        saver.checkpoints.delete_after(state.step)
-        saver.note_rollback(state)
+        saver.checkpoints.delete_later_checkpoints(state.step)
+        saver.record_rollback(state)
         logger.warning("rolled back to %s; the data in between are skipped", path.name)
     return Stop.NO
 
 
-def _format_reason(plan: Plan, state: TrainState, saver: "_Saver") -> str:
+def _format_stop_reason(plan: LoopPlan, state: TrainState, saver: "_Saver") -> str:
     """Format the message of a run that stops because a step was not finite."""
     count, limit = len(state.list_recent_nonfinite()), plan.max_nonfinite_steps
     text = (
@@ -325,7 +325,7 @@ def _format_reason(plan: Plan, state: TrainState, saver: "_Saver") -> str:
         text += f". {count} of the last {WINDOW} steps were so; --max_nonfinite_steps {limit}"
     else:
         text += ". --nonfinite rollback: there is no earlier checkpoint to go back to"
-    sound = saver.checkpoints.find_sound()
+    sound = saver.checkpoints.find_sound_checkpoint()
     if sound is not None:
         text += f". --resume {sound} goes back to the last one that finite steps followed"
     return text
@@ -363,25 +363,25 @@ class _Saver:
     """
 
     def __init__(self, checkpoints: Checkpoints, on_failure: str, loaded_state: TrainState):
-        """Start with the loaded state, or a new one; `on_failure` is `Plan.save_failure`."""
+        """Start with the loaded state, or a new one; `on_failure` is `LoopPlan.save_failure`."""
         self.checkpoints = checkpoints
         self.on_failure = on_failure
         self.failed = False
-        self._begin(loaded_state)
+        self._start_counting(loaded_state)
 
-    def _begin(self, state: TrainState) -> None:
+    def _start_counting(self, state: TrainState) -> None:
         """Start counting the steps after the checkpoint of `state`."""
         self.saved = (state.step, state.data_step)
         self.healthy = not state.list_recent_nonfinite()
         self.finite: list[bool] = []
 
-    def note_step(self, finite: bool) -> None:
+    def record_step(self, finite: bool) -> None:
         """Note that a step was taken, and if it was finite."""
         self.finite.append(finite)
 
-    def note_rollback(self, state: TrainState) -> None:
+    def record_rollback(self, state: TrainState) -> None:
         """Note that the weights are those of a checkpoint, although the data went on."""
-        self._begin(state)
+        self._start_counting(state)
         self.saved = (state.step, -1)
 
     def save(self, state: TrainState, *, diverged: bool = False) -> None:
@@ -401,7 +401,7 @@ class _Saver:
         last = self.saved[0] or None
         history = History(last if sound else None, last if unchanged else None, diverged)
         if self.checkpoints.save(state, history):
-            self._begin(state)
+            self._start_counting(state)
             return
         self.failed = True
         if self.on_failure == "stop":

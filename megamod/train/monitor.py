@@ -148,7 +148,7 @@ class Monitor:
             "mfu": self._compute_mfu(per_second),
             "step_ms": 1e3 * self.step_seconds / self.steps,
             "data_ms": 1e3 * self.data_seconds / self.steps,
-            "memory_bytes": _measure_memory(),
+            "memory_bytes": _measure_peak_memory(),
             "skipped": state.skipped,
         }
         if get_rank() == 0:
@@ -334,7 +334,7 @@ def _drop_records(path: Path, drop: Callable[[dict], bool]) -> None:
         logger.error("%s: cannot be rewritten: %s", path, error.strerror)
 
 
-def _measure_memory() -> int:
+def _measure_peak_memory() -> int:
     """Measure the peak bytes on the GPU, or resident bytes of the process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()

@@ -42,7 +42,7 @@ def make_muon(
         adamw: further arguments of `torch.optim.AdamW`, `betas` and `eps`.
     """
     if not torch.accelerator.is_available():
-        _use_plain_update()
+        _use_uncompiled_update()
     for group in groups:
         group.setdefault("weight_decay", weight_decay)
         if group["use_muon"]:
@@ -54,7 +54,7 @@ def make_muon(
     )
 
 
-def _use_plain_update() -> None:
+def _use_uncompiled_update() -> None:
     """Let DeepSpeed run the update as it is written, in float32.
 
     Compiling it on a CPU takes a minute. In half precision, which DeepSpeed selects by the

@@ -54,14 +54,14 @@ def make_linear_schedule(peak_rate: float, warmup_steps: int, max_steps: int) ->
     rate 0 (fairseq's polynomial_decay with power 1).
     """
 
-    def rate(finished_steps: int) -> float:
+    def compute_rate(finished_steps: int) -> float:
         """Compute the learning rate of the next step."""
         if finished_steps <= warmup_steps and warmup_steps:
             return peak_rate * finished_steps / warmup_steps
         remaining = max(0, max_steps - finished_steps) / max(1, max_steps - warmup_steps)
         return peak_rate * remaining
 
-    return rate
+    return compute_rate
 
 
 def make_constant_schedule(peak_rate: float, warmup_steps: int, max_steps: int) -> Schedule:
@@ -75,14 +75,14 @@ def make_constant_schedule(peak_rate: float, warmup_steps: int, max_steps: int) 
 def make_cosine_schedule(peak_rate: float, warmup_steps: int, max_steps: int) -> Schedule:
     """Make a schedule: a linear warm-up to the peak, then half a cosine to 0 at the end."""
 
-    def rate(finished_steps: int) -> float:
+    def compute_rate(finished_steps: int) -> float:
         """Compute the learning rate of the next step."""
         if finished_steps < warmup_steps:
             return peak_rate * finished_steps / warmup_steps
         progress = min(1.0, (finished_steps - warmup_steps) / max(1, max_steps - warmup_steps))
         return peak_rate * (1 + math.cos(math.pi * progress)) / 2
 
-    return rate
+    return compute_rate
 
 
 def make_warmup_stable_decay_schedule(
@@ -94,13 +94,13 @@ def make_warmup_stable_decay_schedule(
     """
     decay = max(1, max_steps // 5)
 
-    def rate(finished_steps: int) -> float:
+    def compute_rate(finished_steps: int) -> float:
         """Compute the learning rate of the next step."""
         if finished_steps < warmup_steps:
             return peak_rate * finished_steps / warmup_steps
         return peak_rate * min(1.0, max(0, max_steps - finished_steps) / decay)
 
-    return rate
+    return compute_rate
 
 
 SCHEDULES = {

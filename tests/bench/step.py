@@ -142,12 +142,12 @@ def through_loop(
         lead: whether this rank writes the log.
     """
     from megamod.states.checkpoint_folder import TrainState
-    from megamod.train.loop import Plan, train
+    from megamod.train.loop import LoopPlan, train
     from megamod.train.monitor import Monitor
     from megamod.train.objectives import CausalLMObjective
     from megamod.train.optim import make_constant_schedule
 
-    plan = Plan(
+    plan = LoopPlan(
         max_steps=steps + 1,
         stop_step=steps + 1,
         micro_steps=micro_steps,

@@ -16,7 +16,7 @@ from megamod.data.corpus.documents import assign_split
 from megamod.data.corpus.indexed import IndexedDataset, format_split_prefix
 from megamod.data.corpus.tokenizers import load_tokenizer, train_sentencepiece
 from megamod.errors import UserError
-from megamod.folder_lock import hold_name
+from megamod.folder_lock import lock_folder_name
 
 SPLITS = ("train", "valid", "test")
 
@@ -316,7 +316,7 @@ def test_kill_at_random_times(baseline, inputs, tmp_path):
 
 def test_two_runs_into_one_folder(inputs, tokenizer, tmp_path):
     with (
-        hold_name(tmp_path / "out"),
+        lock_folder_name(tmp_path / "out"),
         pytest.raises(UserError, match="is in use by process"),
     ):
         binarize(inputs, tokenizer, tmp_path / "out")

@@ -48,7 +48,7 @@ def test_blocks_equal_a_naive_loop(tmp_path, block_size, token, dtype):
     blocks = TokenBlocks(dataset, block_size, EOS, PAD, token)
     expected = list(walk(dataset, block_size, token))
     assert len(blocks) == len(expected)
-    inputs, labels, padded = blocks.gather_tensors(np.arange(len(blocks)))
+    inputs, labels, padded = blocks.gather_inputs_and_labels(np.arange(len(blocks)))
     assert inputs.tolist() == [row for row, _ in expected]
     assert labels.tolist() == [row for _, row in expected]
     assert inputs.dtype == labels.dtype == torch.int64
@@ -56,7 +56,7 @@ def test_blocks_equal_a_naive_loop(tmp_path, block_size, token, dtype):
     counts = [sum(t != IGNORE for t in row) for _, row in expected]
     assert blocks.count_targets(np.arange(len(blocks))).tolist() == counts
     for indices in ([len(blocks) - 1], [0, 0], list(range(1, len(blocks) - 1)) or [0]):
-        inputs, labels, padded = blocks.gather_tensors(np.array(indices))
+        inputs, labels, padded = blocks.gather_inputs_and_labels(np.array(indices))
         assert inputs.tolist() == [expected[item][0] for item in indices]
         assert labels.tolist() == [expected[item][1] for item in indices]
         assert padded == any(IGNORE in expected[item][1] for item in indices)
@@ -65,14 +65,14 @@ def test_blocks_equal_a_naive_loop(tmp_path, block_size, token, dtype):
 def test_pad_may_be_eos(tmp_path):
     """Padding is recognised by length, not by id."""
     blocks = TokenBlocks(make(tmp_path, [5, 1]), 4, EOS, pad_id=EOS)
-    inputs, labels, padded = blocks.gather_tensors(np.array([1]))
+    inputs, labels, padded = blocks.gather_inputs_and_labels(np.array([1]))
     assert inputs.tolist() == [[13, 14, EOS, EOS]]
     assert labels.tolist() == [[14, 15, IGNORE, IGNORE]] and padded
 
 
 def test_full_blocks_share_one_buffer(tmp_path):
     blocks = TokenBlocks(make(tmp_path, [30]), 4, EOS, PAD)
-    inputs, labels, _ = blocks.gather_tensors(np.array([1, 3]))
+    inputs, labels, _ = blocks.gather_inputs_and_labels(np.array([1, 3]))
     assert inputs.untyped_storage().data_ptr() == labels.untyped_storage().data_ptr()
     assert inputs[0, 1].data_ptr() == labels[0, 0].data_ptr()
 
@@ -81,7 +81,7 @@ def test_bad_arguments(tmp_path):
     dataset = make(tmp_path, [9])
     for index in (-1, 3):
         with pytest.raises(IndexError, match="blocks are 0 to 2"):
-            TokenBlocks(dataset, 4, EOS, PAD).gather_tensors(np.array([0, index]))
+            TokenBlocks(dataset, 4, EOS, PAD).gather_inputs_and_labels(np.array([0, index]))
     with pytest.raises(UserError, match="--max_seq_length 1"):
         TokenBlocks(dataset, 1, EOS, PAD, TOKEN)
 
@@ -94,7 +94,7 @@ def test_fairseq_blocks(block_size):
     golden = load_file(GOLDEN / "io.safetensors")
     blocks = TokenBlocks(IndexedDataset(GOLDEN / "train"), block_size, EOS, PAD)
     indices = np.arange(len(blocks))
-    inputs, labels, _ = blocks.gather_tensors(indices)
+    inputs, labels, _ = blocks.gather_inputs_and_labels(indices)
     assert torch.equal(inputs, golden[f"block{block_size}.source"])
     padding = labels == IGNORE
     assert torch.equal(labels.masked_fill(padding, PAD), golden[f"block{block_size}.target"])
@@ -108,6 +108,6 @@ def test_fairseq_domain_token():
 
     golden = load_file(GOLDEN / "io.safetensors")
     blocks = TokenBlocks(IndexedDataset(GOLDEN / "train"), 16, EOS, PAD, domain_token=62)
-    inputs, labels, padded = blocks.gather_tensors(np.array([0, 1, 10]))
+    inputs, labels, padded = blocks.gather_inputs_and_labels(np.array([0, 1, 10]))
     assert torch.equal(inputs, golden["domain_token.source"]) and padded
     assert torch.equal(labels.masked_fill(labels == IGNORE, PAD), golden["domain_token.target"])

@@ -98,7 +98,7 @@ def test_replacement_is_counted(tmp_path):
     decoding = Decoding("replace")
     assert list(read_documents(path, decoding=decoding)) == ["kept � ��\n�"]
     assert decoding.replaced == 3
-    assert decoding.check_string("\ud800\0", "here") == "��"
+    assert decoding.repair_string("\ud800\0", "here") == "��"
     assert decoding.replaced == 5
     with pytest.raises(UserError, match="ignore: allowed are strict and replace"):
         Decoding("ignore")

@@ -123,7 +123,8 @@ def test_content_of_a_batch(blocks, lengths):
     for number in range(40):
         batch, (domains, indices) = batches[number], batches.select_blocks(number)
         rows = [
-            blocks[d].gather_tensors(np.array([i])) for d, i in zip(domains, indices, strict=True)
+            blocks[d].gather_inputs_and_labels(np.array([i]))
+            for d, i in zip(domains, indices, strict=True)
         ]
         assert torch.equal(batch["input_ids"], torch.cat([row[0] for row in rows]))
         assert torch.equal(batch["labels"], torch.cat([row[1] for row in rows]))

@@ -3,10 +3,10 @@ import pytest
 from megamod.dist.scope import (
     Scope,
     Sharing,
+    convert_to_dense_name,
     find_scopes,
     parse_expert_domain,
     parse_sharing,
-    to_dense_name,
 )
 from megamod.models.lm.configuration import UNTIE
 
@@ -25,7 +25,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_domain_and_dense_name_of_a_parameter(name):
-    assert (parse_expert_domain(name), to_dense_name(name)) == NAMES[name]
+    assert (parse_expert_domain(name), convert_to_dense_name(name)) == NAMES[name]
 
 
 def test_scopes_follow_names_under_demix_only():

@@ -135,7 +135,7 @@ def test_silent_ranks_are_reported_once_and_stacks_before_the_timeout(heartbeat,
     store.values["failed/3"] = b"1"  # it ended because another one did
     assert beat.describe_lost() == "no sign of life of rank 1 on node1 (process 101)"
     time.sleep(1.5)
-    beat.note_step()
+    beat.record_step()
     beat.stop()
     shown = capfd.readouterr().err
     assert len(re.findall(r"no sign of life of rank 1 on node1 \(process 101\) for", shown)) == 1

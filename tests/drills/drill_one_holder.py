@@ -5,7 +5,7 @@ from drills.commands import COMMANDS, make_workplace, read_tree
 from drills.sizes import pick, report
 from drills.warm import Command
 
-from megamod.folder_lock import hold_folder, hold_name
+from megamod.folder_lock import lock_folder, lock_folder_name
 
 BY_NAME = ("merge", "preprocess", "convert")  # their folder appears complete
 ROUNDS = pick(1, 6)
@@ -15,7 +15,7 @@ ROUNDS = pick(1, 6)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_held_folder_is_refused(name, warm, inputs, tmp_path, record_property):
     folder = make_workplace(tmp_path / "here", inputs)
-    with hold_name(folder / "out") if name in BY_NAME else hold_folder(folder / "out"):
+    with lock_folder_name(folder / "out") if name in BY_NAME else lock_folder(folder / "out"):
         before = sorted(path.name for path in folder.rglob("*"))
         outcome = warm.run(Command(COMMANDS[name], str(folder)))
         assert outcome.code == 2, outcome.text

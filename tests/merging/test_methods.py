@@ -13,7 +13,7 @@ from megamod.merging import tensors
 from megamod.merging.merge import merge
 from megamod.merging.methods import sparsify
 from megamod.merging.methods.table import METHODS
-from megamod.merging.plan import make_plan
+from megamod.merging.plan import make_merge_plan
 from megamod.merging.recipe import InputModel, MergeRecipe
 from megamod.merging.recipe_file import read_recipe
 from megamod.states import stream
@@ -65,7 +65,7 @@ def merged(
     recipe = build_recipe_from_flags(method, write(root, states), each, overall, base)
     with ExitStack() as stack:
         folders = [stack.enter_context(ModelFolder(entry.path)) for entry in recipe.inputs]
-        plan = make_plan(recipe, folders, 10**9)
+        plan = make_merge_plan(recipe, folders, 10**9)
         actual = {}
         for name, spec in plan.specs.items():
             pieces = METHODS[method].function(plan.make_merge_tensor(name, seed))

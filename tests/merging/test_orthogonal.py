@@ -34,7 +34,7 @@ from megamod.merging.alignment.orthogonal import (
     select_head_map_kind,
     solve_head_maps,
     solve_procrustes,
-    solve_stream,
+    solve_stream_map,
 )
 from megamod.merging.alignment.permute import (
     find_untied_by_alignment,
@@ -84,7 +84,7 @@ def random_maps(symmetry, options: Options, seed: int = 5) -> Alignment:
             if rotates_stream(symmetry, options):
                 permutations[group.name] = torch.arange(group.size)
                 if "res.emb" not in maps:
-                    matrix = solve_stream(draw(group.size, group.size), not family.rms)[0]
+                    matrix = solve_stream_map(draw(group.size, group.size), not family.rms)[0]
                     maps["res.emb"] = {"stream": matrix[None]}
             else:
                 if shared is None:
@@ -242,7 +242,7 @@ def test_procrustes_is_the_best_rotation_and_leaves_dead_directions():
     flat[:3, :3] = flat[:3, :3] @ flat[:3, :3].T
     assert (solve_procrustes(flat)[0] - torch.eye(7)).abs().max() < 1e-6
     assert torch.equal(solve_procrustes(torch.zeros(3, 3).double())[0], torch.eye(3).double())
-    turned, _ = solve_stream(products, keeps_ones=True)
+    turned, _ = solve_stream_map(products, keeps_ones=True)
     assert (turned.sum(1) - 1).abs().max() < 1e-12
 
 
@@ -292,17 +292,17 @@ def test_refinement_lowers_the_loss_and_goes_on_after_a_kill(tmp_path, monkeypat
     before = whole._make_initial_state().best_loss
     expected = whole.run(22)
     file = tmp_path / "progress.safetensors"
-    killed, step = refinement(file), Refinement._make_step
+    killed, step = refinement(file), Refinement._take_step
 
     def kill(self, state):
         if state.step == 21:
             raise KeyboardInterrupt
         step(self, state)
 
-    monkeypatch.setattr(Refinement, "_make_step", kill)
+    monkeypatch.setattr(Refinement, "_take_step", kill)
     with pytest.raises(KeyboardInterrupt):
         killed.run(22)
-    monkeypatch.setattr(Refinement, "_make_step", step)
+    monkeypatch.setattr(Refinement, "_take_step", step)
     resumed = refinement(file)
     state = resumed._make_initial_state()
     assert state.step == 20 and state.best_loss < before

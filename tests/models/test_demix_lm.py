@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from megamod.dist.scope import parse_expert_domain, to_dense_name
+from megamod.dist.scope import convert_to_dense_name, parse_expert_domain
 from megamod.models.lm.configuration import UNTIE, DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM, initialise_lm_weights
 from megamod.models.presets import PRESETS
@@ -110,7 +110,7 @@ def test_what_each_value_of_untie_holds_per_domain(untie):
     names = [name for name, _ in model.named_parameters()]
     owners: dict[str, list[str | None]] = {}
     for name in names:
-        owners.setdefault(to_dense_name(name), []).append(parse_expert_domain(name))
+        owners.setdefault(convert_to_dense_name(name), []).append(parse_expert_domain(name))
     assert owners.keys() - {"lm_head.weight"} == dense
     assert ("lm_head.weight" in owners) == (untie == "transformer_output")
     for name, result in owners.items():
@@ -344,7 +344,7 @@ def test_initial_weights_do_not_depend_on_what_else_is_held(untie):
             assert torch.equal(parameter, whole[name])
     dense = dict(make("none", spread=False).named_parameters())
     for name, parameter in whole.items():  # so experts are equal, and equal to the dense model's
-        expected = dense[to_dense_name(name).replace("lm_head", "model.embeddings.tokens")]
+        expected = dense[convert_to_dense_name(name).replace("lm_head", "model.embeddings.tokens")]
         assert torch.equal(parameter, expected)
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from megamod.dist.scope import parse_expert_domain, to_dense_name
+from megamod.dist.scope import convert_to_dense_name, parse_expert_domain
 from megamod.errors import UserError
 from megamod.models.auto import make_lm_config
 from megamod.models.lm.configuration import DemixConfig, read_lm_config
@@ -50,7 +50,7 @@ def from_logits(logits: torch.Tensor) -> torch.Tensor:
 def test_experts_in_place_of_the_feed_forward_change_no_bit(family):
     stock = tiny_stock(family).train()
     model = demix_of(stock).train()
-    assert {to_dense_name(name) for name in model.state_dict()} == set(stock.state_dict())
+    assert {convert_to_dense_name(name) for name in model.state_dict()} == set(stock.state_dict())
     layers = stock.get_submodule(HOSTS[family].layers)
     assert len(layers) == LAYERS
     inside = {name for name, _ in model.named_parameters() if parse_expert_domain(name) == "med"}
@@ -67,7 +67,7 @@ def test_experts_in_place_of_the_feed_forward_change_no_bit(family):
         if parse_expert_domain(name) == "law":
             assert not gradient.any()
         elif gradient is not None:
-            assert torch.equal(gradient, theirs[to_dense_name(name)])
+            assert torch.equal(gradient, theirs[convert_to_dense_name(name)])
 
     # The chunked loss with scale, softcap and bias; every cap is 2 here, so it cannot hide.
     shifted = functional.pad(IDS[:, 1:], (0, 1), value=-100)
@@ -199,7 +199,7 @@ def test_shared_weights_are_drawn_alike_whatever_experts_are_held(family, tmp_pa
     for domain in DOMAINS:
         for name, tensor in build_lm(config, seed=3, local_domains=[domain]).named_parameters():
             assert torch.equal(tensor, whole[name])
-            assert torch.equal(tensor, dense[to_dense_name(name)])
+            assert torch.equal(tensor, dense[convert_to_dense_name(name)])
     other = dict(build_lm(config, seed=4).named_parameters())
     assert any(not torch.equal(whole[name], other[name]) for name in whole)
 

@@ -21,7 +21,7 @@ from megamod.args import (
 )
 from megamod.data.corpus.binarize import binarize
 from megamod.errors import UserError
-from megamod.flags import _inspect_type, parse_args
+from megamod.flags import _parse_field_type, parse_args
 from megamod.runs.pretrain import adapt_start, causal_lm, encoder_lm
 from megamod.runs.pretrain.adapt_args import AdaptArgs
 from megamod.states.forest import Expert, Forest
@@ -130,7 +130,7 @@ def described(folder: Path, monkeypatch, flags: tuple[str, ...]) -> str:
 
 def others(f, current: object) -> list[str]:
     """Values of a field besides the current one."""
-    kind, choices, _ = _inspect_type(f)
+    kind, choices, _ = _parse_field_type(f)
     if f.name in VALUES:
         return VALUES[f.name]
     if choices:

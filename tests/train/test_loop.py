@@ -246,8 +246,8 @@ def test_a_failure_long_ago_does_not_count_against_a_checkpoint(monkeypatch):
         checkpoints = Checkpoints()
         state = TrainState(500, 500, nonfinite_steps=[failed])
         saver = module._Saver(checkpoints, "continue", state)
-        saver.note_step(True)
-        saver.note_step(False)
+        saver.record_step(True)
+        saver.record_step(False)
         saver.save(TrainState(502, 502, nonfinite_steps=[failed, 502]))
         assert checkpoints.histories[0].sound == sound
 

@@ -24,7 +24,7 @@ from megamod.train.checkpoint import Checkpoints
 from megamod.train.deepspeed_settings import apply_muon_rules
 from megamod.train.engine import build_engine
 from megamod.train.export import ModelExport
-from megamod.train.loop import Plan, train
+from megamod.train.loop import LoopPlan, train
 from megamod.train.monitor import Monitor
 from megamod.train.muon import make_muon
 from megamod.train.objectives import CausalLMObjective
@@ -327,7 +327,7 @@ def run_tiny(
         folder, untie, stage, per_domain=per_domain, clip=clip, **build
     )
     state = checkpoints.resume(resume) or TrainState()
-    plan = Plan(
+    plan = LoopPlan(
         max_steps=10,
         stop_step=max_steps,
         micro_steps=micro_steps,

@@ -26,8 +26,8 @@ from megamod.data.corpus.header import (
     SPLITS,
     SplitHeader,
     compute_header_digest,
-    format_header,
-    read_header,
+    format_databin_header,
+    read_databin_header,
 )
 from megamod.data.corpus.indexed import format_split_prefix
 from megamod.data.corpus.pool import open_encoder
@@ -39,7 +39,7 @@ from megamod.data.corpus.tokenizers import (
 )
 from megamod.errors import UserError
 from megamod.files import format_json, hash_file, sync_folder, sync_tree, write_atomic, write_json
-from megamod.folder_lock import hold_name
+from megamod.folder_lock import lock_folder_name
 from megamod.names import check_domain
 from megamod.progress import show_progress
 from megamod.schemas import read_checked_file
@@ -105,15 +105,15 @@ def binarize(
     with ExitStack() as stack:
         existing = _read_existing_header(output)
         if existing is None:
-            stack.enter_context(hold_name(output))
+            stack.enter_context(lock_folder_name(output))
             existing = _read_existing_header(output)  # another process may just have written it
-        return _binarize_held(
+        return _binarize_locked(
             *(inputs, tokenizer, output, existing, item_unit, add_bos, text_column),
             *(encoding_errors, seed, workers, streaming, do_lower_case),
         )
 
 
-def _binarize_held(
+def _binarize_locked(
     inputs: Mapping[str, str | Path | Sequence[str]],
     tokenizer: str | Path | Tokenizer,
     output: Path,
@@ -127,10 +127,10 @@ def _binarize_held(
     streaming: bool,
     do_lower_case: bool | None,
 ) -> dict:
-    """Do as `binarize` while the output folder is held by this process.
+    """Write the data-bin; the caller has locked the name of the output folder, see `binarize`.
 
     Args:
-        existing: header of the data-bin in `output`, which then is not held, because nothing is
+        existing: header of the data-bin in `output`, which then is not locked, because nothing is
             written; None: there is none.
         inputs, tokenizer, ...: as of `binarize`; `output` is absolute.
     Raises:
@@ -157,10 +157,12 @@ def _binarize_held(
             )
     gpt2 = isinstance(tokenizer, Tokenizer) and tokenizer.kind == "gpt2"
     item_unit = item_unit or ("line" if gpt2 else "document")
-    tallies = {name: _count_items(name, source, item_unit) for name, source in sources.items()}
+    counters_by_domain = {
+        name: _count_items(name, source, item_unit) for name, source in sources.items()
+    }
     if not isinstance(tokenizer, Tokenizer):
         logger.info("training the tokenizer %s, up to a minute", named)
-        tokenizer = train(_iterate_train_sample(sources, tallies))
+        tokenizer = train(_iterate_train_sample(sources, counters_by_domain))
     header = {
         "format": FORMAT,
         "tokenizer": {"kind": tokenizer.kind, "digest": tokenizer.digest},
@@ -171,7 +173,11 @@ def _binarize_held(
         "replaced": {name: source.decoding.replaced for name, source in sources.items()},
     }
     key = _compute_identity(
-        header, {n: {s: t.digest for s, t in counters.items()} for n, counters in tallies.items()}
+        header,
+        {
+            n: {s: t.digest for s, t in counters.items()}
+            for n, counters in counters_by_domain.items()
+        },
     )
     if existing is not None:
         if _compute_header_identity(existing) != key:
@@ -182,12 +188,16 @@ def _binarize_held(
         logger.info("%s: is this data-bin already, nothing is written", output)
         return existing
     if workers is None:
-        total = sum(tally.bytes for counters in tallies.values() for tally in counters.values())
+        total = sum(
+            counter.bytes
+            for counters in counters_by_domain.values()
+            for counter in counters.values()
+        )
         workers = min(os.cpu_count() or 1, 1 + total // BYTES_PER_WORKER)
     try:
         with _open_work_folder(output, key) as work:
             header["domains"] = _write_splits(
-                sources, tallies, tokenizer, item_unit, add_bos, workers, work
+                sources, counters_by_domain, tokenizer, item_unit, add_bos, workers, work
             )
             _complete_databin(work / "databin", header, tokenizer)
             os.rename(work / "databin", output)
@@ -220,7 +230,7 @@ def _read_existing_header(output: Path) -> dict | None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     try:
-        return read_header(output).model_dump(exclude_unset=True)
+        return read_databin_header(output).model_dump(exclude_unset=True)
     except UserError as error:
         raise UserError(
             f"--output_dir {output}: exists and is not a data-bin of this command; choose a new "
@@ -278,30 +288,31 @@ def _count_items(name: str, source: DocumentSource, item_unit: str) -> dict[str,
 
     Raise UserError for content that cannot be read, and for a split without text.
     """
-    tallies = {split: ItemCounter() for split in SPLITS}
+    counters = {split: ItemCounter() for split in SPLITS}
     for split, text in show_progress(
         _iterate_items(source, item_unit), f"reading {name}", unit=item_unit
     ):
-        tallies[split].add_item(text)
-    empty = [split for split, tally in tallies.items() if not tally.bytes]
+        counters[split].add_item(text)
+    empty = [split for split, counter in counters.items() if not counter.bytes]
     if len(empty) == len(SPLITS):
         raise UserError(f"domain {name}: {source.where} holds no text")
     if empty:
-        count = sum(tally.items for tally in tallies.values())
+        count = sum(counter.items for counter in counters.values())
         raise UserError(
             f"domain {name}: {source.where} has {count} {item_unit}s, none in the split "
             f"{empty[0]}. A source without splits is divided at random and needs some hundred "
             "documents (another --seed may help); or use a folder with train, valid and test files"
         )
-    return tallies
+    return counters
 
 
 def _iterate_train_sample(
-    sources: Mapping[str, DocumentSource], tallies: Mapping[str, Mapping[str, ItemCounter]]
+    sources: Mapping[str, DocumentSource],
+    counters_by_domain: Mapping[str, Mapping[str, ItemCounter]],
 ) -> Iterator[str]:
     """Yield evenly spaced train documents: about `SAMPLE_BYTES`, an equal part from each domain."""
     for name, source in sources.items():
-        share = min(1.0, SAMPLE_BYTES / len(sources) / tallies[name]["train"].bytes)
+        share = min(1.0, SAMPLE_BYTES / len(sources) / counters_by_domain[name]["train"].bytes)
         for number, (_, text) in enumerate(source.iterate_documents("train")):
             if int((number + 1) * share) > int(number * share):
                 yield text
@@ -315,7 +326,7 @@ def _open_work_folder(output: Path, key: str) -> Iterator[Path]:
     the block raises, the folder stays.
 
     Args:
-        output: held by this process.
+        output: locked by this process, see `lock_folder_name`.
         key: identity of the data-bin, see `_compute_identity`; run.json records it.
     """
     work = output.with_name(f".{output.name}.partial")
@@ -332,7 +343,7 @@ def _open_work_folder(output: Path, key: str) -> Iterator[Path]:
 
 def _write_splits(
     sources: Mapping[str, DocumentSource],
-    tallies: Mapping[str, Mapping[str, ItemCounter]],
+    counters_by_domain: Mapping[str, Mapping[str, ItemCounter]],
     tokenizer: Tokenizer,
     item_unit: str,
     add_bos: bool,
@@ -348,7 +359,7 @@ def _write_splits(
 
     Args:
         sources: source of each domain.
-        tallies: counter of each domain and split from the first reading.
+        counters_by_domain: counter of each domain and split from the first reading.
         item_unit: "document" or "line".
         workers: number of processes that encode.
         work: see `_open_work_folder`.
@@ -358,7 +369,9 @@ def _write_splits(
         UserError: if a text has changed since it was first read.
     """
     domains: dict[str, dict[str, dict]] = {name: {} for name in sources}
-    total = sum(tally.bytes for counters in tallies.values() for tally in counters.values())
+    total = sum(
+        counter.bytes for counters in counters_by_domain.values() for counter in counters.values()
+    )
     with (
         open_encoder(tokenizer, workers) as encode,
         show_progress(total=total, unit="B") as bar,
@@ -381,7 +394,7 @@ def _write_splits(
                         file.unlink()
                 texts = (text for _, text in _iterate_items(source, item_unit, split))
                 entry = write_split(texts, tokenizer, add_bos, prefix, encode, bar.update)
-                if entry["text_sha256"] != tallies[name][split].digest:
+                if entry["text_sha256"] != counters_by_domain[name][split].digest:
                     raise UserError(f"domain {name}: {source.where} changed while it was read")
                 write_json(record, entry)
                 domains[name][split] = entry
@@ -411,6 +424,6 @@ def _complete_databin(databin: Path, header: dict, tokenizer: Tokenizer) -> None
         if file.is_file() and file.suffix not in (".bin", ".idx")
     }
     sync_tree(databin)
-    text = format_header({**header, "digest": ""})
+    text = format_databin_header({**header, "digest": ""})
     header["digest"] = compute_header_digest(text, "")
-    write_atomic(databin / HEADER, format_header(header))
+    write_atomic(databin / HEADER, format_databin_header(header))

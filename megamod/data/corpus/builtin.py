@@ -35,7 +35,7 @@ def load_builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
     """
     standard = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
-    # Twice as much is read as is needed, because `_thin_documents` drops repeated and short parts.
+    # Twice as much as is needed, because `_sample_documents` drops repeated and short parts.
     sources = {
         "python_code": (
             _read_sample_of_files([standard], {".py"}, skipped, 2 * max_bytes),
@@ -53,7 +53,7 @@ def load_builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
     }
     domains = {}
     for name, (texts, files) in sources.items():
-        documents = _thin_documents(texts, max_bytes)
+        documents = _sample_documents(texts, max_bytes)
         if len(documents) < FEWEST:
             raise UserError(
                 f"--builtin: the domain {name} needs {FEWEST} documents, but {files} give "
@@ -63,7 +63,7 @@ def load_builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
     return domains
 
 
-def _thin_documents(texts: Iterable[str], max_bytes: int) -> list[str]:
+def _sample_documents(texts: Iterable[str], max_bytes: int) -> list[str]:
     """Cut texts into documents and select distinct ones, spread evenly, up to `max_bytes` of UTF-8.
 
     Documents below `SHORTEST` characters are dropped.

@@ -84,7 +84,7 @@ class Decoding:
         self.replaced += text.count("�") - raw.count("�".encode()) + text.count("\0")
         return text.replace("\0", "�")
 
-    def check_string(self, text: str, where: str) -> str:
+    def repair_string(self, text: str, where: str) -> str:
         """Return `text` with NUL characters and lone surrogates replaced, which are counted.
 
         Args:
@@ -222,7 +222,7 @@ def open_document_source(
             return DocumentSource(
                 where, _make_dataset_readers(spec, where, text_column, decoding), decoding, seed
             )
-        readers = {"": lambda: (decoding.check_string(text, where) for text in spec)}
+        readers = {"": lambda: (decoding.repair_string(text, where) for text in spec)}
         return DocumentSource(where, readers, decoding, seed)
     where = str(spec)
     if where.startswith("hf:"):
@@ -445,6 +445,6 @@ def _read_cell_texts(cells: Cells, text_column: str, decoding: Decoding) -> Iter
     Raise UserError for a cell that is no string, or holds characters that `decoding` refuses.
     """
     for where, value in cells:
-        text = decoding.check_string(_require_string(value, text_column, where), where)
+        text = decoding.repair_string(_require_string(value, text_column, where), where)
         if text.strip():
             yield text

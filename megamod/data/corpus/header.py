@@ -92,7 +92,7 @@ class DataBinHeader(Schema):
         return self
 
 
-def read_header(folder: Path) -> DataBinHeader:
+def read_databin_header(folder: Path) -> DataBinHeader:
     """Read and check databin.json in a folder.
 
     Raises:
@@ -116,14 +116,14 @@ def read_databin_domains(folder: Path) -> tuple[str, ...]:
         UserError: if the folder is not a data-bin, or a domain's name cannot be a folder's.
     """
     if (folder / HEADER).exists():
-        return tuple(read_header(folder).domains)
+        return tuple(read_databin_header(folder).domains)
     domains = sorted(file.parent.name for file in folder.glob("*/train.idx"))
     if not domains:
         raise UserError(f"--data {folder}: is not a data-bin; megamod preprocess writes one")
     return tuple(check_domain(domain, f"--data {folder}") for domain in domains)
 
 
-def format_header(header: Mapping[str, object]) -> str:
+def format_databin_header(header: Mapping[str, object]) -> str:
     """Format the content of databin.json, in the order of its keys."""
     return format_json(header, indent=2) + "\n"
 

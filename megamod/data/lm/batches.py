@@ -127,14 +127,14 @@ class TrainBatches(StepBatches):
         domain = int(domains[0]) if self._alike[row] else None
         if domain is not None:
             rows = self.blocks[domain].read_blocks(indices)
-            self.blocks[domain].check_rows(rows, indices)
+            self.blocks[domain].check_row_ids(rows, indices)
         else:
             rows = np.zeros((len(indices), any_blocks.span + 1), dtype=np.int64)
             for target, block_domain, index in zip(
                 rows, domains.tolist(), indices.tolist(), strict=True
             ):
                 self.blocks[block_domain].read_block_into(target, index)
-                self.blocks[block_domain].check_rows(target[None], [index])
+                self.blocks[block_domain].check_row_ids(target[None], [index])
         domain_tokens = None if self._domain_tokens is None else self._domain_tokens[domains]
         inputs, labels, padded = build_inputs_and_labels(
             rows,
@@ -198,7 +198,7 @@ class TrainBatches(StepBatches):
         for domain, blocks in enumerate(self.blocks):
             selected = self._domains == domain
             indices = self._indices[selected]
-            self._opens[selected] = blocks.find_item_starts(indices)
+            self._opens[selected] = blocks.mask_item_starts(indices)
             self._lengths[selected] = blocks.count_targets(indices) - (
                 self._domain_tokens is not None
             )
@@ -250,7 +250,7 @@ def iterate_eval_batches(
         if number == max_batches:
             return
         indices = np.arange(start, min(start + batch_size, len(blocks)))
-        inputs, labels, padded = blocks.gather_tensors(indices)
+        inputs, labels, padded = blocks.gather_inputs_and_labels(indices)
         batch = {"input_ids": inputs, "labels": labels}
         if padded:
             batch["attention_mask"] = labels != IGNORE

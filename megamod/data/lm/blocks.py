@@ -94,12 +94,12 @@ class TokenBlocks:
             self.domain_token is not None
         )
 
-    def find_item_starts(self, block_indices: np.ndarray) -> np.ndarray:
+    def mask_item_starts(self, block_indices: np.ndarray) -> np.ndarray:
         """Return True for blocks that start an item: bool of the shape of `block_indices`."""
         starts, offsets = np.asarray(block_indices) * self.span, self.dataset.offsets
         return offsets[np.searchsorted(offsets, starts)] == starts
 
-    def gather_tensors(self, block_indices: np.ndarray) -> tuple[Tensor, Tensor, bool]:
+    def gather_inputs_and_labels(self, block_indices: np.ndarray) -> tuple[Tensor, Tensor, bool]:
         """Read blocks [B] as inputs and labels; returns as `build_inputs_and_labels`.
 
         Raises:
@@ -116,17 +116,17 @@ class TokenBlocks:
             self.read_blocks(block_indices),
             self.count_targets(block_indices) - (domain_tokens is not None),
         )
-        self.check_rows(rows, block_indices)
+        self.check_row_ids(rows, block_indices)
         return build_inputs_and_labels(
             rows,
-            self.find_item_starts(block_indices),
+            self.mask_item_starts(block_indices),
             block_lengths,
             self.eos_id,
             self.pad_id,
             domain_tokens,
         )
 
-    def check_rows(self, rows: np.ndarray, block_indices: Sequence[int] | np.ndarray) -> None:
+    def check_row_ids(self, rows: np.ndarray, block_indices: Sequence[int] | np.ndarray) -> None:
         """Check the ids of rows that `read_blocks` or `read_block_into` filled.
 
         A dataset without a vocabulary size is not checked.
@@ -148,7 +148,7 @@ class TokenBlocks:
         `block_indices` are [B] int64, at least one.
 
         The rest of a short block, and what precedes the first block, is 0. Ids are not checked, see
-        `check_rows`. If all blocks are full, this is one gather from overlapping windows and one
+        `check_row_ids`. If all blocks are full, this is one gather from overlapping windows and one
         cast.
         """
         preceding = block_indices * self.span - 1

@@ -9,7 +9,13 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megamod.data.corpus.header import HEADER, SPLITS, DataBinHeader, SplitHeader, read_header
+from megamod.data.corpus.header import (
+    HEADER,
+    SPLITS,
+    DataBinHeader,
+    SplitHeader,
+    read_databin_header,
+)
 from megamod.data.corpus.indexed import (
     BLOCK_BYTES,
     Dictionary,
@@ -184,7 +190,7 @@ class DataBin:
 
     def _read_header(self) -> None:
         """Set the attributes from databin.json; raise UserError if it or its files are damaged."""
-        header = read_header(self.path)
+        header = read_databin_header(self.path)
         for name, expected in (header.files or {}).items() if self.verify != "size" else ():
             file = self.path / name
             if not file.is_file() or hash_file(file) != expected:

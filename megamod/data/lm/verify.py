@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from megamod.data.corpus.header import HEADER, SPLITS, read_header
+from megamod.data.corpus.header import HEADER, SPLITS, read_databin_header
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
@@ -21,7 +21,7 @@ def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
     except UserError as error:
         yield f"{path}: data-bin", [str(error)]
         return
-    header = read_header(path) if (path / HEADER).exists() else None
+    header = read_databin_header(path) if (path / HEADER).exists() else None
     yield f"{path}: data-bin, {len(data.domains)} domains, {data.vocab_size:,} ids", []
     if header and header.files is not None:
         faults = [

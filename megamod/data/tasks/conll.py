@@ -80,7 +80,7 @@ def read_conll(
         UserError: if there is no sentence, for a column that does not exist, and naming a line that
             has another number of columns than most, or lacks a word or a label.
     """
-    blocks = list(_read_blocks(path))
+    blocks = list(_iterate_line_blocks(path))
     layout = _detect_layout(
         path, blocks, word_column, label_column, split.startswith("test"), label_after_word
     )
@@ -107,7 +107,7 @@ def read_conll(
     return TokenSet(words, labels or None, lines, str(path))
 
 
-def _read_blocks(path: Path) -> Iterator[list[Numbered]]:
+def _iterate_line_blocks(path: Path) -> Iterator[list[Numbered]]:
     """Yield the numbered lines between two blank lines, such as those of a sentence.
 
     Lines with -DOCSTART- separate, too.
@@ -146,7 +146,7 @@ def _detect_layout(
     Log a warning if column 0 numbers the words and is therefore skipped.
 
     Args:
-        blocks: see `_read_blocks`.
+        blocks: see `_iterate_line_blocks`.
         word_column, label_column, label_after_word: see `read_conll`.
         is_test: True if the column of the labels may be missing.
     Raises:

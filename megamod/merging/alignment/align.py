@@ -30,7 +30,7 @@ from megamod.merging.alignment.matching import (
     FeatureMatch,
     assign_features,
     assign_heads,
-    match_identically,
+    score_identity_match,
     select_solver,
     transport_features,
     transport_heads,
@@ -41,7 +41,11 @@ from megamod.merging.alignment.measure import (
     measure_covariances,
 )
 from megamod.merging.alignment.options import Options
-from megamod.merging.alignment.record import Alignment, find_following_head, list_aligned_groups
+from megamod.merging.alignment.record import (
+    Alignment,
+    find_head_following_stream,
+    list_aligned_groups,
+)
 from megamod.merging.alignment.refine import Refinement
 from megamod.merging.alignment.reuse import compute_cached_alignment
 from megamod.merging.alignment.statistics import average_moments
@@ -155,7 +159,7 @@ def align_weights(
         )
     groups = {group.name: group for group in list_aligned_groups(symmetry, options)}
     residual = [group for group in groups.values() if group.family == "res"]
-    tied_head = groups.get(find_following_head(symmetry, options) or "")
+    tied_head = groups.get(find_head_following_stream(symmetry, options) or "")
     units: list[list[list[Group]]] = []
     if options.residual == "sep":
         units += [[[group]] for group in residual]
@@ -163,7 +167,7 @@ def align_weights(
         units.append([[*residual, *([tied_head] if tied_head else [])]])
     for group in groups.values():
         if group.family == "attn":
-            partner = groups.get(_find_partner_name(group.name))
+            partner = groups.get(_find_partner_group(group.name))
             units.append([[group], *([[partner]] if partner else [])])
         elif group.family in ("ff", "head") and group is not tied_head:
             units.append([[group]])
@@ -310,7 +314,9 @@ def _match_groups(
         return matrix.abs() if options.absolute else matrix
 
     if options.method == "identity":
-        return {group.name: match_identically(compute_similarity(group.name)) for group in groups}
+        return {
+            group.name: score_identity_match(compute_similarity(group.name)) for group in groups
+        }
     soft = options.method == "ot"
     solve = (
         partial(transport_features, regularisation=options.regularisation)
@@ -333,7 +339,7 @@ def _match_groups(
         if group.heads is None:
             matches[group.name] = solve(matrix)
         else:
-            order = matches[_find_partner_name(group.name)].heads if group.family == "qk" else None
+            order = matches[_find_partner_group(group.name)].heads if group.family == "qk" else None
             heads, mode = group.heads, options.attention
             if soft:
                 matches[group.name] = transport_heads(
@@ -345,7 +351,7 @@ def _match_groups(
     return matches
 
 
-def _find_partner_name(name: str) -> str:
+def _find_partner_group(name: str) -> str:
     """Find the name of the other group of the same attention heads: layer.N.attn of layer.N.qk, and
     the other way round.
     """
@@ -371,7 +377,7 @@ def _build_alignment(
     }
     for name in names:
         if symmetry.groups[name].family == "attn" and costs:
-            all_costs[name] = all_costs.get(_find_partner_name(name), all_costs[name])
+            all_costs[name] = all_costs.get(_find_partner_group(name), all_costs[name])
     return Alignment({name: matches[name].permutation for name in names}, all_costs, options)
 
 

@@ -25,7 +25,11 @@ from megamod.merging.alignment.orthogonal import (
     match_signed_features,
     select_head_map_kind,
 )
-from megamod.merging.alignment.record import Alignment, find_following_head, list_aligned_groups
+from megamod.merging.alignment.record import (
+    Alignment,
+    find_head_following_stream,
+    list_aligned_groups,
+)
 from megamod.merging.alignment.symmetry import Symmetry
 from megamod.merging.alignment.weight_descent import WeightDescent, make_identity_match
 from megamod.states.weights import is_finite
@@ -94,7 +98,7 @@ def align_by_maps(
     states = (first.state_dict(), second.state_dict())
     _refuse_non_finite(*states)
     matches = _match_by_text(first, second, symmetry, batches, options)
-    return _descend(*states, symmetry, options, matches, descent_rounds)
+    return _improve_by_descent(*states, symmetry, options, matches, descent_rounds)
 
 
 def align_weights_by_maps(
@@ -111,7 +115,7 @@ def align_weights_by_maps(
     _refuse_non_finite(first, second)
     groups = list_aligned_groups(symmetry, options)
     start = {group.name: make_identity_match(group) for group in groups}
-    return _descend(first, second, symmetry, options, start, _MOST_ROUNDS)
+    return _improve_by_descent(first, second, symmetry, options, start, _MOST_ROUNDS)
 
 
 def _refuse_non_finite(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
@@ -142,7 +146,7 @@ def _match_by_text(
     """
     groups = list_aligned_groups(symmetry, options)
     rotates, keeps_ones = rotates_stream(symmetry, options), not symmetry.family.rms
-    following = find_following_head(symmetry, options)
+    following = find_head_following_stream(symmetry, options)
     observed: list[Group] = []
     for group in groups:
         if group.family == "attn" or (group.family == "res" and rotates):
@@ -196,7 +200,7 @@ def _match_features(group: Group, measured: FeatureStatistics) -> GroupMatch:
     return GroupMatch(match.permutation, {}, match.value)
 
 
-def _descend(
+def _improve_by_descent(
     first: Mapping[str, Tensor],
     second: Mapping[str, Tensor],
     symmetry: Symmetry,
@@ -213,7 +217,7 @@ def _descend(
     groups = {group.name: group for group in list_aligned_groups(symmetry, options)}
     rotates = rotates_stream(symmetry, options)
     folding = find_folding(symmetry) if rotates else None
-    following = groups.get(find_following_head(symmetry, options) or "")
+    following = groups.get(find_head_following_stream(symmetry, options) or "")
     stream = [group for group in groups.values() if group.family == "res"]
     units = [[*stream, *([following] if following else [])]] if stream else []
     units += [[g] for g in groups.values() if g not in stream and g is not following]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from megamod.dist.scope import EXPERTS_COMPONENT, parse_expert_domain, to_dense_name
+from megamod.dist.scope import EXPERTS_COMPONENT, convert_to_dense_name, parse_expert_domain
 from megamod.merging.alignment.groups import Group, Hook, TensorAxis
 
 
@@ -21,7 +21,7 @@ def expand_groups_over_experts(
     """
     named: dict[str, list[str]] = {}
     for name in shapes:
-        named.setdefault(to_dense_name(name), []).append(name)
+        named.setdefault(convert_to_dense_name(name), []).append(name)
     if all(names == [name] for name, names in named.items()):
         return list(groups)
     # Heads of single domains are tied, if at all, to tables of single domains.

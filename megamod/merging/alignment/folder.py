@@ -63,7 +63,7 @@ class PermutedFolder(TensorView):
         if self._stored:
             self.config |= {"tie_word_embeddings": False}
 
-    def _read_original(self, name: str) -> Tensor:
+    def _read_stored_tensor(self, name: str) -> Tensor:
         """Read a whole tensor as it is stored; a tied matrix under either name."""
         return self.source.read(name if name in self.source.tensors else self._stored[name])
 
@@ -84,7 +84,7 @@ class PermutedFolder(TensorView):
         spec = self.tensors[name]
         if spec.nbytes <= PIECE or mixed:
             if mixed:
-                whole = self._read_mixed_tensor(name)
+                whole = self._compute_aligned_tensor(name)
             else:
                 whole = apply_changes(self.source.read(original), tensor_changes)
             whole = scale_features(whole, scaled)
@@ -100,7 +100,7 @@ class PermutedFolder(TensorView):
         part = scale_features(part, scaled, first)
         buffer.copy_(part.reshape(-1)[start - first * row :][: len(buffer)])
 
-    def _read_mixed_tensor(self, name: str) -> Tensor:
+    def _compute_aligned_tensor(self, name: str) -> Tensor:
         """Read a whole tensor of the aligned model, folded and mapped.
 
         The last one is cached per thread, as the next piece probably belongs to it.
@@ -108,7 +108,7 @@ class PermutedFolder(TensorView):
         cached = getattr(self._cached, "tensor", None)
         if cached is None or cached[0] != name:
             changes = self._changes.get(name, [])
-            cached = name, transform_tensor(name, self._read_original, self._folding, changes)
+            cached = name, transform_tensor(name, self._read_stored_tensor, self._folding, changes)
             self._cached.tensor = cached
         return cached[1]
 

@@ -217,7 +217,7 @@ def _select_block(similarity: Tensor, j: int, k: int, size: int) -> Tensor:
     return similarity[j * size : (j + 1) * size, k * size : (k + 1) * size]
 
 
-def match_identically(similarity: Tensor) -> FeatureMatch:
+def score_identity_match(similarity: Tensor) -> FeatureMatch:
     """Return the match that leaves every feature at its index, with its summed similarity."""
     return FeatureMatch(torch.arange(len(similarity)), float(similarity.trace()))
 

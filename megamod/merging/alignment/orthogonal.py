@@ -67,7 +67,7 @@ def solve_procrustes(products: Tensor) -> tuple[Tensor, Tensor]:
     return left @ right, values.sum(-1)
 
 
-def solve_stream(products: Tensor, keeps_ones: bool) -> tuple[Tensor, float]:
+def solve_stream_map(products: Tensor, keeps_ones: bool) -> tuple[Tensor, float]:
     """Find the orthogonal matrix of the residual stream and its value.
 
     Args:
@@ -148,7 +148,7 @@ class HeadProducts:
     per_query: Tensor
     per_key: Tensor
 
-    def sum_over_order(self, first: int, second: int, order: Tensor) -> Tensor:
+    def sum_in_query_order(self, first: int, second: int, order: Tensor) -> Tensor:
         """Sum the products [h, h] of a pair of key heads, whose query heads have an order [n]."""
         by_head = self.per_query[first, torch.arange(len(order)), second, order]
         return by_head.sum(0) + self.per_key[first, second]
@@ -187,11 +187,11 @@ def match_heads(
         scores = torch.zeros(heads, heads, dtype=torch.float64)
         for j in range(heads):
             for k in [j] if mode == "monotonic" else range(heads):
-                orders[j, k], scores[j, k] = _order_queries(qk, values, kind, mode, (j, k))
+                orders[j, k], scores[j, k] = _find_query_order(qk, values, kind, mode, (j, k))
     order = torch.arange(heads) if mode == "monotonic" else assign_features(scores).permutation
     pairs = list(enumerate(order.tolist()))
     summed = [
-        torch.stack([part.sum_over_order(j, k, orders[j, k]) for j, k in pairs])
+        torch.stack([part.sum_in_query_order(j, k, orders[j, k]) for j, k in pairs])
         for part in (qk, values)
     ]
     query_heads = torch.cat([k * times + orders[j, k] for j, k in pairs])
@@ -204,7 +204,7 @@ def match_heads(
     return GroupMatch(permutation, maps, float((qk_values + value_values).sum()))
 
 
-def _order_queries(
+def _find_query_order(
     qk: HeadProducts, values: HeadProducts, kind: str, mode: str, pair: tuple[int, int]
 ) -> tuple[Tensor, float]:
     """Find the order [n] of the query heads of a pair of key heads, and the value of the pair."""
@@ -218,7 +218,7 @@ def _order_queries(
     best, best_order = -torch.inf, order
     for _ in range(_QUERY_ROUNDS):
         solved = [
-            solve_head_maps(part.sum_over_order(j, k, order), inner)
+            solve_head_maps(part.sum_in_query_order(j, k, order), inner)
             for part, inner in ((qk, kind), (values, FREE))
         ]
         value = float(solved[0][1] + solved[1][1])
@@ -315,7 +315,7 @@ def match_observed_stream(
     Args:
         places: sums of products at each norm, by the name of its group.
         width: of the stream; `count`: number of tokens.
-        keeps_ones: see `solve_stream`.
+        keeps_ones: see `solve_stream_map`.
     Raises:
         UserError: if there are fewer tokens than features.
     """
@@ -328,7 +328,7 @@ def match_observed_stream(
     for moments in places.values():
         norms = moments.first.sum().sqrt() * moments.second.sum().sqrt()
         total += moments.cross / norms.clamp(min=torch.finfo(torch.float64).tiny)
-    matrix, value = solve_stream(total, keeps_ones)
+    matrix, value = solve_stream_map(total, keeps_ones)
     return GroupMatch(None, {"stream": matrix[None]}, value / len(places) * width)
 
 

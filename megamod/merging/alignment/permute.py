@@ -187,13 +187,13 @@ def _have_equal_changes(first: list[AxisChange], second: list[AxisChange]) -> bo
     """Return True if two lists hold the same changes in the same order."""
     return len(first) == len(second) and all(
         (a.axis, a.start) == (b.axis, b.start)
-        and _are_equal(a.index, b.index)
-        and _are_equal(a.blocks, b.blocks)
+        and _are_equal_tensors(a.index, b.index)
+        and _are_equal_tensors(a.blocks, b.blocks)
         for a, b in zip(first, second, strict=True)
     )
 
 
-def _are_equal(first: Tensor | None, second: Tensor | None) -> bool:
+def _are_equal_tensors(first: Tensor | None, second: Tensor | None) -> bool:
     """Return True if both are None, or tensors of the same elements."""
     return first is second or (
         first is not None and second is not None and torch.equal(first, second)

@@ -80,7 +80,7 @@ class Alignment:
         applied = {}
         for group in list_aligned_groups(symmetry, self.options):
             name = group.name
-            if name == find_following_head(symmetry, self.options):
+            if name == find_head_following_stream(symmetry, self.options):
                 name = "res.emb"
             permutation = self.permutations.get(name)
             if permutation is None or len(permutation) != group.size:
@@ -116,7 +116,7 @@ class Alignment:
                     "norms of this model need"
                 )
 
-    def _name_change_of_stream(self) -> str:
+    def _describe_stream_change(self) -> str:
         """Return the word of alignment.json for the change of the residual stream."""
         if "res.emb" in self.maps:
             return "rotation"
@@ -147,7 +147,7 @@ class Alignment:
                 version = 2 if named else 1
                 record = {"format": version, "options": options, "costs": dict(self.costs)}
                 if named:
-                    record["residual"] = self._name_change_of_stream()
+                    record["residual"] = self._describe_stream_change()
                 write_json(temporary / _RECORD, record)
         except FileExistsError as error:
             raise UserError(f"{folder}: exists already") from error
@@ -174,12 +174,12 @@ def list_aligned_groups(symmetry: Symmetry, options: Options) -> list[Group]:
     heads = [
         group
         for group in symmetry.select_groups("head")
-        if options.head or group.name == find_following_head(symmetry, options)
+        if options.head or group.name == find_head_following_stream(symmetry, options)
     ]
     return selected + heads
 
 
-def find_following_head(symmetry: Symmetry, options: Options) -> str | None:
+def find_head_following_stream(symmetry: Symmetry, options: Options) -> str | None:
     """Find the output head whose features are permuted like the residual stream.
 
     That is the one with a tied matrix, if the options permute the stream and let it follow.

@@ -34,7 +34,7 @@ from megamod.merging.alignment.orthogonal import (
     make_plane_rotations,
     select_head_map_kind,
     solve_procrustes,
-    solve_stream,
+    solve_stream_map,
 )
 from megamod.merging.alignment.permute import (
     AxisChange,
@@ -117,7 +117,7 @@ class Refinement:
             prepare_reference(first.state_dict(), symmetry, alignment),
             permute_state(second.state_dict(), symmetry, alignment),
         )
-        _warn_of_memory(states[0])
+        _warn_of_low_memory(states[0])
         self._reference, self._aligned = states
 
     def run(self, steps: int) -> Alignment:
@@ -135,7 +135,7 @@ class Refinement:
         with show_progress(total=steps, title="refining maps", unit="step") as bar:
             bar.update(state.step)
             while state.step < steps:
-                self._make_step(state)
+                self._take_step(state)
                 bar.update(1)
                 if state.step % EVERY == 0 or state.step == steps:
                     self._measure_held_out_loss(state)
@@ -149,7 +149,7 @@ class Refinement:
         Raises:
             UserError: if the progress file is damaged, or the loss is not finite.
         """
-        zeros = self._make_zeros()
+        zeros = self._make_zero_parameters()
         if self._file is not None and self._file.exists():
             return _read_state(self._file, list(zeros))
         copies = [{key: tensor.clone() for key, tensor in zeros.items()} for _ in range(4)]
@@ -157,7 +157,7 @@ class Refinement:
         self._measure_held_out_loss(state)
         return state
 
-    def _make_zeros(self) -> dict[MapKey, Tensor]:
+    def _make_zero_parameters(self) -> dict[MapKey, Tensor]:
         """Make parameters of maps that change nothing, on the device of the model.
 
         Maps of the alignment that cannot be refined, such as signs, have none.
@@ -173,7 +173,7 @@ class Refinement:
                     zeros[name, role] = torch.zeros(blocks.shape)
         return {key: tensor.to(self._model.device) for key, tensor in zeros.items()}
 
-    def _make_step(self, state: _State) -> None:
+    def _take_step(self, state: _State) -> None:
         """Make one step of Adam: advance `state.step`, its parameters and moments.
 
         Raises:
@@ -310,7 +310,7 @@ class Refinement:
         for (name, role), blocks in self._make_blocks(exact).items():
             combined = blocks @ maps[name][role]
             if role == "stream":
-                matrix, _ = solve_stream(combined[0], not self._symmetry.family.rms)
+                matrix, _ = solve_stream_map(combined[0], not self._symmetry.family.rms)
                 maps[name][role] = matrix[None]
             elif parameters[name, role].dim() == 2:
                 maps[name][role] = combined
@@ -390,7 +390,7 @@ def _split_rows(batches: Sequence[Batch], domains: Sequence[str]) -> tuple[list[
     return rows[held_out:], rows[:held_out]
 
 
-def _warn_of_memory(state: Mapping[str, Tensor]) -> None:
+def _warn_of_low_memory(state: Mapping[str, Tensor]) -> None:
     """Log a warning if the mapped model and its gradient do not fit into the free memory.
 
     Args:

@@ -8,7 +8,7 @@ Source: Verma and Elbayad 2024 (Merging text transformer models from different i
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from megamod.dist.scope import parse_expert_domain, to_dense_name
+from megamod.dist.scope import convert_to_dense_name, parse_expert_domain
 from megamod.errors import UserError
 from megamod.merging.alignment.expert_groups import expand_groups_over_experts
 from megamod.merging.alignment.families import FAMILIES, Family, Head
@@ -62,7 +62,7 @@ def find_symmetry(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fa
         raise UserError(f"model_type {kind!r}: cannot be aligned; known are {known}")
     family = FAMILIES[kind]
     _check_required_fields(family, config)
-    dense = {to_dense_name(name): name for name in shapes}
+    dense = {convert_to_dense_name(name): name for name in shapes}
     prefix = family.prefix if any(name.startswith(family.prefix) for name in dense) else ""
     names = _ModuleNames(family, prefix, {name: tuple(shapes[raw]) for name, raw in dense.items()})
     counts = [config.get(key) for key in (family.layers, family.heads)]
@@ -99,7 +99,7 @@ def find_symmetry(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fa
     unknown = tuple(
         name
         for name in shapes
-        if name not in grouped_tensors and not to_dense_name(name).endswith(family.free)
+        if name not in grouped_tensors and not convert_to_dense_name(name).endswith(family.free)
     )
     domains = tuple(dict.fromkeys(d for name in shapes if (d := parse_expert_domain(name))))
     for group in expanded:

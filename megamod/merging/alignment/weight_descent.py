@@ -17,7 +17,7 @@ from megamod.merging.alignment.orthogonal import (
     GroupMatch,
     match_heads,
     match_signed_features,
-    solve_stream,
+    solve_stream_map,
     split_head_products,
 )
 from megamod.merging.alignment.permute import AxisChange, apply_changes, make_axis_change
@@ -162,7 +162,7 @@ class WeightDescent:
         plain = by_part.get(("", group.size))
         signed = by_part.get(("sign", group.size))
         if group.family == "res" and self._folded:
-            matrix, value = solve_stream(plain, self._keeps_ones)
+            matrix, value = solve_stream_map(plain, self._keeps_ones)
             return GroupMatch(None, {"stream": matrix[None]}, value)
         if signed is None:
             match = assign_features(plain)

@@ -67,7 +67,7 @@ def method(name: str, **fields: object) -> Callable[[MergeFunction], MergeFuncti
     return register_function
 
 
-def list_parameters() -> tuple[str, ...]:
+def list_method_parameters() -> tuple[str, ...]:
     """List the parameters of all methods, sorted: a recipe may contain those of other methods."""
     names = {name for entry in METHODS.values() for name in (*entry.per_model, *entry.overall)}
     return tuple(sorted(names))

@@ -107,7 +107,7 @@ def model_stock(target: MergeTensor) -> Iterator[Tensor]:
         for _, base, deltas in _iterate_task_vectors(target, list(target.iterate_row_pieces())):
             rows = deltas.view(len(deltas), -1, width)
             products = torch.einsum("aij,bij->iab", rows.double(), rows.double())
-            pull = _compute_pull(products)
+            pull = _compute_interpolation_ratio(products)
             mean = rows.mean(0).mul_(pull.to(rows.dtype)[:, None])
             yield base.add_(mean.view(-1))
         return
@@ -116,12 +116,12 @@ def model_stock(target: MergeTensor) -> Iterator[Tensor]:
     )
     for _, _, deltas in _iterate_task_vectors(target, list(target.iterate_pieces())):
         products += deltas @ deltas.T
-    pull = float(_compute_pull(products))
+    pull = float(_compute_interpolation_ratio(products))
     for _, base, deltas in _iterate_task_vectors(target, list(target.iterate_pieces())):
         yield base.add_(deltas.mean(0), alpha=pull)
 
 
-def _compute_pull(products: Tensor) -> Tensor:
+def _compute_interpolation_ratio(products: Tensor) -> Tensor:
     """Compute how far to go from the base (0) to the mean of the models (1), by their agreement.
 
     With the mean cosine c of two of the k task vectors it is k c / (1 + (k - 1) c), and 0 where

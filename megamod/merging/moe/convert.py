@@ -10,8 +10,8 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.merging.merge import (
     SHARD_BYTES,
-    open_plan,
-    update_tie_setting,
+    open_merge_plan,
+    untie_config_if_needed,
     write_config_and_tokenizer,
     write_merged_weights,
 )
@@ -62,7 +62,7 @@ def convert_to_moe(
     if output is not None:
         check_new_folder(output)
     with ExitStack() as stack:
-        dense = open_plan(recipe, shard_bytes, stack)
+        dense = open_merge_plan(recipe, shard_bytes, stack)
         plan = make_moe_plan(dense, experts_per_token, anchor=anchor, shard_bytes=shard_bytes)
         if dry_run:
             return plan
@@ -73,7 +73,7 @@ def convert_to_moe(
         digests = write_merged_weights(
             folder, plan.files, plan.specs, produce, dense.folders, threads=threads, quiet=quiet
         )
-        config = update_tie_setting(plan.specs, plan.config, folder)
+        config = untie_config_if_needed(plan.specs, plan.config, folder)
         tokenizer = dense.folders[recipe.tokenizer].folder if copy_tokenizer else None
         write_config_and_tokenizer(replace(dense, config=config), folder, tokenizer)
         shares = dense.compute_shares() if plan.shared == "averaged" else [None] * plan.experts

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megamod.errors import UserError
-from megamod.merging.merge import compute_tensor, iterate_stored_pieces
+from megamod.merging.merge import compute_merged_tensor, iterate_stored_pieces
 from megamod.merging.moe.configuration import build_moe_config, find_moe_family
 from megamod.merging.plan import MergePlan
 from megamod.merging.tensors import describe_source, have_same_bits
@@ -241,7 +241,7 @@ def compute_moe_tensor(plan: MoePlan, rows: Tensor, name: str) -> Iterator[Tenso
     """
     tensor, spec = plan.tensors[name], plan.specs[name]
     if tensor.shared is not None:
-        yield from compute_tensor(plan.dense, 0, tensor.shared)
+        yield from compute_merged_tensor(plan.dense, 0, tensor.shared)
     elif tensor.copies:
         for expert, stored in tensor.copies:
             for piece in iterate_stored_pieces(plan.dense.folders[expert], stored):

@@ -103,10 +103,10 @@ def add_new_adapter(model: PreTrainedModel, fields: Mapping[str, object], seed: 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _inject(model, fields, NEW)
+        _inject_adapter(model, fields, NEW)
 
 
-def add_blank_adapter(model: PreTrainedModel, fields: Mapping[str, object]) -> None:
+def add_adapter_without_storage(model: PreTrainedModel, fields: Mapping[str, object]) -> None:
     """Put an adapter without values into a model whose tensors have no storage; freeze the rest.
 
     The planner calls it under a fake-tensor mode, in which the adapter gets no storage either.
@@ -118,7 +118,7 @@ def add_blank_adapter(model: PreTrainedModel, fields: Mapping[str, object]) -> N
     # peft moves new layers to the device of the model, which tensors without storage do not allow:
     # they are made outside the mode, on the meta device (low_cpu_mem_usage), and then replaced.
     with unset_fake_temporarily():
-        _inject(model, fields, NEW, low_cpu_mem_usage=True)
+        _inject_adapter(model, fields, NEW, low_cpu_mem_usage=True)
     for key, parameter in list(model.named_parameters()):
         if parameter.requires_grad:
             path, _, name = key.rpartition(".")
@@ -190,9 +190,9 @@ def add_adapter(model: PreTrainedModel, folder: Path) -> str:
         weights = load_peft_weights(str(folder), device="cpu")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / ADAPTER_FILE}: cannot be opened: {error}") from error
-    _check_layers(model, weights, folder)
+    _check_adapted_layers(model, weights, folder)
     try:
-        _inject(model, fields, name)
+        _inject_adapter(model, fields, name)
         report = set_peft_model_state_dict(model, weights, name)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -204,7 +204,9 @@ def add_adapter(model: PreTrainedModel, folder: Path) -> str:
     return name
 
 
-def add_empty_adapter(model: PreTrainedModel, name: str, fields: Mapping[str, object]) -> None:
+def add_uninitialised_adapter(
+    model: PreTrainedModel, name: str, fields: Mapping[str, object]
+) -> None:
     """Add an adapter to a model and select it; its weights are to be loaded afterwards.
 
     Args:
@@ -212,13 +214,15 @@ def add_empty_adapter(model: PreTrainedModel, name: str, fields: Mapping[str, ob
         name: of the adapter in the model.
         fields: of its `LoraConfig`.
     """
-    _inject(model, fields, name)
+    _inject_adapter(model, fields, name)
     select_adapter(model, name)
 
 
 def list_adapter_fields(model: PreTrainedModel) -> dict[str, dict[str, object]]:
     """List the JSON fields of each adapter's `LoraConfig`, by its name; the model must have one."""
-    return {name: _plain(config.to_dict()) for name, config in model.peft_config.items()}
+    return {
+        name: _convert_to_json_value(config.to_dict()) for name, config in model.peft_config.items()
+    }
 
 
 def select_adapter(model: PreTrainedModel, name: str) -> None:
@@ -257,7 +261,7 @@ def select_expert(model: PreTrainedModel, domain: str) -> None:
         select_domain(model, domain)
 
 
-def _inject(
+def _inject_adapter(
     model: PreTrainedModel, fields: Mapping[str, object], name: str, **options: bool
 ) -> None:
     """Add the layers of an adapter to a model, in place, under a name; their weights are new.
@@ -281,7 +285,9 @@ def _inject(
             parameter._is_hf_initialized = True
 
 
-def _check_layers(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
+def _check_adapted_layers(
+    model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path
+) -> None:
     """Refuse an adapter that changes more than products with matrices of the decoder layers.
 
     Embeddings and output matrices have code of their own, and whole tensors would replace those of
@@ -310,10 +316,10 @@ def _check_layers(model: PreTrainedModel, weights: Mapping[str, Tensor], folder:
             )
 
 
-def _plain(value: object) -> object:
+def _convert_to_json_value(value: object) -> object:
     """Convert a value to JSON: sets as sorted lists, enumerations by value."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): _convert_to_json_value(entry) for key, entry in value.items()}
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return getattr(value, "value", value)

@@ -18,7 +18,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from megamod.dist.scope import EXPERTS_COMPONENT, parse_expert_domain, to_dense_name
+from megamod.dist.scope import EXPERTS_COMPONENT, convert_to_dense_name, parse_expert_domain
 from megamod.errors import UserError
 from megamod.models.calls import (
     BoundedGeneration,
@@ -310,7 +310,7 @@ def initialise_lm_weights(model: DemixForCausalLM, seed: int) -> None:
     place.
     """
     for name, module in model.named_modules():
-        weight_name = to_dense_name(f"{name}.weight").encode()
+        weight_name = convert_to_dense_name(f"{name}.weight").encode()
         generator = torch.Generator().manual_seed(zlib.crc32(weight_name, seed))
         initialise_module_weights(module, model.config, generator)
     model.tie_weights()

@@ -49,7 +49,7 @@ def make_additive_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
     return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
 
 
-def make_alibi_of_rows(
+def make_row_alibi(
     build_alibi_tensor: Callable[..., Tensor], attention_mask: Tensor, *args: object, **more: object
 ) -> Tensor:
     """Make the position biases (ALiBi) of BLOOM, also for a mask of documents.

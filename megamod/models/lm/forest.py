@@ -25,7 +25,7 @@ from megamod.models.calls import (
     select_logit_positions,
 )
 from megamod.models.lm.adapter import (
-    add_empty_adapter,
+    add_uninitialised_adapter,
     list_adapter_fields,
     list_adapters,
 )
@@ -88,7 +88,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
             parts = [select_lm_class(part)(part) for part in configs]
             for part, fields in zip(parts, config.parts, strict=True):
                 for name, adapter in fields.get(ADAPTERS, {}).items():
-                    add_empty_adapter(part, name, adapter)
+                    add_uninitialised_adapter(part, name, adapter)
         self.parts = nn.ModuleList(parts)
         self._tied_weights_keys = {
             f"parts.{number}.{tied}": f"parts.{number}.{source}"

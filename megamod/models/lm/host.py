@@ -30,7 +30,7 @@ from megamod.models.lm.demix import DemixOutput, restrict_config_to_local_domain
 from megamod.models.lm.documents import (
     compute_document_positions,
     make_additive_mask,
-    make_alibi_of_rows,
+    make_row_alibi,
 )
 from megamod.models.lm.hosts import DOCUMENTS_BY_MASK, HOSTS, UNTIE_OF_HOSTS, Host
 from megamod.nn.anchored import AnchoredExperts
@@ -66,7 +66,7 @@ class HostMixin:
             )
         if self._family == "bloom":
             build = self.base_model.build_alibi_tensor
-            self.base_model.build_alibi_tensor = functools.partial(make_alibi_of_rows, build)
+            self.base_model.build_alibi_tensor = functools.partial(make_row_alibi, build)
         domains = getattr(config, "domains", ()) if local_domains is None else local_domains
         if domains and config.model_type == HOST_TYPE:
             self.untie_feed_forwards(domains)

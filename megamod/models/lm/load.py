@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from megamod.dist.scope import to_dense_name
+from megamod.dist.scope import convert_to_dense_name
 from megamod.errors import UserError, report_damage
 from megamod.models.lm.adapter import add_adapter
 from megamod.models.lm.configuration import (
@@ -126,7 +126,7 @@ def build_lm(
     for name, parameter in parameters.items():
         if state[name].shape != parameter.shape:
             raise UserError(
-                f"{flag} {init_from}: {to_dense_name(name)} has shape "
+                f"{flag} {init_from}: {convert_to_dense_name(name)} has shape "
                 f"{tuple(state[name].shape)}, the model needs {tuple(parameter.shape)}"
             )
         parameter.data.copy_(state[name])

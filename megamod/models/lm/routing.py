@@ -66,21 +66,23 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     recorded: list[Routing] = []
     parallel_logits: dict[nn.Module, Tensor] = {}
 
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
+    def record_layer(
+        module: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
+    ) -> None:
         """Add the routing of a layer to the list, after its router's forward pass."""
         if module in parallel_logits:  # the router of DeepSpeed's layer returns no logits
             recorded.append(Routing(parallel_logits.pop(module), outputs[0], outputs[1]))
         else:
             recorded.append(Routing(*(outputs[position] for position in family.outputs)))
 
-    def hook_gate(router: nn.Module) -> Callable[[nn.Module, object, Tensor], None]:
-        """Make a hook that keeps the logits of a gate of DeepSpeed for `hook`."""
+    def make_gate_hook(router: nn.Module) -> Callable[[nn.Module, object, Tensor], None]:
+        """Make a hook that keeps the logits of a gate of DeepSpeed for `record_layer`."""
         return lambda gate, inputs, logits: parallel_logits.update({router: logits})
 
     routers = find_routers(model)
-    handles = [router.register_forward_hook(hook) for router in routers]
+    handles = [router.register_forward_hook(record_layer) for router in routers]
     handles += [
-        router.gate.register_forward_hook(hook_gate(router))
+        router.gate.register_forward_hook(make_gate_hook(router))
         for router in routers
         if isinstance(getattr(router, "gate", None), nn.Linear)
     ]

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from megamod.args import OptimArgs, RunArgs
 from megamod.data.tasks.specs import METRICS
 from megamod.errors import UserError
-from megamod.flags import Arguments, option, refuse_changes
+from megamod.flags import Arguments, option, refuse_values_without_effect
 
 RELEASED_MODELS = {
     "CA-MTL-base": ("bert-base-cased", "base"),
@@ -208,7 +208,7 @@ class FinetuneOptimArgs(OptimArgs):
             UserError: for another optimizer than AdamW.
         """
         super().__post_init__()
-        refuse_changes(self, ("optim",), "finetuning trains with AdamW")
+        refuse_values_without_effect(self, ("optim",), "finetuning trains with AdamW")
 
 
 @dataclass

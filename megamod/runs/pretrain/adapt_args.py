@@ -5,7 +5,7 @@ from typing import Literal
 
 from megamod.args import VERIFY_DATA, OptimArgs
 from megamod.errors import UserError
-from megamod.flags import Arguments, option, refuse_changes
+from megamod.flags import Arguments, option, refuse_values_without_effect
 from megamod.names import check_domain
 
 
@@ -64,9 +64,9 @@ class AdaptArgs(Arguments):
             if value is not None and self.model is not None:
                 raise UserError(f"--{flag} {value}: --model {self.model} is a single model")
             if value is not None:
-                refuse_changes(self, ("prior_sequences",), f"--{flag} is {value}")
+                refuse_values_without_effect(self, ("prior_sequences",), f"--{flag} is {value}")
         if self.model is not None:
-            refuse_changes(self, ("prior_sequences",), "--model is a single model")
+            refuse_values_without_effect(self, ("prior_sequences",), "--model is a single model")
 
 
 @dataclass
@@ -82,4 +82,4 @@ class AdaptOptimArgs(OptimArgs):
             UserError: for another optimizer than AdamW.
         """
         super().__post_init__()
-        refuse_changes(self, ("optim",), "adaptation trains with AdamW")
+        refuse_values_without_effect(self, ("optim",), "adaptation trains with AdamW")

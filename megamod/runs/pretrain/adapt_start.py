@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from megamod.data.lm.databin import DataBin
 from megamod.data.lm.pretraining import LmData
-from megamod.dist.scope import parse_expert_domain, to_dense_name
+from megamod.dist.scope import convert_to_dense_name, parse_expert_domain
 from megamod.errors import UserError
 from megamod.evaluation.ensemble import MixingProtocol, estimate_priors
 from megamod.evaluation.expert_scores import Experts, ParallelScores, SequentialScores
 from megamod.evaluation.held_out_data import HeldOut, check_tokenizer_matches
-from megamod.flags import refuse_changes
+from megamod.flags import refuse_values_without_effect
 from megamod.merging.lora import open_weights
 from megamod.mixture.prior import read_prior
 from megamod.models.auto import check_host_family, check_vocabulary_fits
@@ -92,7 +92,7 @@ def open_candidates(args: AdaptArgs) -> Forest:
         forest = Forest(folder, (Expert(domain="dense", path=folder),))
     if len(forest.experts) == 1:
         single = f"{forest.path} has a single expert"
-        refuse_changes(args, ("prior", "prior_sequences"), single)
+        refuse_values_without_effect(args, ("prior", "prior_sequences"), single)
     if args.start is not None and args.start not in forest.domains:
         raise UserError(
             f"--start {args.start}: {forest.path} has no such expert; choose of "
@@ -320,4 +320,6 @@ def _list_expert_parameters(expert: Expert) -> set[str] | None:
     if expert.member is None:
         return None
     names = ModelFolder(expert.path).tensors
-    return {to_dense_name(name) for name in names if parse_expert_domain(name) == expert.member}
+    return {
+        convert_to_dense_name(name) for name in names if parse_expert_domain(name) == expert.member
+    }

@@ -32,7 +32,7 @@ from megamod.evaluation.held_out_data import check_tokenizer_matches
 from megamod.evaluation.perplexity import select_share
 from megamod.evaluation.plots import plot_training_curves
 from megamod.files import write_json
-from megamod.flags import find_origin, refuse_changes
+from megamod.flags import find_origin, refuse_values_without_effect
 from megamod.models import build
 from megamod.models.build import FAMILIES, LOSSES
 from megamod.models.presets import SHAPE
@@ -310,7 +310,7 @@ def _check_structure(source: str, config: PreTrainedConfig, mux: MuxArgs, data: 
             raise UserError(
                 f"--{name} {getattr(mux, name)}: cannot change the model {source}, which has {held}"
             )
-    refuse_changes(mux, ("generator_size",), f"the model {source} has its size")
+    refuse_values_without_effect(mux, ("generator_size",), f"the model {source} has its size")
     if mux.objective == "replaced_token" and config.mask_token_id != read_mask_id(data):
         raise UserError(
             f"--model {source}: its mask_token_id {config.mask_token_id} is not the "

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megamod.args import MIXTURE_FLAGS, ModelArgs
 from megamod.dist.process import check_peers
-from megamod.flags import refuse_changes
+from megamod.flags import refuse_values_without_effect
 from megamod.merging.moe.layout import split_fused_experts
 from megamod.merging.moe.record import FILE, read_moe_record, write_moe_record
 from megamod.models.auto import resolve_model_folder
@@ -28,7 +28,7 @@ def check_mixture(model: ModelArgs, config: LmConfig) -> None:
     """
     if not is_mixture(config):
         reason = f"--model {model.model} is no mixture of experts; to_moe.py makes one"
-        refuse_changes(model, MIXTURE_FLAGS, reason)
+        refuse_values_without_effect(model, MIXTURE_FLAGS, reason)
     elif model.train == "router":
         check_router_training(f"--train router: --model {model.model}", config)
 

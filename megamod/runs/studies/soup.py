@@ -24,8 +24,8 @@ from megamod.data.tasks.specs import find_any_task
 from megamod.errors import UserError
 from megamod.evaluation.barrier import Losses
 from megamod.merging.alignment.merge_step import load_aligned_model
-from megamod.merging.merge import SHARD_BYTES, check_output, open_plan, write_merge
-from megamod.merging.plan import MergePlan, make_plan
+from megamod.merging.merge import SHARD_BYTES, check_output, open_merge_plan, write_merge
+from megamod.merging.plan import MergePlan, make_merge_plan
 from megamod.merging.recipe import GREEDY_SOUP, MergeRecipe
 from megamod.progress import show_progress
 from megamod.runs.studies.barrier import HEADS, open_held_out
@@ -98,7 +98,7 @@ def greedy_soup(
     paths = [str(model.path) for model in recipe.inputs]
     held_out = None if dry_run else open_held_out(settings, settings.task, paths[0])
     with ExitStack() as stack:
-        plan = open_plan(whole, shard_bytes, stack)
+        plan = open_merge_plan(whole, shard_bytes, stack)
         if held_out is None:
             return plan, []
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,8 +135,8 @@ def _plan_soup(
     """
     kept = {candidate.number for candidate in candidates if candidate.kept}
     if recipe.align is None:
-        return open_plan(_build_average_recipe(recipe, kept), shard_bytes, stack)
-    return make_plan(
+        return open_merge_plan(_build_average_recipe(recipe, kept), shard_bytes, stack)
+    return make_merge_plan(
         _build_average_recipe(recipe, kept, reference=0),
         [whole.folders[number] for number in sorted({0, *kept})],
         shard_bytes,
