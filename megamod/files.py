@@ -120,3 +120,15 @@ def hash_file(path: Path) -> str:
     """Compute the hexadecimal SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Create `target` as a hard link to `source`, or as a copy where links are not possible.
+
+    For files that are not changed in place. An existing `target` is overwritten by a copy. Raises
+    OSError if `target` cannot be written.
+    """
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

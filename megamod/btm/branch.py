@@ -19,7 +19,7 @@ from megamod.btm.forest_entry import RECORD
 from megamod.btm.parents import ParentModel
 from megamod.dist.scope import convert_to_dense_name, parse_expert_domain
 from megamod.errors import UserError
-from megamod.files import create_folder_atomically, write_json
+from megamod.files import create_folder_atomically, link_file, write_json
 from megamod.folder_lock import lock_folder
 from megamod.merging.merge import average_folders
 from megamod.names import check_name
@@ -40,7 +40,6 @@ from megamod.states.checkpoint_folder import (
 )
 from megamod.states.dense import make_dense_config, write_dense_model
 from megamod.states.forest import Parent, read_model_config
-from megamod.states.grow import link_file
 from megamod.states.manifest import MANIFEST, list_checkpoints
 from megamod.states.stream import ModelFolder
 from megamod.states.weights import read_weights
@@ -115,7 +114,7 @@ def write_branch_checkpoint(
             target = folder / domain if in_one_job else folder
             prefix = f"{domain}:" if in_one_job else ""
             target.mkdir(exist_ok=True)
-            _link_model(base, target, domain)
+            _link_start_model(base, target, domain)
             record.write(target)
             if keeps_optimizer:
                 _copy_optimizer(parents[0], folder, number, prefix)
@@ -182,7 +181,7 @@ def _format_parent_name(source: ParentModel) -> str:
     return f"{path} ({source.member})" if source.member else path
 
 
-def _link_model(start_folder: Path, target: Path, domain: str) -> None:
+def _link_start_model(start_folder: Path, target: Path, domain: str) -> None:
     """Link or copy the files of the start model into the existing folder `target`.
 
     Its config.json names `domain` as the only training domain; README.md, merge.json and the
@@ -224,13 +223,13 @@ def _copy_optimizer(source: ParentModel, folder: Path, number: int, prefix: str)
     """
     source_prefix = f"{source.world}:" if source.world else ""
 
-    def belongs(name: str) -> bool:
+    def is_selected(name: str) -> bool:
         return name.startswith(source_prefix) and parse_expert_domain(name) in (None, source.member)
 
     for part, file in enumerate(list_optimizer_files(source.folder)):
         renamed = {
             prefix + convert_to_dense_name(name.removeprefix(source_prefix)): (start, tensors)
-            for name, start, tensors in read_fragments(file, belongs)
+            for name, start, tensors in read_fragments(file, is_selected)
         }
         if renamed:
             write_fragments(build_optimizer_path(folder, number, part), renamed)

@@ -31,7 +31,7 @@ from megamod.btm.placement import (
     list_local_slots,
     parse_include,
 )
-from megamod.btm.progress import Row, Screen, read_progress
+from megamod.btm.progress import ProgressRow, Screen, read_progress
 from megamod.btm.scores import format_campaign_scores
 from megamod.btm.tasks import Stage, Task
 from megamod.dist.hostfile import Host, HostSlots, read_hostfile
@@ -50,8 +50,8 @@ class TaskState:
 
     Attributes:
         row: its row in the table of progress.
-        stage: the program that was started last; None: none yet.
-        process: the running program, started by this driver; None: none.
+        stage: the program that was started last; None: no program was started.
+        process: the running program, started by this driver; None: no program runs.
         adopted: an earlier driver started the program that runs.
         placement: slots of that program; empty: none yet.
         port: TCP port of DeepSpeed's launcher for it.
@@ -64,7 +64,7 @@ class TaskState:
     """
 
     task: Task
-    row: Row
+    row: ProgressRow
     stage: Stage | None = None
     process: subprocess.Popen[bytes] | None = None
     adopted: bool = False
@@ -104,7 +104,7 @@ class Driver:
     max_restarts: int
     screen: Screen = field(default_factory=Screen)
     signals: int = 0
-    finished: list[Row] = field(default_factory=list)
+    finished: list[ProgressRow] = field(default_factory=list)
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Run tasks in parallel, as many as the slots allow, until each has ended.
@@ -116,7 +116,7 @@ class Driver:
                 finished.
             Interrupted: the driver received a signal, and its jobs have ended.
         """
-        jobs = [TaskState(task, Row(task.name, "waiting", task.last)) for task in tasks]
+        jobs = [TaskState(task, ProgressRow(task.name, "waiting", task.last)) for task in tasks]
         for job in jobs:
             self._adopt_if_running(job)
         while not all(job.ended for job in jobs):
@@ -133,7 +133,7 @@ class Driver:
         self.finished += [job.row for job in jobs]
         _raise_failures([job for job in jobs if job.fault])
 
-    def handle_signal(self, signal_number: int, frame: object) -> None:
+    def record_stop_signal(self, signal_number: int, frame: object) -> None:
         """Count a signal to stop; the arguments are those of a handler and have no effect.
 
         After the first one `run` starts nothing more and asks its jobs to write checkpoints and
@@ -328,7 +328,9 @@ def _run_waves(campaign: Campaign, waves: "Sequence[Wave]", driver: Driver) -> N
     `add_round_to_forest`.
     """
     print(campaign.format_token_counts(), flush=True)
-    before = {n: signal.signal(n, driver.handle_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {
+        n: signal.signal(n, driver.record_stop_signal) for n in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         for tasks, after in waves:
             driver.run(tasks)

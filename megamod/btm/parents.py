@@ -72,7 +72,7 @@ def find_parent(
         raise UserError(f"--parents {checkpoint}: is not a complete checkpoint: {faults[0]}")
     if is_model(checkpoint):
         return ParentModel(
-            checkpoint, _check_member(checkpoint, path, member), _read_step(checkpoint)
+            checkpoint, _check_member(checkpoint, path, member), _read_resumable_step(checkpoint)
         )
     worlds = [folder.name for folder in list_model_folders(checkpoint)]
     if member not in worlds:
@@ -80,10 +80,10 @@ def find_parent(
             f"--parents {path}: holds independent models; --member must be one of "
             f"{', '.join(worlds)}, not {member!r}"
         )
-    return ParentModel(checkpoint, None, _read_step(checkpoint / member), member)
+    return ParentModel(checkpoint, None, _read_resumable_step(checkpoint / member), member)
 
 
-def _read_step(checkpoint: Path) -> int | None:
+def _read_resumable_step(checkpoint: Path) -> int | None:
     """Read the step of a checkpoint whose optimizer an expert can keep; None if it is an adapter's.
 
     The optimizer of an adapter has a state for the adapter alone, and an expert is a whole model.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from megamod.states.metrics_file import parse_record
+from megamod.states.metrics_file import parse_metrics_line
 from megamod.tables import format_table
 
 TAIL_BYTES = 16_384  # of metrics.jsonl are read, its last ones
@@ -16,7 +16,7 @@ COLUMNS = ("job", "state", "step", "loss", "tokens/s", "ppl", "restarts", "slots
 
 
 @dataclass
-class Row:
+class ProgressRow:
     """A job's row of the table; None: not known yet.
 
     Attributes:
@@ -49,7 +49,7 @@ class Row:
         return self.name, self.state, step, *values, str(self.restarts), self.slots
 
 
-def read_progress(folder: Path | None, row: Row) -> None:
+def read_progress(folder: Path | None, row: ProgressRow) -> None:
     """Set step, loss, rate and perplexity of `row`, in place, from the end of a metrics.jsonl.
 
     Values that the last `TAIL_BYTES` of the file do not contain are left as they are.
@@ -64,7 +64,7 @@ def read_progress(folder: Path | None, row: Row) -> None:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
         lines = file.read().splitlines()
     for line in lines:
-        record = parse_record(line)
+        record = parse_metrics_line(line)
         if record is None:  # truncated at either end of the window
             continue
         if isinstance(record.get("perplexity"), dict):
@@ -75,7 +75,7 @@ def read_progress(folder: Path | None, row: Row) -> None:
             row.rate = record.get("tokens_per_second")
 
 
-def format_jobs(rows: Sequence[Row]) -> str:
+def format_jobs(rows: Sequence[ProgressRow]) -> str:
     """Format a table with a line per job: `COLUMNS`, with numbers aligned at the right."""
     return format_table(
         [COLUMNS, *(row.format_cells() for row in rows)],
@@ -98,7 +98,7 @@ class Screen:
         self.drawn = 0.0
         self.shown: dict[str, tuple[str, int]] = {}
 
-    def show_jobs(self, rows: Sequence[Row], redraw_now: bool = False) -> None:
+    def show_jobs(self, rows: Sequence[ProgressRow], redraw_now: bool = False) -> None:
         """Show the rows: on a terminal as a table, elsewhere a line for each change of state or
         restarts.
 

@@ -27,7 +27,7 @@ def main() -> None:
     """Parse the flags, estimate the prior, score the mixture, print and write the results.
 
     Raises:
-        UserError: if a flag is missing, or as `join_process_group` and `mix_forest`.
+        UserError: if a flag is missing, or as `join_process_group` and `evaluate_ensemble`.
     """
     (args,) = parse_args(EnsembleArgs, doc=__doc__)
     require_values(args, "forest", "data", "domain")

@@ -61,26 +61,26 @@ def main() -> None:
     """Parse the flags, load the model, and print the continuations of every prompt.
 
     Raises:
-        UserError: if --model is missing, or as `load_writer` and `TextWriter.write`.
+        UserError: if --model is missing, or as `load_text_generator` and `TextGenerator.generate`.
     """
     (args,) = parse_args(GenerateArgs, doc=__doc__)
     require_values(args, "model")
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from megamod.evaluation.generate import Sampling, load_writer
+    from megamod.evaluation.generate import Sampling, load_text_generator
     from megamod.runs.node_log import start_logging
 
     start_logging()
     disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prior = Path(args.prior) if args.prior else None
-    writer = load_writer(args.model, args.domain, prior, device)
+    text_generator = load_text_generator(args.model, args.domain, prior, device)
     sampling = Sampling(
         args.max_new_tokens, args.temperature, args.top_p, args.num_return_sequences, args.seed
     )
     for prompt in args.prompt or [""]:
-        for text in writer.write(prompt, sampling):
+        for text in text_generator.generate(prompt, sampling):
             print(text.text)
             if text.weights is not None:
                 shares = "  ".join(f"{name} {share:.2f}" for name, share in text.weights.items())

@@ -11,7 +11,7 @@ The recipe is one of mergekit: see launchers/recipes/merge_linear.yaml and merge
 methods (slerp, ties, greedy_soup, ...) are in docs/merging.md; flags alone give averages. A forest
 gives its experts, each of a DEMix model together with what is shared, so that a dense model comes
 out. BASE+ADAPTER is a model with a LoRA adapter of peft; --extract_lora makes such an adapter from
-the difference of two models. Weights are divided by their sum unless told otherwise; without any,
+the difference of two models. Weights are divided by their sum without --no_normalize; without any,
 all models count alike. Tensors are streamed: memory does not grow with the models. OUT has the
 configuration and tokenizer of the base or first model, and in merge.json its parents.
 """

@@ -32,7 +32,7 @@ def main() -> None:
 
     Raises:
         UserError: for flags that are missing or have no effect together.
-        UserError, PolicyStop, Interrupted: as `pretrain` of `megamod.runs.pretrain`.
+        UserError, PolicyStop, Interrupted: as `pretrain_causal_lm` and `pretrain_encoder`.
     """
     run, safety, model, lora, optim, mux, data = parse_args(
         RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, MuxArgs, DataArgs, doc=__doc__

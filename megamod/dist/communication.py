@@ -103,7 +103,7 @@ def compute_exchange_traffic(
 ) -> float:
     """Compute the bytes that a rank sends in a step to exchange tokens with the experts' ranks.
 
-    A token's state goes to the rank of its expert and the result comes back, in the forward and
+    A token's state is sent to the rank of its expert and the result back, in the forward and
     again in the backward pass; with even loads (n-1)/n of them leave the rank.
 
     Args:

@@ -202,7 +202,7 @@ def _score_text(
     mixtures = {mode: Mixture(mode, len(names), protocol.rule, prior) for mode in modes}
     # The updating prior starts uniform, as in the estimate, whatever the prior in use is.
     mixtures["updating_prior"] = Mixture("updating_prior", len(names), protocol.rule)
-    single_tallies = {name: PerplexityCounter() for name in names}
+    single_counters = {name: PerplexityCounter() for name in names}
     without_expert = (
         _make_leave_one_out_mixtures(names, prior, protocol) if protocol.removal_test else {}
     )
@@ -216,17 +216,19 @@ def _score_text(
                 result.posterior = _list_weights_by_expert(mixed.log_weights[:, 0], mask[0], names)
             line = _make_batch_record(text.domain, text.split, mixture, mixed, names, experts)
             result.lines.append(line)
-        for index, tally in enumerate(single_tallies.values()):
-            tally.add_tokens(log_probs[index], mask)
+        for index, counter in enumerate(single_counters.values()):
+            counter.add_tokens(log_probs[index], mask)
         for other_indices, mixture in without_expert.values():
             mixture.mix_batch(log_probs[other_indices], mask)
     text_bytes = experts.get_text_bytes(text)
-    result.single = {name: _make_score(tally, text_bytes) for name, tally in single_tallies.items()}
+    result.single = {
+        name: _make_score(counter, text_bytes) for name, counter in single_counters.items()
+    }
     result.modes = {
-        mode: _make_score(mixture.tally, text_bytes) for mode, mixture in mixtures.items()
+        mode: _make_score(mixture.counter, text_bytes) for mode, mixture in mixtures.items()
     }
     result.without = {
-        name: _make_score(mixture.tally, text_bytes)
+        name: _make_score(mixture.counter, text_bytes)
         for name, (_, mixture) in without_expert.items()
     }
 
@@ -295,12 +297,12 @@ def _make_batch_record(
         "dataset": domain,
         "split": split,
         "mode": mixture.mode,
-        "ppl": mixture.tally.perplexity,
+        "ppl": mixture.counter.perplexity,
         "posterior": fill_in_all_experts(mixed.posterior.tolist()),
         "exp_avg_posterior": fill_in_all_experts(mixed.average.tolist()),
     }
 
 
-def _make_score(tally: PerplexityCounter, size: int) -> Score:
-    """Make the score of a tally over a text of `size` bytes; 0: unknown."""
-    return Score(tally.nll, tally.tokens, size)
+def _make_score(counter: PerplexityCounter, size: int) -> Score:
+    """Make the score of a counter over a text of `size` bytes; 0: unknown."""
+    return Score(counter.nll, counter.tokens, size)

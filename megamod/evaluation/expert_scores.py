@@ -150,7 +150,7 @@ class Experts:
         """Return the expert of a domain; raise ValueError if it is not among `domains`."""
         return self.forest.experts[self.domains.index(domain)]
 
-    def load_each(self, domains: Sequence[str]) -> Iterator[LoadedExpert]:
+    def iterate_loaded_experts(self, domains: Sequence[str]) -> Iterator[LoadedExpert]:
         """Yield the experts of these domains as models, one after the other.
 
         They come in the order of the forest, whatever that of `domains`; see `load_experts`.
@@ -241,7 +241,9 @@ class SequentialScores:
             for domain in domains:
                 if (text, domain) not in self._scores and not self._read_cache_file(text, domain):
                     missing.setdefault(domain, []).append(text)
-        for expert in self.experts.load_each([d for d in self.experts.domains if d in missing]):
+        for expert in self.experts.iterate_loaded_experts(
+            [d for d in self.experts.domains if d in missing]
+        ):
             for text in missing[expert.domain]:
                 title = f"{expert.domain} on {text.domain}, {text.split}"
                 log_probs = self.experts.iterate_log_probs(expert, text)
@@ -299,7 +301,8 @@ class SequentialScores:
         inputs = {
             "text": asdict(text),
             "data": [
-                self._digest_file(prefix.with_name(f"{prefix.name}.{s}")) for s in ("bin", "idx")
+                self._compute_file_digest(prefix.with_name(f"{prefix.name}.{s}"))
+                for s in ("bin", "idx")
             ],
             "special": data.special_ids,
             "block_size": held_out.block_size,
@@ -307,13 +310,13 @@ class SequentialScores:
             "domain_token": data.domain_tokens.get(held_out.force_domain_token or text.domain),
             "document_end": self.experts.document_ends[expert.path],
             "device": self.experts.device.type,
-            "expert": [self._digest_file(path) for path in list_expert_files(expert)],
+            "expert": [self._compute_file_digest(path) for path in list_expert_files(expert)],
             "member": expert.member,
         }
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
         return self.cache_dir / f"{domain}-on-{text.domain}-{text.split}-{key}.safetensors"
 
-    def _digest_file(self, path: Path) -> str:
+    def _compute_file_digest(self, path: Path) -> str:
         """Return the SHA-256 of a file in hexadecimal, computed once per path."""
         if path not in self._digests:
             self._digests[path] = hash_file(path)
@@ -347,7 +350,9 @@ class ParallelScores:
         mine = list(domains)[self.rank :: self.ranks]
         if [expert.domain for expert in self._loaded] != mine:
             self._loaded = []
-            by_domain = {expert.domain: expert for expert in self.experts.load_each(mine)}
+            by_domain = {
+                expert.domain: expert for expert in self.experts.iterate_loaded_experts(mine)
+            }
             self._loaded = [by_domain[domain] for domain in mine]
         masks = self.experts.load_target_masks(text)
         streams = [self.experts.iterate_log_probs(expert, text) for expert in self._loaded]

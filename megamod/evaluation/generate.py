@@ -72,8 +72,8 @@ class Continuation:
     finished: bool
 
 
-class TextWriter:
-    """A model and its tokenizer; `write` continues a prompt."""
+class TextGenerator:
+    """A model and its tokenizer; `generate` continues a prompt."""
 
     def __init__(
         self, model: LanguageModel | ForestForCausalLM, tokenizer: PreTrainedTokenizerBase
@@ -102,7 +102,7 @@ class TextWriter:
         if not ids:
             starts = (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
             ids = [next(token for token in starts if token is not None)]
-        limit = self._get_limit()
+        limit = self._get_position_limit()
         if limit is not None and len(ids) >= limit:
             raise UserError(
                 f"prompt of {len(ids)} tokens: the model has {limit} positions, which leaves "
@@ -111,7 +111,7 @@ class TextWriter:
         return torch.tensor([ids], device=self.model.device)
 
     @torch.no_grad()
-    def write(
+    def generate(
         self,
         prompt: str,
         sampling: Sampling,
@@ -125,7 +125,7 @@ class TextWriter:
         Raises:
             UserError: if the prompt is too long.
         """
-        prompt_ids, limit = self.encode_prompt(prompt), self._get_limit()
+        prompt_ids, limit = self.encode_prompt(prompt), self._get_position_limit()
         length = prompt_ids.shape[1] + sampling.max_new_tokens
         settings: dict[str, object] = {"do_sample": False}
         if sampling.temperature:
@@ -133,7 +133,7 @@ class TextWriter:
                 do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0
             )
         if sampling.stop or on_text is not None:
-            watch = _TextWatch(self, prompt_ids.shape[1], sampling.stop, on_text)
+            watch = _StopTextCriteria(self, prompt_ids.shape[1], sampling.stop, on_text)
             settings["stopping_criteria"] = StoppingCriteriaList([watch])
         with torch.random.fork_rng():
             torch.manual_seed(sampling.seed)
@@ -189,36 +189,38 @@ class TextWriter:
         shares = self.model(ids[None], logits_to_keep=1).log_weights[:, 0, -1].exp()
         return dict(zip(self.domains, shares.tolist(), strict=True))
 
-    def _get_limit(self) -> int | None:
+    def _get_position_limit(self) -> int | None:
         """Return the number of positions of the model, the least of its experts; None: no limit."""
         parts = getattr(self.model, "parts", [self.model])
         limits = [get_max_sequence_length(part.config) for part in parts]
         return min((limit for limit in limits if limit is not None), default=None)
 
 
-class _TextWatch(StoppingCriteria):
+class _StopTextCriteria(StoppingCriteria):
     """Stops a row whose continuation has a stop text, and shows the text of the first row.
 
     Args:
-        writer: decodes the rows.
+        text_generator: decodes the rows.
         prompt_length: tokens of the prompt.
         stop: see `Sampling`.
-        on_text: see `TextWriter.write`.
+        on_text: see `TextGenerator.generate`.
     """
 
     def __init__(
         self,
-        writer: TextWriter,
+        text_generator: TextGenerator,
         prompt_length: int,
         stop: Sequence[str],
         on_text: Callable[[str], bool] | None,
     ):
-        self.writer, self.prompt_length = writer, prompt_length
+        self.text_generator, self.prompt_length = text_generator, prompt_length
         self.stop, self.on_text = stop, on_text
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
         """Return for rows [B, L] where to stop, [B] bool."""
-        texts = [self.writer.decode_continuation(row, self.prompt_length) for row in input_ids]
+        texts = [
+            self.text_generator.decode_continuation(row, self.prompt_length) for row in input_ids
+        ]
         done = [_find_stop(text, self.stop) is not None for text in texts]
         if self.on_text is not None:
             done[0] |= not self.on_text(_cut_unsettled_end(texts[0], self.stop))
@@ -241,12 +243,12 @@ def _cut_unsettled_end(text: str, stop: Sequence[str]) -> str:
     return text[: len(text) - held]
 
 
-def load_writer(
+def load_text_generator(
     model: str,
     domain: str | None = None,
     prior: Path | None = None,
     device: torch.device | str = "cpu",
-) -> TextWriter:
+) -> TextGenerator:
     """Load a model, an expert or a forest with its tokenizer.
 
     Args:
@@ -260,13 +262,13 @@ def load_writer(
             the experts, or `domain` or `prior` is set for a model without experts.
     """
     folder = find_model_folder(model)
-    kind = _get_kind(folder)
+    kind = _detect_folder_kind(folder)
     if kind == "dense":
         if domain is not None or prior is not None:
             flag = f"--domain {domain}" if domain is not None else f"--prior {prior}"
             raise UserError(f"{flag}: --model {model} is one model, without experts to select")
         single = load_lm(folder, flag="--model").eval().to(device)
-        return TextWriter(single, _load_tokenizer([folder]))
+        return TextGenerator(single, _load_tokenizer([folder]))
     if kind == "saved forest":
         mixture, folders = ForestForCausalLM.from_pretrained(folder), [folder]
     else:
@@ -280,7 +282,7 @@ def load_writer(
         mixture.set_prior({domain: 1.0})
     elif prior is not None:
         mixture.set_prior(read_prior(prior, mixture.domains).weights)
-    return TextWriter(mixture.eval().to(device), _load_tokenizer(folders))
+    return TextGenerator(mixture.eval().to(device), _load_tokenizer(folders))
 
 
 def find_model_folder(model: str) -> Path:
@@ -294,7 +296,7 @@ def find_model_folder(model: str) -> Path:
     return path / "model" if is_run else path
 
 
-def _get_kind(folder: Path) -> str:
+def _detect_folder_kind(folder: Path) -> str:
     """Return "dense" for one model, "saved forest" for a forest in one folder, else "experts"."""
     if folder.is_file() or (folder / FILE).is_file() or not is_model(folder):
         return "experts"

@@ -19,7 +19,7 @@ from megamod.models.lm.configuration import (
     get_max_sequence_length,
 )
 from megamod.schemas import read_run_recipe
-from megamod.states.token_ids import check_same_ids
+from megamod.states.token_ids import check_same_token_ids
 from megamod.states.tokenizer_files import find_tokenizer_folder
 
 
@@ -179,7 +179,7 @@ def check_tokenizer_matches(folder: Path, databin: DataBin, flag: str) -> None:
     tokenizer = databin.path / "tokenizer"
     remedy = f"; preprocess the text with --tokenizer {folder}, or choose another {flag}"
     if tokenizer.is_dir():
-        check_same_ids(find_tokenizer_folder(folder), tokenizer, remedy)
+        check_same_token_ids(find_tokenizer_folder(folder), tokenizer, remedy)
 
 
 def open_held_out_blocks(data: LmData, held_out: HeldOut, domain: str) -> TokenBlocks:

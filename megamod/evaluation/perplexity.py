@@ -88,7 +88,7 @@ class DomainEvaluation:
             for column, domain in enumerate(self.domains):
                 if own_only and expert not in (domain, DENSE):
                     continue
-                own_batches = select_share(self.batches(domain), self.part, self.parts)
+                own_batches = select_rank_share(self.batches(domain), self.part, self.parts)
                 domain_argument = expert if self.takes_domain else None
                 sums[row, column] = sum_batch_nll(
                     self.model,
@@ -178,7 +178,7 @@ def prepend_context(
         }
 
 
-def select_share(batches: Iterable[Batch], part: int, parts: int) -> Iterator[Batch]:
+def select_rank_share(batches: Iterable[Batch], part: int, parts: int) -> Iterator[Batch]:
     """Yield the batches of one rank's share: every `parts`-th, starting with number `part`.
 
     All shares have the same length. A share that would be shorter ends with the first batch of its

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megamod.errors import UserError
 from megamod.evaluation.seeds import Estimate
-from megamod.states.metrics_file import parse_record
+from megamod.states.metrics_file import parse_metrics_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
         lines = Path(path).read_bytes().splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such metrics file") from None
-    return [record for line in lines if (record := parse_record(line)) is not None]
+    return [record for line in lines if (record := parse_metrics_line(line)) is not None]
 
 
 def plot_training_curves(metrics: Path, output: Path) -> None:

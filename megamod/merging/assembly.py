@@ -27,7 +27,7 @@ class TensorPlan:
     Attributes:
         sources: number of each model that takes part, and the tensor's name in it.
         lead_source: index in `sources` of the one whose shape and dtype the result has.
-        base_source: index of the source that the others are compared with; None: none.
+        base_source: index of the source that the others are compared with; None: there is no base.
         values: parameters of the whole merge, and of each source.
         merged_rows: number of rows that are merged; None: all.
         copied: the result is the tensor of the only source, whatever the method.

@@ -9,7 +9,7 @@ from megamod.merging.tensors import TensorSource, describe_source
 from megamod.states.dense import make_dense_config
 from megamod.states.forest import read_model_config
 from megamod.states.stream import TensorSpec
-from megamod.states.token_ids import check_same_ids
+from megamod.states.token_ids import check_same_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,9 @@ def check_configs_match(
                     f"the first, {other_fields[key]!r} in the second"
                 )
         if require_same_words:
-            check_same_ids(base, folder, "; a recipe with `tokenizer_source: union` unites them")
+            check_same_token_ids(
+                base, folder, "; a recipe with `tokenizer_source: union` unites them"
+            )
         warn_of_config_differences(base, folder)
 
 

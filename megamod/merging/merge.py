@@ -69,7 +69,7 @@ def average_folders(
         output: new folder.
         normalize: divide by the sum of the weights.
         domains: that each source was trained on, for the record.
-        dtype: name of a dtype that weights are rounded to first; None: none.
+        dtype: name of a dtype that weights are rounded to first; None: no rounding.
         out_dtype: name of the dtype to store; None: `dtype`, else that of the first model.
         shard_bytes: size above which weights are split into several files.
         origin: flag or file of the weights, for messages.

@@ -176,7 +176,8 @@ def find_commonest_chat_template(folders: Sequence[Path]) -> str | None:
 
 
 def _read_chat_template(folder: Path) -> str | None:
-    """Read the chat template from its own file, else from tokenizer_config.json; None: none.
+    """Read the chat template from its own file, else from tokenizer_config.json; None if
+    neither has one.
 
     Raises:
         UserError: if tokenizer_config.json is not JSON.

@@ -30,7 +30,7 @@ class MergePlan:
 
     Attributes:
         folders: of the models, under common names.
-        statistics: open file of each model; None: none.
+        statistics: open file of each model; None: the method needs no statistics of it.
         tensor_plans: by name of the tensor in the result.
         specs: of the tensors to write; `files`: names of the tensors in each file.
         config: content of config.json to write.

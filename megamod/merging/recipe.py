@@ -27,7 +27,7 @@ class InputModel:
         domain: that the model was trained on, for the record.
         statistics: file for methods that weight by statistics; None: compute them.
         calibration: block that names the text to compute them on; None: that of the recipe, if any.
-        adapter: folder of a LoRA adapter that is merged into the model first; None: none.
+        adapter: folder of a LoRA adapter that is merged into the model first; None: no adapter.
         beside_anchor: take the feed-forwards of `member`, or (None) of the anchor, out of an
             anchored model.
     """
@@ -92,9 +92,9 @@ class MergeRecipe:
         method: a key of `METHODS`, or `GREEDY_SOUP`.
         inputs: the models.
         parameters: settings for all models, by name.
-        dtype: name of the dtype that weights are rounded to first; None: none.
+        dtype: name of the dtype that weights are rounded to first; None: no rounding.
         out_dtype: name of the dtype that is stored; None: `dtype`, else that of the template.
-        base: number of the base model; None: none.
+        base: number of the base model; None: the recipe has no base.
         tokenizer: number of the model whose tokenizer files the result gets.
         origin: file or flag that the recipe comes from, for messages.
         parts: of the result; empty: one part, all tensors of all models.

@@ -52,7 +52,7 @@ class TensorView:
         source: the other source, which must stay open; `tensors` starts as a copy of its
             specifications.
     Attributes:
-        adapter: folder of the LoRA adapter that is merged into the source; None: none.
+        adapter: folder of the LoRA adapter that is merged into the source; None: no adapter.
     """
 
     def __init__(self, source: TensorSource):
@@ -128,10 +128,10 @@ class ModelTensor:
     Attributes:
         source: the open folder; `name`: of the tensor in it.
         values: parameters of the model for this tensor, such as its weight.
-        cast: dtype that elements are rounded to before any computation; None: none.
+        cast: dtype that elements are rounded to before any computation; None: no rounding.
         rows: number of leading rows that take part; None: all.
         number: of the model in the recipe, for random numbers.
-        statistics: open file of statistics of the model; None: none.
+        statistics: open file of statistics of the model; None: there is no file.
     """
 
     source: TensorSource
@@ -191,7 +191,7 @@ class MergeTensor:
     Attributes:
         name: of the tensor in the result.
         models: the tensor of every model, in the order of the recipe.
-        base: that of the base model; None: none.
+        base: that of the base model; None: the recipe has no base.
         values: parameters of the whole merge for this tensor.
         seed: of all random numbers.
     """

@@ -201,13 +201,13 @@ def unite_vocabularies(
     Args:
         request: source of the vocabulary and of single rows.
         folders: of the models; `template`: number of the one with the configuration.
-        base: number of the recipe's `base_model`; None: none.
+        base: number of the recipe's `base_model`; None: it has no base.
     Raises:
         UserError: naming the file or word, if a tokenizer cannot be read or a row does not exist.
     """
     plain = request.source is not None and not request.origins
     if plain and not all((folder / FILE).is_file() for folder in folders):
-        return None  # tokenizers of other formats are compared by `check_same_ids`
+        return None  # tokenizers of other formats are compared by `check_same_token_ids`
     known = [_read_tokenizer_words(folder / FILE) for folder in folders]
     if plain and all(tokenizer.ids == known[0].ids for tokenizer in known):
         return None

@@ -91,7 +91,7 @@ class Mixture:
 
     Attributes:
         prior: [E] float64, that of the next batch.
-        tally: scores of the mixture on all batches so far.
+        counter: scores of the mixture on all batches so far.
         average: [E] moving average of the batches' posteriors; None before the first batch.
     """
 
@@ -113,13 +113,13 @@ class Mixture:
         uniform = torch.full((expert_count,), 1 / expert_count, dtype=torch.float64)
         self.mode, self.rule = mode, rule
         self.prior = uniform if prior is None or mode == "uniform_prior" else prior.double()
-        self.tally = PerplexityCounter()
+        self.counter = PerplexityCounter()
         self.average: Tensor | None = None
 
     def mix_batch(self, log_probs: Tensor, mask: Tensor) -> MixedBatch:
         """Mix the next batch, and advance the state.
 
-        The tokens are added to `tally`, the batch's posterior to `average`, and with
+        The tokens are added to `counter`, the batch's posterior to `average`, and with
         "updating_prior" the new average becomes the prior of the next batch.
 
         Args:
@@ -142,7 +142,7 @@ class Mixture:
                 first_over_all=self.rule.first_over_all,
             )
         mixed = mix_log_probs(weights, log_probs)
-        self.tally.add_tokens(mixed, mask)
+        self.counter.add_tokens(mixed, mask)
         posterior = average_final_posterior(weights, mask).double().cpu()
         if self.average is None:
             self.average = posterior

@@ -88,7 +88,7 @@ class BoundedGeneration(GenerationMixin):
     ) -> GenerationConfig:
         """Set the lengths as `GenerationMixin` does, then lower them to the last position.
 
-        Logs a warning, once, if a longer text was asked for. `generate` calls it.
+        Logs a warning, once, if a longer text was requested. `generate` calls it.
 
         Args:
             prompt: further arguments of the method that this one replaces, by name.

@@ -71,7 +71,7 @@ class ConditionalEncoder(nn.Module):
     """Stack of conditional blocks, by `config.variant`.
 
     "base": the upper half of the blocks has conditional norms, and the last block an adapter.
-    "large": conditional norms as in "base"; each block's state goes through a bottleneck, the
+    "large": conditional norms as in "base"; each block's output is passed through a bottleneck, the
     bottlenecks' outputs are summed, and this sum is the result.
     """
 

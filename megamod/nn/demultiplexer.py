@@ -218,7 +218,7 @@ class MlpDemultiplexer(nn.Module):
 def apply_keyed_linear(
     hidden: Tensor, key: Tensor, dense: nn.Module, pairs: Pairs | None
 ) -> Tensor:
-    """Apply a linear layer over [key ; hidden], without the concatenation if the layer is plain.
+    """Apply a linear layer over [key ; hidden]; a standard layer without concatenating the two.
 
     Args:
         hidden: [B, L, D].

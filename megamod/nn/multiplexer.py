@@ -173,7 +173,7 @@ def _attend_over_instances(
     Args:
         x: [B, N, L, D].
         key: [N, D].
-        instance_mask: [B, N, L], 0 where an instance is masked; None: none is.
+        instance_mask: [B, N, L], 0 where an instance is masked; None: no mask.
     Returns:
         [B, N, L, D].
     """

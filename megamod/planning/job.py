@@ -22,21 +22,21 @@ from megamod.models.auto import resolve_model_folder
 from megamod.models.build import FAMILIES
 from megamod.models.lm.configuration import read_lm_config
 from megamod.models.presets import PRESETS
-from megamod.planning.memory import BUCKET, LIVE, PERSISTENT, Setting
+from megamod.planning.memory import BUCKET, LIVE, PERSISTENT, TrainingSetting
 from megamod.planning.plan_args import PlanArgs
 from megamod.states.config_file import read_config_file
 from megamod.train.compiled import check_compile_stage
 from megamod.train.deepspeed_settings import resolve_settings
 
 VOCABULARY = {"causal_lm": 50264, "masked_lm": 30522, "replaced_token": 30522}
-"""Vocabulary sizes without a data-bin: GPT-2's in fairseq's dictionary, and BERT's."""
+"""JobVocabulary sizes without a data-bin: GPT-2's in fairseq's dictionary, and BERT's."""
 
 ONE_JOB = ("hostfile",)  # fields of BtmArgs that other runs have too
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """Vocabulary of the data.
+class JobVocabulary:
+    """Vocabulary size and special ids that a job is planned with.
 
     Attributes:
         size: number of ids.
@@ -77,8 +77,8 @@ class Job:
     lora: LoraArgs
     mux: MuxArgs
     data: DataArgs
-    vocabulary: Vocabulary
-    setting: Setting
+    vocabulary: JobVocabulary
+    setting: TrainingSetting
     steps: int
     placements: tuple[HostSlots, ...]
 
@@ -156,7 +156,7 @@ def _list_hosts(plan: PlanArgs, btm: BtmArgs) -> HostSlots:
 
 def _read_vocabulary(
     plan: PlanArgs, mux: MuxArgs, data: DataArgs
-) -> tuple[Vocabulary, tuple[str, ...]]:
+) -> tuple[JobVocabulary, tuple[str, ...]]:
     """Read vocabulary and domains of the data-bin, or assume a vocabulary without one.
 
     --vocab_size overrides the size in both cases. A data-bin's size includes a token per domain
@@ -174,10 +174,10 @@ def _read_vocabulary(
         ids = header.bos_id or 0, header.pad_id, header.eos_id
         extra = len(data.domains or domains) if data.domain_token else 0
         mask = min(103, size - 1)
-        return Vocabulary(plan.vocab_size or size + extra, *ids, mask, assumed=False), domains
+        return JobVocabulary(plan.vocab_size or size + extra, *ids, mask, assumed=False), domains
     size = plan.vocab_size or VOCABULARY[mux.objective]
     ids = (0, 1, 2) if causal else (min(101, size - 1), 0, min(102, size - 1))
-    return Vocabulary(size, *ids, min(103, size - 1), plan.vocab_size is None), ()
+    return JobVocabulary(size, *ids, min(103, size - 1), plan.vocab_size is None), ()
 
 
 def _is_campaign(btm: BtmArgs) -> bool:
@@ -187,7 +187,7 @@ def _is_campaign(btm: BtmArgs) -> bool:
 
 
 def _list_campaign_jobs(
-    parsed: Parsed, hosts: HostSlots, domains: Sequence[str], vocabulary: Vocabulary
+    parsed: Parsed, hosts: HostSlots, domains: Sequence[str], vocabulary: JobVocabulary
 ) -> list[Job]:
     """List the jobs of a Branch-Train-Merge campaign: its seed, if it has one, and its experts.
 
@@ -258,7 +258,7 @@ def _make_job(
     sharing: Sharing,
     domains: Sequence[str],
     ranks: int,
-    vocabulary: Vocabulary,
+    vocabulary: JobVocabulary,
     steps: int,
     placements: Sequence[HostSlots],
 ) -> Job:
@@ -283,7 +283,7 @@ def _make_job(
     stage = zero["stage"]
     overlap = zero.get("overlap_comm", stage == 3)
     sums_in_fp32 = (config.get("data_types") or {}).get("grad_accum_dtype") == "fp32"
-    setting = Setting(
+    setting = TrainingSetting(
         stage=stage,
         precision=run.precision or "fp32",
         micro_batch=run.per_device_train_batch_size,

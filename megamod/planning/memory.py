@@ -23,7 +23,7 @@ USABLE = 0.92
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrainingSetting:
     """Training settings that determine memory and communication.
 
     Attributes:
@@ -105,7 +105,7 @@ def compute_memory(
     sizes: Mapping[str, int],
     frozen: Mapping[str, int],
     topology: DomainTopology,
-    setting: Setting,
+    setting: TrainingSetting,
     activations: int = 0,
     muon_names: Collection[str] = (),
 ) -> Memory:
@@ -175,7 +175,7 @@ def _group_parameters(
 
 
 def _compute_group_memory(
-    group_sizes: list[int], ranks: int, limit: float, setting: Setting, muon: bool
+    group_sizes: list[int], ranks: int, limit: float, setting: TrainingSetting, muon: bool
 ) -> Memory:
     """Compute the memory that the trained parameters of one group take on a rank.
 
@@ -224,7 +224,9 @@ def _compute_group_memory(
     )
 
 
-def _compute_weight_bytes(group_sizes: list[int], ranks: int, setting: Setting) -> tuple[int, int]:
+def _compute_weight_bytes(
+    group_sizes: list[int], ranks: int, setting: TrainingSetting
+) -> tuple[int, int]:
     """Compute the bytes of a rank's weights without padding: (on the GPU, on the host).
 
     Below stage 3 a rank holds all of them; with stage 3 its shard, and small parameters whole. Only
@@ -243,7 +245,7 @@ def _count_shard_elements(group_sizes: list[int], ranks: int) -> int:
     return sum(-(-size // ranks) for size in group_sizes)
 
 
-def _compute_buffers(sizes: Mapping[str, int], setting: Setting) -> int:
+def _compute_buffers(sizes: Mapping[str, int], setting: TrainingSetting) -> int:
     """Compute the bytes of a rank's buffers: to reduce gradients, and to gather with ZeRO 3.
 
     Args:

@@ -12,7 +12,7 @@ from megamod.dist.scope import Scope, Sharing, find_scopes
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.planning.job import Job
-from megamod.planning.memory import MASTER, MOMENTS, USABLE, Memory, Setting, compute_memory
+from megamod.planning.memory import MASTER, MOMENTS, USABLE, Memory, TrainingSetting, compute_memory
 from megamod.planning.model import Network, build_network
 from megamod.planning.plan_args import PlanArgs
 from megamod.planning.speed import Links, compute_traffic
@@ -62,7 +62,7 @@ class JobPlan:
         return needed.peak <= USABLE * self.gpu_bytes
 
     def compute_memory_with(
-        self, setting: Setting, topology: DomainTopology | None = None
+        self, setting: TrainingSetting, topology: DomainTopology | None = None
     ) -> Memory:
         """Compute the memory of a rank with another setting, or other ranks.
 
@@ -232,7 +232,7 @@ class JobPlan:
 def plan_job(job: Job, args: PlanArgs) -> JobPlan:
     """Plan a job on the GPUs and links of the flags.
 
-    Quantities of the plan are computed when they are asked for, on the meta device.
+    Quantities of the plan are computed on first use, on the meta device.
 
     Raises:
         UserError: for a model that does not exist, or does not fit the data.
@@ -276,7 +276,7 @@ def list_micro_batches(job: Job) -> list[int]:
     return [group * n for n in (1, 2, 4, 8, 16, 32, 64) if groups % n == 0]
 
 
-def change_micro_batch(setting: Setting, micro_batch: int) -> Setting:
+def change_micro_batch(setting: TrainingSetting, micro_batch: int) -> TrainingSetting:
     """Return a copy of the setting with another micro-batch size, at equal sequences per step.
 
     Args:

@@ -6,7 +6,7 @@ from megamod.btm.placement import format_include
 from megamod.dist.scope import Sharing
 from megamod.planning.memory import USABLE
 from megamod.planning.plan import JobPlan, count_hosts_by_domain
-from megamod.planning.scaling import Point
+from megamod.planning.scaling import ScalingPoint
 from megamod.planning.search import Proposal
 from megamod.tables import format_table
 
@@ -65,7 +65,7 @@ def format_proposals(proposals: Sequence[Proposal]) -> str:
     return "\n".join(lines)
 
 
-def format_curves(curves: Mapping[Sharing, Sequence[Point]]) -> str:
+def format_curves(curves: Mapping[Sharing, Sequence[ScalingPoint]]) -> str:
     """Format tokens per second by number of GPUs as a table, a column per kind of sharing.
 
     Each value is a range: without overlap of computation and communication, and with full overlap.

@@ -28,7 +28,7 @@ UNTIED = {Sharing.DENSE: "none", Sharing.DEMIX: "feedforward", Sharing.BTM: "all
 
 
 @dataclass(frozen=True)
-class Point:
+class ScalingPoint:
     """Step time on some number of GPUs.
 
     Attributes:
@@ -52,7 +52,7 @@ class Point:
         return self.tokens / max(self.compute_seconds, self.communication_seconds)
 
 
-Curves = Mapping[Sharing, Sequence[Point]]
+Curves = Mapping[Sharing, Sequence[ScalingPoint]]
 
 
 def compute_scaling_curves(
@@ -149,7 +149,7 @@ def compute_gpu_days(gpus: Sequence[int], rates: Sequence[float], tokens: int) -
     return [n * tokens / rate / 86_400 for n, rate in zip(gpus, rates, strict=True)]
 
 
-def _compute_curve(plan: JobPlan, kind: Sharing, compute: float) -> list[Point]:
+def _compute_curve(plan: JobPlan, kind: Sharing, compute: float) -> list[ScalingPoint]:
     """Compute a point for each power of two of GPUs that the sharing allows.
 
     Args:
@@ -163,7 +163,7 @@ def _compute_curve(plan: JobPlan, kind: Sharing, compute: float) -> list[Point]:
         if topology is not None:
             job = _change_topology(plan.job, topology)
             points.append(
-                Point(gpus, compute, _estimate_communication(plan, job), job.tokens_per_step)
+                ScalingPoint(gpus, compute, _estimate_communication(plan, job), job.tokens_per_step)
             )
         gpus *= 2
     return points

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from megamod.planning.memory import Memory, Setting
+from megamod.planning.memory import Memory, TrainingSetting
 from megamod.planning.plan import (
     SMALL_BUCKET,
     JobPlan,
@@ -30,7 +30,7 @@ class Proposal:
         reasons: costs and savings in words.
     """
 
-    setting: Setting
+    setting: TrainingSetting
     memory: Memory
     compute_seconds: float
     communication_seconds: float
@@ -77,7 +77,7 @@ def propose_settings(plan: JobPlan, shown: int = SHOWN) -> list[Proposal]:
     return []
 
 
-def _list_settings(plan: JobPlan, base: Setting) -> list[Setting]:
+def _list_settings(plan: JobPlan, base: TrainingSetting) -> list[TrainingSetting]:
     """List the settings to try: stages, micro-batches and checkpointing, all else as in `base`."""
     job = plan.job
     return [
@@ -89,7 +89,7 @@ def _list_settings(plan: JobPlan, base: Setting) -> list[Setting]:
     ]
 
 
-def _supports_offloading(base: Setting, stage: int) -> bool:
+def _supports_offloading(base: TrainingSetting, stage: int) -> bool:
     """Return True if a ZeRO stage supports the offloading of `base`, which may be none."""
     least = {"none": 0, "cpu": 1, "nvme": 3}
     return stage >= least[base.offload] and (stage == 3 or base.offload_param == "none")
@@ -104,7 +104,7 @@ def _make_sort_key(proposal: Proposal) -> tuple[float, int, int]:
     return rounded, -proposal.setting.micro_batch, proposal.setting.stage
 
 
-def _make_proposal(plan: JobPlan, setting: Setting) -> Proposal | None:
+def _make_proposal(plan: JobPlan, setting: TrainingSetting) -> Proposal | None:
     """Make the proposal of a setting; None if its memory exceeds that of a GPU."""
     needed = plan.compute_memory_with(setting)
     if not plan.can_hold(needed):
@@ -117,7 +117,9 @@ def _make_proposal(plan: JobPlan, setting: Setting) -> Proposal | None:
     )
 
 
-def _list_reasons(plan: JobPlan, setting: Setting, needed: Memory, world: float) -> tuple[str, ...]:
+def _list_reasons(
+    plan: JobPlan, setting: TrainingSetting, needed: Memory, world: float
+) -> tuple[str, ...]:
     """List the costs and savings of a setting in words.
 
     Args:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megamod.dist.communication import Traffic, compute_step_traffic
 from megamod.dist.topology import DomainTopology
-from megamod.planning.memory import Setting
+from megamod.planning.memory import TrainingSetting
 from megamod.planning.model import Network
 
 
@@ -41,7 +41,9 @@ class Links:
         return self.intra if inside else self.get_world_speed(topology)
 
 
-def compute_traffic(network: Network, topology: DomainTopology, setting: Setting) -> Traffic:
+def compute_traffic(
+    network: Network, topology: DomainTopology, setting: TrainingSetting
+) -> Traffic:
     """Compute the bytes that a rank sends per step, to all ranks and to those of its domain.
 
     Args:
@@ -74,7 +76,9 @@ def estimate_communication_seconds(
     ) + traffic.domain / links.get_domain_speed(topology)
 
 
-def estimate_compute_seconds(network: Network, setting: Setting, flops_per_second: float) -> float:
+def estimate_compute_seconds(
+    network: Network, setting: TrainingSetting, flops_per_second: float
+) -> float:
     """Estimate the seconds of computation per step on one rank.
 
     Recomputation adds a forward pass, a third of the FLOPs (Korthikanti et al. 2022, section 5).

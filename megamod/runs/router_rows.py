@@ -44,7 +44,7 @@ CONDITION = 5.0  # largest condition number of a layer's rows without a warning,
 
 
 @dataclass(frozen=True)
-class Calibration:
+class RouterCalibration:
     """Text to compute router rows on.
 
     Attributes:
@@ -65,7 +65,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Text:
+class DomainText:
     """Tokens of one domain.
 
     Attributes:
@@ -80,7 +80,7 @@ class Text:
 
 
 def compute_calibrated_rows(
-    plan: MoePlan, recipe: MergeRecipe, calibration: Calibration
+    plan: MoePlan, recipe: MergeRecipe, calibration: RouterCalibration
 ) -> RouterRows:
     """Compute router rows [L, E, D] on the average of the experts that the recipe describes.
 
@@ -109,9 +109,9 @@ def compute_calibrated_rows(
 def compute_rows(
     model: nn.Module,
     block: str,
-    texts: Sequence[Text],
+    texts: Sequence[DomainText],
     domains: Sequence[str],
-    calibration: Calibration,
+    calibration: RouterCalibration,
 ) -> RouterRows:
     """Compute router rows on a dense or sparse model, as the docstring of the module defines them.
 
@@ -151,7 +151,7 @@ def compute_rows(
         rows = rows * (calibration.sharpness / spread)[:, None, None]
     rows = rows.float()
     check_rows(rows, "--calibration")
-    condition = [compute_condition(layer, calibration.centre) for layer in rows.double()]
+    condition = [compute_condition_number(layer, calibration.centre) for layer in rows.double()]
     _warn_of_weak_rows(own_first, condition, domains)
     record = {
         "kind": "calibrated",
@@ -168,7 +168,9 @@ def compute_rows(
     return RouterRows(rows, record)
 
 
-def read_texts(calibration: Calibration, domains: Sequence[str], folder: Path) -> dict[str, Text]:
+def read_texts(
+    calibration: RouterCalibration, domains: Sequence[str], folder: Path
+) -> dict[str, DomainText]:
     """Read the tokens of each domain: from the valid splits of a data-bin, or from a file for each.
 
     Files are tokenized by the model's tokenizer, with the id that ends a text after each item.
@@ -206,13 +208,13 @@ def read_texts(calibration: Calibration, domains: Sequence[str], folder: Path) -
             "--calibration",
         )
         ids = [token for item in items for token in (*item, end)][: calibration.tokens]
-        read[domain] = Text(torch.tensor(ids), files[domain], hash_file(Path(files[domain])))
+        read[domain] = DomainText(torch.tensor(ids), files[domain], hash_file(Path(files[domain])))
     return read
 
 
 def read_databin_texts(
     data: DataBin, domains: Sequence[str], tokens: int, config: LmConfig, where: str
-) -> dict[str, Text]:
+) -> dict[str, DomainText]:
     """Read the first tokens of each domain's valid split.
 
     Args:
@@ -230,7 +232,7 @@ def read_databin_texts(
     for domain in domains:
         ids = data.open_split(domain, "valid").tokens[:tokens]
         ids = torch.tensor(ids.tolist(), dtype=torch.int64)
-        texts[domain] = Text(ids, str(data.path), hash_file(data.path / HEADER))
+        texts[domain] = DomainText(ids, str(data.path), hash_file(data.path / HEADER))
     return texts
 
 
@@ -246,7 +248,7 @@ def _require_domains(domains: Sequence[str], known: Sequence[str] | Mapping, whe
 
 
 def _select_sequence_length(
-    config: LmConfig, texts: Sequence[Text], calibration: Calibration
+    config: LmConfig, texts: Sequence[DomainText], calibration: RouterCalibration
 ) -> int:
     """Return the tokens per sequence: those of the calibration, but within the model's limit and
     few enough for `HELD_OUT` sequences of the shortest text.
@@ -365,7 +367,7 @@ def _measure_logits(
     return spread, first / torch.tensor([sequences.numel() for sequences in texts])
 
 
-def compute_condition(rows: Tensor, centred: bool) -> float:
+def compute_condition_number(rows: Tensor, centred: bool) -> float:
     """Compute the condition number of a layer's rows [E, D]: largest over smallest singular value.
 
     Centred rows sum to zero, so the smallest value, zero, does not count; then E must be above 1.

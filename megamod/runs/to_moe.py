@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from megamod.merging.moe.plan import MoePlan
     from megamod.merging.moe.rows import RouterRows
     from megamod.merging.recipe import MergeRecipe
-    from megamod.runs.router_rows import Calibration
+    from megamod.runs.router_rows import RouterCalibration
     from megamod.states.forest import Expert
 
 CALIBRATION_FLAGS = (
@@ -324,17 +324,17 @@ def _make_rows_function(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoeP
     return partial(compute_calibrated_rows, recipe=recipe, calibration=make_calibration(args))
 
 
-def make_calibration(args: MoeArgs) -> "Calibration":
+def make_calibration(args: MoeArgs) -> "RouterCalibration":
     """Make the settings of calibrated router rows from the flags; no text is read.
 
     Raises:
         UserError: if --calibration is missing.
     """
-    from megamod.runs.router_rows import Calibration
+    from megamod.runs.router_rows import RouterCalibration
 
     if args.calibration is None:
         raise UserError("--router calibrated needs --calibration: a data-bin, or DOMAIN=FILE")
-    return Calibration(
+    return RouterCalibration(
         args.calibration,
         args.calibration_tokens,
         args.sharpness,

@@ -114,7 +114,7 @@ class RunSpec:
         config: of the whole model, all domains.
         topology: ranks and domains.
         data_digest: of the training data; ranks and a resumed run must agree on it.
-        tokenizer: folder that is copied into the model folder; None: none.
+        tokenizer: folder that is copied into the model folder; None: the model gets none.
         card: content of the model card.
         groups: names of the losses that the log shows separately, such as domains.
         unit: items that a loss is the mean over: "tokens" or "examples".
@@ -213,13 +213,13 @@ def execute_run(
         print(table, flush=True)
     if safety.print_groups:
         return None
-    with hold_output(output):
-        return _train(
+    with lock_output(output):
+        return _train_and_publish(
             spec, parsed, settings, batches, device, table, workers, checkpointing, compiled
         )
 
 
-def _train(
+def _train_and_publish(
     spec: RunSpec,
     parsed: Sequence[Arguments],
     settings: ResolvedSettings,
@@ -230,9 +230,10 @@ def _train(
     checkpointing: bool,
     compiled: bool,
 ) -> ActiveRun:
-    """Do the second half of `execute_run`, which writes into the output folder; collective.
+    """Build the engine, resume, train and publish OUT/model; collective.
 
-    The caller holds the folder (`hold_output`).
+    It is the part of `execute_run` that writes into the output folder, which the caller has locked
+    (`lock_output`).
 
     Args:
         settings: of the run, with the values of the DeepSpeed file.
@@ -281,7 +282,7 @@ def _train(
         logger.info("%s: has its %d steps already, nothing is trained", output, state.step)
     elif state.step:
         logger.info("%s: resumes at step %d of %d", output, state.step, run.max_steps)
-    record_run(output, ds_config, parsed)
+    write_run_records(output, ds_config, parsed)
     with write_node_log(output, table, state.step):
         tokens = settings.global_batch // dist.get_world_size() * (spec.tokens_per_sample or 0)
         with fail_together():
@@ -311,8 +312,8 @@ def _train(
 
 
 @contextmanager
-def hold_output(folder: Path) -> Iterator[None]:
-    """Hold the output folder for this job, by its rank 0, for the time of the block; collective.
+def lock_output(folder: Path) -> Iterator[None]:
+    """Lock the output folder for this job, by its rank 0, for the time of the block; collective.
 
     Raises:
         UserError: on every rank, if another process holds it.
@@ -330,7 +331,9 @@ def format_group_table(topology: DomainTopology, device: torch.device) -> str:
     return topology.format_layout(hosts, gather_texts(str(device)))
 
 
-def record_run(folder: Path, config: Mapping[str, object], parsed: Sequence[Arguments]) -> None:
+def write_run_records(
+    folder: Path, config: Mapping[str, object], parsed: Sequence[Arguments]
+) -> None:
     """Write run.yaml, ds_config.resolved.json and env.json into the folder, on rank 0; collective.
 
     They hold the arguments, the resolved configuration of DeepSpeed and the environment.

@@ -14,7 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import AfterValidator, Field
 
 from megamod.errors import UserError, shorten
-from megamod.evaluation.generate import Continuation, Sampling, TextWriter
+from megamod.evaluation.generate import Continuation, Sampling, TextGenerator
 from megamod.schemas import Schema
 from megamod.serving.exchange import (
     await_unless_abandoned,
@@ -107,7 +107,7 @@ class CompletionService:
     """A language model, an expert or a forest to serve.
 
     Args:
-        writer: the model and its tokenizer.
+        text_generator: the model and its tokenizer.
         name: of the model.
         max_tokens: most tokens that a request may ask for.
 
@@ -118,13 +118,13 @@ class CompletionService:
     kind, path = "completion", "/v1/completions"
     group_size = max_groups = 1
 
-    def __init__(self, writer: TextWriter, name: str, max_tokens: int):
-        self.writer, self.name, self.max_tokens = writer, name, max_tokens
+    def __init__(self, text_generator: TextGenerator, name: str, max_tokens: int):
+        self.text_generator, self.name, self.max_tokens = text_generator, name, max_tokens
         self.on_tokens: Callable[[int], None] = lambda count: None
 
     def describe(self) -> dict[str, object]:
         """Describe the model for the list of models."""
-        return {"domains": list(self.writer.domains), "max_tokens": self.max_tokens}
+        return {"domains": list(self.text_generator.domains), "max_tokens": self.max_tokens}
 
     def make_job(self, body: CompletionRequest) -> CompletionJob:
         """Make the job of a request.
@@ -146,7 +146,7 @@ class CompletionService:
         """Write the texts of jobs, one after the other."""
         texts = []
         for job in jobs:
-            texts += self.writer.write(job.prompt, job.sampling, job.report_text)
+            texts += self.text_generator.generate(job.prompt, job.sampling, job.report_text)
             self.on_tokens(texts[-1].new_tokens)
         return texts
 

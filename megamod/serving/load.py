@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from megamod.errors import UserError
-from megamod.evaluation.generate import find_model_folder, load_writer
+from megamod.evaluation.generate import find_model_folder, load_text_generator
 from megamod.evaluation.mux_pipeline import MuxPipeline, is_classifier
 from megamod.schemas import read_run_recipe
 from megamod.serving.app import Service
@@ -31,7 +31,7 @@ def load_service(
 
     Args:
         model: folder or hub name; of a run's folder, its model is meant.
-        domain, prior: of a language model, see `load_writer`.
+        domain, prior: of a language model, see `load_text_generator`.
         max_tokens: most tokens that a completion may ask for.
         max_batch: groups of a classifier in a forward pass.
         max_seq_length: tokens of a classifier's row; None: as in the run.yaml of its run, else 128.
@@ -40,7 +40,9 @@ def load_service(
     """
     folder = find_model_folder(model)
     if not (folder / "config.json").is_file() or not is_classifier(read_config_file(folder)):
-        return CompletionService(load_writer(model, domain, prior, device), model, max_tokens)
+        return CompletionService(
+            load_text_generator(model, domain, prior, device), model, max_tokens
+        )
     for flag, value in (("--domain", domain), ("--prior", prior)):
         if value is not None:
             raise UserError(f"{flag} {value}: {model} is a classifier, without experts to select")

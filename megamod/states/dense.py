@@ -4,9 +4,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megamod.files import write_json
+from megamod.files import link_file, write_json
 from megamod.states.forest import HOST_TYPE, read_model_config
-from megamod.states.grow import link_file
 from megamod.states.manifest import MANIFEST
 from megamod.states.stream import ModelFolder, write_streamed_tensors
 from megamod.states.weights import DENSE_FILE

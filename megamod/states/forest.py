@@ -33,7 +33,7 @@ from megamod.states.adapter import (
     list_model_folders,
 )
 from megamod.states.config_file import read_config_file
-from megamod.states.token_ids import check_same_ids
+from megamod.states.token_ids import check_same_token_ids
 from megamod.states.tokenizer_files import (
     copy_tokenizer,
     find_tokenizer_folder,
@@ -142,7 +142,7 @@ def open_forest(path: str | Path) -> Forest:
     if file.is_file():
         experts = _read_experts(file)
     elif is_model(path):
-        experts = _list_members(path)
+        experts = _list_demix_experts(path)
     else:
         experts = [Expert(domain=folder.name, path=folder) for folder in list_model_folders(path)]
     if not experts:
@@ -204,7 +204,7 @@ def check_new_expert(path: str | Path, expert: Expert, replaced: str | None = No
     _check_experts([*experts, expert], file)
 
 
-def check_editable(path: str | Path) -> None:
+def check_forest_writable(path: str | Path) -> None:
     """Check that this process may write in the folder of a forest.json; nothing is written.
 
     Args:
@@ -246,7 +246,7 @@ def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
             write_json(file.parent / "config.json", {"model_type": MODEL_TYPE})
         for expert in experts:  # they share one tokenizer: the first that has it is enough
             copy_tokenizer(find_tokenizer_folder(expert.path), file.parent)
-        record = {"format": 1, "experts": [_make_entry(e, file.parent) for e in experts]}
+        record = {"format": 1, "experts": [_serialise_expert(e, file.parent) for e in experts]}
         write_json(file, record)
 
 
@@ -258,7 +258,7 @@ def _read_experts(file: Path) -> list[Expert]:
     ]
 
 
-def _make_entry(expert: Expert, folder: Path) -> dict[str, object]:
+def _serialise_expert(expert: Expert, folder: Path) -> dict[str, object]:
     """Make the entry of an expert in the forest.json of `folder`, an absolute path; paths below it
     become relative.
     """
@@ -281,7 +281,7 @@ def _make_relative(path: str, folder: Path) -> str:
     return str(plain.relative_to(folder)) if plain.is_relative_to(folder) else str(plain)
 
 
-def _list_members(folder: Path) -> list[Expert]:
+def _list_demix_experts(folder: Path) -> list[Expert]:
     """List the experts of a DEMix model folder; empty if its config.json is that of a forest.
 
     Raises:
@@ -336,7 +336,7 @@ def _check_experts(experts: list[Expert], where: Path) -> None:
         raise UserError(f"{where}: the experts have different vocabularies: {listed}")
     folders = list(dict.fromkeys(find_tokenizer_folder(expert.path) for expert in experts))
     for folder in folders[1:]:
-        check_same_ids(folders[0], folder)
+        check_same_token_ids(folders[0], folder)
 
 
 def read_model_config(folder: Path) -> dict[str, object]:

@@ -1,7 +1,5 @@
 """Add an expert to a model folder with experts; existing tensors stay bit for bit."""
 
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +7,7 @@ from torch import Tensor
 
 from megamod.dist.scope import EXPERTS_COMPONENT, convert_to_dense_name, parse_expert_domain
 from megamod.errors import UserError
-from megamod.files import write_json
+from megamod.files import link_file, write_json
 from megamod.states.forest import read_model_config
 from megamod.states.stream import ModelFolder
 from megamod.states.weight_files import read_index
@@ -97,15 +95,3 @@ def add_expert(
     write_json(target / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
     config = read_model_config(source)
     write_json(target / "config.json", {**config, "domains": [*config["domains"], domain]})
-
-
-def link_file(source: Path, target: Path) -> None:
-    """Create `target` as a hard link to `source`, or as a copy where links are not possible.
-
-    For files that are not changed in place. An existing `target` is overwritten by a copy. Raises
-    OSError if `target` cannot be written.
-    """
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -3,7 +3,7 @@
 import json
 
 
-def parse_record(line: bytes) -> dict[str, object] | None:
+def parse_metrics_line(line: bytes) -> dict[str, object] | None:
     """Parse a line of a metrics.jsonl; None if it is no JSON object with a whole number `step`."""
     try:
         record = json.loads(line)

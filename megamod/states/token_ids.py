@@ -35,7 +35,7 @@ def _read_token_ids(folder: Path) -> dict[str, int]:
     return ids
 
 
-def check_same_ids(first: Path, second: Path, remedy: str = "") -> None:
+def check_same_token_ids(first: Path, second: Path, remedy: str = "") -> None:
     """Refuse two folders whose tokenizers give one id to two tokens, or one token two ids.
 
     Tokens that only one of them has are allowed. Folders without tokenizer files pass. Files of

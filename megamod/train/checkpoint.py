@@ -122,7 +122,7 @@ class Checkpoints:
             return False
         writers = (self.write_model, self._write_optimizer, partial(self._write_state, state=state))
         try:
-            self._write_and_digest(temporary, writers)
+            self._write_files_with_digests(temporary, writers)
             written = True
         except OSError as error:
             logger.error("checkpoint %s: rank %d: %s", final.name, dist.get_rank(), error)
@@ -319,7 +319,7 @@ class Checkpoints:
         )
         return [record.write(self._get_state_folder(folder))]
 
-    def _write_and_digest(self, folder: Path, writers: Sequence[ModelWriter]) -> None:
+    def _write_files_with_digests(self, folder: Path, writers: Sequence[ModelWriter]) -> None:
         """Write and sync this rank's files, and list their digests in `.rank-RANK.json`.
 
         Each file is synced while the next ones are written and digested.

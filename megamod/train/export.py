@@ -108,7 +108,7 @@ class ModelExport:
         Args:
             engine: of the model to write.
             config: of the whole model, all domains; its `architectures` and `dtype` are set.
-            tokenizer: folder whose files are copied; None: none.
+            tokenizer: folder whose files are copied; None: no tokenizer.
             run_file: the run's recipe, copied.
             card: content of README.md.
             companions: further files to copy.

@@ -44,7 +44,7 @@ def iterate_fragment_shards(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[
 
     One list, unless the state is swapped to a disk (ZeRO-Infinity): then one list for each group of
     parameters that is swapped together. It is in memory, and may be written to, until the next one
-    is asked for.
+    is requested.
     """
     names = {
         parameter: name
@@ -175,7 +175,7 @@ def _iterate_stage_3_shards(
 ) -> Iterator[list[Fragment]]:
     """Yield the fragments of all groups in memory, then those of each group that is on a disk.
 
-    A group of the disk is in memory until the next list is asked for. `names` are those in the
+    A group of the disk is in memory until the next list is requested. `names` are those in the
     module.
     """
     groups = range(len(zero.fp16_groups))

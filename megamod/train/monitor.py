@@ -18,7 +18,7 @@ from tqdm import tqdm
 from megamod.dist.process import get_rank
 from megamod.files import format_json, write_atomic, write_json
 from megamod.states.checkpoint_folder import TrainState
-from megamod.states.metrics_file import parse_record
+from megamod.states.metrics_file import parse_metrics_line
 from megamod.train.objectives import BatchScore
 from megamod.train.trackers import Tracker, open_tracker
 
@@ -316,7 +316,7 @@ def _drop_records(path: Path, drop: Callable[[dict], bool]) -> None:
         lines = path.read_bytes().splitlines(keepends=True)
         kept, damaged = [], []
         for line in lines:
-            record = parse_record(line)
+            record = parse_metrics_line(line)
             if record is not None:
                 kept += [] if drop(record) else [line if line.endswith(b"\n") else line + b"\n"]
             elif line.endswith(b"\n"):  # otherwise a kill cut it short

@@ -75,7 +75,7 @@ def measure() -> dict[str, list[float]]:
         held_out = HeldOut(str(data), ("text",), "test", None, BATCH, "auto", False)
         experts = Experts(open_forest(forest), held_out, CPU)
         source, priors = ParallelScores(experts), {"text": make_uniform_prior(experts.domains)}
-        models = list(experts.load_each(experts.domains))
+        models = list(experts.iterate_loaded_experts(experts.domains))
         any_data = next(iter(experts.data.values()))
 
         def mixture() -> None:

@@ -3,7 +3,7 @@
 import io
 import json
 
-from megamod.btm.progress import TAIL_BYTES, Row, Screen, format_jobs, read_progress
+from megamod.btm.progress import TAIL_BYTES, ProgressRow, Screen, format_jobs, read_progress
 
 
 class Terminal(io.StringIO):
@@ -18,17 +18,17 @@ def test_numbers_are_the_last_ones(tmp_path):
     text = "".join(json.dumps(record) + "\n" for record in records) + '{"step": 8, "lo'
     assert len(text) > 2 * TAIL_BYTES
     (tmp_path / "metrics.jsonl").write_text(text)
-    row = Row("law", "train", last=10)
+    row = ProgressRow("law", "train", last=10)
     read_progress(tmp_path, row)
     assert (row.step, row.loss, row.rate, row.perplexity) == (7, 2.5, 1234.5, 12.0)
     assert row.format_cells() == ("law", "train", "7/10", "2.5000", "1,234", "12", "0", "")
-    untouched = Row("med", "waiting")
+    untouched = ProgressRow("med", "waiting")
     read_progress(tmp_path / "nowhere", untouched)
-    assert untouched == Row("med", "waiting")
+    assert untouched == ProgressRow("med", "waiting")
 
 
 def test_columns_are_aligned():
-    rows = [Row("law", "train", 100, 5, 2.0), Row("anonymized", "waiting", 100)]
+    rows = [ProgressRow("law", "train", 100, 5, 2.0), ProgressRow("anonymized", "waiting", 100)]
     lines = format_jobs(rows).splitlines()
     assert lines[0].split() == [
         "job",
@@ -45,7 +45,7 @@ def test_columns_are_aligned():
 
 
 def test_a_line_for_each_change():
-    stream, row = io.StringIO(), Row("law", "train", 10)
+    stream, row = io.StringIO(), ProgressRow("law", "train", 10)
     screen = Screen(stream)
     screen.show_jobs([row])
     row.step = 5
@@ -59,7 +59,7 @@ def test_a_line_for_each_change():
 
 
 def test_a_terminal_is_drawn_over():
-    stream, rows = Terminal(), [Row("law", "train", 10), Row("med", "waiting", 10)]
+    stream, rows = Terminal(), [ProgressRow("law", "train", 10), ProgressRow("med", "waiting", 10)]
     screen = Screen(stream, redraw_seconds=0)
     screen.show_jobs(rows)
     screen.show_jobs(rows)

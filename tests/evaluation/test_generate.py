@@ -13,7 +13,7 @@ from saved_models import make_model
 from transformers import AutoTokenizer
 
 from megamod.errors import UserError
-from megamod.evaluation.generate import Sampling, load_writer
+from megamod.evaluation.generate import Sampling, load_text_generator
 from megamod.models.lm.demix import DemixForCausalLM
 
 VOCAB, LENGTH, NEW = 300, 32, 6
@@ -24,7 +24,7 @@ PROMPT = "lawa the"
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """DEMix models with a tokenizer, a forest of two experts, and a stock model."""
-    root = tmp_path_factory.mktemp("writers")
+    root = tmp_path_factory.mktemp("text_generators")
     fields = dict(vocab_size=VOCAB, max_position_embeddings=LENGTH, eos_token_id=1)
     texts = words_of("law")
     for name in ("law", "art"):
@@ -67,12 +67,12 @@ def test_greedy_text_is_that_of_a_loop_over_logits(root):
     tokenizer = AutoTokenizer.from_pretrained(root / "law")
     start = tokenizer(PROMPT).input_ids
     models = [DemixForCausalLM.from_pretrained(root / name).eval() for name in ("law", "art")]
-    (text,) = load_writer(str(root / "law")).write(PROMPT, GREEDY)
+    (text,) = load_text_generator(str(root / "law")).generate(PROMPT, GREEDY)
     assert text.text == tokenizer.decode(continue_greedily(models[:1], start)[0])
     assert text.text.startswith(PROMPT) and text.weights is None
-    (only,) = load_writer(str(root / "forest"), "law").write(PROMPT, GREEDY)
+    (only,) = load_text_generator(str(root / "forest"), "law").generate(PROMPT, GREEDY)
     assert only == text
-    (mixed,) = load_writer(str(root / "forest")).write(PROMPT, GREEDY)
+    (mixed,) = load_text_generator(str(root / "forest")).generate(PROMPT, GREEDY)
     ids, weights = continue_greedily(models, start)
     assert mixed.text == tokenizer.decode(ids)
     assert list(mixed.weights) == ["law", "art"] and sum(mixed.weights.values()) == pytest.approx(1)
@@ -81,33 +81,35 @@ def test_greedy_text_is_that_of_a_loop_over_logits(root):
 
 
 def test_experts_of_one_model(root):
-    writer = load_writer(str(root / "demix"))
-    (mixed,) = writer.write(PROMPT, GREEDY)
+    text_generator = load_text_generator(str(root / "demix"))
+    (mixed,) = text_generator.generate(PROMPT, GREEDY)
     assert list(mixed.weights) == ["law", "code", "art"]
-    (alone,) = load_writer(str(root / "demix"), "code").write(PROMPT, GREEDY)
+    (alone,) = load_text_generator(str(root / "demix"), "code").generate(PROMPT, GREEDY)
     assert alone.weights is None
     prior = {"domains": ["law", "code", "art"], "prior": [0.0, 1.0, 0.0], "rule": "last_token"}
     (root / "prior.json").write_text(json.dumps({"format": 1, **prior}))
-    (certain,) = load_writer(str(root / "demix"), prior=root / "prior.json").write(PROMPT, GREEDY)
+    (certain,) = load_text_generator(str(root / "demix"), prior=root / "prior.json").generate(
+        PROMPT, GREEDY
+    )
     assert certain.text == alone.text
 
 
 def test_samples_depend_on_the_seed_alone(root):
-    writer = load_writer(str(root / "gpt2"))
+    text_generator = load_text_generator(str(root / "gpt2"))
     state = torch.random.get_rng_state()
-    several = writer.write("", Sampling(NEW, sequences=3, seed=5))
-    assert several == writer.write("", Sampling(NEW, sequences=3, seed=5))
-    assert several != writer.write("", Sampling(NEW, sequences=3, seed=6))
+    several = text_generator.generate("", Sampling(NEW, sequences=3, seed=5))
+    assert several == text_generator.generate("", Sampling(NEW, sequences=3, seed=5))
+    assert several != text_generator.generate("", Sampling(NEW, sequences=3, seed=6))
     assert len({text.text for text in several}) > 1
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_length_is_bounded_by_the_positions(root):
-    writer = load_writer(str(root / "law"))
-    (text,) = writer.write(PROMPT, Sampling(10**6, temperature=0))
-    assert len(writer.tokenizer(text.text).input_ids) <= LENGTH
+    text_generator = load_text_generator(str(root / "law"))
+    (text,) = text_generator.generate(PROMPT, Sampling(10**6, temperature=0))
+    assert len(text_generator.tokenizer(text.text).input_ids) <= LENGTH
     with pytest.raises(UserError, match=r"prompt of \d+ tokens: the model has 32 positions"):
-        writer.write("lawa " * 40, GREEDY)
+        text_generator.generate("lawa " * 40, GREEDY)
 
 
 def test_the_command(root, capsys):

@@ -15,7 +15,7 @@ from megamod.evaluation.perplexity import (
     compute_perplexities,
     format_matrix,
     select_own_scores,
-    select_share,
+    select_rank_share,
     sum_batch_nll,
 )
 from megamod.models.lm.demix import DemixForCausalLM
@@ -98,7 +98,7 @@ def test_a_batch_of_weight_0_is_run_but_not_counted():
 @pytest.mark.parametrize("count", [0, 1, 4, 6, 7])
 def test_parts_share_the_batches(count, parts):
     batches = [{"number": number} for number in range(count)]
-    shares = [list(select_share(iter(batches), part, parts)) for part in range(parts)]
+    shares = [list(select_rank_share(iter(batches), part, parts)) for part in range(parts)]
     assert {len(share) for share in shares} == {-(-count // parts)}
     taken = [item["number"] for share in shares for item in share if item.get("weight", 1.0)]
     assert sorted(taken) == list(range(count))

@@ -33,7 +33,7 @@ def test_the_prior_is_estimated_as_recorded(golden):
         mixed = mixture.mix_batch(scores, real(scores))
         close(mixed.posterior, golden["estimate.posterior_per_batch"][batch])
         close(mixed.average, golden["estimate.ema_prior_after_batch"][batch])
-        assert mixture.tally.perplexity == pytest.approx(
+        assert mixture.counter.perplexity == pytest.approx(
             float(golden["estimate.ppl"][batch]), rel=1e-5
         )
     batches = [(scores, real(scores)) for scores in golden["target_logprobs"][:6]]
@@ -62,7 +62,7 @@ def test_mixtures_are_as_recorded(golden, name, mode, rule):
             close(at_end, golden["cached.final_posterior"][batch])
         if f"{name}.ppl" in golden:
             expected = float(golden[f"{name}.ppl"][batch])
-            assert mixture.tally.perplexity == pytest.approx(expected, rel=1e-5)
+            assert mixture.counter.perplexity == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_a_prior_all_experts_count_equally(golden):
@@ -126,8 +126,8 @@ def test_order_of_experts_and_twins_do_not_matter(mode):
             close(plain_batch.posterior[order], other.posterior)
             twins.mix_batch(scores[:1].expand(3, -1, -1), mask)
             single.add_tokens(scores[0], mask)
-        assert twins.tally.nll == pytest.approx(single.nll, rel=1e-6)
-        assert plain.tally.tokens == 5 * 10
+        assert twins.counter.nll == pytest.approx(single.nll, rel=1e-6)
+        assert plain.counter.tokens == 5 * 10
 
 
 def test_a_fixed_prior_stays():
@@ -156,11 +156,13 @@ def test_no_expert_is_lost_for_good():
 
 
 def test_infinite_tokens_count_in_neither_sum_nor_number():
-    tally = PerplexityCounter()
-    tally.add_tokens(
+    counter = PerplexityCounter()
+    counter.add_tokens(
         torch.tensor([[-1.0, -torch.inf, -3.0, -5.0]]), torch.tensor([[1, 1, 1, 0]]).bool()
     )
-    assert (tally.nll, tally.tokens) == (4.0, 2) and tally.perplexity == pytest.approx(math.exp(2))
+    assert (counter.nll, counter.tokens) == (4.0, 2) and counter.perplexity == pytest.approx(
+        math.exp(2)
+    )
 
 
 def test_a_prior_needs_text():

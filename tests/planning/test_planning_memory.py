@@ -15,7 +15,7 @@ from train.tiny_runs import (
 
 from megamod.dist.scope import Sharing, parse_sharing
 from megamod.dist.topology import DomainTopology
-from megamod.planning.memory import Setting, compute_memory
+from megamod.planning.memory import TrainingSetting, compute_memory
 
 CASES = [
     ("none", 0, "fp32"),
@@ -35,9 +35,9 @@ TWO_RANKS = [
 ]
 
 
-def settings(stage: int, precision: str, more: str = "none") -> Setting:
+def settings(stage: int, precision: str, more: str = "none") -> TrainingSetting:
     weights, muon = ("none", True) if more == "muon" else (more, False)
-    return Setting(
+    return TrainingSetting(
         stage, precision, 2, 1, False, offload_param=weights, bucket=1000, persistent=100, muon=muon
     )
 

@@ -26,7 +26,7 @@ from megamod.runs.pretrain.adapt_start import (
     AdaptationStart,
     estimate_expert_weights,
     make_start_record,
-    select_start,
+    select_start_expert,
 )
 from megamod.states.forest import open_forest
 from megamod.states.grow import add_expert
@@ -223,27 +223,31 @@ def never() -> list[float]:
 def test_the_start_that_is_chosen(tmp_path):
     root = make_place(tmp_path)
     forest, args = open_forest(root / "demix"), AdaptArgs(forest="F", domain=NEW)
-    result = select_start(forest, args, root, "auto", lambda: [0.25, 0.75])
+    result = select_start_expert(forest, args, root, "auto", lambda: [0.25, 0.75])
     assert result.expert.domain == "code" and result.posterior == {"law": 0.25, "code": 0.75}
     (root / "prior.json").write_text(PRIOR)
     by_file = AdaptArgs(forest="F", domain=NEW, prior=str(root / "prior.json"))
-    assert select_start(forest, by_file, root, "auto", never).posterior == {
+    assert select_start_expert(forest, by_file, root, "auto", never).posterior == {
         "law": 0.75,
         "code": 0.25,
     }
     named = AdaptArgs(forest="F", domain=NEW, start="code")
-    assert select_start(forest, named, root, "auto", never).expert == forest.experts[1]
+    assert select_start_expert(forest, named, root, "auto", never).expert == forest.experts[1]
     # A run that goes on keeps to its choice, unless it is told otherwise.
     (root / "start.json").write_text(json.dumps(make_start_record(forest, result, "digest")))
-    assert select_start(forest, args, root, "auto", never) == result
-    assert select_start(forest, args, root, "none", lambda: [0.75, 0.25]).expert.domain == "law"
+    assert select_start_expert(forest, args, root, "auto", never) == result
+    assert (
+        select_start_expert(forest, args, root, "none", lambda: [0.75, 0.25]).expert.domain == "law"
+    )
     other = replace(forest, path=root / "other")
-    assert select_start(other, args, root, "auto", lambda: [0.75, 0.25]).expert.domain == "law"
+    assert (
+        select_start_expert(other, args, root, "auto", lambda: [0.75, 0.25]).expert.domain == "law"
+    )
     (root / "start.json").write_text("{}")
     with pytest.raises(UserError, match="remove it to choose anew"):
-        select_start(forest, args, root, "auto", never)
+        select_start_expert(forest, args, root, "auto", never)
     alone = replace(forest, experts=forest.experts[:1])
-    assert select_start(alone, args, root, "auto", never) == AdaptationStart(
+    assert select_start_expert(alone, args, root, "auto", never) == AdaptationStart(
         forest.experts[0], "the only one"
     )
 

@@ -22,7 +22,7 @@ from megamod.data.lm.masking import (
 from megamod.data.lm.order import BalancedSampler
 from megamod.errors import UserError
 from megamod.evaluation.encoder_lm import score_encoder
-from megamod.evaluation.perplexity import select_share
+from megamod.evaluation.perplexity import select_rank_share
 from megamod.flags import parse_args
 from megamod.models.mux.configuration import MuxElectraConfig
 from megamod.models.mux.generator import MuxElectraForReplacedTokens
@@ -179,7 +179,7 @@ def test_held_out_text_is_scored_the_same_at_every_call(kind):
     def scores(part: int, parts: int, total: list[torch.Tensor]) -> dict[str, float]:
         return score_encoder(
             model,
-            select_share(iterate_masked_eval_batches(batches_of(blocks=9)), part, parts),
+            select_rank_share(iterate_masked_eval_batches(batches_of(blocks=9)), part, parts),
             lambda module, batch: losses(module, batch, [1.0] * 4),
             CPU,
             total.append,

@@ -14,7 +14,7 @@ from megamod.data.corpus.indexed import IndexedWriter, format_split_prefix
 from megamod.errors import UserError
 from megamod.merging.moe.record import read_moe_record
 from megamod.runs.edit_moe import EditArgs, run_edit
-from megamod.runs.router_rows import compute_condition
+from megamod.runs.router_rows import compute_condition_number
 from megamod.runs.to_moe import MoeArgs, run_to_moe
 
 DOMAINS = ("law", "code", "art")
@@ -137,9 +137,9 @@ def test_rows_in_one_direction_are_reported(tmp_path, caplog):
 
 def test_condition_number():
     rows = torch.tensor([[4.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    assert compute_condition(rows, centred=False) == pytest.approx(4.0)
+    assert compute_condition_number(rows, centred=False) == pytest.approx(4.0)
     centred = torch.tensor([[1.0, 2.0], [-1.0, -2.0]], dtype=torch.float64)
-    assert compute_condition(centred, centred=True) == pytest.approx(1.0)
+    assert compute_condition_number(centred, centred=True) == pytest.approx(1.0)
 
 
 def test_refreshed_row_is_the_only_change(tmp_path):

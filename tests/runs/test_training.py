@@ -17,7 +17,7 @@ from megamod.runs.training import (
     FREE_ON_RESUME,
     format_group_table,
     list_settings_to_repeat,
-    record_run,
+    write_run_records,
 )
 from megamod.train.optim import make_optimizer_factory
 
@@ -83,10 +83,10 @@ def together(rank: int, root) -> dict[str, object]:
         output["disagree"] = str(error)
     output["table"] = format_group_table(topology(2, "demix"), torch.device("cpu"))
     parsed = args("--seed", "7", "--output_dir", str(root / "out"))
-    record_run(root / "out", {"zero_optimization": {"stage": 1}}, parsed)
+    write_run_records(root / "out", {"zero_optimization": {"stage": 1}}, parsed)
     (root / "file").touch()
     try:
-        record_run(root / "file" / "out", {}, parsed)
+        write_run_records(root / "file" / "out", {}, parsed)
     except UserError as error:
         output["unwritable"] = str(error)
     return output

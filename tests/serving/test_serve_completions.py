@@ -1,4 +1,4 @@
-"""Completions over HTTP: those of the writer alone, whole or in pieces, whatever else runs."""
+"""Completions over HTTP: those of the generator alone, whole or in pieces, whatever else runs."""
 
 import asyncio
 import json
@@ -9,35 +9,35 @@ from runs.test_host_pretrain import save_tokenizer, words_of
 from saved_models import make_model
 from serving.tiny_services import make_tiny_app, open_client, read_error
 
-from megamod.evaluation.generate import Sampling, load_writer
+from megamod.evaluation.generate import Sampling, load_text_generator
 from megamod.serving.completion import CompletionService
 
 PATH, PROMPT = "/v1/completions", "lawa the"
 
 
 @pytest.fixture(scope="module")
-def writers(tmp_path_factory):
+def text_generators(tmp_path_factory):
     """A dense model, and a forest of two."""
     root = tmp_path_factory.mktemp("completions")
     for name in ("law", "art"):
         model = make_model(root / name, vocab_size=300, max_position_embeddings=32, eos_token_id=1)
         save_tokenizer(model, words_of("law"))
         launch("forest", "add", "--forest", root / "forest", "--path", model, "--domain", name)
-    return {name: load_writer(str(root / name)) for name in ("law", "forest")}
+    return {name: load_text_generator(str(root / name)) for name in ("law", "forest")}
 
 
-def serve(writer, scenario, **options):
-    """Run `scenario(client)` against the application of a writer."""
+def serve(text_generator, scenario, **options):
+    """Run `scenario(client)` against the application of a text_generator."""
 
     async def main():
-        app = make_tiny_app(CompletionService(writer, "tiny", max_tokens=40), **options)
+        app = make_tiny_app(CompletionService(text_generator, "tiny", max_tokens=40), **options)
         async with open_client(app) as client:
             return await asyncio.wait_for(scenario(client), 60)
 
     return asyncio.run(main())
 
 
-def test_texts_and_posterior_are_those_of_the_writer(writers):
+def test_texts_and_posterior_are_those_of_the_writer(text_generators):
     bodies = [
         {"prompt": PROMPT, "max_tokens": 5 + n % 3, "temperature": n % 2, "seed": n}
         for n in range(8)
@@ -46,9 +46,9 @@ def test_texts_and_posterior_are_those_of_the_writer(writers):
     async def scenario(client):
         return await asyncio.gather(*(client.post(PATH, json=body) for body in bodies))
 
-    for body, response in zip(bodies, serve(writers["forest"], scenario), strict=True):
+    for body, response in zip(bodies, serve(text_generators["forest"], scenario), strict=True):
         sampling = Sampling(body["max_tokens"], body["temperature"], seed=body["seed"])
-        (expected,) = writers["forest"].write(PROMPT, sampling)
+        (expected,) = text_generators["forest"].generate(PROMPT, sampling)
         answer = response.json()
         (choice,) = answer["choices"]
         assert PROMPT + choice["text"] == expected.text and answer["seed"] == body["seed"]
@@ -66,15 +66,15 @@ def read_events(text: str) -> list[dict]:
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-def test_a_stream_is_the_text_in_pieces(writers):
+def test_a_stream_is_the_text_in_pieces(text_generators):
     body = {"prompt": PROMPT, "max_tokens": 12, "seed": 3}
 
     async def scenario(client):
         whole = (await client.post(PATH, json=body)).json()
         return whole, await client.post(PATH, json=body | {"stream": True})
 
-    for name, writer in writers.items():
-        whole, response = serve(writer, scenario)
+    for name, text_generator in text_generators.items():
+        whole, response = serve(text_generator, scenario)
         assert response.headers["content-type"].startswith("text/event-stream")
         events = read_events(response.text)
         assert (
@@ -87,7 +87,7 @@ def test_a_stream_is_the_text_in_pieces(writers):
         assert len({event["id"] for event in events}) == 1
 
 
-def test_stop_texts_cut_the_text(writers):
+def test_stop_texts_cut_the_text(text_generators):
     async def scenario(client):
         body = {"prompt": PROMPT, "max_tokens": 20, "seed": 3}
         whole = (await client.post(PATH, json=body)).json()["choices"][0]["text"]
@@ -96,7 +96,7 @@ def test_stop_texts_cut_the_text(writers):
         pieces = await client.post(PATH, json=body | {"stop": stop, "stream": True})
         return whole, stop, cut.json(), read_events(pieces.text)
 
-    whole, stop, cut, pieces = serve(writers["law"], scenario)
+    whole, stop, cut, pieces = serve(text_generators["law"], scenario)
     assert len(stop) == 3 and cut["choices"][0]["text"] == whole[: whole.index(stop)]
     assert cut["choices"][0]["finish_reason"] == "stop"
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == cut["choices"][0]["text"]
@@ -125,7 +125,7 @@ def test_stop_texts_cut_the_text(writers):
         ({"suffix": "x"}, "unknown key 'suffix'"),
     ],
 )
-def test_refusals_name_the_field(writers, change, message):
+def test_refusals_name_the_field(text_generators, change, message):
     body = {"prompt": PROMPT} | change
 
     async def scenario(client):
@@ -133,19 +133,19 @@ def test_refusals_name_the_field(writers, change, message):
             PATH, json={"stream": True} | body
         )
 
-    for response in serve(writers["law"], scenario):
+    for response in serve(text_generators["law"], scenario):
         assert message in read_error(response, [400])
 
 
-def test_not_a_number_is_refused(writers):
+def test_not_a_number_is_refused(text_generators):
     async def scenario(client):
         return await client.post(PATH, content=b'{"prompt": "a", "temperature": NaN}')
 
-    assert "temperature: nan is not" in read_error(serve(writers["law"], scenario), [400])
+    assert "temperature: nan is not" in read_error(serve(text_generators["law"], scenario), [400])
 
 
-def test_an_abandoned_text_stops(writers):
-    service = CompletionService(writers["law"], "tiny", max_tokens=40)
+def test_an_abandoned_text_stops(text_generators):
+    service = CompletionService(text_generators["law"], "tiny", max_tokens=40)
     written = []
     service.on_tokens = written.append
     body = {"prompt": PROMPT, "max_tokens": 20, "temperature": 0}

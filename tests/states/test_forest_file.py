@@ -10,7 +10,7 @@ from saved_models import make_model
 from megamod import files
 from megamod.errors import UserError
 from megamod.states import forest as module
-from megamod.states.forest import Expert, Parent, check_editable, edit_forest, open_forest
+from megamod.states.forest import Expert, Parent, check_forest_writable, edit_forest, open_forest
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +146,10 @@ def test_a_failed_edit_changes_nothing(folder):
 
 
 def test_a_folder_that_cannot_be_written_is_named(folder, monkeypatch):
-    check_editable(folder)
+    check_forest_writable(folder)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=r"forest\.json: its folder cannot be written"):
-        check_editable(folder / "forest.json")
+        check_forest_writable(folder / "forest.json")
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -62,14 +62,14 @@ def write_split(
     Returns:
         fields of `SplitHeader`.
     """
-    tally = ItemCounter()
+    counter = ItemCounter()
     start = [tokenizer.bos_id] if add_bos else []
     tokens, largest, reported = 0, tokenizer.eos_id, 0
 
     def count_items() -> Iterator[str]:
         """Yield the items, and count each of them."""
         for text in texts:
-            tally.add_item(text)
+            counter.add_item(text)
             yield text
 
     with IndexedWriter(prefix, select_token_dtype(tokenizer.vocab_size)) as writer:
@@ -78,15 +78,15 @@ def write_split(
             writer.add_item(ids)
             tokens += len(ids)
             largest = max(largest, int(ids.max()))
-            if tally.bytes > reported:
-                report_bytes(tally.bytes - reported)
-                reported = tally.bytes
+            if counter.bytes > reported:
+                report_bytes(counter.bytes - reported)
+                reported = counter.bytes
     return {
-        "items": tally.items,
+        "items": counter.items,
         "tokens": tokens,
-        "bytes": tally.bytes,
+        "bytes": counter.bytes,
         "max_id": largest,
-        "text_sha256": tally.digest,
+        "text_sha256": counter.digest,
         "sha256": hash_split_files(prefix),
         "blocks": compute_block_digests(prefix.with_name(f"{prefix.name}.bin")),
     }

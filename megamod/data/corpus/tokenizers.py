@@ -207,8 +207,8 @@ def train_sentencepiece(
     """Train a lossless SentencePiece BPE: decoding the ids of any text gives the text again.
 
     Ids are 0 <s>, 1 <pad>, 2 </s>, 3 <unk>, 4 line end, 5 tab, then 256 bytes, then pieces. Text
-    is not normalised. Blanks are not replaced by U+2581, which could not be told from a U+2581 of
-    the text. Training is deterministic.
+    is not normalised. Blanks are not replaced by U+2581, which could not be distinguished from a
+    U+2581 of the text. Training is deterministic.
 
     Args:
         texts: documents; some megabytes are enough.

@@ -32,7 +32,7 @@ def build_inputs_and_labels(
         block_lengths: [B] tokens of each block.
         eos_id: input of the first target of an item.
         pad_id: input after the end of a short block; its label is -100.
-        domain_tokens: [B] ids that are prepended to inputs and labels; None: none.
+        domain_tokens: [B] ids that are prepended to inputs and labels; None: no domain tokens.
     Returns:
         inputs [B, T] and labels [B, T], int64, where T is span, or span + 1 with domain tokens; and
         True if any sequence is padded. Without padding and domain tokens both are views of

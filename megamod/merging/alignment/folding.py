@@ -85,7 +85,7 @@ class Folding:
 
     def _fold_reader(self, matrix: Tensor, norm: Norm, read: ReadTensor) -> Tensor:
         """Fold the gain of a norm, and with `norm.ones` its bias, into a matrix [..., d] that reads
-        it; otherwise the bias goes into the reader's own bias.
+        it; otherwise the bias is folded into the reader's own bias.
         """
         scaled = matrix * read(norm.gain).double()
         if self.rms:

@@ -84,7 +84,7 @@ class Options(Schema):
         refine_steps: steps of gradient descent on the loss half way between the models, which
             refine the maps of "orthogonal".
         maps: folder that keeps the maps of "orthogonal" under a digest of models, text and options;
-            they are read from it if they are there, and a refinement that was killed goes on.
+            they are read from it if they are there, and a killed refinement resumes.
         seed: of the order of groups with "weight"; of what a refinement draws.
         compat: defects of the original program.
     """

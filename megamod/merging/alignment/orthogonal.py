@@ -337,7 +337,7 @@ def match_signed_features(signed: Tensor, plain: Tensor | None = None) -> GroupM
 
     Args:
         signed: similarity [C, C] that changes its sign with the feature.
-        plain: similarity that does not, of the gates; None: none.
+        plain: similarity that does not, of the gates; None: 0.
     """
     similarity = signed.abs() if plain is None else signed.abs() + plain
     match: FeatureMatch = assign_features(similarity)

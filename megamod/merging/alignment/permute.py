@@ -31,9 +31,9 @@ class AxisChange:
 
     Attributes:
         index: None: the order stays.
-        blocks: [m, h, h], matrices that the entries are multiplied by after that, h at a time;
-            None: none. They are orthogonal, so weights that read the entries are multiplied by the
-            same.
+        blocks: [m, h, h], matrices that the entries are multiplied by after reordering, h at a
+            time; None: no multiplication. They are orthogonal, so weights that read the entries are
+            multiplied by the same.
     """
 
     axis: int

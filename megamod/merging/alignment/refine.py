@@ -88,7 +88,7 @@ class Refinement:
         batches: calibration text.
         symmetry: of both models.
         seed: of rows and shares.
-        progress_file: keeps the state, so that a refinement that was killed goes on; None: none.
+        progress_file: keeps the state, so that a killed refinement can resume; None: no file.
     Raises:
         UserError: if the models are no causal language models, or the text has fewer than two rows
             of two tokens.

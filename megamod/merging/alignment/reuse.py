@@ -44,7 +44,8 @@ def compute_cached_alignment(
     if options.maps is None:
         return compute(None)
     folder = (
-        Path(options.maps) / _digest_inputs(options, states, batches, descent_rounds)[:_NAME_DIGITS]
+        Path(options.maps)
+        / _compute_input_digest(options, states, batches, descent_rounds)[:_NAME_DIGITS]
     )
     if folder.is_dir():
         return replace(load_alignment(folder), options=options)
@@ -56,7 +57,7 @@ def compute_cached_alignment(
     return alignment
 
 
-def _digest_inputs(
+def _compute_input_digest(
     options: Options,
     states: Sequence[Mapping[str, Tensor]],
     batches: Sequence[Batch],

@@ -35,7 +35,7 @@ from megamod.states.stream import (
     plan_shards,
     write_streamed_tensors,
 )
-from megamod.states.token_ids import check_same_ids
+from megamod.states.token_ids import check_same_token_ids
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def upgrade_expert(
         kind = dense.get("host", dense.get("model_type"))
         if find_moe_family(expert.path, dense | {"model_type": kind})[0] != record.model_type:
             raise UserError(f"--path {expert.path}: is a {kind}, {folder} a {record.model_type}")
-        check_same_ids(folder, expert.path)
+        check_same_token_ids(folder, expert.path)
         if record.shared != "averaged":
             _check_same_shared(mixture, model)
         order: list[int | ModelFolder] = list(range(len(record.experts)))

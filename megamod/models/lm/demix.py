@@ -50,7 +50,7 @@ class DemixOutput(CausalLMOutputWithPast):
 
 
 class OutputHead(nn.Linear):
-    """The output matrix. With labels it goes straight to the loss, logits chunk by chunk."""
+    """Output matrix; with labels it returns their loss, computing logits chunk by chunk."""
 
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, vocab_size, bias=False)

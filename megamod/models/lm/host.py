@@ -209,7 +209,7 @@ class HostMixin:
             num_items_in_batch: divisor of the summed loss; None: the number of labels.
             domain: expert to select first, for this and all following calls.
             others: `shift_labels` [B, L], labels shifted by the caller, as in
-                `DemixForCausalLM.forward`; the rest goes to the stock class.
+                `DemixForCausalLM.forward`; the rest is passed to the stock class.
 
         Returns:
             the output of the stock class; with `shift_labels` a `DemixOutput` with loss (nats) and

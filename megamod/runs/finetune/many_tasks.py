@@ -43,7 +43,7 @@ from megamod.runs.finetune.tasks import (
     Rows,
     encode_rows,
     find_first_folder,
-    find_task,
+    find_task_and_folders,
     list_splits_to_read,
     read_rows,
 )
@@ -233,7 +233,7 @@ def _list_specs(
     """
     specs: dict[str, tuple[TaskSpec, Sequence[str] | None]] = {}
     for name in args.tasks or (ca_mtl_config.tasks if ca_mtl_config else GLUE):
-        spec, folders = find_task(name, args.data_dir)
+        spec, folders = find_task_and_folders(name, args.data_dir)
         if spec.name in specs:
             raise UserError(f"--tasks: {spec.name} is listed twice")
         specs[spec.name] = (spec, folders)

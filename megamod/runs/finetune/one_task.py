@@ -149,7 +149,7 @@ def prepare_one_task_model(
             muxing_variant=stage.muxing_variant,
             demuxing_variant=stage.demuxing_variant,
         )
-    instances = _find_instance_count(config, stage)
+    instances = _get_instance_count(config, stage)
     task = open_task(
         spec,
         _find_data_dir(spec, args),
@@ -165,7 +165,7 @@ def prepare_one_task_model(
         others = [name for name in spec.metrics if name != stage.metric_for_best_model]
         spec = replace(spec, metrics=(stage.metric_for_best_model, *others))
     set_labels(config, spec)
-    _set_retrieval(config, stage)
+    _set_retrieval_loss(config, stage)
     set_dropout(config, stage.dropout)
     is_fixed = args.pad_to_max_length
     if is_fixed is None:
@@ -248,7 +248,7 @@ def _find_data_dir(spec: TaskSpec, args: TaskArgs) -> str | None:
     return args.data_dir
 
 
-def _find_instance_count(config: PreTrainedConfig, stage: OneTaskArgs) -> int:
+def _get_instance_count(config: PreTrainedConfig, stage: OneTaskArgs) -> int:
     """Return N, the number of instances that share a forward pass of the model.
 
     Raises:
@@ -264,7 +264,7 @@ def _find_instance_count(config: PreTrainedConfig, stage: OneTaskArgs) -> int:
     return instances
 
 
-def _set_retrieval(config: PreTrainedConfig, stage: OneTaskArgs) -> None:
+def _set_retrieval_loss(config: PreTrainedConfig, stage: OneTaskArgs) -> None:
     """Set the weight of the task's loss to 1, and weight and share of tokens of the retrieval loss
     to the flags.
 

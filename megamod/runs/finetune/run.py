@@ -45,7 +45,7 @@ from megamod.runs.finetune.records import (
     make_tasks_record,
 )
 from megamod.runs.finetune.scores import make_predictors, predict_splits, score_splits
-from megamod.runs.training import ActiveRun, RunSpec, execute_run, hold_output
+from megamod.runs.training import ActiveRun, RunSpec, execute_run, lock_output
 from megamod.tables import format_score_table
 from megamod.train.deepspeed_settings import resolve_settings
 from megamod.train.export import publish_model
@@ -75,7 +75,7 @@ def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
         _train_once(model, parsed, output)
         return
     device = join_process_group(safety.dist_timeout)
-    with hold_output(output):
+    with lock_output(output):
         if stage.do_train:
             records = _train_with_seeds(model, parsed)
         else:

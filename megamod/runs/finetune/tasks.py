@@ -154,24 +154,26 @@ def encode_rows(
         UserError: for rows that cannot be encoded within the limits.
     """
 
-    def encode(rows: TextSet | TokenSet) -> EncodedRows:
+    def encode_split(rows: TextSet | TokenSet) -> EncodedRows:
         """Encode the rows of a split."""
         if isinstance(rows, TextSet):
             return encode_texts(rows, tokenizer, lengths)
         return encode_words(rows, tokenizer, lengths, spec.labels, label_all=label_all)
 
-    def get_encoded(rows: TextSet | TokenSet) -> EncodedRows:
+    def encode_cached(rows: TextSet | TokenSet) -> EncodedRows:
         """Return the rows of a split as token ids, through the cache if there is one."""
         if cache_dir is None:
-            return encode(rows)
+            return encode_split(rows)
         key = compute_cache_key(rows, tokenizer, lengths, spec.labels, label_all)
-        return encode_with_cache(Path(cache_dir), key, partial(encode, rows))
+        return encode_with_cache(Path(cache_dir), key, partial(encode_split, rows))
 
-    encoded = {split: get_encoded(rows) for split, rows in sets.items()}
+    encoded = {split: encode_cached(rows) for split, rows in sets.items()}
     return FinetuneTask(spec, sets, encoded)
 
 
-def find_task(name: str, data_dir: Sequence[str] | None) -> tuple[TaskSpec, Sequence[str] | None]:
+def find_task_and_folders(
+    name: str, data_dir: Sequence[str] | None
+) -> tuple[TaskSpec, Sequence[str] | None]:
     """Find a task by its name or YAML file.
 
     Args:

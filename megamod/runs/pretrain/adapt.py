@@ -29,17 +29,17 @@ from megamod.runs.pretrain.adapt_start import (
     AdaptationStart,
     build_dense_config,
     build_dense_model,
-    digest_weights,
+    compute_weights_digest,
     estimate_expert_weights,
     make_start_record,
     open_candidates,
     open_domain_data,
-    select_start,
+    select_start_expert,
 )
 from megamod.runs.pretrain.causal_lm import log_own_perplexity, make_evaluation
 from megamod.runs.training import ActiveRun, RunSpec, execute_run
 from megamod.states.checkpoint_folder import TrainState
-from megamod.states.forest import FILE, Expert, Forest, Parent, check_editable, edit_forest
+from megamod.states.forest import FILE, Expert, Forest, Parent, check_forest_writable, edit_forest
 from megamod.states.grow import add_expert
 from megamod.states.weights import read_weights
 from megamod.train.export import Card, ModelExport
@@ -73,11 +73,11 @@ def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -
         print(f"{forest.path} has the expert {args.domain} of this run already: {existing.path}")
         return
     if forest.path.is_file():
-        check_editable(forest.path)
+        check_forest_writable(forest.path)
     data = open_domain_data(args, forest)
     device = join_process_group(safety.dist_timeout)
     batch_size = run.per_device_eval_batch_size
-    start = select_start(
+    start = select_start_expert(
         forest,
         args,
         output,
@@ -114,7 +114,7 @@ def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -
             )
         else:
             expert = _make_expert(run, args, data, start, finished.state, output)
-            print(join_forest(args, forest, start.expert, expert, output))
+            print(add_to_forest(args, forest, start.expert, expert, output))
 
 
 def _build_run_spec(
@@ -136,7 +136,7 @@ def _build_run_spec(
     """
     output, rank = Path(run.output_dir), dist.get_rank()
     config = build_dense_config(start.expert, args)
-    digest = gather_texts(digest_weights(start.expert) if rank == 0 else "")[0]
+    digest = gather_texts(compute_weights_digest(start.expert) if rank == 0 else "")[0]
 
     def make_model() -> nn.Module:
         """Build the model with the start's weights; rank 0 writes OUT/start.json and says so."""
@@ -205,7 +205,7 @@ def write_model_with_new_expert(
         sync_folder(folder)
 
 
-def join_forest(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, output: Path) -> str:
+def add_to_forest(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, output: Path) -> str:
     """Add the new expert to its forest, for rank 0 alone; return a sentence for the console.
 
     With --model there is no forest, and nothing is written. If --forest names a forest.json, or a
@@ -242,7 +242,7 @@ def join_forest(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, out
             )
         if new.member is not None:
             # The copy holds the same experts, bit for bit: shared weights are read once.
-            experts[:] = [_move_expert(expert, start.path, new.path) for expert in experts]
+            experts[:] = [_replace_path(expert, start.path, new.path) for expert in experts]
         experts.append(new)
     return f"{new.domain} is an expert of {manifest}"
 
@@ -282,7 +282,7 @@ def _is_same_expert(first: Expert, second: Expert) -> bool:
     return first.domain == second.domain and first.path.resolve() == second.path.resolve()
 
 
-def _move_expert(expert: Expert, source: Path, target: Path) -> Expert:
+def _replace_path(expert: Expert, source: Path, target: Path) -> Expert:
     """Return the entry with the path `target` if its path is `source`, otherwise unchanged."""
     if expert.path.resolve() != source.resolve():
         return expert

@@ -146,7 +146,7 @@ def open_domain_data(args: AdaptArgs, forest: Forest) -> LmData:
     return data
 
 
-def select_start(
+def select_start_expert(
     forest: Forest,
     args: AdaptArgs,
     output: Path,
@@ -275,7 +275,7 @@ def make_start_record(forest: Forest, start: AdaptationStart, digest: str) -> di
     """Return the content of OUT/start.json, which a resumed run reads.
 
     Args:
-        digest: see `digest_weights`.
+        digest: see `compute_weights_digest`.
     """
     return StartRecord(
         forest=str(forest.path),
@@ -286,7 +286,7 @@ def make_start_record(forest: Forest, start: AdaptationStart, digest: str) -> di
     ).model_dump()
 
 
-def digest_weights(expert: Expert) -> str:
+def compute_weights_digest(expert: Expert) -> str:
     """Compute the digest of the weights that an expert is read from, for start.json."""
     with open_weights(expert.path, expert.member) as folder:
         return folder.compute_digest()

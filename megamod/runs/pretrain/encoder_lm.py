@@ -29,7 +29,7 @@ from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError, report_damage
 from megamod.evaluation.encoder_lm import score_encoder
 from megamod.evaluation.held_out_data import check_tokenizer_matches
-from megamod.evaluation.perplexity import select_share
+from megamod.evaluation.perplexity import select_rank_share
 from megamod.evaluation.plots import plot_training_curves
 from megamod.files import write_json
 from megamod.flags import find_origin, refuse_values_without_effect
@@ -108,9 +108,9 @@ def pretrain_encoder(
     held_out_rows = batches(split, division=BatchDivision(rows, rows, 0, 1))
     _check_held_out(held_out_rows, split)
 
-    def held_out(part: int, parts: int) -> Iterator[Batch]:
+    def iterate_held_out(part: int, parts: int) -> Iterator[Batch]:
         """Yield every parts-th held-out batch from number `part` on."""
-        return select_share(
+        return select_rank_share(
             iterate_masked_eval_batches(held_out_rows, run.eval_batches or None), part, parts
         )
 
@@ -121,7 +121,7 @@ def pretrain_encoder(
         losses = make_loss_function(mux, config, running.device)
         scores = score_encoder(
             running.engine.module,
-            held_out(my_rank(), topology.world_size),
+            iterate_held_out(my_rank(), topology.world_size),
             lambda module, batch: losses(module, batch, [batch[name] for name in item_fields]),
             running.device,
             sum_over_ranks,

@@ -1,4 +1,4 @@
-"""Adaptation in a study: an expert of a trained model goes on with a novel domain.
+"""Adaptation in a study: an expert of a trained model is trained further on a novel domain.
 
 Settings of a cell of language models, with `adapt_to` the name of a novel domain:
     adapt_method           feedforward or full

@@ -49,7 +49,7 @@ from megamod.merging.alignment.permute import (
     untie_output_matrix,
 )
 from megamod.merging.alignment.symmetry import find_symmetry
-from megamod.runs.studies.language_models import train_or_resume
+from megamod.runs.studies.language_models import provide_trained_run
 from megamod.runs.studies.parameter_counts import count_parameters
 from megamod.runs.studies.records import Figures
 from megamod.runs.studies.study_file import Cell, Study
@@ -86,7 +86,7 @@ def run_barrier_cell(
     flags = {k: v for k, v in settings.items() if k not in SETTINGS and not k.startswith(PREFIX)}
     seeds = [(cell.seed - 1 + step) % extras["circle"] + 1 for step in range(3)]
     folders = [
-        train_or_resume({**flags, "seed": seed}, text.training_bin, work) / "model"
+        provide_trained_run({**flags, "seed": seed}, text.training_bin, work) / "model"
         for seed in dict.fromkeys(seeds)
     ]
     models = [load_model(str(folder), AutoModelForCausalLM).eval() for folder in folders]
@@ -98,9 +98,11 @@ def run_barrier_cell(
         batches = list(iterate_whole_batches(rows.tolist(), BATCH))
     held_out = _read_rows(databin, "test", extras["held_out_rows"], length)
     started = time.process_time()
-    pairs = [_align(models[0], m, batches, options, extras["descent_rounds"]) for m in models[1:]]
+    pairs = [
+        _align_models(models[0], m, batches, options, extras["descent_rounds"]) for m in models[1:]
+    ]
     seconds = (time.process_time() - started) / len(pairs)
-    scores, curve = _measure(models, pairs, held_out, extras["points"])
+    scores, curve = _measure_barriers(models, pairs, held_out, extras["points"])
     details = {
         "curve": curve,
         "seeds": seeds,
@@ -113,7 +115,7 @@ def run_barrier_cell(
     return figures, {"text": text.digest}
 
 
-def _align(
+def _align_models(
     first: PreTrainedModel,
     second: PreTrainedModel,
     batches: Sequence[Batch] | None,
@@ -141,7 +143,7 @@ def _align(
     return copies, bool(find_untied_by_alignment(symmetry, alignment))
 
 
-def _measure(
+def _measure_barriers(
     models: Sequence[PreTrainedModel],
     pairs: Sequence[tuple[Ends, bool]],
     held_out: np.ndarray,
@@ -152,7 +154,7 @@ def _measure(
     Args:
         models: the reference and one or two others. The weights of the second one are overwritten,
             and its output matrix is untied if its pair says so.
-        pairs: of each model after the first, see `_align`.
+        pairs: of each model after the first, see `_align_models`.
         held_out: token ids [rows, length].
         points: models evaluated on the line, ends included.
     Returns:

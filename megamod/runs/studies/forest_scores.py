@@ -121,12 +121,14 @@ def score_forest(forest: Forest, text: ScoredText) -> ForestLosses:
                 mixture.mix_batch(log_probs, mask)
             for places, mixture in fewer.values():
                 mixture.mix_batch(log_probs[places], mask)
-            for tally, scores in zip(alone.values(), log_probs, strict=True):
-                tally.add_tokens(scores, mask)
-        _add_losses(losses.rows, domain, {row: mixture.tally for row, mixture in mixtures.items()})
+            for counter, scores in zip(alone.values(), log_probs, strict=True):
+                counter.add_tokens(scores, mask)
+        _add_losses(
+            losses.rows, domain, {row: mixture.counter for row, mixture in mixtures.items()}
+        )
         _add_losses(losses.experts, domain, alone)
         _add_losses(
-            losses.without, domain, {name: mixture.tally for name, (_, mixture) in fewer.items()}
+            losses.without, domain, {name: mixture.counter for name, (_, mixture) in fewer.items()}
         )
         if domain in alone:
             _add_losses(losses.rows, domain, {"own": alone[domain]})
@@ -157,10 +159,10 @@ def _make_leave_one_out_mixtures(prior: Prior) -> dict[str, tuple[list[int], Mix
     return fewer
 
 
-def _add_losses(losses: Losses, domain: str, tallies: Mapping[str, PerplexityCounter]) -> None:
+def _add_losses(losses: Losses, domain: str, counters: Mapping[str, PerplexityCounter]) -> None:
     """Add the losses of a domain, in nats per token by row, to `losses`."""
-    for row, tally in tallies.items():
-        losses.setdefault(row, {})[domain] = _compute_loss(tally.nll, tally.tokens)
+    for row, counter in counters.items():
+        losses.setdefault(row, {})[domain] = _compute_loss(counter.nll, counter.tokens)
 
 
 def _compute_loss(nll: float, tokens: int) -> float:

@@ -2,7 +2,7 @@
 
 A cell trains through the same functions as megamod pretrain and megamod forest, in this
 process, in a folder named after its flags: runs that two cells have in common (the seed of a forest
-is the beginning of a dense run) are made once, and a cell that was interrupted goes on.
+is the beginning of a dense run) are made once, and an interrupted cell resumes.
 
 Settings are flags of megamod pretrain, and
     seed_share             train a forest, with a seed of so large a part of the steps
@@ -90,7 +90,7 @@ def run_language_model_cell(
     if extras["family"] is not None:
         flags = write_stock_config(extras["family"], flags, DataBin(text.training_bin), work)
     if extras["seed_share"] is None:
-        runs = {"": train_or_resume(flags, text.training_bin, work)}
+        runs = {"": provide_trained_run(flags, text.training_bin, work)}
     else:
         runs = train_forest(flags, extras, text, work)
     tokens = _count_tokens(flags, runs, extras)
@@ -107,7 +107,7 @@ def run_language_model_cell(
     if extras["adapt_to"] is not None:
         novel = ScoredText(text.novel_bin, [extras["adapt_to"]], scored.split)
         settings = {**flags, **extras}
-        output = work / f"adapted-{_digest_value({**settings, 'text': text.digest})}"
+        output = work / f"adapted-{_compute_value_digest({**settings, 'text': text.digest})}"
         known, unseen, start = adaptation.score_adaptation(
             models[0], settings, cell.seed, scored, novel, output
         )
@@ -128,7 +128,9 @@ def run_language_model_cell(
     return Figures(scores, details), {"text": text.digest}
 
 
-def train_or_resume(flags: Settings, databin: Path, work: Path, *, stop: int | None = None) -> Path:
+def provide_trained_run(
+    flags: Settings, databin: Path, work: Path, *, stop: int | None = None
+) -> Path:
     """Train to step `stop` (None: to the end) unless that is done; return the run's folder.
 
     It is in `work`, named after the flags and the text. Other processes that need it wait.
@@ -139,7 +141,7 @@ def train_or_resume(flags: Settings, databin: Path, work: Path, *, stop: int | N
     Raises:
         UserError: as `pretrain_causal_lm`.
     """
-    folder = work / f"run-{_digest_value({**flags, 'text': DataBin(databin).digest})}"
+    folder = work / f"run-{_compute_value_digest({**flags, 'text': DataBin(databin).digest})}"
     with _lock_folder(folder):
         _train_in_folder(flags, databin, folder, stop)
     return folder
@@ -172,7 +174,7 @@ def train_forest(
     if extras["strangers"]:
         strangers = average_strangers(flags, extras, text, work)
     elif seed_steps:
-        seed = train_or_resume(flags, text.training_bin, work, stop=seed_steps)
+        seed = provide_trained_run(flags, text.training_bin, work, stop=seed_steps)
     rate = extras["expert_learning_rate"] or flags["learning_rate"]
     runs = {}
     for domain in domains:
@@ -195,7 +197,7 @@ def train_forest(
                 "anchor": str(text.training_bin),
                 "max_steps": flags["max_steps"] - seed_steps,
             }
-        folder = work / f"expert-{_digest_value({**expert_flags, **seed_identity})}"
+        folder = work / f"expert-{_compute_value_digest({**expert_flags, **seed_identity})}"
         with _lock_folder(folder):
             branched = seed is not None and not extras["anchor"]
             if branched and not list_checkpoints(folder / "checkpoints"):
@@ -223,13 +225,13 @@ def average_strangers(
     for number, domain in enumerate(domains):
         stranger = {"domains": [domain], "per_device_train_batch_size": batch, "max_steps": steps}
         stranger["seed"] = flags["seed"] * len(domains) + number
-        runs.append(train_or_resume({**flags, **stranger}, text.training_bin, work))
+        runs.append(provide_trained_run({**flags, **stranger}, text.training_bin, work))
     align: dict[str, object] = {"method": extras["strangers"]}
     if extras["strangers"] != "identity":
         align["calibration"] = {"path": str(text.write_excerpts(_CALIBRATION_BYTES))}
     if extras["strangers_refine_steps"]:
         align["refine_steps"] = extras["strangers_refine_steps"]
-    folder = work / f"strangers-{_digest_value([[run.name for run in runs], align])}"
+    folder = work / f"strangers-{_compute_value_digest([[run.name for run in runs], align])}"
     with _lock_folder(folder):
         if not folder.exists():
             sources = [(run / "model", None) for run in runs]
@@ -244,7 +246,7 @@ def _train_seed(flags: Settings, extras: Mapping[str, object], text: StudyText, 
         return average_strangers(flags, extras, text, work)
     steps = _count_seed_steps(flags, extras)
     return find_parent(
-        train_or_resume(flags, text.training_bin, work, stop=steps), step=steps
+        provide_trained_run(flags, text.training_bin, work, stop=steps), step=steps
     ).model
 
 
@@ -270,7 +272,7 @@ def write_stock_config(family: str, flags: Settings, databin: DataBin, work: Pat
         max_position_embeddings=flags["max_seq_length"],
         tie_word_embeddings=True,
     )
-    folder = work / f"{family}-{_digest_value(config.to_dict())}"
+    folder = work / f"{family}-{_compute_value_digest(config.to_dict())}"
     config.save_pretrained(folder)
     return {name: value for name, value in flags.items() if name not in shape} | {
         "model": str(folder)
@@ -294,7 +296,7 @@ def make_mixture(
     """
     databin, settings = text.training_bin, {k: extras[k] for k in mixtures.SETTINGS}
     identity = {"runs": [folder.name for folder in runs.values()], **settings}
-    folder = work / f"mixture-{_digest_value(identity | {'seed': flags['seed']})}"
+    folder = work / f"mixture-{_compute_value_digest(identity | {'seed': flags['seed']})}"
     with _lock_folder(folder):
         start = mixtures.convert_experts(runs, extras, flags["seed"], databin, folder / "model")
         if extras["mixture_train"] is None:
@@ -350,7 +352,7 @@ def _compute_losses(
             return {"own": score_expert(models[""], DENSE, scored)}, {}
         losses = score_forest(open_forest(models[""]), scored)
     else:
-        folder = work / f"forest-{_digest_value([folder.name for folder in runs.values()])}"
+        folder = work / f"forest-{_compute_value_digest([folder.name for folder in runs.values()])}"
         with _lock_folder(folder):
             shutil.rmtree(folder, ignore_errors=True)
             with edit_forest(folder) as experts:
@@ -421,7 +423,7 @@ def _sum_training_seconds(run: Path) -> float:
     return seconds
 
 
-def _digest_value(value: object) -> str:
+def _compute_value_digest(value: object) -> str:
     """Compute the digest of a JSON value, 16 hexadecimal digits, whatever the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 

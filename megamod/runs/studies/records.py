@@ -91,7 +91,7 @@ def make_record(
         "rung": cell.rung,
         "seed": cell.seed,
         "config": config,
-        "config_digest": digest_configuration(config),
+        "config_digest": compute_configuration_digest(config),
         "code": {"version": __version__, "digest": compute_code_digest()[:16]},
         "machine": {
             "processor": _read_cpu_name(),
@@ -113,7 +113,7 @@ def make_configuration(study: Study, cell: Cell, inputs: Mapping[str, object]) -
     return {"kind": study.file.kind, "seed": cell.seed, **cell.settings, "inputs": dict(inputs)}
 
 
-def digest_configuration(config: Mapping[str, object]) -> str:
+def compute_configuration_digest(config: Mapping[str, object]) -> str:
     """Compute the digest of a configuration, 16 hexadecimal digits, whatever the order of keys."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -69,7 +69,7 @@ class Candidate:
     kept: bool
 
 
-def greedy_soup(
+def build_greedy_soup(
     recipe: MergeRecipe,
     output: Path | None,
     *,
@@ -103,7 +103,7 @@ def greedy_soup(
             return plan, []
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         auto, sources = HEADS.get(settings.task), plan.folders
-        candidates = select_models(
+        candidates = select_soup_models(
             paths, lambda n: load_aligned_model(sources[n], auto), held_out.losses, device
         )
         record = {"merge_method": GREEDY_SOUP, "evaluation": dict(recipe.evaluation)}
@@ -144,7 +144,7 @@ def _plan_soup(
     )
 
 
-def select_models(
+def select_soup_models(
     paths: Sequence[str],
     load: Callable[[int], PreTrainedModel],
     losses: Losses,

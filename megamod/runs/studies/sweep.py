@@ -56,7 +56,7 @@ def _check_flags(flags: dict[str, object]) -> dict[str, object]:
     return flags
 
 
-def _check_launch(words: tuple[str, ...]) -> tuple[str, ...]:
+def _check_launch_command(words: tuple[str, ...]) -> tuple[str, ...]:
     """Return the words of a command that starts a launcher; none is the running python.
 
     Raises:
@@ -103,11 +103,11 @@ class SweepFile(Schema):
     tasks: dict[Name, Flags] = Field(min_length=1)
     models: dict[Name, Flags] = Field(min_length=1)
     seeds: Items[Annotated[int, Field(ge=0)]] = Field((1,), min_length=1)
-    launch: Annotated[Items[str], AfterValidator(_check_launch)] = ()
+    launch: Annotated[Items[str], AfterValidator(_check_launch_command)] = ()
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """One run of a launcher.
 
     Attributes:
@@ -142,7 +142,7 @@ class Job:
         return format_flags(values)
 
 
-def read_sweep(path: Path) -> tuple[list[Job], list[str]]:
+def read_sweep(path: Path) -> tuple[list[SweepJob], list[str]]:
     """Read the jobs of a YAML file, and the command that starts a launcher in place of python.
 
         common: {data_dir: GLUE, max_steps: 1000, do_train: true, do_eval: true}
@@ -163,14 +163,14 @@ def read_sweep(path: Path) -> tuple[list[Job], list[str]]:
         UserError: naming the key that is wrong and what is allowed.
     """
     file = read_checked_file(path, SweepFile)
-    jobs: list[Job] = []
+    jobs: list[SweepJob] = []
     for task, model in itertools.product(file.tasks, file.models):
         jobs += _make_jobs(task, model, file, str(path))
     return jobs, [*file.launch]
 
 
 def run_sweep(
-    jobs: Sequence[Job], output: Path, launchers: Path, at_once: int, launch: Sequence[str]
+    jobs: Sequence[SweepJob], output: Path, launchers: Path, at_once: int, launch: Sequence[str]
 ) -> str:
     """Run unfinished jobs, then write summary.json and the plots.
 
@@ -202,7 +202,7 @@ def run_sweep(
     return table
 
 
-def _make_jobs(task: str, model: str, file: SweepFile, where: str) -> Iterator[Job]:
+def _make_jobs(task: str, model: str, file: SweepFile, where: str) -> Iterator[SweepJob]:
     """Yield a job for each number of instances and each seed of a task and a model.
 
     Args:
@@ -239,10 +239,10 @@ def _make_jobs(task: str, model: str, file: SweepFile, where: str) -> Iterator[J
         if instances is not None:
             job_flags["num_instances"] = instances
         for seed in file.seeds:
-            yield Job(task, model, instances or 1, seed, launcher, job_flags)
+            yield SweepJob(task, model, instances or 1, seed, launcher, job_flags)
 
 
-def _is_finished(job: Job, output: Path) -> bool:
+def _is_finished(job: SweepJob, output: Path) -> bool:
     """Return True if the job has results from an earlier sweep; False if it never ran or was
     interrupted.
 
@@ -262,7 +262,7 @@ def _is_finished(job: Job, output: Path) -> bool:
     return (folder / RESULTS).exists()
 
 
-def _run_job(job: Job, output: Path, launchers: Path, command: Sequence[str]) -> bool:
+def _run_job(job: SweepJob, output: Path, launchers: Path, command: Sequence[str]) -> bool:
     """Run a job and wait for it; return True if it succeeds and has results.
 
     Its folder gets job.json before, and log.txt is appended to.
@@ -286,7 +286,7 @@ def _run_job(job: Job, output: Path, launchers: Path, command: Sequence[str]) ->
     return success
 
 
-def _write_summary(jobs: Sequence[Job], output: Path) -> str:
+def _write_summary(jobs: Sequence[SweepJob], output: Path) -> str:
     """Write summary.json of finished jobs and, if any was scored, scores.png and trade_off.png.
 
     Returns:

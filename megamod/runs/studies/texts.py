@@ -1,7 +1,7 @@
 """Text of a study of kind `language_models` or `barriers` as data-bins, made from folders of text.
 
 WORK/data/domains    the training domains, held-out text cut to `held_out_bytes` a split
-WORK/data/random     the same training text dealt out at random over as many parts (a control)
+WORK/data/random     the same training text, split at random into as many parts (a control)
 WORK/data/novel      domains that nothing is trained on, with the tokenizer of the first
 """
 
@@ -23,7 +23,7 @@ PARTS_SEED = 1  # of the random split
 
 @dataclass(frozen=True)
 class StudyText:
-    """Text of a study. Its data-bins are written when they are first asked for.
+    """Text of a study. Its data-bins are written on first use.
 
     Attributes:
         source: folder with a folder of train, valid and test files per domain.
@@ -63,7 +63,7 @@ class StudyText:
                 _write_documents(
                     folder,
                     split,
-                    _take_documents(self._iterate_documents(name, split), self.held_out_bytes),
+                    _limit_documents(self._iterate_documents(name, split), self.held_out_bytes),
                 )
             inputs[f"part{part}"] = folder
         return self._make_bin("random", inputs)
@@ -83,7 +83,7 @@ class StudyText:
         documents = [
             document
             for name in self.domains
-            for document in _take_documents(self._iterate_documents(name, "train"), limit)
+            for document in _limit_documents(self._iterate_documents(name, "train"), limit)
         ]
         _write_documents(self.work / "text" / "excerpts", "train", documents)
         return self.work / "text" / "excerpts" / "train.jsonl"
@@ -115,7 +115,7 @@ class StudyText:
         for split in ("train", "valid", "test"):
             limit = None if split == "train" else self.held_out_bytes
             _write_documents(
-                folder, split, _take_documents(self._iterate_documents(name, split), limit)
+                folder, split, _limit_documents(self._iterate_documents(name, split), limit)
             )
         return folder
 
@@ -148,7 +148,7 @@ def open_study_text(spec: TextSpec, inputs: Path, work: Path) -> StudyText:
 _open_shared_text = cache(StudyText)
 
 
-def _take_documents(documents: Iterable[str], limit: int | None) -> Iterator[str]:
+def _limit_documents(documents: Iterable[str], limit: int | None) -> Iterator[str]:
     """Yield documents from the first on, as many as fit into `limit` bytes, but at least one."""
     total = 0
     for text in documents:
