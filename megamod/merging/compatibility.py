@@ -40,7 +40,7 @@ _MOST = 5  # differing fields that a message lists
 
 
 def check_configs_match(
-    folders: Sequence[Path], *, allow_cut: bool = False, require_same_words: bool = True
+    folders: Sequence[Path], *, allow_cut: bool = False, require_same_tokens: bool = True
 ) -> None:
     """Refuse models whose weights have different meanings; log other differences as warnings.
 
@@ -48,10 +48,10 @@ def check_configs_match(
         folders: of the models; all are compared with the first. Only their configurations and
             tokenizers are read.
         allow_cut: allow vocabularies of unequal size.
-        require_same_words: require that equal ids are equal words. False allows vocabularies of
+        require_same_tokens: require that equal ids are equal tokens. False allows vocabularies of
             unequal size too.
     Raises:
-        UserError: naming two folders and the field of the configuration or the word in which they
+        UserError: naming two folders and the field of the configuration or the token in which they
             differ, or a model whose weights are quantised.
     """
     base = folders[0]
@@ -67,7 +67,7 @@ def check_configs_match(
         for key in base_fields:
             name = key.rpartition(".")[2]
             if name not in _MEANING or (
-                (allow_cut or not require_same_words) and name == "vocab_size"
+                (allow_cut or not require_same_tokens) and name == "vocab_size"
             ):
                 continue
             if key in other_fields and base_fields[key] != other_fields[key]:
@@ -75,7 +75,7 @@ def check_configs_match(
                     f"{base} and {folder} cannot be merged: {key} is {base_fields[key]!r} in "
                     f"the first, {other_fields[key]!r} in the second"
                 )
-        if require_same_words:
+        if require_same_tokens:
             check_same_token_ids(
                 base, folder, "; a recipe with `tokenizer_source: union` unites them"
             )
@@ -208,7 +208,7 @@ def check_tensors_mergeable(
     cuttable = (
         allow_cut
         and base_spec.shape[1:] == other_spec.shape[1:]
-        and _have_row_per_word((base, base_spec), (other, other_spec))
+        and _have_row_per_token((base, base_spec), (other, other_spec))
     )
     if base_spec.shape != other_spec.shape and not cuttable:
         raise UserError(
@@ -223,8 +223,8 @@ def check_tensors_mergeable(
         )
 
 
-def _have_row_per_word(*tensors: tuple[TensorSource, TensorSpec]) -> bool:
-    """Return True if each of these tensors has a row for every word of its model."""
+def _have_row_per_token(*tensors: tuple[TensorSource, TensorSpec]) -> bool:
+    """Return True if each of these tensors has a row for every token of its model."""
     return all(
         spec.shape[:1] == (get_vocab_size(read_model_config(source.folder)),)
         for source, spec in tensors

@@ -223,7 +223,7 @@ def open_merge_plan(recipe: MergeRecipe, shard_bytes: int, stack: ExitStack) -> 
     vocabulary = _unite_vocabularies(recipe)
     paths = [folders[recipe.template_model].folder, *(folder.folder for folder in folders)]
     check_configs_match(
-        paths, allow_cut=recipe.cut_vocabularies, require_same_words=vocabulary is None
+        paths, allow_cut=recipe.cut_vocabularies, require_same_tokens=vocabulary is None
     )
     common = rename_to_template(folders, recipe.template_model, all_tensors=not recipe.is_stacked)
     inputs = _view_folders_aligned(recipe, common.folders)

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from megamod.errors import UserError
@@ -114,7 +113,7 @@ def write_files_besides_weights(
     Args:
         template: folder of the model that all but the tokenizer is copied from.
         tokenizer: folder whose tokenizer is copied; None: the result has none.
-        folder: to write into. Copied vocabulary files that lack words of `vocabulary` are deleted.
+        folder: to write into. Copied vocabulary files that lack tokens of `vocabulary` are deleted.
         config: content of config.json.
         chat_template: to write, if there is a tokenizer; None: that of the tokenizer.
         vocabulary: of the result, to whose ids those in generation_config.json are changed; None:
@@ -137,7 +136,7 @@ def _adapt_files_to_vocabulary(folder: Path, has_tokenizer: bool, vocabulary: Vo
     """Change the files in a folder to a united vocabulary.
 
     The ids in generation_config.json are renumbered. If the folder has a tokenizer and there are
-    new words, its tokenizer.json is replaced, and files of other formats, which lack the words, are
+    new tokens, its tokenizer.json is replaced, and files of other formats, which lack them, are
     deleted.
 
     Args:
@@ -148,9 +147,9 @@ def _adapt_files_to_vocabulary(folder: Path, has_tokenizer: bool, vocabulary: Vo
     generation = folder / _CARRIED[0]
     if generation.is_file():
         write_json(generation, vocabulary.renumber_token_ids(read_json_object(generation)))
-    if has_tokenizer and vocabulary.has_new_words:
+    if has_tokenizer and vocabulary.has_new_tokens:
         write_json(folder / VOCABULARY, vocabulary.tokenizer)
-        # These files lack the new words, and nobody reads them if there is a tokenizer.json.
+        # These files lack the new tokens, and nobody reads them if there is a tokenizer.json.
         for pattern in (*VOCABULARIES, "*.model", "added_tokens.json"):
             for file in folder.glob(pattern):
                 file.unlink()
@@ -237,7 +236,9 @@ def make_merge_record(
         record["tokenizer"] = {
             "source": UNION if source is None else str(recipe.inputs[source].path),
             "tokens": {
-                word: asdict(origin) for word, origin in recipe.vocabulary_request.origins.items()
+                # "word" is the key of the token in files of earlier versions, too
+                token: {"model": origin.model, "word": origin.token, "force": origin.force}
+                for token, origin in recipe.vocabulary_request.origins.items()
             },
         }
     if recipe.parts:

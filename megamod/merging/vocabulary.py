@@ -1,6 +1,6 @@
-"""Union of the vocabularies of several models: the words, and the row of each in every model.
+"""Union of the vocabularies of several models: the tokens, and the row of each in every model.
 
-As in mergekit, a word that a model lacks gets the row of the base, else the mean of the rows that
+As in mergekit, a token that a model lacks gets the row of the base, else the mean of the rows that
 models have. The keys of the `tokenizer:` block are those of mergekit.
 """
 
@@ -18,14 +18,14 @@ from megamod.errors import UserError, shorten
 from megamod.schemas import Key, Schema
 
 UNION = "union"
-"""Value of `tokenizer_source` for the words of all models."""
+"""Value of `tokenizer_source` for the tokens of all models."""
 FILE = "tokenizer.json"
 Donors = tuple[tuple[int, int], ...]
 """Rows to average, as (number of the model, number of the row); none: zeros."""
 
 
 class TokenEntry(Schema):
-    """Source of the row of a word, as a recipe has it; see `_read_row_origin` for its forms."""
+    """Source of the row of a token, as a recipe has it; see `_read_row_origin` for its forms."""
 
     source: Any
     force: bool = False
@@ -40,16 +40,16 @@ class TokenizerBlock(Schema):
 
 @dataclass(frozen=True)
 class RowOrigin:
-    """Source of the row of a word, as a recipe sets it.
+    """Source of the row of a token, as a recipe sets it.
 
     Attributes:
         model: number of the input; None: zeros.
-        word: word of that model, or number of a row of it; None: the same word.
-        force: also replace the row in models that have the word.
+        token: token of that model, or number of a row of it; None: the same token.
+        force: also replace the row in models that have the token.
     """
 
     model: int | None
-    word: str | int | None = None
+    token: str | int | None = None
     force: bool = False
 
 
@@ -59,7 +59,7 @@ class VocabularyRequest:
 
     Attributes:
         source: number of the input with this vocabulary; None: the union of all.
-        origins: sources of the rows of single words.
+        origins: sources of the rows of single tokens.
         recipe_key: key in the recipe, for messages.
     """
 
@@ -73,30 +73,30 @@ class Vocabulary:
     """The vocabulary of the result.
 
     Attributes:
-        rows: for each model [words] int64, its row of each word; -1: its donors' rows are averaged.
-        donors: for each model, by id of a word without a row, the rows to average.
+        rows: for each model [tokens] int64, its row of each token; -1: the average of its donors'.
+        donors: for each model, by id of a token without a row, the rows to average.
         tokenizer: content of the tokenizer.json.
-        has_new_words: it has words that the tokenizer it is made from lacks.
-        ids: id of a word in the model with the configuration -> id in the result.
+        has_new_tokens: it has tokens that the tokenizer it is made from lacks.
+        ids: id of a token in the model with the configuration -> id in the result.
     """
 
     rows: Sequence[Tensor]
     donors: Sequence[Mapping[int, Donors]]
     tokenizer: Mapping[str, object]
-    has_new_words: bool
+    has_new_tokens: bool
     ids: Mapping[int, int]
 
     def __len__(self) -> int:
         return len(self.rows[0])
 
     def renumber_token_ids(self, config: Mapping[str, object]) -> dict[str, object]:
-        """Replace ids of special words (`..._token_id`) in a configuration by those of the result.
+        """Replace ids of special tokens (`..._token_id`) in a configuration by those of the result.
 
-        Words that the result lacks become None.
+        Tokens that the result lacks become None.
         """
 
         def find_new_id(value: object) -> object:
-            """Return the new id of an id, or of each id of a list; None for a word that the result
+            """Return the new id of an id, or of each id of a list; None for a token that the result
             lacks. A value of another type is returned as it is.
             """
             if isinstance(value, list):
@@ -107,13 +107,13 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class _TokenizerWords:
-    """Words of a tokenizer.json.
+class _TokenizerContent:
+    """Tokens of a tokenizer.json.
 
     Attributes:
         content: of the file, parsed.
-        ids: by word, in the order of the ids.
-        added: entries of `added_tokens` by word.
+        ids: by token, in the order of the ids.
+        added: entries of `added_tokens` by token.
     """
 
     file: Path
@@ -139,8 +139,8 @@ def read_vocabulary_request(
     if not isinstance(block, TokenizerBlock):
         return VocabularyRequest(find(block, where), recipe_key=where)
     origins = {
-        word: _read_row_origin(entry, find, f"{where}.tokens.{word!r}")
-        for word, entry in block.tokens.items()
+        token: _read_row_origin(entry, find, f"{where}.tokens.{token!r}")
+        for token, entry in block.tokens.items()
     }
     return VocabularyRequest(find(block.source, f"{where}.source"), origins, where)
 
@@ -148,12 +148,12 @@ def read_vocabulary_request(
 def _read_row_origin(
     entry: TokenEntry, find: Callable[[object, str], int | None], where: str
 ) -> RowOrigin:
-    """Read the source of the row of one word.
+    """Read the source of the row of one token.
 
     Args:
         find, where: see `read_vocabulary_request`.
     Raises:
-        UserError: naming the key, if its value is neither a model, zeros nor a word of a model.
+        UserError: naming the key, if its value is neither a model, zeros nor a token of a model.
     """
     force, source = entry.force, entry.source
     if not isinstance(source, dict):
@@ -169,10 +169,10 @@ def _read_row_origin(
             f"{where}.source: is {shorten(source)}; give a model, {{kind: zero}}, or {{kind: "
             "model_token, model: MODEL, token: WORD}, with token_id in place of token for a number"
         )
-    word = source.get("token", source.get("token_id"))
-    if not isinstance(word, str) if "token" in source else type(word) is not int or word < 0:
-        raise UserError(f"{where}.source.{keys[-1]}: {shorten(word)} is not a word or number")
-    return RowOrigin(_find_one_model(source["model"], find, f"{where}.source.model"), word, force)
+    token = source.get("token", source.get("token_id"))
+    if not isinstance(token, str) if "token" in source else type(token) is not int or token < 0:
+        raise UserError(f"{where}.source.{keys[-1]}: {shorten(token)} is not a word or number")
+    return RowOrigin(_find_one_model(source["model"], find, f"{where}.source.model"), token, force)
 
 
 def _find_one_model(name: object, find: Callable[[object, str], int | None], where: str) -> int:
@@ -194,7 +194,7 @@ def unite_vocabularies(
 ) -> Vocabulary | None:
     """Build the vocabulary that a recipe asks for; None if all models have it already.
 
-    Words of the template (the base, else the first model) keep their ids. New words follow in the
+    Tokens of the template (the base, else the first model) keep their ids. New tokens follow in the
     order of the models: first those of base vocabularies, then those that tokenizers have added.
     The tokenizer.json of every model is read.
 
@@ -203,12 +203,12 @@ def unite_vocabularies(
         folders: of the models; `template`: number of the one with the configuration.
         base: number of the recipe's `base_model`; None: it has no base.
     Raises:
-        UserError: naming the file or word, if a tokenizer cannot be read or a row does not exist.
+        UserError: naming the file or token, if a tokenizer cannot be read or a row does not exist.
     """
     plain = request.source is not None and not request.origins
     if plain and not all((folder / FILE).is_file() for folder in folders):
         return None  # tokenizers of other formats are compared by `check_same_token_ids`
-    known = [_read_tokenizer_words(folder / FILE) for folder in folders]
+    known = [_read_tokenizer_content(folder / FILE) for folder in folders]
     if plain and all(tokenizer.ids == known[0].ids for tokenizer in known):
         return None
     holder = known[template if request.source is None else request.source]
@@ -221,54 +221,56 @@ def unite_vocabularies(
     if request.source is None:
         for added in (False, True):
             for tokenizer in known:
-                for word in tokenizer.ids:  # in the order of their ids
-                    if (word in tokenizer.added) is added:
-                        ids.setdefault(word, len(ids))
-    for word in request.origins:
-        ids.setdefault(word, len(ids))
-    rows = [torch.tensor([t.ids.get(word, -1) for word in ids]) for t in known]
+                for token in tokenizer.ids:  # in the order of their ids
+                    if (token in tokenizer.added) is added:
+                        ids.setdefault(token, len(ids))
+    for token in request.origins:
+        ids.setdefault(token, len(ids))
+    rows = [torch.tensor([t.ids.get(token, -1) for token in ids]) for t in known]
     donors: list[dict[int, Donors]] = [{} for _ in known]
-    for word, row in ids.items():
-        origin = request.origins.get(word)
+    for token, row in ids.items():
+        origin = request.origins.get(token)
         requested = (
-            None if origin is None else _find_requested_row(origin, word, known, request.recipe_key)
+            None
+            if origin is None
+            else _find_requested_row(origin, token, known, request.recipe_key)
         )
-        having = tuple((n, t.ids[word]) for n, t in enumerate(known) if word in t.ids)
-        if base is not None and word in known[base].ids:
-            having = ((base, known[base].ids[word]),)
+        having = tuple((n, t.ids[token]) for n, t in enumerate(known) if token in t.ids)
+        if base is not None and token in known[base].ids:
+            having = ((base, known[base].ids[token]),)
         for number, tokenizer in enumerate(known):
-            if word not in tokenizer.ids or (origin is not None and origin.force):
+            if token not in tokenizer.ids or (origin is not None and origin.force):
                 rows[number][row] = -1
                 donors[number][row] = having if requested is None else requested
-    numbers = {number: ids[word] for word, number in known[template].ids.items() if word in ids}
+    numbers = {number: ids[token] for token, number in known[template].ids.items() if token in ids}
     grown = len(ids) > len(holder.ids)
     return Vocabulary(rows, donors, _build_tokenizer_json(holder, ids, known), grown, numbers)
 
 
 def _find_requested_row(
-    origin: RowOrigin, word: str, known: Sequence[_TokenizerWords], where: str
+    origin: RowOrigin, token: str, known: Sequence[_TokenizerContent], where: str
 ) -> Donors:
-    """Find the row that a recipe names for a word, as donors to average; none: zeros.
+    """Find the row that a recipe names for a token, as donors to average; none: zeros.
 
     Args:
-        word: of the result, whose row `origin` gives.
-        known: words of all models.
+        token: of the result, whose row `origin` gives.
+        known: tokens of all models.
         where: key of the recipe, for the message.
     Raises:
-        UserError: if the model does not have the named word. A row by number is not checked here.
+        UserError: if the model does not have the named token. A row by number is not checked here.
     """
     if origin.model is None:
         return ()
-    if isinstance(origin.word, int):
-        return ((origin.model, origin.word),)
-    source, tokenizer = word if origin.word is None else origin.word, known[origin.model]
+    if isinstance(origin.token, int):
+        return ((origin.model, origin.token),)
+    source, tokenizer = token if origin.token is None else origin.token, known[origin.model]
     if source not in tokenizer.ids:
-        raise UserError(f"{where}, tokens, {word!r}: {tokenizer.file} has no {source!r}")
+        raise UserError(f"{where}, tokens, {token!r}: {tokenizer.file} has no {source!r}")
     return ((origin.model, tokenizer.ids[source]),)
 
 
-def _read_tokenizer_words(file: Path) -> _TokenizerWords:
-    """Read the words of a tokenizer.json, added ones included, in the order of their ids.
+def _read_tokenizer_content(file: Path) -> _TokenizerContent:
+    """Read the tokens of a tokenizer.json, added ones included, in the order of their ids.
 
     Raises:
         UserError: if there is no such file, or it is not one of a tokenizer.
@@ -277,9 +279,9 @@ def _read_tokenizer_words(file: Path) -> _TokenizerWords:
         content = json.loads(file.read_bytes())
         listed = content["model"]["vocab"]
         if isinstance(listed, list):  # unigrams, each with its score
-            listed = {word: number for number, (word, _) in enumerate(listed)}
+            listed = {token: number for number, (token, _) in enumerate(listed)}
         added = {entry["content"]: entry for entry in content.get("added_tokens") or ()}
-        ids = {**listed, **{word: entry["id"] for word, entry in added.items()}}
+        ids = {**listed, **{token: entry["id"] for token, entry in added.items()}}
         ids = dict(sorted(ids.items(), key=lambda item: item[1]))
     except FileNotFoundError:
         raise UserError(
@@ -287,21 +289,21 @@ def _read_tokenizer_words(file: Path) -> _TokenizerWords:
         ) from None
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: is not the file of a tokenizer: {error!r}") from error
-    return _TokenizerWords(file, content, ids, added)
+    return _TokenizerContent(file, content, ids, added)
 
 
 def _build_tokenizer_json(
-    holder: _TokenizerWords, ids: Mapping[str, int], known: Sequence[_TokenizerWords]
+    holder: _TokenizerContent, ids: Mapping[str, int], known: Sequence[_TokenizerContent]
 ) -> dict[str, object]:
-    """Build the content of tokenizer.json: that of `holder`, with the new words as added tokens.
+    """Build the content of tokenizer.json: that of `holder`, with the new tokens as added tokens.
 
-    Words in `ids` after the first len(holder.ids) are new. A new word has the settings that another
-    tokenizer gives it, else those of a plain word.
+    Tokens in `ids` after the first len(holder.ids) are new. A new token has the settings that
+    another tokenizer gives it, else those of a plain one.
     """
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
     plain |= {"special": False}
     entries = list(holder.content.get("added_tokens") or ())
-    for word in list(ids)[len(holder.ids) :]:
-        like = next((t.added[word] for t in known if word in t.added), plain)
-        entries.append({**like, "content": word, "id": ids[word]})
+    for token in list(ids)[len(holder.ids) :]:
+        like = next((t.added[token] for t in known if token in t.added), plain)
+        entries.append({**like, "content": token, "id": ids[token]})
     return {**holder.content, "added_tokens": entries}

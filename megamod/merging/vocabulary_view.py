@@ -17,7 +17,7 @@ from megamod.states.forest import read_model_config
 from megamod.states.rows import read_tensor_rows
 from megamod.states.stream import PIECE, TensorSpec
 
-_EXPERT = r"(?:\.experts\.[^.]+)?"  # in models with a matrix of words per expert
+_EXPERT = r"(?:\.experts\.[^.]+)?"  # in models with a matrix of tokens per expert
 _KNOWN = re.compile(rf"(?:^|\.)({INPUT_NAMES}|{OUTPUT_NAMES}){_EXPERT}\.(?:weight|bias)$")
 _NOT_VOCABULARY = re.compile(r"position|wpe|token_type")
 _INPUT = re.compile(rf"(?:^|\.)(?:{INPUT_NAMES}){_EXPERT}\.weight$")
@@ -30,7 +30,7 @@ class VocabularyView(TensorView):
 
     Args:
         number: index of the source in `folders`, which are those of all models.
-        vocabulary_tensors: for each source the names of its tensors with a row for every word.
+        vocabulary_tensors: for each source the names of its tensors with a row for every token.
         vocabulary: of the result.
     Raises:
         UserError: if a row comes from a model whose tensor is of another width.
@@ -46,12 +46,12 @@ class VocabularyView(TensorView):
         super().__init__(folders[number])
         self._folders = folders
         self._rows, self._donors = vocabulary.rows[number], vocabulary.donors[number]
-        self._word_tensors: set[str] = set()
+        self._vocabulary_tensors: set[str] = set()
         used = {model for donors in self._donors.values() for model, _ in donors}
         for name in vocabulary_tensors[number]:
             spec = self.source.tensors[name]
             self.tensors[name] = TensorSpec(spec.dtype, (len(vocabulary), *spec.shape[1:]))
-            self._word_tensors.add(name)
+            self._vocabulary_tensors.add(name)
             for model in used:
                 shape = folders[model].tensors[name].shape
                 if shape[1:] != spec.shape[1:]:
@@ -63,10 +63,10 @@ class VocabularyView(TensorView):
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
         """Fill a buffer (1-D, of the tensor's dtype) with elements from the flat index `start` on.
 
-        In tensors of words, rows are in the order of the result's vocabulary, and the row of a
-        missing word is the average of its donors' rows.
+        In tensors of tokens, rows are in the order of the result's vocabulary, and the row of a
+        missing token is the average of its donors' rows.
         """
-        if name not in self._word_tensors:
+        if name not in self._vocabulary_tensors:
             self.source.read_into(name, start, buffer)
             return
         spec = self.tensors[name]
@@ -106,12 +106,12 @@ def view_with_vocabulary(
 
     Raises:
         UserError: naming folder and tensor, if it is not clear which tensors have a row for every
-            word, or rows are missing or of several widths.
+            token, or rows are missing or of several widths.
     """
     vocabulary_tensors = [_list_vocabulary_tensors(folder) for folder in folders]
     needed = [int(rows.max()) for rows in vocabulary.rows]
     for donors in vocabulary.donors:
-        for model, row in (donor for word_donors in donors.values() for donor in word_donors):
+        for model, row in (donor for token_donors in donors.values() for donor in token_donors):
             needed[model] = max(needed[model], row)
     for folder, names, most in zip(folders, vocabulary_tensors, needed, strict=True):
         for name in names:
@@ -124,7 +124,7 @@ def view_with_vocabulary(
 
 
 def _list_vocabulary_tensors(folder: TensorSource) -> list[str]:
-    """List the tensors with a row for every word, by name.
+    """List the tensors with a row for every token, by name.
 
     Raises:
         UserError: if there is no embedding, or a tensor of that shape has an unknown name.
