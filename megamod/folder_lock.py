@@ -58,8 +58,8 @@ class Holder:
     token: str
 
     @classmethod
-    def of_this_process(cls) -> "Holder":
-        """Describe this process as a holder, with a new token."""
+    def make_for_this_process(cls) -> "Holder":
+        """Make the holder of a new lock by this process, with its start time and a random token."""
         return cls(
             os.uname().nodename,
             _read_machine_id(),
@@ -80,7 +80,7 @@ class FolderLock:
 
     def __init__(self, file: Path, title: str):
         self.file, self.title = file, title
-        self.holder = Holder.of_this_process()
+        self.holder = Holder.make_for_this_process()
         self._released = threading.Event()
 
     def acquire(self) -> None:

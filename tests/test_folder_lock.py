@@ -61,7 +61,7 @@ def test_a_second_process_is_refused_at_once_until_the_first_is_dead(other, tmp_
 
 def lock_of(folder, **changes) -> None:
     folder.mkdir()
-    holder = replace(Holder.of_this_process(), **changes)
+    holder = replace(Holder.make_for_this_process(), **changes)
     (folder / ".in_use").write_text(json.dumps(asdict(holder)))
 
 
@@ -85,7 +85,7 @@ def test_a_holder_on_another_machine_is_known_by_its_touch(tmp_path, monkeypatch
     )  # silent while it is watched
     with lock_folder(out):
         assert json.loads(file.read_text())["pid"] == os.getpid()
-    file.write_text(json.dumps(asdict(replace(Holder.of_this_process(), machine="another"))))
+    file.write_text(json.dumps(asdict(replace(Holder.make_for_this_process(), machine="another"))))
     monkeypatch.setattr(
         folder_lock, "_read_file_system_time", lambda path: 1.0 + folder_lock.STALE + 1
     )
@@ -99,7 +99,7 @@ def test_a_lock_that_took_the_place_of_a_dead_one_stays(tmp_path):
     lock_of(tmp_path / "out")
     file = tmp_path / "out" / ".in_use"
     before = file.read_text()
-    folder_lock._delete_lock_file(file, replace(Holder.of_this_process(), token="dead"))
+    folder_lock._delete_lock_file(file, replace(Holder.make_for_this_process(), token="dead"))
     assert file.read_text() == before
 
 

@@ -107,7 +107,7 @@ def parse_include(text: str) -> HostSlots:
 
 
 def is_local_host(host: Host) -> bool:
-    """Return True if a host is this machine."""
+    """Return True if a host has this machine's name, full or short, or the name of localhost."""
     name = os.uname().nodename
     return host.name in (LOCAL, "127.0.0.1", name, name.partition(".")[0])
 

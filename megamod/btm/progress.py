@@ -42,7 +42,7 @@ class ProgressRow:
     slots: str = ""
 
     def format_cells(self) -> tuple[str, ...]:
-        """Format the cells of the row, by column."""
+        """Format the values as texts in the order of `COLUMNS`; an unknown value is blank."""
         step = "" if not self.last else f"{self.step or 0}/{self.last}"
         numbers = ((self.loss, ".4f"), (self.rate, ",.0f"), (self.perplexity, ".4g"))
         values = ["" if value is None else format(value, form) for value, form in numbers]

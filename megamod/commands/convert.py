@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 
 from megamod.command_line import CommandParser
-from megamod.convert import FORMATS, Options, import_format
+from megamod.convert import FORMATS, ConvertOptions, import_format
 from megamod.errors import UserError, run_main
 from megamod.names import check_name
 from megamod.states.output_folder import create_new_folder
@@ -39,7 +39,7 @@ def main() -> None:
     for name in options.domains:
         check_name(name, "--domains")
     module = import_format(options.format)
-    format_options = Options(tuple(options.domains), options.num_attention_heads)
+    format_options = ConvertOptions(tuple(options.domains), options.num_attention_heads)
     source = options.input if options.input.is_dir() else options.input.parent
     # `expert` has a single direction, so it needs no --export.
     way = "export" if options.export or options.format == "expert" else "convert"

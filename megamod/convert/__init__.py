@@ -1,8 +1,8 @@
 """Convert checkpoints of the original programs and back: one module per format.
 
 A format is a key of `FORMATS` and a module of that name in this package, with one or both of
-    convert(source: Path, options: Options) -> ConvertedModel
-    export(source: Path, folder: Path, options: Options) -> list[Path]
+    convert(source: Path, options: ConvertOptions) -> ConvertedModel
+    export(source: Path, folder: Path, options: ConvertOptions) -> list[Path]
 `convert` reads a checkpoint and writes nothing. `export` writes its files into `folder`, which
 exists, and returns their paths. Both raise UserError for what they cannot convert.
 """
@@ -26,7 +26,7 @@ FORMATS = {
 
 
 @dataclass(frozen=True)
-class Options:
+class ConvertOptions:
     """Facts about a checkpoint that its weights do not contain.
 
     Attributes:
@@ -39,7 +39,7 @@ class Options:
     num_attention_heads: int | None = None
 
 
-NO_OPTIONS = Options()
+NO_OPTIONS = ConvertOptions()
 """Options of a checkpoint whose weights and settings contain everything."""
 
 

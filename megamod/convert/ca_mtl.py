@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamod.convert import NO_OPTIONS, ConvertedModel, Options
+from megamod.convert import NO_OPTIONS, ConvertedModel, ConvertOptions
 from megamod.convert.reading import find_weight_file, read_checkpoint
 from megamod.errors import UserError
 from megamod.files import write_json
@@ -28,7 +28,7 @@ _HEAD = re.compile(r"decoders\.(\d{1,4})\.model\.(weight|bias)")
 _NEW = ("attention", "intermediate", "output")  # parts of the last block that are called new_...
 
 
-def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
+def convert(source: Path, options: ConvertOptions = NO_OPTIONS) -> ConvertedModel:
     """Read a checkpoint and rename its tensors to our names.
 
     A head with one output becomes a regression task, any other head a sequence task.
@@ -81,7 +81,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
     return ConvertedModel(config, state, used, dropped, missing)
 
 
-def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
+def export(source: Path, folder: Path, options: ConvertOptions = NO_OPTIONS) -> list[Path]:
     """Write a model folder of ours in the release's keys.
 
     Names of tasks and labels are not written, because the release does not store them.

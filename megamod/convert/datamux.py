@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamod.convert import NO_OPTIONS, ConvertedModel, Options
+from megamod.convert import NO_OPTIONS, ConvertedModel, ConvertOptions
 from megamod.convert.datamux_names import FAMILIES, Head, build_tensor_table
 from megamod.convert.reading import find_weight_file, read_checkpoint
 from megamod.errors import UserError
@@ -83,7 +83,7 @@ def find_original_class(fields: Mapping[str, object]) -> str | None:
     return next((name for name in classes if name in ORIGINALS), None)
 
 
-def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
+def convert(source: Path, options: ConvertOptions = NO_OPTIONS) -> ConvertedModel:
     """Read a checkpoint and rename its tensors to our names; their dtypes do not change.
 
     Args:
@@ -144,7 +144,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
     return ConvertedModel(config, state, used, dropped, missing)
 
 
-def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
+def export(source: Path, folder: Path, options: ConvertOptions = NO_OPTIONS) -> list[Path]:
     """Write a model folder of ours in the keys of the releases, as safetensors and config.json.
 
     A tensor that a release stores under several names is written under each of them.
@@ -245,7 +245,7 @@ def _read_settings(folder: Path) -> tuple[dict[str, object], str]:
 
 
 def _convert_settings(
-    settings: Mapping[str, object], original: Original, options: Options, file: Path
+    settings: Mapping[str, object], original: Original, options: ConvertOptions, file: Path
 ) -> tuple[dict[str, object], dict[str, str], dict[str, str]]:
     """Convert the fields of an original config.json to ours.
 

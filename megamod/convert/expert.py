@@ -6,7 +6,7 @@ megamod.
 
 from pathlib import Path
 
-from megamod.convert import Options
+from megamod.convert import ConvertOptions
 from megamod.errors import UserError
 from megamod.states.dense import write_dense_model
 from megamod.states.forest import read_model_config
@@ -15,7 +15,7 @@ from megamod.states.forest import read_model_config
 _SKIPPED = ("README.md", "run.yaml", "state.json", "manifest.json", "merge.json")
 
 
-def export(source: Path, folder: Path, options: Options) -> list[Path]:
+def export(source: Path, folder: Path, options: ConvertOptions) -> list[Path]:
     """Write the expert of the one domain in `options.domains` as a dense model folder.
 
     Tokenizer and generation settings are copied, too.

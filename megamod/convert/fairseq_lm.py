@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamod.convert import NO_OPTIONS, ConvertedModel, Options
+from megamod.convert import NO_OPTIONS, ConvertedModel, ConvertOptions
 from megamod.convert.reading import Checkpoint, read_checkpoint
 from megamod.dist.scope import EXPERTS_COMPONENT, parse_expert_domain
 from megamod.errors import UserError
@@ -68,7 +68,7 @@ def build_key_map(layer_count: int) -> dict[str, str]:
     return names
 
 
-def convert(source: Path, options: Options) -> ConvertedModel:
+def convert(source: Path, options: ConvertOptions) -> ConvertedModel:
     """Read a checkpoint and give its tensors our names, in the dtype they are stored in.
 
     Args:
@@ -122,7 +122,7 @@ def convert(source: Path, options: Options) -> ConvertedModel:
     )
 
 
-def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
+def export(source: Path, folder: Path, options: ConvertOptions = NO_OPTIONS) -> list[Path]:
     """Write a model folder of ours in fairseq's keys, as safetensors with settings in config.json.
 
     A dense model becomes model.safetensors. A model with experts becomes
@@ -320,7 +320,7 @@ def _collect_experts(
 
 
 def _detect_config(
-    dense: Mapping[str, Tensor], settings: Mapping[str, object], options: Options, file: Path
+    dense: Mapping[str, Tensor], settings: Mapping[str, object], options: ConvertOptions, file: Path
 ) -> dict[str, object]:
     """Detect the fields of our config.json, without `domains` and `untie`.
 

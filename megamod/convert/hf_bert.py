@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megamod.convert import NO_OPTIONS, ConvertedModel, Options
+from megamod.convert import NO_OPTIONS, ConvertedModel, ConvertOptions
 from megamod.convert.datamux import find_original_class
 from megamod.convert.reading import find_weight_file, read_checkpoint
 from megamod.errors import UserError, report_damage
@@ -30,7 +30,7 @@ _TIED = "cls.predictions.decoder.weight"
 _TWINS = {_TIED: _WORDS, "cls.predictions.decoder.bias": "cls.predictions.bias"}
 
 
-def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
+def convert(source: Path, options: ConvertOptions = NO_OPTIONS) -> ConvertedModel:
     """Read a checkpoint and rename its tensors to the current names of transformers.
 
     A few tensors that belong to no BERT are dropped and reported. A matrix or bias that equals the

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamod.convert import NO_OPTIONS, Options
+from megamod.convert import NO_OPTIONS, ConvertOptions
 from megamod.dist.scope import parse_expert_domain
 from megamod.errors import UserError
 from megamod.files import write_json
@@ -39,7 +39,7 @@ _FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_head
 _FIELDS += ("max_position_embeddings", "bos_token_id", "pad_token_id", "eos_token_id")
 
 
-def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
+def export(source: Path, folder: Path, options: ConvertOptions = NO_OPTIONS) -> list[Path]:
     """Write a dense model, an ELM or one expert of a DEMix model for `OPTForCausalLM`.
 
     Logits equal those of our model, if padded inputs come with an attention mask: OPT does not

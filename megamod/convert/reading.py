@@ -369,7 +369,7 @@ def _load_pickle(path: Path) -> "tuple[dict[str, Tensor], dict[str, object]]":
             )
         tensors[str(name)] = value.detach().clone(memory_format=torch.contiguous_format)
     settings = {str(k): v for k, v in content.items() if k in ("cfg", "args", "config")}
-    return tensors, _to_json_value(settings, 0, iter(range(_MOST_SETTINGS)), path)
+    return tensors, _convert_to_json_value(settings, 0, iter(range(_MOST_SETTINGS)), path)
 
 
 class _StandIn:
@@ -393,7 +393,7 @@ class _StandIn:
         self.__dict__["state"] = state
 
 
-def _to_json_value(value: object, depth: int, budget: Iterator[int], path: Path) -> object:
+def _convert_to_json_value(value: object, depth: int, budget: Iterator[int], path: Path) -> object:
     """Convert a value to plain JSON values.
 
     A value of another type, such as a tensor, becomes null, and so does one nested more than
@@ -410,7 +410,7 @@ def _to_json_value(value: object, depth: int, budget: Iterator[int], path: Path)
         raise UserError(f"{path}: its settings have more than {_MOST_SETTINGS:,} values")
     if depth > _DEEPEST_SETTING:
         return None
-    plain = partial(_to_json_value, depth=depth + 1, budget=budget, path=path)
+    plain = partial(_convert_to_json_value, depth=depth + 1, budget=budget, path=path)
     if isinstance(value, argparse.Namespace):
         value = vars(value)
     if isinstance(value, _StandIn):

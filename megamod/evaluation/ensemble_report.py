@@ -108,7 +108,7 @@ def _make_domain_record(result: DomainResult, protocol: MixingProtocol) -> dict[
 
 
 def _make_score_record(score: Score) -> dict[str, float | int | None]:
-    """Make the JSON value of one score."""
+    """Make the JSON value of one score, with the sum and count behind its perplexity."""
     return {
         "perplexity": score.perplexity,
         "bits_per_byte": score.bits_per_byte,

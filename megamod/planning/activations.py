@@ -161,7 +161,7 @@ class _LiveMemoryCounter(TorchDispatchMode):
             return
 
         def release_storage(_: weakref.ref) -> None:
-            """Subtract the bytes of a freed storage."""
+            """Subtract the bytes of a storage from the live ones when torch frees it."""
             self.live_bytes -= size
             self.seen.discard(key)
             del self.tracked[key]

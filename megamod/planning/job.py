@@ -29,7 +29,7 @@ from megamod.train.compiled import check_compile_stage
 from megamod.train.deepspeed_settings import resolve_settings
 
 VOCABULARY = {"causal_lm": 50264, "masked_lm": 30522, "replaced_token": 30522}
-"""JobVocabulary sizes without a data-bin: GPT-2's in fairseq's dictionary, and BERT's."""
+"""Vocabulary sizes without a data-bin: GPT-2's in fairseq's dictionary, and BERT's."""
 
 ONE_JOB = ("hostfile",)  # fields of BtmArgs that other runs have too
 

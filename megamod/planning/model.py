@@ -54,7 +54,7 @@ class Network:
 
     @cached_property
     def muon_names(self) -> frozenset[str]:
-        """Names of the parameters that Muon trains."""
+        """Names of the hidden matrices, if the job trains with Muon; else empty."""
         if not self.job.setting.muon:
             return frozenset()
         mark_hidden_matrices(self.rank_module)

@@ -27,7 +27,7 @@ from megamod.files import hash_file
 from megamod.merging.alignment.calibration import read_token_ids
 from megamod.merging.merge import merge
 from megamod.merging.moe.plan import MoePlan
-from megamod.merging.moe.rows import RouterRows, check_rows
+from megamod.merging.moe.rows import RouterRows, check_router_rows
 from megamod.merging.recipe import MergeRecipe
 from megamod.models.auto import check_vocabulary_fits
 from megamod.models.lm.configuration import LmConfig, get_max_sequence_length, read_lm_config
@@ -150,7 +150,7 @@ def compute_rows(
     if calibration.centre:
         rows = rows * (calibration.sharpness / spread)[:, None, None]
     rows = rows.float()
-    check_rows(rows, "--calibration")
+    check_router_rows(rows, "--calibration")
     condition = [compute_condition_number(layer, calibration.centre) for layer in rows.double()]
     _warn_of_weak_rows(own_first, condition, domains)
     record = {
@@ -282,12 +282,12 @@ def hook_block_inputs(
         receive: takes the number from 0 and states [B, T, D], detached, on the model's device.
     """
 
-    def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """Make the hook before the forward pass of a layer's block."""
+    def make_hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """Make the forward pre-hook of the block in a layer."""
         return lambda module, inputs: receive(layer, inputs[0].detach())
 
     handles = [
-        layer.get_submodule(block).register_forward_pre_hook(hook(number))
+        layer.get_submodule(block).register_forward_pre_hook(make_hook(number))
         for number, layer in enumerate(model.get_submodule(LAYERS))
     ]
     try:
@@ -324,12 +324,12 @@ def compute_mean_inputs(model: nn.Module, block: str, sequences: Tensor, batch_s
     """
     sums: dict[int, Tensor] = {}
 
-    def receive(layer: int, states: Tensor) -> None:
+    def add_states(layer: int, states: Tensor) -> None:
         """Add the sum of the states [B, T, D] over tokens to that of the layer, in float64."""
         total = states.double().sum((0, 1))
         sums[layer] = sums[layer] + total if layer in sums else total
 
-    with hook_block_inputs(model, block, receive):
+    with hook_block_inputs(model, block, add_states):
         _run_batches(model, sequences, batch_size)
     return torch.stack([sums[layer] for layer in sorted(sums)]).cpu() / sequences.numel()
 
@@ -352,15 +352,15 @@ def _measure_logits(
     rows = rows.to(next(model.parameters()).device)
     expert = 0
 
-    def receive(layer: int, states: Tensor) -> None:
+    def add_logits(layer: int, states: Tensor) -> None:
         """Add the moments of the layer's logits, and the tokens whose first expert is `expert`."""
         logits = states.flatten(0, -2).double() @ rows[layer].T
         numbers = (logits.new_tensor(logits.numel()), logits.sum(), logits.square().sum())
         moments[layer] += torch.stack(numbers).cpu()
         first[layer, expert] += float((logits.argmax(-1) == expert).sum())
 
-    with hook_block_inputs(model, block, receive):
-        for expert, sequences in enumerate(texts):  # noqa: B007  (read in `receive`)
+    with hook_block_inputs(model, block, add_logits):
+        for expert, sequences in enumerate(texts):  # noqa: B007  (read in `add_logits`)
             _run_batches(model, sequences, batch_size)
     count, total, squares = moments.unbind(1)
     spread = (squares / count - (total / count) ** 2).clamp_min(0).sqrt()
@@ -388,7 +388,7 @@ def _refuse_zero_rows(rows: Tensor, domains: Sequence[str]) -> None:
             "--calibration: the row of a single expert is zero after centring; give --no_centre or "
             "--router random"
         )
-    check_rows(rows, "--calibration")
+    check_router_rows(rows, "--calibration")
 
 
 def _warn_of_weak_rows(

@@ -313,12 +313,12 @@ def _make_rows_function(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoeP
     Raises:
         UserError: if --router calibrated lacks --calibration.
     """
-    from megamod.merging.moe.rows import initialise_rows, read_rows_file
+    from megamod.merging.moe.rows import initialise_router_rows, read_router_rows_file
 
     if args.router_kind == "random":
-        return partial(initialise_rows, seed=args.seed)
+        return partial(initialise_router_rows, seed=args.seed)
     if args.router_kind == "file":
-        return partial(read_rows_file, path=Path(args.router_file))
+        return partial(read_router_rows_file, path=Path(args.router_file))
     from megamod.runs.router_rows import compute_calibrated_rows
 
     return partial(compute_calibrated_rows, recipe=recipe, calibration=make_calibration(args))

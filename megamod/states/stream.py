@@ -325,7 +325,7 @@ def write_streamed_tensors(
 
 
 def _write_bytes(descriptor: int, content: memoryview, offset: int) -> None:
-    """Write all of `content` at an offset (in bytes) of an open file."""
+    """Write all of `content` at a byte offset; the system may write a part of it per call."""
     while content:
         count = os.pwrite(descriptor, content, offset)
         content, offset = content[count:], offset + count

@@ -357,7 +357,7 @@ class Checkpoints:
         write_atomic(self.folder / LATEST, final.name + "\n")  # syncs both names
 
     def _record_sound_step(self, history: History) -> None:
-        """Write the step of the sound checkpoint to the file `SOUND`, if it is another one."""
+        """Write the step of a new sound checkpoint, if `history` has one, to the file `SOUND`."""
         if history.sound is not None:
             write_atomic(self.folder / SOUND, f"{history.sound}\n")
 

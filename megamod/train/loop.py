@@ -443,6 +443,6 @@ class _Signals:
         self.stop_reason = Stop.SIGNAL
 
     def restore_handlers(self) -> None:
-        """Restore the previous signal handlers."""
+        """Restore the signal handlers that were installed before the loop."""
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)

@@ -238,20 +238,20 @@ class Monitor:
             self._report_disk_error(error)
 
     def _report_disk_error(self, error: OSError) -> None:
-        """Log that metrics.jsonl cannot be written."""
+        """Log that metrics.jsonl cannot be written; training continues without its lines."""
         logger.error("%s: cannot be written: %s", self.folder / "metrics.jsonl", error.strerror)
 
     def _select_curves(
         self, record: Mapping[str, object], further_metrics: Mapping[str, float]
     ) -> dict[str, float]:
-        """Select the numbers of a record that a tracker draws, by name."""
+        """Select the numbers of a record that a tracker draws: by name, such as `train/loss/law`."""
         names = ("loss", "lr", "grad_norm", f"{self.unit}_per_second", *further_metrics)
         tags = {f"train/{name}": record[name] for name in names}
         tags |= {f"train/loss/{g}": value for g, value in record["loss_by_domain"].items()}
         return {tag: value for tag, value in tags.items() if value is not None}
 
     def _print_progress(self, record: Mapping[str, object], interval_seconds: float) -> None:
-        """Print the console line of a record."""
+        """Print the console line of a record, with an estimate of the time left (ETA)."""
         seconds = int((self.max_steps - record["step"]) * interval_seconds / self.steps)
         mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
         norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3g}"

@@ -76,7 +76,7 @@ class CausalLMObjective:
     def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
-        """Run the model; `total` and `items` are by domain."""
+        """Run the model; the sums of the result are by domain, also of batches that mix domains."""
         labels = batch["labels"].to(self.device, non_blocking=True)
         input_ids = batch["input_ids"].to(self.device, non_blocking=True)
         mask = batch.get("attention_mask")

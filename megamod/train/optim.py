@@ -55,7 +55,7 @@ def make_linear_schedule(peak_rate: float, warmup_steps: int, max_steps: int) ->
     """
 
     def compute_rate(finished_steps: int) -> float:
-        """Compute the learning rate of the next step."""
+        """Compute the learning rate of the step after `finished_steps` steps."""
         if finished_steps <= warmup_steps and warmup_steps:
             return peak_rate * finished_steps / warmup_steps
         remaining = max(0, max_steps - finished_steps) / max(1, max_steps - warmup_steps)
@@ -76,7 +76,7 @@ def make_cosine_schedule(peak_rate: float, warmup_steps: int, max_steps: int) ->
     """Make a schedule: a linear warm-up to the peak, then half a cosine to 0 at the end."""
 
     def compute_rate(finished_steps: int) -> float:
-        """Compute the learning rate of the next step."""
+        """Compute the learning rate of the step after `finished_steps` steps."""
         if finished_steps < warmup_steps:
             return peak_rate * finished_steps / warmup_steps
         progress = min(1.0, (finished_steps - warmup_steps) / max(1, max_steps - warmup_steps))
@@ -95,7 +95,7 @@ def make_warmup_stable_decay_schedule(
     decay = max(1, max_steps // 5)
 
     def compute_rate(finished_steps: int) -> float:
-        """Compute the learning rate of the next step."""
+        """Compute the learning rate of the step after `finished_steps` steps."""
         if finished_steps < warmup_steps:
             return peak_rate * finished_steps / warmup_steps
         return peak_rate * min(1.0, max(0, max_steps - finished_steps) / decay)

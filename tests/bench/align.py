@@ -62,7 +62,7 @@ def align_once(options: argparse.Namespace) -> None:
     import megamod.merging.alignment.measure as measure
     from megamod.merging.alignment.align import align_models
     from megamod.merging.alignment.calibration import iterate_whole_batches
-    from megamod.merging.alignment.options import Options
+    from megamod.merging.alignment.options import AlignmentOptions
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def align_once(options: argparse.Namespace) -> None:
     measure.CrossCovariance = count_sums
     rows = torch.randint(1000, 30000, (options.rows, LENGTH)).tolist()
     batches = list(iterate_whole_batches(rows, options.batch_size))
-    seconds = timed(lambda: align_models(*models, batches, Options(method=options.method)))
+    seconds = timed(lambda: align_models(*models, batches, AlignmentOptions(method=options.method)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"{seconds:.1f} {peak - imports} {needed}")
 
@@ -154,14 +154,16 @@ def main() -> None:
     import megamod.merging.alignment.matching as matching
     from megamod.merging.alignment.align import align_models
     from megamod.merging.alignment.calibration import iterate_whole_batches
-    from megamod.merging.alignment.options import Calibration, Options
+    from megamod.merging.alignment.options import AlignmentOptions, Calibration
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     models = [BertForMaskedLM(BertConfig()).eval() for _ in range(2)]
     rows = torch.randint(1000, 30000, (options.rows, LENGTH)).tolist()
     batches = list(iterate_whole_batches(rows, BATCH))
-    groups = Options(groups=("ff", "attn", "res"), calibration=Calibration(special_tokens=True))
+    groups = AlignmentOptions(
+        groups=("ff", "attn", "res"), calibration=Calibration(special_tokens=True)
+    )
 
     def forward() -> None:
         with torch.no_grad():

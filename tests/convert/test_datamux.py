@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
-from megamod.convert import Options
+from megamod.convert import ConvertOptions
 from megamod.convert.datamux import ORIGINALS, convert, export
 from megamod.errors import UserError
 from megamod.models.mux import bert, electra, generator, roberta
@@ -203,7 +203,9 @@ def test_what_does_not_fit_is_named(spoil, message, tmp_path):
 
 def test_heads_can_be_told(tmp_path):
     original("MuxedBertForMaskedLM", tmp_path)
-    assert convert(tmp_path, Options(num_attention_heads=4)).config["num_attention_heads"] == 4
+    assert (
+        convert(tmp_path, ConvertOptions(num_attention_heads=4)).config["num_attention_heads"] == 4
+    )
 
 
 def test_other_folders_are_refused(tmp_path):

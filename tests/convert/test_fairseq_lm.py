@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megamod.convert import FORMATS, Options, import_format
+from megamod.convert import FORMATS, ConvertOptions, import_format
 from megamod.convert.fairseq_lm import build_key_map, convert, export
 from megamod.errors import UserError
 from megamod.states.output_folder import create_new_folder
@@ -66,7 +66,7 @@ def dense_file(path: Path, **changes: object) -> Path:
     return path / "elm.safetensors"
 
 
-HEADS = Options(num_attention_heads=2)
+HEADS = ConvertOptions(num_attention_heads=2)
 
 
 def test_every_format_is_a_module_with_a_way():
@@ -82,7 +82,7 @@ def test_names_of_the_golden_model_are_those_of_the_map():
 
 
 def test_dense_shape_and_lists(tmp_path):
-    converted = convert(dense_file(tmp_path), Options(("law",), 2))
+    converted = convert(dense_file(tmp_path), ConvertOptions(("law",), 2))
     assert converted.config == {
         "model_type": "demix",
         "architectures": ["DemixForCausalLM"],
@@ -160,7 +160,7 @@ def test_settings_that_do_not_fit_are_named(tmp_path, settings, heads, message):
     file = dense_file(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError) as caught:
-        convert(file, Options(num_attention_heads=heads))
+        convert(file, ConvertOptions(num_attention_heads=heads))
     assert message in str(caught.value)
 
 
@@ -170,7 +170,7 @@ def test_heads_from_the_settings_of_a_pt_file(tmp_path):
     torch.save(
         {"cfg": cfg, "args": None, "model": fairseq_state()}, tmp_path / "checkpoint_last.pt"
     )
-    assert convert(tmp_path, Options()).config["num_attention_heads"] == 4
+    assert convert(tmp_path, ConvertOptions()).config["num_attention_heads"] == 4
     assert convert(tmp_path, HEADS).config["num_attention_heads"] == 2
 
 
@@ -190,7 +190,7 @@ def test_which_file_of_a_folder(tmp_path):
 def test_demix_ranks_to_domains(tmp_path, ranks, domains):
     names = tuple(f"d{number}" for number in range(domains))[::-1]  # order of ranks, not of names
     folder = demix_folder(tmp_path / "in", ranks, domains)
-    converted = convert(folder, Options(names, 2))
+    converted = convert(folder, ConvertOptions(names, 2))
     assert converted.config["domains"] == list(names)
     assert converted.config["untie"] == "feedforward"
     shared = sum(not is_expert(key) for key in fairseq_state()) - 1
@@ -206,7 +206,7 @@ def test_demix_ranks_to_domains(tmp_path, ranks, domains):
 )
 def test_which_layers_have_experts_is_seen(tmp_path, layers, untie):
     folder = demix_folder(tmp_path / "in", 2, 2, layers)
-    assert convert(folder, Options(("a", "b"), 2)).config["untie"] == untie
+    assert convert(folder, ConvertOptions(("a", "b"), 2)).config["untie"] == untie
 
 
 def spoil(folder: Path, name: str, key: str, tensor: torch.Tensor | None) -> None:
@@ -223,7 +223,7 @@ def test_what_is_wrong_with_a_demix_folder_is_told(tmp_path):
         folder = demix_folder(tmp_path / "in", 4, 2)
         change(folder)
         with pytest.raises(UserError) as caught:
-            convert(folder, Options(domains, 2))
+            convert(folder, ConvertOptions(domains, 2))
         return str(caught.value)
 
     fc1, two = "decoder.layers.0.fc1.weight", ("law", "med")
@@ -261,7 +261,7 @@ def test_what_is_wrong_with_a_demix_folder_is_told(tmp_path):
 def test_an_adapted_demix_model_has_everything_in_the_shared_file(tmp_path):
     torch.save({"model": fairseq_state()}, tmp_path / "checkpoint_last-shared.pt")
     torch.save({"model": {}}, tmp_path / "checkpoint_last-rank-0.pt")
-    converted = convert(tmp_path, Options(("news",), 2))
+    converted = convert(tmp_path, ConvertOptions(("news",), 2))
     assert converted.config["untie"] == "none" and len(converted.state) == 4 + 16 * LAYERS
 
 
@@ -281,7 +281,7 @@ def model_folder(path: Path, converted) -> Path:
 def test_export_is_the_way_back(tmp_path, layers):
     dense = layers is None
     source = dense_file(tmp_path) if dense else demix_folder(tmp_path / "in", 2, 2, layers)
-    converted = convert(source, Options(("b", "a"), 2))
+    converted = convert(source, ConvertOptions(("b", "a"), 2))
     (tmp_path / "back").mkdir()
     files = export(model_folder(tmp_path / "ours", converted), tmp_path / "back")
     assert sorted(files) == sorted((tmp_path / "back").iterdir())
@@ -292,7 +292,7 @@ def test_export_is_the_way_back(tmp_path, layers):
             written = load_file(file)
             assert written.keys() == original.keys()
             assert all(torch.equal(written[key], original[key]) for key in original)
-    again = convert(tmp_path / "back", Options())  # the settings beside it are enough
+    again = convert(tmp_path / "back", ConvertOptions())  # the settings beside it are enough
     assert again.config == converted.config
     assert all(torch.equal(again.state[name], t) for name, t in converted.state.items())
     assert again.state.keys() == converted.state.keys()

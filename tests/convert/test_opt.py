@@ -10,7 +10,7 @@ import torch
 from saved_models import make_model
 from transformers import AutoModelForCausalLM, OPTForCausalLM
 
-from megamod.convert import Options
+from megamod.convert import ConvertOptions
 from megamod.convert.opt import export
 from megamod.errors import UserError
 from megamod.models.lm.demix import DemixForCausalLM
@@ -40,7 +40,7 @@ def both(folder: Path, tmp_path: Path, *domains: str):
     """Our model, and what was exported, in the stock class."""
     target = tmp_path / "opt"
     target.mkdir()
-    export(folder, target, Options(domains))
+    export(folder, target, ConvertOptions(domains))
     ours = DemixForCausalLM.from_pretrained(folder).eval()
     if domains:
         ours.set_domain(domains[0])
@@ -137,7 +137,7 @@ def test_what_opt_cannot_hold_is_refused(tmp_path):
         (tmp_path, (), "there is no model"),
     ):
         with pytest.raises(UserError, match=message):
-            export(folder, tmp_path, Options(domains))
+            export(folder, tmp_path, ConvertOptions(domains))
     config = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(UserError, match=r"model\.layers\.2\.\S+ is missing"):

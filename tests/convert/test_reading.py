@@ -209,7 +209,7 @@ def test_stand_ins_do_nothing():
     built.__setstate__({"_val": 3})
     assert (
         type(built).__name__ == "AnyNode"
-        and reading._to_json_value(built, 0, iter(range(9)), Path("x")) == 3
+        and reading._convert_to_json_value(built, 0, iter(range(9)), Path("x")) == 3
     )
 
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from megamod.merging.alignment.align import align_models, collect_float_shapes
 from megamod.merging.alignment.calibration import iterate_whole_batches
-from megamod.merging.alignment.options import Calibration, Options
+from megamod.merging.alignment.options import AlignmentOptions, Calibration
 from megamod.merging.alignment.permute import merge_states, permute_state
 from megamod.merging.alignment.record import Alignment, list_aligned_groups
 from megamod.merging.alignment.symmetry import find_symmetry
@@ -148,7 +148,7 @@ def groups_of(kind: str) -> tuple[str, ...]:
     return ("ff", "attn") if kind == "mux" else ("ff", "attn", "res")
 
 
-def random_alignment(symmetry, options: Options, seed: int = 5) -> Alignment:
+def random_alignment(symmetry, options: AlignmentOptions, seed: int = 5) -> Alignment:
     """A random permutation of each group that keeps the function of the model."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -180,7 +180,7 @@ def random_alignment(symmetry, options: Options, seed: int = 5) -> Alignment:
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("variant", [{}, {"qk": True, "head": True}, {"follow": False}])
 def test_a_permuted_model_computes_the_same(kind, variant):
-    options = Options(
+    options = AlignmentOptions(
         groups=groups_of(kind),
         qk=variant.get("qk", False) and kind not in ROTARY,
         head=variant.get("head", False),
@@ -202,7 +202,7 @@ def test_a_permuted_model_computes_the_same(kind, variant):
 @pytest.mark.parametrize("method", ["activation", "weight"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_known_permutation_is_found(kind, method):
-    options = Options(
+    options = AlignmentOptions(
         method=method,
         groups=groups_of(kind),
         qk=kind not in ROTARY,
@@ -237,7 +237,7 @@ def test_a_known_permutation_is_found(kind, method):
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "demix"])
 def test_a_model_is_aligned_with_itself(kind, method):
     model = random_model(kind, seed=3)
-    options = Options(method=method, qk=True, head=True, residual="all")
+    options = AlignmentOptions(method=method, qk=True, head=True, residual="all")
     alignment = align_models(model, model, iterate_whole_batches(texts(), 4), options)
     for permutation in alignment.permutations.values():
         assert torch.equal(permutation, torch.arange(len(permutation)))

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from megamod.merging.alignment.align import align_models, collect_float_shapes
-from megamod.merging.alignment.calibration import Batch
+from megamod.merging.alignment.calibration import CalibrationBatch
 from megamod.merging.alignment.measure import measure_covariances
-from megamod.merging.alignment.options import Calibration, Compat, Options
+from megamod.merging.alignment.options import AlignmentOptions, Calibration, CompatOptions
 from megamod.merging.alignment.permute import (
     interpolate_states,
     merge_states,
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not CASES, reason=f"{GOLDEN} is not there")
 GROUPS = {"ff_only": ("ff",), "attn_only": ("attn",), "res_only": ("res",)} | {
     "all": ("ff", "attn", "res")
 }
-COMPAT = Compat(
+COMPAT = CompatOptions(
     scale=True,
     unmerge=True,
     res_attn_without_embeddings=True,
@@ -42,10 +42,10 @@ def common():
     return config, load_file(GOLDEN / "common/inputs.safetensors")
 
 
-def options_of(case: dict) -> Options:
+def options_of(case: dict) -> AlignmentOptions:
     kind = case["merge_type"]
     attention = "head_perm" if case["permute_heads"] else "monotonic"
-    return Options(
+    return AlignmentOptions(
         method="identity" if case["matching"] == "identity" else "activation",
         groups=GROUPS.get(kind) or tuple(kind.split("+")),
         attention="ignore_heads" if case["ignore_heads"] else attention,
@@ -76,10 +76,10 @@ def models(config: dict, task: str):
     return pair
 
 
-def batches_of(config: dict, inputs: dict) -> list[Batch]:
+def batches_of(config: dict, inputs: dict) -> list[CalibrationBatch]:
     size = config["calibration_batch_size"]
     return [
-        Batch(ids, lengths)
+        CalibrationBatch(ids, lengths)
         for ids, lengths in zip(
             inputs["input_ids"].split(size), inputs["lengths"].split(size), strict=True
         )

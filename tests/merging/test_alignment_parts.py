@@ -22,11 +22,15 @@ from megamod.merging.alignment.align import (
     align_weights,
     collect_float_shapes,
 )
-from megamod.merging.alignment.calibration import Batch, iterate_whole_batches, read_token_ids
+from megamod.merging.alignment.calibration import (
+    CalibrationBatch,
+    iterate_whole_batches,
+    read_token_ids,
+)
 from megamod.merging.alignment.folder import PermutedFolder, find_folder_symmetry
 from megamod.merging.alignment.matching import assign_heads
 from megamod.merging.alignment.measure import load_model, measure_covariances
-from megamod.merging.alignment.options import Calibration, Compat, Options
+from megamod.merging.alignment.options import AlignmentOptions, Calibration, CompatOptions
 from megamod.merging.alignment.permute import merge_keeping_heads, permute_state, prepare_reference
 from megamod.merging.alignment.record import load_alignment
 from megamod.merging.alignment.statistics import CrossCovariance, average_moments
@@ -125,7 +129,7 @@ def test_heads_are_matched_as_well_as_can_be():
 
 
 def test_tokens_that_count():
-    batch = Batch(torch.zeros(3, 5, dtype=torch.long), torch.tensor([5, 2, 4]))
+    batch = CalibrationBatch(torch.zeros(3, 5, dtype=torch.long), torch.tensor([5, 2, 4]))
     assert batch.mask_counted_tokens(True).sum(1).tolist() == [5, 2, 4]
     assert batch.mask_counted_tokens(False).tolist() == [
         [False, True, True, True, False],
@@ -174,8 +178,8 @@ def test_text_is_read(tmp_path):
 def test_features_are_those_of_a_plain_loop(level, special):
     """Correlations of a residual node, from hidden states that transformers returns."""
     first, second = random_model("bert", 1), random_model("bert", 2)
-    compat = Compat(cls_at_one=special)
-    options = Options(
+    compat = CompatOptions(cls_at_one=special)
+    options = AlignmentOptions(
         groups=("res",),
         residual="last",
         calibration=Calibration(sentence_level=level, special_tokens=special),
@@ -208,7 +212,9 @@ def test_features_are_those_of_a_plain_loop(level, special):
 
 def test_attention_costs_and_shared_costs():
     first, second = random_model("bert", 1), random_model("bert", 2)
-    alignment = align_models(first, second, iterate_whole_batches(texts(), 4), Options(qk=True))
+    alignment = align_models(
+        first, second, iterate_whole_batches(texts(), 4), AlignmentOptions(qk=True)
+    )
     assert alignment.costs["layer.0.attn"] == alignment.costs["layer.0.qk"]
     residual = {cost for name, cost in alignment.costs.items() if name.startswith("res.")}
     assert len(residual) == 1
@@ -218,9 +224,9 @@ def test_attention_costs_and_shared_costs():
 
 def test_absolute_matching_never_has_less_to_match():
     first, second = random_model("gpt2", 1), random_model("gpt2", 2)
-    signed = align_models(first, second, iterate_whole_batches(texts(), 4), Options())
+    signed = align_models(first, second, iterate_whole_batches(texts(), 4), AlignmentOptions())
     absolute = align_models(
-        first, second, iterate_whole_batches(texts(), 4), Options(absolute=True)
+        first, second, iterate_whole_batches(texts(), 4), AlignmentOptions(absolute=True)
     )
     assert all(absolute.costs[name] >= cost for name, cost in signed.costs.items())
 
@@ -228,7 +234,7 @@ def test_absolute_matching_never_has_less_to_match():
 def test_weight_matching_ends_where_no_single_group_can_be_improved():
     """Swapping any two features of a feed-forward network brings the weights no closer."""
     first, second = random_model("bert", 1), random_model("bert", 2)
-    options = Options(method="weight")
+    options = AlignmentOptions(method="weight")
     alignment = align_models(first, second, None, options)
     state = first.state_dict()
     symmetry = find_symmetry(first.config.to_dict(), collect_float_shapes(state))
@@ -256,7 +262,7 @@ def test_weight_matching_ends_where_no_single_group_can_be_improved():
 
 def test_merged_models_keep_their_own_heads():
     first, second = random_model("bert", 1), random_model("bert", 2)
-    options = Options(groups=("ff", "attn"))
+    options = AlignmentOptions(groups=("ff", "attn"))
     alignment = align_models(first, second, iterate_whole_batches(texts(), 4), options)
     symmetry = find_symmetry(first.config.to_dict(), collect_float_shapes(first.state_dict()))
     pair = merge_keeping_heads(first.state_dict(), second.state_dict(), symmetry, alignment)
@@ -272,7 +278,7 @@ def test_merged_models_keep_their_own_heads():
 
 def test_an_alignment_is_kept_and_read_again(tmp_path):
     first, second = random_model("bert", 1), random_model("bert", 2)
-    options = Options(qk=True, calibration=Calibration(path="a.txt", fraction=0.5))
+    options = AlignmentOptions(qk=True, calibration=Calibration(path="a.txt", fraction=0.5))
     alignment = align_models(first, second, iterate_whole_batches(texts(), 4), options)
     alignment.save(tmp_path / "found")
     again = load_alignment(tmp_path / "found")
@@ -298,7 +304,7 @@ def test_a_folder_is_read_as_if_it_were_permuted(tmp_path, monkeypatch, kind, fo
     monkeypatch.setattr(folder_module, "PIECE", 256)  # so that most tensors are read by rows
     model = random_model(kind, 4)
     model.save_pretrained(tmp_path / "model")
-    options = Options(qk=True, head_follow_residual=follow)
+    options = AlignmentOptions(qk=True, head_follow_residual=follow)
     symmetry = find_symmetry(
         model.config.to_dict(), collect_float_shapes(model.state_dict()), qk=True
     )
@@ -341,7 +347,7 @@ def test_a_permuted_folder_written_out_is_the_same_model(tmp_path, follow):
     model.save_pretrained(tmp_path / "model")
     with ModelFolder(tmp_path / "model") as opened:
         symmetry = find_folder_symmetry(opened)
-        alignment = random_alignment(symmetry, Options(head_follow_residual=follow))
+        alignment = random_alignment(symmetry, AlignmentOptions(head_follow_residual=follow))
         source = PermutedFolder(opened, alignment)
         state = {name: source.read(name) for name in source.tensors}
         (tmp_path / "config.json").write_text(json.dumps(source.config))
@@ -362,7 +368,7 @@ def test_folders_are_aligned_on_a_text(tmp_path):
         "".join(" ".join(f"w{i}" for i in text) + "\n" for text in texts(20))
     )
     calibration = Calibration(path=str(tmp_path / "text.txt"), fraction=0.5, batch_size=5)
-    options = Options(calibration=calibration)
+    options = AlignmentOptions(calibration=calibration)
     result = align_folders(str(tmp_path / "0"), str(tmp_path / "1"), options)
     expected = align_models(*pair, iterate_whole_batches(texts(20)[:10], 5), options)
     for name, permutation in expected.permutations.items():
@@ -398,7 +404,7 @@ def test_bad_input_is_named(pair, options, message):
     supplied = options.get("batches", texts())
     supplied = supplied and list(iterate_whole_batches(supplied, 4))
     with pytest.raises(UserError, match=message):
-        align_models(first, second, supplied, Options())
+        align_models(first, second, supplied, AlignmentOptions())
 
 
 def test_models_that_are_not_known_are_named():
@@ -417,9 +423,11 @@ def test_models_that_are_not_known_are_named():
 
 def test_options_are_checked():
     block = {"groups": ["ff"], "calibration": {"fraction": 1, "path": "a.txt"}}
-    options = check_against_schema(block, Options, "r.yaml", "align")
+    options = check_against_schema(block, AlignmentOptions, "r.yaml", "align")
     assert options.groups == ("ff",) and options.calibration.path == "a.txt"
-    assert options == Options(groups=("ff",), calibration=Calibration(fraction=1, path="a.txt"))
+    assert options == AlignmentOptions(
+        groups=("ff",), calibration=Calibration(fraction=1, path="a.txt")
+    )
     for bad, message in (
         ({"groups": ["ff", "heads"]}, r"align.groups\[1\]: 'heads' is not one of ff, attn, res"),
         ({"method": "wieght"}, "align.method: 'wieght' is not one of activation, ot"),
@@ -433,4 +441,4 @@ def test_options_are_checked():
         ({"groups": []}, "align: groups: is empty"),
     ):
         with pytest.raises(UserError, match=message):
-            check_against_schema(bad, Options, "r.yaml", "align")
+            check_against_schema(bad, AlignmentOptions, "r.yaml", "align")

@@ -14,9 +14,9 @@ from megamod.merging.alignment import matching
 from megamod.merging.alignment.align import align_models, collect_float_shapes
 from megamod.merging.alignment.calibration import iterate_whole_batches
 from megamod.merging.alignment.folder import PermutedFolder
-from megamod.merging.alignment.groups import Group, TensorAxis
+from megamod.merging.alignment.groups import PermutationGroup, TensorAxis
 from megamod.merging.alignment.matching import assign_features, assign_queries, transport_features
-from megamod.merging.alignment.options import Compat, Options
+from megamod.merging.alignment.options import AlignmentOptions, CompatOptions
 from megamod.merging.alignment.permute import AxisChange, apply_changes, permute_state
 from megamod.merging.alignment.record import load_alignment
 from megamod.merging.alignment.symmetry import find_symmetry
@@ -84,7 +84,7 @@ def test_a_permutation_as_a_matrix_does_the_same():
 def test_a_little_soft_is_nearly_hard(kind, tmp_path, monkeypatch):
     first = random_model(kind, seed=2)
     second = twin(first, 4)
-    options = Options(method="ot", regularisation=0.08)
+    options = AlignmentOptions(method="ot", regularisation=0.08)
     batches = list(iterate_whole_batches(texts(24), 8))
     hard = align_models(first, second, batches, options.model_copy(update={"method": "activation"}))
     soft = align_models(first, second, batches, options)
@@ -130,21 +130,24 @@ def test_a_little_soft_is_nearly_hard(kind, tmp_path, monkeypatch):
 def test_what_cannot_be_soft():
     for options, message in (
         ({"regularisation": 0.0}, "align.regularisation: 0.0 is not more than 0"),
-        ({"compat": Compat(unmerge=True)}, "not with method ot"),
+        ({"compat": CompatOptions(unmerge=True)}, "not with method ot"),
     ):
         with pytest.raises(UserError, match=message):
-            check_against_schema({"method": "ot", **options}, Options, "r.yaml", "align")
+            check_against_schema({"method": "ot", **options}, AlignmentOptions, "r.yaml", "align")
     model = random_model("llama-grouped", 1)
     for options, message in (
-        (Options(method="ot"), "align.method: ot: queries and keys of a llama"),
-        (Options(attention="ignore_heads"), "align.attention: ignore_heads: queries and keys"),
-        (Options(qk=True), "align.qk: features of queries and keys of a llama"),
+        (AlignmentOptions(method="ot"), "align.method: ot: queries and keys of a llama"),
+        (
+            AlignmentOptions(attention="ignore_heads"),
+            "align.attention: ignore_heads: queries and keys",
+        ),
+        (AlignmentOptions(qk=True), "align.qk: features of queries and keys of a llama"),
     ):
         with pytest.raises(UserError, match=message):
             align_models(model, model, [], options)
 
 
-GROUP = Group(
+GROUP = PermutationGroup(
     "g", "attn", 24, 2, (), (), (), queries_per_key=3
 )  # heads of keys, of queries, features
 
@@ -203,6 +206,8 @@ def test_heads_in_order_stay_so(method):
     symmetry = find_symmetry(first.config.to_dict(), collect_float_shapes(first.state_dict()))
     second = copy_of(first, first.state_dict())
     batches = iterate_whole_batches(texts(12), 6)
-    result = align_models(first, second, batches, Options(method=method, attention="monotonic"))
+    result = align_models(
+        first, second, batches, AlignmentOptions(method=method, attention="monotonic")
+    )
     for group in symmetry.select_groups("attn"):
         assert result.permutations[group.name].tolist() == list(range(group.size))

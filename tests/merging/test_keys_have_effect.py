@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from megamod.errors import UserError
 from megamod.merging.alignment.options import METHODS as ALIGNMENTS
-from megamod.merging.alignment.options import Calibration, Compat, Options
+from megamod.merging.alignment.options import AlignmentOptions, Calibration, CompatOptions
 from megamod.merging.alignment.permute import merge_states
 from megamod.merging.alignment.record import make_identity_alignment
 from megamod.merging.alignment.symmetry import find_symmetry
@@ -76,7 +76,7 @@ CHANGES = {
     "calibration.fraction": 0.3,
     "calibration.special_tokens": False,
     "calibration.sentence_level": "maxpool",
-    **{f"compat.{key}": True for key in vars(Compat())},
+    **{f"compat.{key}": True for key in vars(CompatOptions())},
 }
 # What a change of these keys depends on: rounding, the order of a search, a tied matrix, or another
 # key; they are refused where they cannot have an effect (see below). Kept maps are those that would
@@ -85,9 +85,11 @@ _MAY_BE_EQUAL = {"seed", "compat.stacked", "head_follow_residual", "compat.unmer
 
 
 def test_every_key_is_tried():
-    keys = {key for key in vars(Options()) if key not in ("method", "calibration", "compat")}
+    keys = {
+        key for key in vars(AlignmentOptions()) if key not in ("method", "calibration", "compat")
+    }
     keys |= {f"calibration.{key}" for key in vars(Calibration()) if key != "batch_size"}
-    keys |= {f"compat.{key}" for key in vars(Compat())}
+    keys |= {f"compat.{key}" for key in vars(CompatOptions())}
     assert keys == CHANGES.keys()
 
 
@@ -117,7 +119,7 @@ def test_scale_is_that_of_the_library(models_root, tmp_path):
         states = [read_weights(models_root / name) for name in "ab"]
         config = json.loads((models_root / "a/config.json").read_text())
         symmetry = find_symmetry(config, {n: t.shape for n, t in states[0].items()})
-        options = Options(method="identity", compat=Compat(scale=True))
+        options = AlignmentOptions(method="identity", compat=CompatOptions(scale=True))
         if method == "identity":
             expected = merge_states(*states, symmetry, make_identity_alignment(symmetry, options))
             for name, tensor in expected.items():

@@ -27,7 +27,7 @@ from megamod.merging.alignment.align_orthogonal import rotates_stream
 from megamod.merging.alignment.calibration import iterate_whole_batches
 from megamod.merging.alignment.folding import find_folding
 from megamod.merging.alignment.measure import measure_covariances
-from megamod.merging.alignment.options import Calibration, Options
+from megamod.merging.alignment.options import AlignmentOptions, Calibration
 from megamod.merging.alignment.orthogonal import (
     list_observed_parts,
     make_plane_rotations,
@@ -65,11 +65,11 @@ def symmetry_of(model):
     return find_symmetry(model.config.to_dict(), collect_float_shapes(model.state_dict()))
 
 
-def options_of(kind: str, **fields) -> Options:
-    return Options(method="orthogonal", groups=groups_of(kind), **fields)
+def options_of(kind: str, **fields) -> AlignmentOptions:
+    return AlignmentOptions(method="orthogonal", groups=groups_of(kind), **fields)
 
 
-def random_maps(symmetry, options: Options, seed: int = 5) -> Alignment:
+def random_maps(symmetry, options: AlignmentOptions, seed: int = 5) -> Alignment:
     """A random map of every class that keeps the function of the model."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -364,13 +364,13 @@ def test_bad_input_is_named(models, fields, message):
     )
     batches = batches_of(text) if text else None
     with pytest.raises(UserError, match=message):
-        align_models(first, second, batches, Options(method="orthogonal", **fields))
+        align_models(first, second, batches, AlignmentOptions(method="orthogonal", **fields))
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_streams_between_post_norms_are_permuted(kind, tmp_path):
     first, second = random_model(kind, 1), random_model(kind, 2)
-    symmetry, plain = symmetry_of(first), Options(groups=groups_of(kind))
+    symmetry, plain = symmetry_of(first), AlignmentOptions(groups=groups_of(kind))
     alignment = align_models(first, second, batches_of(), options_of(kind), descent_rounds=0)
     by_activation = align_models(first, second, batches_of(), plain)
     applied = alignment.find_applied_permutations(symmetry)
@@ -393,13 +393,13 @@ def test_streams_between_post_norms_are_permuted(kind, tmp_path):
 def test_other_families_are_refused(kind):
     model = tiny_stock(kind)
     with pytest.raises(UserError, match=f"model_type '{kind}': cannot be aligned; known are bert"):
-        align_models(model, model, None, Options(method="orthogonal"))
+        align_models(model, model, None, AlignmentOptions(method="orthogonal"))
 
 
 def test_models_that_are_not_described_are_refused():
     mux = random_model("mux", 1)
     with pytest.raises(UserError, match="residual stream of a mux_bert cannot be permuted; leave"):
-        align_models(mux, mux, None, Options(method="orthogonal"))
+        align_models(mux, mux, None, AlignmentOptions(method="orthogonal"))
     model = OPTForCausalLM(OPTConfig(**OPT, do_layer_norm_before=False))
     with pytest.raises(UserError, match="do_layer_norm_before is False; only True can be"):
         align_models(model, model, None, options_of("opt"))
@@ -412,4 +412,4 @@ def test_models_that_are_not_described_are_refused():
     with pytest.raises(UserError, match=r"final_norm\.weight: holds values that are not finite"):
         align_models(random_model("dense", 2), spoilt, None, options_of("dense"))
     with pytest.raises(ValueError, match="ignore_heads mixes heads"):
-        Options(method="orthogonal", attention="ignore_heads", calibration=Calibration())
+        AlignmentOptions(method="orthogonal", attention="ignore_heads", calibration=Calibration())

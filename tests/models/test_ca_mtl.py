@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from megamod.convert import Options
+from megamod.convert import ConvertOptions
 from megamod.convert.ca_mtl import convert, export
 from megamod.errors import UserError
 from megamod.models.ca_mtl.configuration import CaMtlConfig
@@ -41,7 +41,7 @@ SMALL = dict(
 def model_of(case: str, tmp_path: Path | None = None) -> CaMtlForMultiTask:
     """The converted model of a recorded case."""
     tasks = json.loads((GOLDEN / case / "config.json").read_text())["tasks"]
-    converted = convert(GOLDEN / case, Options(domains=tuple(tasks)))
+    converted = convert(GOLDEN / case, ConvertOptions(domains=tuple(tasks)))
     fields = {k: v for k, v in converted.config.items() if k not in ("model_type", "architectures")}
     model = CaMtlForMultiTask(CaMtlConfig(**fields))
     model.load_state_dict(converted.state)

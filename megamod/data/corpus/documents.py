@@ -315,7 +315,7 @@ def _read_plain_documents(path: Path, decoding: Decoding) -> Iterator[str]:
 
 
 def _is_json_object(line: str) -> bool:
-    """Return True for a line that is a JSON object."""
+    """Return True for a line that is a JSON object: the file is probably JSON lines."""
     try:
         parse_json_object(line, "line 1")
     except UserError:

@@ -291,7 +291,7 @@ class Dictionary:
         return dictionary
 
     def save(self, path: str | Path) -> None:
-        """Write the dictionary to `path`, from which `load` restores it."""
+        """Write a `dict.txt`, a line `symbol count` per symbol but the four special ones."""
         seen, lines = set(SPECIALS), []
         for number in range(len(SPECIALS), len(self)):
             symbol = self.symbols[number]

@@ -262,7 +262,7 @@ def iterate_eval_batches(
 
 
 def _return_unchanged(batch: Batch) -> Batch:
-    """Return the batch: a function of the module, which worker processes can import."""
+    """Return a batch unchanged: the loader's `collate_fn`, which worker processes can import."""
     return batch
 
 

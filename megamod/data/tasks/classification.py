@@ -412,7 +412,7 @@ def _flatten_rows(rows: Sequence[Sequence[int]], kind: type) -> np.ndarray:
 
 
 def _warn_of_cuts(cut_rows: int, row_count: int, limits: RowLengthLimits) -> None:
-    """Log a warning with the number of cut rows, if there are any."""
+    """Log how many rows were cut to `limits.max_tokens`, if any were."""
     if cut_rows:
         logger.warning(
             "%d of %d rows were cut to %d tokens", cut_rows, row_count, limits.max_tokens

@@ -48,7 +48,7 @@ def compute_cache_key(
     hashed = hashlib.sha256()
     columns: Iterable[Sequence[object]] = rows.texts if isinstance(rows, TextSet) else [rows.words]
     for part in (*columns, [] if rows.labels is None else list(rows.labels)):
-        hashed.update(json.dumps([_to_plain_value(value) for value in part]).encode())
+        hashed.update(json.dumps([_convert_to_plain_value(value) for value in part]).encode())
     hashed.update(tokenizer.backend_tokenizer.to_str().encode())
     limit_values = {  # under the names of earlier caches, which so stay valid
         "longest": limits.max_tokens,
@@ -112,6 +112,6 @@ def _serialise_rows(encoded: EncodedRows) -> bytes:
     return save(whole, {name: str(getattr(encoded, name)) for name in NUMBERS})
 
 
-def _to_plain_value(value: object) -> object:
-    """Convert a NumPy scalar to a number of Python; return any other value unchanged."""
+def _convert_to_plain_value(value: object) -> object:
+    """Convert a NumPy scalar to a number of Python, for JSON; return other values unchanged."""
     return value.item() if isinstance(value, np.generic) else value

@@ -1,6 +1,6 @@
 """Align one model to another: from two models and calibration text to permutations and maps.
 
-    options = Options(groups=("ff", "attn"))
+    options = AlignmentOptions(groups=("ff", "attn"))
     alignment = align_models(model_a, model_b, iterate_whole_batches(items, 8), options)
     weights_a, weights_b = model_a.state_dict(), model_b.state_dict()
     symmetry = find_symmetry(model_b.config.to_dict(), collect_float_shapes(weights_b))
@@ -24,8 +24,8 @@ from megamod.merging.alignment.align_orthogonal import (
     align_weights_by_maps,
     check_configs_fit_maps,
 )
-from megamod.merging.alignment.calibration import Batch, read_calibration_batches
-from megamod.merging.alignment.groups import Group
+from megamod.merging.alignment.calibration import CalibrationBatch, read_calibration_batches
+from megamod.merging.alignment.groups import PermutationGroup
 from megamod.merging.alignment.matching import (
     FeatureMatch,
     assign_features,
@@ -40,7 +40,7 @@ from megamod.merging.alignment.measure import (
     load_model,
     measure_covariances,
 )
-from megamod.merging.alignment.options import Options
+from megamod.merging.alignment.options import AlignmentOptions
 from megamod.merging.alignment.record import (
     Alignment,
     find_head_following_stream,
@@ -61,8 +61,8 @@ def collect_float_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ..
 def align_models(
     first: PreTrainedModel,
     second: PreTrainedModel,
-    batches: Iterable[Batch] | None,
-    options: Options,
+    batches: Iterable[CalibrationBatch] | None,
+    options: AlignmentOptions,
     *,
     descent_rounds: int = DESCENT_ROUNDS,
 ) -> Alignment:
@@ -109,8 +109,8 @@ def _align_by_maps(
     first: PreTrainedModel,
     second: PreTrainedModel,
     symmetry: Symmetry,
-    batches: Sequence[Batch],
-    options: Options,
+    batches: Sequence[CalibrationBatch],
+    options: AlignmentOptions,
     descent_rounds: int,
 ) -> Alignment:
     """Find orthogonal maps from text and weights, and refine them by `refine_steps`.
@@ -121,8 +121,8 @@ def _align_by_maps(
         UserError: if the text does not fit the models, or they cannot be refined.
     """
 
-    def compute(progress_file: Path | None) -> Alignment:
-        """Compute the alignment; a refinement keeps its state in `progress_file`, None: nowhere."""
+    def compute_alignment(progress_file: Path | None) -> Alignment:
+        """Compute the alignment; a refinement saves its state in `progress_file`, if not None."""
         alignment = align_by_maps(first, second, symmetry, batches, options, descent_rounds)
         if not options.refine_steps:
             return alignment
@@ -131,7 +131,7 @@ def _align_by_maps(
         return refinement.run(options.refine_steps)
 
     states = (first.state_dict(), second.state_dict())
-    return compute_cached_alignment(options, states, batches, compute, descent_rounds)
+    return compute_cached_alignment(options, states, batches, compute_alignment, descent_rounds)
 
 
 def align_weights(
@@ -139,7 +139,7 @@ def align_weights(
     first: Mapping[str, Tensor],
     other_config: Mapping[str, object],
     second: Mapping[str, Tensor],
-    options: Options,
+    options: AlignmentOptions,
 ) -> Alignment:
     """Find the alignment from weights alone (method "weight" or "orthogonal"); no model is run.
 
@@ -160,7 +160,7 @@ def align_weights(
     groups = {group.name: group for group in list_aligned_groups(symmetry, options)}
     residual = [group for group in groups.values() if group.family == "res"]
     tied_head = groups.get(find_head_following_stream(symmetry, options) or "")
-    units: list[list[list[Group]]] = []
+    units: list[list[list[PermutationGroup]]] = []
     if options.residual == "sep":
         units += [[[group]] for group in residual]
     elif residual:
@@ -187,7 +187,7 @@ def _find_common_symmetry(
     shapes: Mapping[str, tuple[int, ...]],
     other_config: Mapping[str, object],
     other_shapes: Mapping[str, tuple[int, ...]],
-    options: Options,
+    options: AlignmentOptions,
 ) -> Symmetry:
     """Find the permutation groups of both models, after a check that the models and options fit.
 
@@ -268,7 +268,7 @@ def check_same_architecture(first: Mapping[str, object], second: Mapping[str, ob
             )
 
 
-def _list_matched_groups(symmetry: Symmetry, options: Options) -> list[Group]:
+def _list_matched_groups(symmetry: Symmetry, options: AlignmentOptions) -> list[PermutationGroup]:
     """List the groups to match: those that are permuted, and all heads, whose costs are recorded
     even if they stay in order.
     """
@@ -277,7 +277,9 @@ def _list_matched_groups(symmetry: Symmetry, options: Options) -> list[Group]:
     return list(matched.values())
 
 
-def _list_observed_groups(groups: Sequence[Group], options: Options) -> list[Group]:
+def _list_observed_groups(
+    groups: Sequence[PermutationGroup], options: AlignmentOptions
+) -> list[PermutationGroup]:
     """List those of `groups` whose features must be observed: all but groups of the residual stream
     that take the permutation of another.
     """
@@ -290,7 +292,7 @@ def _list_observed_groups(groups: Sequence[Group], options: Options) -> list[Gro
 
 
 def _match_groups(
-    groups: Sequence[Group], measured: FeatureStatistics, options: Options
+    groups: Sequence[PermutationGroup], measured: FeatureStatistics, options: AlignmentOptions
 ) -> dict[str, FeatureMatch]:
     """Find the best match of each group by the similarity of measured features.
 
@@ -361,7 +363,10 @@ def _find_partner_group(name: str) -> str:
 
 
 def _build_alignment(
-    symmetry: Symmetry, matches: Mapping[str, FeatureMatch], options: Options, costs: bool = True
+    symmetry: Symmetry,
+    matches: Mapping[str, FeatureMatch],
+    options: AlignmentOptions,
+    costs: bool = True,
 ) -> Alignment:
     """Build the alignment from the matches of groups.
 
@@ -382,7 +387,10 @@ def _build_alignment(
 
 
 def align_folders(
-    first: str, second: str, options: Options, batches: Iterable[Batch] | None = None
+    first: str,
+    second: str,
+    options: AlignmentOptions,
+    batches: Iterable[CalibrationBatch] | None = None,
 ) -> Alignment:
     """Load two models in float32, and align the second to the first by the options.
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megamod.errors import UserError
-from megamod.merging.alignment.calibration import Batch
+from megamod.merging.alignment.calibration import CalibrationBatch
 from megamod.merging.alignment.folding import Folding, ReadTensor, find_folding
-from megamod.merging.alignment.groups import Group
+from megamod.merging.alignment.groups import PermutationGroup
 from megamod.merging.alignment.matching import assign_features
 from megamod.merging.alignment.measure import FeatureStatistics, measure_covariances
-from megamod.merging.alignment.options import Options
+from megamod.merging.alignment.options import AlignmentOptions
 from megamod.merging.alignment.orthogonal import (
     GroupMatch,
     list_observed_parts,
@@ -69,7 +69,7 @@ def check_configs_fit_maps(config: Mapping[str, object], other: Mapping[str, obj
         )
 
 
-def rotates_stream(symmetry: Symmetry, options: Options) -> bool:
+def rotates_stream(symmetry: Symmetry, options: AlignmentOptions) -> bool:
     """Return True if the residual stream is rotated: options align it, and the model is pre-norm.
 
     In post-norm models it is permuted instead.
@@ -81,11 +81,11 @@ def align_by_maps(
     first: PreTrainedModel,
     second: PreTrainedModel,
     symmetry: Symmetry,
-    batches: Iterable[Batch],
-    options: Options,
+    batches: Iterable[CalibrationBatch],
+    options: AlignmentOptions,
     descent_rounds: int,
 ) -> Alignment:
-    """Find the maps from text, then improve them by weights.
+    """Find the maps from calibration text, then improve them by descent on the weights.
 
     Args:
         first: the reference; `second`: the model to align. Weights are not changed.
@@ -102,7 +102,10 @@ def align_by_maps(
 
 
 def align_weights_by_maps(
-    first: Mapping[str, Tensor], second: Mapping[str, Tensor], symmetry: Symmetry, options: Options
+    first: Mapping[str, Tensor],
+    second: Mapping[str, Tensor],
+    symmetry: Symmetry,
+    options: AlignmentOptions,
 ) -> Alignment:
     """Find the maps from weights alone, starting at the identity.
 
@@ -134,8 +137,8 @@ def _match_by_text(
     first: PreTrainedModel,
     second: PreTrainedModel,
     symmetry: Symmetry,
-    batches: Iterable[Batch],
-    options: Options,
+    batches: Iterable[CalibrationBatch],
+    options: AlignmentOptions,
 ) -> dict[str, GroupMatch]:
     """Run both models on the text and match every aligned group by the products of its features.
 
@@ -147,7 +150,7 @@ def _match_by_text(
     groups = list_aligned_groups(symmetry, options)
     rotates, keeps_ones = rotates_stream(symmetry, options), not symmetry.family.rms
     following = find_head_following_stream(symmetry, options)
-    observed: list[Group] = []
+    observed: list[PermutationGroup] = []
     for group in groups:
         if group.family == "attn" or (group.family == "res" and rotates):
             observed += list_observed_parts(group, keeps_ones)
@@ -168,7 +171,10 @@ def _match_by_text(
 
 
 def _match_stream(
-    groups: list[Group], symmetry: Symmetry, measured: FeatureStatistics, options: Options
+    groups: list[PermutationGroup],
+    symmetry: Symmetry,
+    measured: FeatureStatistics,
+    options: AlignmentOptions,
 ) -> GroupMatch | None:
     """Match the residual stream: by a map, or in post-norm models by a permutation.
 
@@ -188,7 +194,7 @@ def _match_stream(
     return match_observed_stream(places, stream[0].size, measured.row_count, keeps_ones)
 
 
-def _match_features(group: Group, measured: FeatureStatistics) -> GroupMatch:
+def _match_features(group: PermutationGroup, measured: FeatureStatistics) -> GroupMatch:
     """Match the features of a group by their correlations; with signs if the group is gated.
 
     The sums of the group in `measured` are overwritten.
@@ -204,7 +210,7 @@ def _improve_by_descent(
     first: Mapping[str, Tensor],
     second: Mapping[str, Tensor],
     symmetry: Symmetry,
-    options: Options,
+    options: AlignmentOptions,
     start: Mapping[str, GroupMatch],
     rounds: int,
 ) -> Alignment:

@@ -15,7 +15,7 @@ from megamod.merging.alignment.options import Calibration
 
 
 @dataclass(frozen=True)
-class Batch:
+class CalibrationBatch:
     """Items of one forward pass.
 
     Attributes:
@@ -47,7 +47,7 @@ class Batch:
 
 def read_calibration_batches(
     name: str, config: PreTrainedConfig, calibration: Calibration
-) -> Iterable[Batch]:
+) -> Iterable[CalibrationBatch]:
     """Read calibration text in the tokens of a model; items are cut to its positions.
 
     Args:
@@ -89,7 +89,7 @@ def iterate_whole_batches(
     *,
     pad_id: int = 0,
     domain: str | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[CalibrationBatch]:
     """Yield batches in order until int(fraction * len(items)) items were seen.
 
     The last batch is not cut to that number.
@@ -119,13 +119,13 @@ def iterate_whole_batches(
                 break
 
 
-def _pad_items(items: Sequence[Sequence[int]], pad_id: int, domain: str | None) -> Batch:
+def _pad_items(items: Sequence[Sequence[int]], pad_id: int, domain: str | None) -> CalibrationBatch:
     """Make a batch of items of token ids, padded at the end with `pad_id` to the longest."""
     lengths = torch.tensor([len(item) for item in items])
     ids = torch.full((len(items), int(lengths.max())), pad_id)
     for row, item in zip(ids, items, strict=True):
         row[: len(item)] = torch.tensor(item)
-    return Batch(ids, lengths, domain)
+    return CalibrationBatch(ids, lengths, domain)
 
 
 def read_token_ids(

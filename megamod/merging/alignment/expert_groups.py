@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from megamod.dist.scope import EXPERTS_COMPONENT, convert_to_dense_name, parse_expert_domain
-from megamod.merging.alignment.groups import Group, Hook, TensorAxis
+from megamod.merging.alignment.groups import Hook, PermutationGroup, TensorAxis
 
 
 def expand_groups_over_experts(
-    groups: Sequence[Group], tied: dict[str, str], shapes: Mapping[str, Sequence[int]]
-) -> list[Group]:
+    groups: Sequence[PermutationGroup], tied: dict[str, str], shapes: Mapping[str, Sequence[int]]
+) -> list[PermutationGroup]:
     """Return the groups under the names of a model with experts.
 
     Features inside an expert are a group per expert, named GROUP.DOMAIN; features that experts
@@ -50,7 +50,9 @@ def expand_groups_over_experts(
     return expanded
 
 
-def _make_expert_group(group: Group, named: Mapping[str, list[str]], domain: str | None) -> Group:
+def _make_expert_group(
+    group: PermutationGroup, named: Mapping[str, list[str]], domain: str | None
+) -> PermutationGroup:
     """Return a group of a dense model under the tensor and module names of one expert.
 
     Args:

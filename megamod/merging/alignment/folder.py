@@ -38,7 +38,7 @@ class PermutedFolder(TensorView):
         source: the folder.
         alignment: of its model to the reference.
         reference: this is the reference: permute nothing, only fold norms, scale features
-            (`Compat.scale`) and add those matrices.
+            (`CompatOptions.scale`) and add those matrices.
     Attributes:
         tensors: specification of every tensor.
         config: configuration of a model with these weights.

@@ -14,7 +14,7 @@ class TensorAxis:
         tensor: name of the weight; `dim`: index of its axis.
         part: "features": all features of the group; "queries": all, but heads move as a whole;
             "keys": the same for the fewer key heads; "values": features of the key heads.
-        role: matrices of a `Group` that act on the entries: "stream" (residual stream), "qk" and
+        role: matrices of an alignment that act on the entries: "stream" (residual stream), "qk" and
             "values" (inside attention heads), "sign" (gated features); "gain" and "shift" of a norm
             are never multiplied.
     """
@@ -41,8 +41,8 @@ class Hook:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Features that share one permutation.
+class PermutationGroup:
+    """Features of a model that share one permutation, and the weights that have them.
 
     Attributes:
         name: for example layer.3.ffn; for the expert of a domain layer.3.ffn.law.
@@ -113,7 +113,7 @@ class Group:
         Args:
             blocks: [m, h, h], one per key head.
         Returns:
-            [n, h, h]: for query heads that of their key head; the same if the axis has key heads.
+            [n, h, h]: one per query head, that of its key head; `blocks` if the axis has key heads.
         """
         count, width = blocks.shape[:2]
         return blocks.repeat_interleave(self.count_entries(axis) // (count * width), 0)

@@ -218,7 +218,7 @@ def _select_block(similarity: Tensor, j: int, k: int, size: int) -> Tensor:
 
 
 def score_identity_match(similarity: Tensor) -> FeatureMatch:
-    """Return the match that leaves every feature at its index, with its summed similarity."""
+    """Make the match that leaves every feature at its index, with its summed similarity."""
     return FeatureMatch(torch.arange(len(similarity)), float(similarity.trace()))
 
 

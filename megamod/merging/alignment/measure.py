@@ -22,9 +22,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from megamod.convert.sources import has_auto_class, resolve_model
 from megamod.errors import UserError
-from megamod.merging.alignment.calibration import Batch
-from megamod.merging.alignment.groups import Group, Hook
-from megamod.merging.alignment.options import Options
+from megamod.merging.alignment.calibration import CalibrationBatch
+from megamod.merging.alignment.groups import Hook, PermutationGroup
+from megamod.merging.alignment.options import AlignmentOptions
 from megamod.merging.alignment.statistics import CrossCovariance
 from megamod.models.pretrained import load_pretrained
 from megamod.progress import show_progress
@@ -92,10 +92,10 @@ def _find_auto_class(config: PreTrainedConfig) -> type:
 def measure_covariances(
     first: PreTrainedModel,
     second: PreTrainedModel,
-    groups: Sequence[Group],
+    groups: Sequence[PermutationGroup],
     domains: Sequence[str],
-    batches: Iterable[Batch],
-    options: Options,
+    batches: Iterable[CalibrationBatch],
+    options: AlignmentOptions,
 ) -> FeatureStatistics:
     """Run both models on all batches in evaluation mode and accumulate covariances of features.
 
@@ -121,13 +121,21 @@ def measure_covariances(
                 first_features: dict[tuple[str, Hook], Tensor] = {}
 
                 def store_features(
-                    group: Group, hook: Hook, x: Tensor, first_features=first_features, rows=rows
+                    group: PermutationGroup,
+                    hook: Hook,
+                    x: Tensor,
+                    first_features=first_features,
+                    rows=rows,
                 ) -> None:
-                    """Store the first model's features at a hook."""
+                    """Store the first model's features until the second model has run."""
                     first_features[group.name, hook] = rows.select_features(group, x)
 
                 def add_covariance(
-                    group: Group, hook: Hook, x: Tensor, first_features=first_features, rows=rows
+                    group: PermutationGroup,
+                    hook: Hook,
+                    x: Tensor,
+                    first_features=first_features,
+                    rows=rows,
                 ) -> None:
                     """Add the second model's features to the sums, with those of the first."""
                     sums[group.name].add_batch(
@@ -149,7 +157,13 @@ class _RowSelection:
     one; a position counts if it does in any of the instances.
     """
 
-    def __init__(self, batch: Batch, options: Options, device: torch.device, instances: int):
+    def __init__(
+        self,
+        batch: CalibrationBatch,
+        options: AlignmentOptions,
+        device: torch.device,
+        instances: int,
+    ):
         self._level = options.calibration.sentence_level
         self._cls = 1 if options.compat.cls_at_one else 0
         self._counted = batch.mask_counted_tokens(options.calibration.special_tokens).to(device)
@@ -162,7 +176,7 @@ class _RowSelection:
         level = self._level
         self.count = int(self._counted.sum()) if level == "none" else len(batch.lengths)
 
-    def select_features(self, group: Group, x: Tensor) -> Tensor:
+    def select_features(self, group: PermutationGroup, x: Tensor) -> Tensor:
         """Select the rows [n, C] that count; of a `centred` group, without the mean of each row."""
         rows = self.select_rows(x)
         return rows - rows.mean(-1, keepdim=True) if group.centred else rows
@@ -215,10 +229,10 @@ class _RowSelection:
 
 def _run_with_hooks(
     model: PreTrainedModel,
-    batch: Batch,
+    batch: CalibrationBatch,
     domain: str | None,
-    groups: Sequence[Group],
-    observe: Callable[[Group, Hook, Tensor], None],
+    groups: Sequence[PermutationGroup],
+    observe: Callable[[PermutationGroup, Hook, Tensor], None],
 ) -> None:
     """Run one forward pass that calls `observe` with the features at every hook.
 
@@ -245,9 +259,9 @@ def _run_with_hooks(
 
 def _register_hook(
     module: torch.nn.Module,
-    group: Group,
+    group: PermutationGroup,
     hook: Hook,
-    observe: Callable[[Group, Hook, Tensor], None],
+    observe: Callable[[PermutationGroup, Hook, Tensor], None],
 ) -> torch.utils.hooks.RemovableHandle:
     """Register a hook that calls `observe` with the group's columns of a module's input or output.
 
@@ -264,7 +278,9 @@ def _register_hook(
     return module.register_forward_hook(lambda _, inputs, output: observe_columns(output))
 
 
-def _check_batch(batch: Batch, number: int, model: PreTrainedModel, domains: Sequence[str]) -> None:
+def _check_batch(
+    batch: CalibrationBatch, number: int, model: PreTrainedModel, domains: Sequence[str]
+) -> None:
     """Refuse a batch that is empty, too long, or of ids or a domain that the model lacks.
 
     Args:

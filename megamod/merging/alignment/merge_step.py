@@ -8,7 +8,7 @@ from megamod.errors import UserError
 from megamod.merging.alignment.align import align_folders, align_weights, collect_float_shapes
 from megamod.merging.alignment.folder import PermutedFolder, find_folder_symmetry
 from megamod.merging.alignment.measure import load_model
-from megamod.merging.alignment.options import EffectiveOptions, Options
+from megamod.merging.alignment.options import AlignmentOptions, EffectiveAlignmentOptions
 from megamod.merging.alignment.permute import apply_alignment
 from megamod.merging.alignment.record import Alignment, make_identity_alignment
 from megamod.merging.alignment.symmetry import find_symmetry
@@ -34,7 +34,7 @@ def align_folder_views(
         UserError: if the block is invalid, the models cannot be aligned, or the result would need
             an output matrix that is no longer tied.
     """
-    options = check_against_schema(block, EffectiveOptions, origin, "align")
+    options = check_against_schema(block, EffectiveAlignmentOptions, origin, "align")
     if options.method == "identity" and not options.compat.scale:
         return list(folders)
     views: list[TensorSource] = [folders[0]]
@@ -72,7 +72,7 @@ def load_aligned_model(source: TensorSource, auto: type | None = None) -> PreTra
 
 
 def _align_two_folders(
-    first: TensorSource, second: TensorSource, options: Options, origin: str
+    first: TensorSource, second: TensorSource, options: AlignmentOptions, origin: str
 ) -> Alignment:
     """Align the second folder to the first: by text if the options need it, else by weights.
 

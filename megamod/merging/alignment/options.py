@@ -19,7 +19,7 @@ SENTENCE_LEVELS = ("none", "cls", "maxpool", "avgpool")
 _Positive = Annotated[Number, Field(gt=0)]
 
 
-class Compat(Schema):
+class CompatOptions(Schema):
     """Defects of the program of Verma and Elbayad 2024, to reproduce its results; all off.
 
     Attributes:
@@ -59,7 +59,7 @@ class Calibration(Schema):
     sentence_level: Literal[SENTENCE_LEVELS] = "none"
 
 
-class Options(Schema):
+class AlignmentOptions(Schema):
     """Options of an alignment.
 
     Attributes:
@@ -100,13 +100,13 @@ class Options(Schema):
     head_follow_residual: bool = True
     calibration: Calibration = Calibration()
     seed: int = 0
-    compat: Compat = Compat()
+    compat: CompatOptions = CompatOptions()
     regularisation: _Positive = 0.1
     refine_steps: int = Field(0, ge=0)
     maps: str | None = None
 
     @model_validator(mode="after")
-    def _check_combinations(self) -> "Options":
+    def _check_combinations(self) -> "AlignmentOptions":
         """Refuse keys that contradict each other, and a document that aligns nothing.
 
         Raises:
@@ -129,7 +129,7 @@ class Options(Schema):
         return self.method in BY_TEXT or (self.method == BY_TEXT_OR_WEIGHTS and named)
 
 
-def _list_unused_keys(options: Options) -> list[tuple[str, str]]:
+def _list_unused_keys(options: AlignmentOptions) -> list[tuple[str, str]]:
     """List keys, dotted, with a value other than the default that have no effect with the others;
     each with the values that it needs.
 
@@ -187,7 +187,7 @@ def _list_unused_keys(options: Options) -> list[tuple[str, str]]:
         ),
         "compat.stacked": (by_correlation, correlation),
     }
-    defaults, unused = Options(), []
+    defaults, unused = AlignmentOptions(), []
     for key, (used, needed) in effective.items():
         value, default = options, defaults
         for part in key.split("."):
@@ -197,7 +197,7 @@ def _list_unused_keys(options: Options) -> list[tuple[str, str]]:
     return unused
 
 
-def _refuse_unused(options: Options) -> Options:
+def _refuse_unused(options: AlignmentOptions) -> AlignmentOptions:
     """Return the options; raise ValueError naming the first key without effect, and its needs."""
     if options.refine_steps and options.method == BY_TEXT_OR_WEIGHTS and not options.reads_text:
         raise ValueError("refine_steps: needs calibration.path, text to refine the maps on")
@@ -207,5 +207,5 @@ def _refuse_unused(options: Options) -> Options:
     return options
 
 
-EffectiveOptions = Annotated[Options, AfterValidator(_refuse_unused)]
+EffectiveAlignmentOptions = Annotated[AlignmentOptions, AfterValidator(_refuse_unused)]
 """The schema for what people write: keys without effect are refused, too."""

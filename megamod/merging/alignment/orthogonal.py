@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megamod.errors import UserError
 from megamod.merging.alignment.families import Family
-from megamod.merging.alignment.groups import Group, Hook
+from megamod.merging.alignment.groups import Hook, PermutationGroup
 from megamod.merging.alignment.matching import FeatureMatch, assign_features
 from megamod.merging.alignment.measure import FeatureStatistics
 from megamod.merging.alignment.record import Maps
@@ -154,7 +154,9 @@ class HeadProducts:
         return by_head.sum(0) + self.per_key[first, second]
 
 
-def split_head_products(group: Group, per_query: Tensor, per_key: Tensor | None) -> HeadProducts:
+def split_head_products(
+    group: PermutationGroup, per_query: Tensor, per_key: Tensor | None
+) -> HeadProducts:
     """Split products [H h, H h], and [G h, G h] of key heads (None: zero), by heads."""
     heads, times, width = group.heads, group.queries_per_key, group.head_width
     queries = per_query.view(heads, times, width, heads, times, width).permute(0, 1, 3, 4, 2, 5)
@@ -166,7 +168,7 @@ def split_head_products(group: Group, per_query: Tensor, per_key: Tensor | None)
 
 
 def match_heads(
-    group: Group, qk: HeadProducts, values: HeadProducts, kind: str, mode: str
+    group: PermutationGroup, qk: HeadProducts, values: HeadProducts, kind: str, mode: str
 ) -> GroupMatch:
     """Find the order of heads and the maps inside them.
 
@@ -235,7 +237,7 @@ def _find_query_order(
     return best_order, best
 
 
-def list_observed_parts(group: Group, keeps_ones: bool) -> list[Group]:
+def list_observed_parts(group: PermutationGroup, keeps_ones: bool) -> list[PermutationGroup]:
     """List what is observed of a group of attention or of the residual stream.
 
     Features inside heads are observed where key heads have them and where query heads do: queries
@@ -265,7 +267,7 @@ def list_observed_parts(group: Group, keeps_ones: bool) -> list[Group]:
 
 
 def match_observed_heads(
-    group: Group, measured: FeatureStatistics, kind: str, mode: str
+    group: PermutationGroup, measured: FeatureStatistics, kind: str, mode: str
 ) -> GroupMatch:
     """Match the heads of an attention group by the observed parts.
 
@@ -294,7 +296,9 @@ def match_observed_heads(
     return match_heads(group, *split, kind, mode)
 
 
-def _compute_head_norms(group: Group, which: str, queries: Moments, keys: Moments | None) -> Tensor:
+def _compute_head_norms(
+    group: PermutationGroup, which: str, queries: Moments, keys: Moments | None
+) -> Tensor:
     """Compute the norm of all features of each key head, [G], in one model.
 
     Args:
@@ -308,12 +312,12 @@ def _compute_head_norms(group: Group, which: str, queries: Moments, keys: Moment
 
 
 def match_observed_stream(
-    places: Mapping[str, Moments], width: int, count: int, keeps_ones: bool
+    moments_by_group: Mapping[str, Moments], width: int, count: int, keeps_ones: bool
 ) -> GroupMatch:
-    """Find the map of the residual stream from all places, each of which weighs alike.
+    """Find the map of the residual stream from all moments_by_group, each of which weighs alike.
 
     Args:
-        places: sums of products at each norm, by the name of its group.
+        moments_by_group: sums of products at each norm, by the name of its group.
         width: of the stream; `count`: number of tokens.
         keeps_ones: see `solve_stream_map`.
     Raises:
@@ -325,11 +329,11 @@ def match_observed_stream(
             "stream needs as many tokens as features"
         )
     total = torch.zeros(width, width, dtype=torch.float64)
-    for moments in places.values():
+    for moments in moments_by_group.values():
         norms = moments.first.sum().sqrt() * moments.second.sum().sqrt()
         total += moments.cross / norms.clamp(min=torch.finfo(torch.float64).tiny)
     matrix, value = solve_stream_map(total, keeps_ones)
-    return GroupMatch(None, {"stream": matrix[None]}, value / len(places) * width)
+    return GroupMatch(None, {"stream": matrix[None]}, value / len(moments_by_group) * width)
 
 
 def match_signed_features(signed: Tensor, plain: Tensor | None = None) -> GroupMatch:

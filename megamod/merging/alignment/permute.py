@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 
 from megamod.errors import UserError
 from megamod.merging.alignment.folding import Folding, ReadTensor, find_folding
-from megamod.merging.alignment.groups import Group, TensorAxis
+from megamod.merging.alignment.groups import PermutationGroup, TensorAxis
 from megamod.merging.alignment.record import Alignment, Maps
 from megamod.merging.alignment.symmetry import Symmetry
 
 State = Mapping[str, Tensor]
 """Weights of a model by name."""
 
-_SCALE = 2 / (2 + 1e-5)  # factor of the original program, see `Compat.scale`
+_SCALE = 2 / (2 + 1e-5)  # factor of the original program, see `CompatOptions.scale`
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def compute_axis_changes(symmetry: Symmetry, alignment: Alignment) -> dict[str, 
 
 
 def make_axis_change(
-    group: Group, axis: TensorAxis, permutation: Tensor | None, maps: Maps
+    group: PermutationGroup, axis: TensorAxis, permutation: Tensor | None, maps: Maps
 ) -> AxisChange:
     """Make the change of a group's entries along one tensor axis.
 
@@ -106,7 +106,7 @@ Span = tuple[int, int, int]
 
 
 def find_scaled_spans(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[Span]]:
-    """Find the spans (axis, first entry, count) that `Compat.scale` multiplies, by tensor.
+    """Find the spans (axis, first entry, count) that `CompatOptions.scale` multiplies, by tensor.
 
     They are the same in both models; without that option there are none.
     """
@@ -122,7 +122,7 @@ def find_scaled_spans(symmetry: Symmetry, alignment: Alignment) -> dict[str, lis
 
 
 def scale_features(tensor: Tensor, spans: Sequence[Span], first: int = 0) -> Tensor:
-    """Return a tensor with entries multiplied by the factor of `Compat.scale`.
+    """Return a tensor with entries multiplied by the factor of `CompatOptions.scale`.
 
     It is a new tensor unless there is no span.
 
@@ -414,8 +414,7 @@ def _transform_state(
     all_changes: Mapping[str, list[AxisChange]],
     applied: Mapping[str, list[AxisChange]],
 ) -> dict[str, Tensor]:
-    """Return a state with `Compat.scale` applied, untied matrices added and norms folded, then
-    permuted and mapped.
+    """Apply `CompatOptions.scale`, add untied matrices and fold norms, then permute and map.
 
     Args:
         all_changes: of the aligned model; they decide if matrices are untied.

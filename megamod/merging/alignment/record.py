@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megamod.errors import UserError
 from megamod.files import create_folder_atomically, write_json
-from megamod.merging.alignment.groups import Group
-from megamod.merging.alignment.options import Options
+from megamod.merging.alignment.groups import PermutationGroup
+from megamod.merging.alignment.options import AlignmentOptions
 from megamod.merging.alignment.symmetry import Symmetry
 from megamod.schemas import Schema, read_checked_file
 from megamod.states.weights import write_tensors
@@ -39,7 +39,7 @@ class _Record(Schema):
     """
 
     format: Literal[1, 2]
-    options: Options
+    options: AlignmentOptions
     costs: dict[str, float]
     residual: Literal["rotation", "permutation", "unchanged"] | None = None
 
@@ -62,10 +62,10 @@ class Alignment:
 
     permutations: Mapping[str, Tensor]
     costs: Mapping[str, float]
-    options: Options
+    options: AlignmentOptions
     maps: Mapping[str, Maps] = field(default_factory=dict)
 
-    def find_maps(self, group: Group) -> Maps:
+    def find_maps(self, group: PermutationGroup) -> Maps:
         """Return the maps of a group by role; empty if it has none."""
         return self.maps.get("res.emb" if group.family == "res" else group.name, {})
 
@@ -93,7 +93,7 @@ class Alignment:
             applied[group.name] = permutation
         return applied
 
-    def _check_maps(self, group: Group, symmetry: Symmetry) -> None:
+    def _check_maps(self, group: PermutationGroup, symmetry: Symmetry) -> None:
         """Refuse maps that do not fit a group.
 
         Raises:
@@ -153,7 +153,7 @@ class Alignment:
             raise UserError(f"{folder}: exists already") from error
 
 
-def make_identity_alignment(symmetry: Symmetry, options: Options) -> Alignment:
+def make_identity_alignment(symmetry: Symmetry, options: AlignmentOptions) -> Alignment:
     """Make the alignment that leaves every feature at its index; it has no costs.
 
     Args:
@@ -163,7 +163,7 @@ def make_identity_alignment(symmetry: Symmetry, options: Options) -> Alignment:
     return Alignment({group.name: torch.arange(group.size) for group in groups}, {}, options)
 
 
-def list_aligned_groups(symmetry: Symmetry, options: Options) -> list[Group]:
+def list_aligned_groups(symmetry: Symmetry, options: AlignmentOptions) -> list[PermutationGroup]:
     """List the groups that are permuted with these options: those of layers and the residual stream
     in the order of the computation, then output heads.
     """
@@ -179,7 +179,7 @@ def list_aligned_groups(symmetry: Symmetry, options: Options) -> list[Group]:
     return selected + heads
 
 
-def find_head_following_stream(symmetry: Symmetry, options: Options) -> str | None:
+def find_head_following_stream(symmetry: Symmetry, options: AlignmentOptions) -> str | None:
     """Find the output head whose features are permuted like the residual stream.
 
     That is the one with a tied matrix, if the options permute the stream and let it follow.

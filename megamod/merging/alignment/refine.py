@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megamod.errors import UserError
 from megamod.files import write_atomic
-from megamod.merging.alignment.calibration import Batch, iterate_whole_batches
-from megamod.merging.alignment.groups import Group
+from megamod.merging.alignment.calibration import CalibrationBatch, iterate_whole_batches
+from megamod.merging.alignment.groups import PermutationGroup
 from megamod.merging.alignment.orthogonal import (
     FREE,
     PLANES,
@@ -58,11 +58,11 @@ HELD_OUT = 10  # one row of so many is never trained on
 MOST_HELD_OUT = 128  # rows
 
 MapKey = tuple[str, str]
-"""Group and role of a map."""
+"""Name of the permutation group, and role, of a map."""
 
 
 @dataclass
-class _State:
+class _RefinementState:
     """State of a refinement.
 
     Attributes:
@@ -100,7 +100,7 @@ class Refinement:
         second: PreTrainedModel,
         symmetry: Symmetry,
         alignment: Alignment,
-        batches: Sequence[Batch],
+        batches: Sequence[CalibrationBatch],
         seed: int,
         progress_file: Path | None = None,
     ):
@@ -142,7 +142,7 @@ class Refinement:
                     self._write_state(state)
         return self._compose_alignment(state.best)
 
-    def _make_initial_state(self) -> _State:
+    def _make_initial_state(self) -> _RefinementState:
         """Make the state to begin with: that of the progress file, else one whose maps change
         nothing, with its held-out loss.
 
@@ -153,7 +153,7 @@ class Refinement:
         if self._file is not None and self._file.exists():
             return _read_state(self._file, list(zeros))
         copies = [{key: tensor.clone() for key, tensor in zeros.items()} for _ in range(4)]
-        state = _State(0, copies[0], copies[1], math.inf, copies[2], copies[3])
+        state = _RefinementState(0, copies[0], copies[1], math.inf, copies[2], copies[3])
         self._measure_held_out_loss(state)
         return state
 
@@ -173,7 +173,7 @@ class Refinement:
                     zeros[name, role] = torch.zeros(blocks.shape)
         return {key: tensor.to(self._model.device) for key, tensor in zeros.items()}
 
-    def _take_step(self, state: _State) -> None:
+    def _take_step(self, state: _RefinementState) -> None:
         """Make one step of Adam: advance `state.step`, its parameters and moments.
 
         Raises:
@@ -197,7 +197,7 @@ class Refinement:
             state.parameters[key] = state.parameters[key] - RATE * change
 
     @torch.no_grad()
-    def _measure_held_out_loss(self, state: _State) -> None:
+    def _measure_held_out_loss(self, state: _RefinementState) -> None:
         """Measure the loss half way on the held-out rows; store the parameters in `state.best` if
         it is the smallest.
 
@@ -318,7 +318,7 @@ class Refinement:
                 maps[name][role] = solve_procrustes(combined)[0]
         return replace(self._alignment, maps=maps)
 
-    def _write_state(self, state: _State) -> None:
+    def _write_state(self, state: _RefinementState) -> None:
         """Write the state to the progress file, atomically; do nothing if there is none."""
         if self._file is None:
             return
@@ -332,12 +332,12 @@ class Refinement:
         write_atomic(self._file, save(tensors, numbers))
 
 
-def _find_map_name(group: Group) -> str:
+def _find_map_name(group: PermutationGroup) -> str:
     """Find the name under which an alignment has the maps of a group; see `Alignment.maps`."""
     return "res.emb" if group.family == "res" else group.name
 
 
-def _read_state(path: Path, keys: Sequence[MapKey]) -> _State:
+def _read_state(path: Path, keys: Sequence[MapKey]) -> _RefinementState:
     """Read a progress file that `Refinement` wrote.
 
     Args:
@@ -354,7 +354,7 @@ def _read_state(path: Path, keys: Sequence[MapKey]) -> _State:
             )
             parameters, best, averages, squares = kinds
             loss = float.fromhex(numbers["best_loss"])
-            return _State(int(numbers["step"]), parameters, best, loss, averages, squares)
+            return _RefinementState(int(numbers["step"]), parameters, best, loss, averages, squares)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is damaged, remove it to start again: {error}") from error
 
@@ -363,7 +363,9 @@ _Row = tuple[list[int], str | None]
 """Token ids, and the domain of a model with experts."""
 
 
-def _split_rows(batches: Sequence[Batch], domains: Sequence[str]) -> tuple[list[_Row], list[_Row]]:
+def _split_rows(
+    batches: Sequence[CalibrationBatch], domains: Sequence[str]
+) -> tuple[list[_Row], list[_Row]]:
     """Split calibration text into rows to train on and held-out rows, which come first in the text.
 
     Rows are cut to `LENGTH` tokens. A row without a domain is one row per domain for a model with

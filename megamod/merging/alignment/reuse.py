@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamod.merging.alignment.calibration import Batch
-from megamod.merging.alignment.options import Options
+from megamod.merging.alignment.calibration import CalibrationBatch
+from megamod.merging.alignment.options import AlignmentOptions
 from megamod.merging.alignment.record import Alignment, load_alignment
 
 _VERSION = 1  # of the computation; alignments of another one are not used again
@@ -18,9 +18,9 @@ _NAME_DIGITS = 32  # hexadecimal digits of the digest that name a subfolder
 
 
 def compute_cached_alignment(
-    options: Options,
+    options: AlignmentOptions,
     states: Sequence[Mapping[str, Tensor]],
-    batches: Sequence[Batch],
+    batches: Sequence[CalibrationBatch],
     compute: Callable[[Path | None], Alignment],
     descent_rounds: int,
 ) -> Alignment:
@@ -58,9 +58,9 @@ def compute_cached_alignment(
 
 
 def _compute_input_digest(
-    options: Options,
+    options: AlignmentOptions,
     states: Sequence[Mapping[str, Tensor]],
-    batches: Sequence[Batch],
+    batches: Sequence[CalibrationBatch],
     descent_rounds: int,
 ) -> str:
     """Compute a SHA-256, in hexadecimal, of everything that the alignment depends on."""

@@ -136,7 +136,7 @@ def average_moments(moments: Sequence[Moments]) -> Moments:
 
 
 def _replace_non_finite(x: Tensor) -> Tensor:
-    """Return x as float32 with 0 for values that are not finite."""
+    """Return x as float32 with 0 for NaN and infinities, as one would spoil all sums."""
     x = x.float()
     # One sum is much faster than a test of each element, and finite only if all are.
     return x if torch.isfinite(x.sum()) else x.nan_to_num(0.0, 0.0, 0.0)

@@ -12,7 +12,7 @@ from megamod.dist.scope import convert_to_dense_name, parse_expert_domain
 from megamod.errors import UserError
 from megamod.merging.alignment.expert_groups import expand_groups_over_experts
 from megamod.merging.alignment.families import FAMILIES, Family, Head
-from megamod.merging.alignment.groups import Group, Hook, TensorAxis
+from megamod.merging.alignment.groups import Hook, PermutationGroup, TensorAxis
 
 Shapes = Mapping[str, Sequence[int]]
 """Shapes of the tensors of a model by name."""
@@ -32,7 +32,7 @@ class Symmetry:
         tensors: names of all tensors that are stored.
     """
 
-    groups: Mapping[str, Group]
+    groups: Mapping[str, PermutationGroup]
     family: Family
     tied: Mapping[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class Symmetry:
     output_heads: tuple[Head, ...] = ()
     tensors: frozenset[str] = frozenset()
 
-    def select_groups(self, *families: str) -> list[Group]:
+    def select_groups(self, *families: str) -> list[PermutationGroup]:
         """Return the groups of these families, in the order of the computation."""
         return [group for group in self.groups.values() if group.family in families]
 
@@ -88,7 +88,7 @@ def find_symmetry(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fa
             if names.may_have_tensor(alias)
         }
     output_heads, readers = _find_output_readers(names)
-    groups: list[Group] = []
+    groups: list[PermutationGroup] = []
     if family.residual:
         groups.append(_make_embedding_group(names))
     for layer in range(layers):
@@ -211,7 +211,7 @@ class _ModuleNames:
             raise UserError(f"{tensor} is missing, which alignment needs")
         return self.shapes[tensor][axis]
 
-    def make_head_group(self, head: Head, reader: str) -> Group:
+    def make_head_group(self, head: Head, reader: str) -> PermutationGroup:
         """Make the permutation group of an output head: the features of its dense module.
 
         Args:
@@ -242,14 +242,14 @@ def _make_group(
     out: Iterable[TensorAxis],
     into: Iterable[TensorAxis],
     hooks: Iterable[Hook],
-) -> Group:
-    """Make a group from its parts; see `Group` for the fields.
+) -> PermutationGroup:
+    """Make a group from its parts; see `PermutationGroup` for the fields.
 
     Args:
         out: axes that produce the features; `into`: axes that read them.
         hooks: where the features are observed.
     """
-    return Group(name, family, size, heads, tuple(out), tuple(into), tuple(hooks))
+    return PermutationGroup(name, family, size, heads, tuple(out), tuple(into), tuple(hooks))
 
 
 def _find_output_readers(
@@ -286,7 +286,7 @@ def _find_output_readers(
     return heads, into
 
 
-def _make_embedding_group(names: _ModuleNames) -> Group:
+def _make_embedding_group(names: _ModuleNames) -> PermutationGroup:
     """Make the group of the residual stream before the first layer.
 
     Raises:
@@ -326,7 +326,7 @@ def _make_layer_groups(
     counts: tuple[int, int],
     qk: bool,
     readers: Sequence[TensorAxis],
-) -> list[Group]:
+) -> list[PermutationGroup]:
     """Make the groups of one layer, in the order of its computation.
 
     Args:
@@ -412,7 +412,7 @@ def _make_layer_groups(
     return [*groups, middle, feed_forward, end]
 
 
-def _check_group_shapes(group: Group, shapes: Shapes, tied: Mapping[str, str]) -> None:
+def _check_group_shapes(group: PermutationGroup, shapes: Shapes, tied: Mapping[str, str]) -> None:
     """Refuse a group whose tensors are missing or too small.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megamod.merging.alignment.folding import ReadTensor
-from megamod.merging.alignment.groups import Group, TensorAxis
+from megamod.merging.alignment.groups import PermutationGroup, TensorAxis
 from megamod.merging.alignment.matching import assign_features
 from megamod.merging.alignment.orthogonal import (
     GroupMatch,
@@ -46,7 +46,7 @@ class WeightDescent:
         self,
         first: ReadTensor,
         second: ReadTensor,
-        units: Sequence[Sequence[Group]],
+        units: Sequence[Sequence[PermutationGroup]],
         counted: Callable[[str], bool],
         *,
         folded: bool,
@@ -57,7 +57,7 @@ class WeightDescent:
         self._first, self._second, self._units = first, second, units
         self._folded, self._keeps_ones, self._kind, self._mode = folded, keeps_ones, kind, mode
         self._table_products: dict[TensorAxis, Tensor] = {}
-        self._groups_by_tensor: dict[str, list[tuple[TensorAxis, Group]]] = {}
+        self._groups_by_tensor: dict[str, list[tuple[TensorAxis, PermutationGroup]]] = {}
         for group in (group for unit in units for group in unit):
             for axis in group.axes:
                 if counted(axis.tensor) and not (folded and axis.role in ("gain", "shift")):
@@ -90,7 +90,7 @@ class WeightDescent:
         return solution
 
     def _compute_products(
-        self, unit: Sequence[Group], solution: Mapping[str, GroupMatch]
+        self, unit: Sequence[PermutationGroup], solution: Mapping[str, GroupMatch]
     ) -> Products:
         """Compute the products of a unit's weights in both models.
 
@@ -115,7 +115,7 @@ class WeightDescent:
         return result
 
     def _compute_axis_products(
-        self, group: Group, axis: TensorAxis, changes: list[AxisChange]
+        self, group: PermutationGroup, axis: TensorAxis, changes: list[AxisChange]
     ) -> Tensor:
         """Compute the products of a tensor along one axis, the second model's with other axes
         changed.
@@ -141,7 +141,7 @@ class WeightDescent:
             self._table_products[axis] = summed
         return summed
 
-    def _solve_unit(self, group: Group, products: Products) -> GroupMatch:
+    def _solve_unit(self, group: PermutationGroup, products: Products) -> GroupMatch:
         """Find the match of largest inner product for a unit, from its products.
 
         Args:
@@ -170,7 +170,7 @@ class WeightDescent:
         return match_signed_features(signed, plain)
 
 
-def _compute_inner_product(group: Group, products: Products, match: GroupMatch) -> float:
+def _compute_inner_product(group: PermutationGroup, products: Products, match: GroupMatch) -> float:
     """Compute the inner product of both models' weights of a unit under a match.
 
     Args:
@@ -190,7 +190,7 @@ def _compute_inner_product(group: Group, products: Products, match: GroupMatch) 
     return total
 
 
-def make_identity_match(group: Group) -> GroupMatch:
+def make_identity_match(group: PermutationGroup) -> GroupMatch:
     """Make the match of a group that changes nothing.
 
     Of the residual stream its permutation is None, which keeps the order too: the stream may get a

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megamod.merging.alignment.groups import Group, TensorAxis
+from megamod.merging.alignment.groups import PermutationGroup, TensorAxis
 from megamod.merging.alignment.matching import (
     FeatureMatch,
     assign_features,
     assign_heads,
     select_solver,
 )
-from megamod.merging.alignment.options import Options
+from megamod.merging.alignment.options import AlignmentOptions
 
 _IMPROVES = 1e-12  # smallest relative improvement that is not rounding
 _ROUNDS = 100  # at most; a round without an improvement is the last one
@@ -26,8 +26,8 @@ _ROUNDS = 100  # at most; a round without an improvement is the last one
 def match_weights(
     first: Mapping[str, Tensor],
     second: Mapping[str, Tensor],
-    units: Sequence[Sequence[Sequence[Group]]],
-    options: Options,
+    units: Sequence[Sequence[Sequence[PermutationGroup]]],
+    options: AlignmentOptions,
 ) -> dict[str, FeatureMatch]:
     """Find permutations of the second model's features by coordinate descent on the weights.
 
@@ -48,7 +48,7 @@ def match_weights(
         for groups in classes
         for group in groups
     }
-    groups_by_tensor: dict[str, list[tuple[TensorAxis, Group]]] = {}
+    groups_by_tensor: dict[str, list[tuple[TensorAxis, PermutationGroup]]] = {}
     for groups in classes:
         for group in groups:
             for axis in group.axes:
@@ -80,7 +80,9 @@ def match_weights(
 
 
 def _solve_unit(
-    similarities: Sequence[Tensor], unit: Sequence[Sequence[Group]], options: Options
+    similarities: Sequence[Tensor],
+    unit: Sequence[Sequence[PermutationGroup]],
+    options: AlignmentOptions,
 ) -> list[FeatureMatch]:
     """Find the best match of each class of a unit.
 
@@ -97,8 +99,8 @@ def _solve_unit(
 def _compute_weight_similarity(
     first: Mapping[str, Tensor],
     second: Mapping[str, Tensor],
-    groups: Sequence[Group],
-    groups_by_tensor: Mapping[str, Sequence[tuple[TensorAxis, Group]]],
+    groups: Sequence[PermutationGroup],
+    groups_by_tensor: Mapping[str, Sequence[tuple[TensorAxis, PermutationGroup]]],
     solution: Mapping[str, FeatureMatch],
 ) -> Tensor:
     """Compute the contribution of each pair of features to the inner product of the weights.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megamod.errors import UserError
 from megamod.merging.moe.plan import MoePlan
-from megamod.merging.moe.rows import RouterRows, check_rows
+from megamod.merging.moe.rows import RouterRows, check_router_rows
 from megamod.merging.tensors import have_same_bits
 from megamod.models.lm.moe_families import FEED_FORWARD, LAYERS
 from megamod.states.forest import read_model_config
@@ -47,7 +47,7 @@ def read_trained_rows(plan: MoePlan) -> RouterRows:
             separator = "_" if model.member is None else "."
             columns.append(list(_iterate_rows(folders[model.path], plan, inner + separator + ROW)))
     rows = torch.stack([torch.stack(column) for column in columns], dim=1).float()
-    check_rows(rows, str(inputs[0].path))
+    check_router_rows(rows, str(inputs[0].path))
     return RouterRows(rows, {"kind": "anchored"})
 
 

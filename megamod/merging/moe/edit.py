@@ -39,7 +39,7 @@ from megamod.states.token_ids import check_same_token_ids
 
 
 @dataclass(frozen=True)
-class Mixture:
+class OpenMixture:
     """An open mixture on disk.
 
     Attributes:
@@ -57,7 +57,7 @@ class Mixture:
         return self.source.folder
 
 
-def open_mixture(folder: Path, stack: ExitStack) -> Mixture:
+def open_mixture(folder: Path, stack: ExitStack) -> OpenMixture:
     """Open a mixture until the stack is closed.
 
     Raises:
@@ -70,7 +70,7 @@ def open_mixture(folder: Path, stack: ExitStack) -> Mixture:
             f"{folder}: config.json has {config.get(family.count)} experts, moe.json "
             f"{len(record.experts)}"
         )
-    return Mixture(stack.enter_context(ModelFolder(folder)), config, family, record)
+    return OpenMixture(stack.enter_context(ModelFolder(folder)), config, family, record)
 
 
 def drop_expert(
@@ -185,7 +185,7 @@ def upgrade_expert(
         _write_mixture(mixture, output, order, {}, mixture.config, changed, shard_bytes)
 
 
-def _check_same_shared(mixture: Mixture, model: ModelFolder) -> None:
+def _check_same_shared(mixture: OpenMixture, model: ModelFolder) -> None:
     """Refuse a model whose weights outside of feed-forwards are not those of the mixture.
 
     Raises:
@@ -232,7 +232,7 @@ def refresh_router_rows(
 
 
 def _write_mixture(
-    mixture: Mixture,
+    mixture: OpenMixture,
     output: Path,
     order: Sequence[int | ModelFolder],
     rows: Mapping[int, Tensor],
@@ -321,7 +321,7 @@ class _Role:
     parts: tuple[str, ...] = ()
 
 
-def _find_role(family: MoeFamily, name: str) -> _Role:
+def _find_tensor_role(family: MoeFamily, name: str) -> _Role:
     """Find the part that a tensor has in a mixture of the family, by its name in the files.
 
     A tensor that is not one of experts or of the router is "shared".
@@ -344,7 +344,7 @@ def _find_role(family: MoeFamily, name: str) -> _Role:
 
 
 def _plan_tensors(
-    mixture: Mixture, order: Sequence[int | ModelFolder], rows: Mapping[int, Tensor]
+    mixture: OpenMixture, order: Sequence[int | ModelFolder], rows: Mapping[int, Tensor]
 ) -> Iterator[tuple[str, _EditedTensor]]:
     """Yield name and content of every tensor of the result; only headers are read.
 
@@ -355,7 +355,7 @@ def _plan_tensors(
     """
     source, count = mixture.source, len(mixture.record.experts)
     for name, spec in source.tensors.items():
-        role = _find_role(mixture.family, name)
+        role = _find_tensor_role(mixture.family, name)
         dense = f"{LAYERS}.{role.layer}.{mixture.family.feed_forward}"
         if role.kind == "shared":
             yield name, _EditedTensor(spec, (_Segment(source, name, 0, spec.numel),))

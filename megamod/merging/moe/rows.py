@@ -28,7 +28,7 @@ class RouterRows:
     record: dict[str, object] = field(default_factory=dict)
 
 
-def initialise_rows(plan: MoePlan, seed: int) -> RouterRows:
+def initialise_router_rows(plan: MoePlan, seed: int) -> RouterRows:
     """Initialise the router rows of a mixture from a normal distribution.
 
     Its standard deviation is `initializer_range` of the mixture's configuration, or 0.02, the
@@ -49,7 +49,7 @@ def initialise_rows(plan: MoePlan, seed: int) -> RouterRows:
     return RouterRows(rows, {"kind": "random", "seed": seed, "spread": spread})
 
 
-def read_rows_file(plan: MoePlan, path: Path) -> RouterRows:
+def read_router_rows_file(plan: MoePlan, path: Path) -> RouterRows:
     """Read rows from the tensor `rows` [L, E, D] of a safetensors file, into float32.
 
     Args:
@@ -70,11 +70,11 @@ def read_rows_file(plan: MoePlan, path: Path) -> RouterRows:
             f"--router_file {path}: {_TENSOR} has shape {list(rows.shape)}; layers, experts and "
             f"features of this model are {list(expected)}"
         )
-    check_rows(rows, f"--router_file {path}")
+    check_router_rows(rows, f"--router_file {path}")
     return RouterRows(rows, {"kind": "file", "path": str(path)})
 
 
-def check_rows(rows: Tensor, origin: str) -> None:
+def check_router_rows(rows: Tensor, origin: str) -> None:
     """Refuse router rows [L, E, D] of which one is zero or not finite.
 
     Args:

@@ -202,7 +202,7 @@ def prepare_many_tasks_model(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTa
             f"--freeze_encoder_layers {stage.freeze_encoder_layers}: the model has blocks 0 to "
             f"{config.num_hidden_layers - 1}"
         )
-    longest = _limit_length(args, config.max_seq_length)
+    longest = _resolve_max_length(args, config.max_seq_length)
     lengths = RowLengthLimits(longest, config.max_position_embeddings, args.truncate)
     return ManyTasksModel(
         tasks=tuple(
@@ -328,13 +328,13 @@ def _build_config(
             tasks=[spec.name for spec in specs],
             task_kinds=[_find_head_kind(spec) for spec in specs],
             task_labels=[list(spec.labels) for spec in specs],
-            max_seq_length=_limit_length(args, source.max_position_embeddings),
+            max_seq_length=_resolve_max_length(args, source.max_position_embeddings),
         )
     except (ValueError, StrictDataclassError) as error:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def _limit_length(args: TaskListArgs, most: int) -> int:
+def _resolve_max_length(args: TaskListArgs, most: int) -> int:
     """Return --max_seq_length; its default is reduced to `most` tokens.
 
     Raises:

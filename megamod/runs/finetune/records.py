@@ -106,7 +106,7 @@ def find_selection_value(model: FinetuneModel, evaluation: Record) -> float | No
     return evaluation["scores"]["dev"].get(model.tasks[0].spec.metrics[0])
 
 
-def find_score(model: FinetuneModel, evaluation: Record) -> float:
+def get_task_score(model: FinetuneModel, evaluation: Record) -> float:
     """Return the task's score as GLUE defines it, of many tasks the mean, of an evaluation."""
     if model.has_many_tasks:
         return evaluation["score"]

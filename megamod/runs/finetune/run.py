@@ -35,8 +35,8 @@ from megamod.runs.finetune.records import (
     RESULTS,
     Record,
     TaskScores,
-    find_score,
     find_selection_value,
+    get_task_score,
     make_evaluation_record,
     make_finetuned_card,
     make_peaks_record,
@@ -296,7 +296,7 @@ def _write_results(
     evaluations = [run["best"] for run in records.values() if "best" in run]
     if evaluations:
         speeds = [best["instances_per_second"] for best in evaluations]
-        record["task_score"] = float(np.mean([find_score(model, best) for best in evaluations]))
+        record["task_score"] = float(np.mean([get_task_score(model, best) for best in evaluations]))
         record["instances_per_second"] = float(np.mean(speeds))
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / RESULTS, record)

@@ -155,7 +155,7 @@ def encode_rows(
     """
 
     def encode_split(rows: TextSet | TokenSet) -> EncodedRows:
-        """Encode the rows of a split."""
+        """Encode the rows of a split as words or as texts, by the kind of the task."""
         if isinstance(rows, TextSet):
             return encode_texts(rows, tokenizer, lengths)
         return encode_words(rows, tokenizer, lengths, spec.labels, label_all=label_all)

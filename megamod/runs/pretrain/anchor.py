@@ -12,7 +12,7 @@ from megamod.args import ModelArgs
 from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
 from megamod.merging.moe.configuration import build_moe_config
-from megamod.merging.moe.rows import check_rows
+from megamod.merging.moe.rows import check_router_rows
 from megamod.models.auto import resolve_model_folder
 from megamod.models.lm.configuration import DemixConfig, get_untie, read_lm_config
 from megamod.models.lm.moe_families import FEED_FORWARD, LAYERS
@@ -96,7 +96,7 @@ def set_anchor_rows(
     anchor = torch.stack([measure(seed_text, domain) for domain in seed_text.domains]).mean(0)
     where = f"--data {text.path}"
     rows = {domain: measure(text, domain) for domain in held}
-    check_rows(torch.stack([anchor, *rows.values()], dim=1), "--anchor")
+    check_router_rows(torch.stack([anchor, *rows.values()], dim=1), "--anchor")
     with torch.no_grad():
         for layer, block in enumerate(blocks):
             block.anchor_row.copy_(anchor[layer] / anchor[layer].norm())

@@ -224,7 +224,7 @@ def open_held_out(
     )
     train, inputs = opened.encoded["train"], list_input_fields(source.config)
 
-    def losses(model: torch.nn.Module) -> dict[str, float]:
+    def compute_losses(model: torch.nn.Module) -> dict[str, float]:
         """Compute the loss of the model on each dev split."""
         return {
             split: compute_classifier_loss(
@@ -236,7 +236,7 @@ def open_held_out(
     items = [
         train.ids[a:b].tolist() for a, b in zip(train.offsets, train.offsets[1:], strict=False)
     ]
-    return HeldOutTask(losses, items, _wrap_tokenizer(tokenizer), train.pad_id)
+    return HeldOutTask(compute_losses, items, _wrap_tokenizer(tokenizer), train.pad_id)
 
 
 def _check_positions(model: PreTrainedModel, settings: HeldOutSettings) -> PreTrainedModel:

@@ -38,9 +38,9 @@ from megamod.evaluation.barrier import (
 )
 from megamod.evaluation.held_out_loss import compute_causal_loss
 from megamod.merging.alignment.align import align_models, collect_float_shapes
-from megamod.merging.alignment.calibration import Batch, iterate_whole_batches
+from megamod.merging.alignment.calibration import CalibrationBatch, iterate_whole_batches
 from megamod.merging.alignment.measure import load_model
-from megamod.merging.alignment.options import Options
+from megamod.merging.alignment.options import AlignmentOptions
 from megamod.merging.alignment.permute import (
     find_untied_by_alignment,
     interpolate_states,
@@ -82,7 +82,7 @@ def run_barrier_cell(
         if not isinstance(extras[name], int) or extras[name] < 2:
             raise UserError(f"{study.name}: {name} is {extras[name]!r}, not a number from 2 on")
     fields = {k.removeprefix(PREFIX): v for k, v in settings.items() if k.startswith(PREFIX)}
-    options = Options(**fields)
+    options = AlignmentOptions(**fields)
     flags = {k: v for k, v in settings.items() if k not in SETTINGS and not k.startswith(PREFIX)}
     seeds = [(cell.seed - 1 + step) % extras["circle"] + 1 for step in range(3)]
     folders = [
@@ -118,8 +118,8 @@ def run_barrier_cell(
 def _align_models(
     first: PreTrainedModel,
     second: PreTrainedModel,
-    batches: Sequence[Batch] | None,
-    options: Options,
+    batches: Sequence[CalibrationBatch] | None,
+    options: AlignmentOptions,
     descent_rounds: int | None,
 ) -> tuple[Ends, bool]:
     """Align the second model to the first.
@@ -161,17 +161,17 @@ def _measure_barriers(
         scores by row, and the weights (of the reference) and losses of the curve.
     """
 
-    def losses(model: torch.nn.Module) -> dict[str, float]:
+    def compute_losses(model: torch.nn.Module) -> dict[str, float]:
         """Compute the held-out loss of a model, in nats per token."""
         return {"loss": compute_causal_loss(model, held_out, BATCH)}
 
-    alone = [losses(model)["loss"] for model in models]
+    alone = [compute_losses(model)["loss"] for model in models]
     probe, (ends, untied) = models[1], pairs[0]
     if untied:
         untie_output_matrix(probe)
     weights = list_even_weights(points)
-    curve = compute_losses_along_line(probe, *ends, weights, losses)["loss"]
-    middle = _compute_loss_of_mean(probe, [ends[0], ends[1]], losses)
+    curve = compute_losses_along_line(probe, *ends, weights, compute_losses)["loss"]
+    middle = _compute_loss_of_mean(probe, [ends[0], ends[1]], compute_losses)
     scores = {
         "barrier": compute_barrier(weights, curve),
         "average": middle - max(alone[:2]),
@@ -179,7 +179,9 @@ def _measure_barriers(
     }
     if len(pairs) > 1:
         states = [ends[0], *(other for (_, other), _ in pairs)]
-        scores["average_of_three"] = _compute_loss_of_mean(probe, states, losses) - max(alone)
+        scores["average_of_three"] = _compute_loss_of_mean(probe, states, compute_losses) - max(
+            alone
+        )
     return scores, {"weights": weights, "losses": curve}
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from megamod.errors import UserError
-from megamod.merging.alignment.options import EffectiveOptions
+from megamod.merging.alignment.options import EffectiveAlignmentOptions
 from megamod.names import Name, parse_name
 from megamod.schemas import Items, Number, Schema, read_checked_file
 
@@ -81,7 +81,7 @@ def _parse_label(value: object) -> str:
 
 
 _Label = Annotated[str, BeforeValidator(_parse_label)]
-_Variant = Annotated[EffectiveOptions, BeforeValidator(lambda value: value or {})]
+_Variant = Annotated[EffectiveAlignmentOptions, BeforeValidator(lambda value: value or {})]
 
 
 class BarrierStudy(HeldOutSettings):

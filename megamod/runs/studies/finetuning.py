@@ -63,7 +63,7 @@ def run_finetuning_cell(
     for named in runs:
         folder = work / f"{cell.name}{'.' + named[0] if several else ''}"
         flags = settings | ({"tasks": named} if launcher == "mtl" else {})
-        digests |= _finetune(flags, launcher, cell.seed, inputs, folder)
+        digests |= _run_finetuning(flags, launcher, cell.seed, inputs, folder)
         _add_task_scores(read_checked_file(folder / RESULTS, Results), launcher, figures)
         shutil.rmtree(folder)
     speed = [values["instances_per_second"] for values in figures.scores.values()]
@@ -75,7 +75,7 @@ def run_finetuning_cell(
     return figures, digests
 
 
-def _finetune(
+def _run_finetuning(
     settings: Settings, launcher: str, seed: int, inputs: Path, folder: Path
 ) -> dict[str, object]:
     """Finetune once in `folder`, which keeps the run.

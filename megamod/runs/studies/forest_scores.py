@@ -136,7 +136,7 @@ def score_forest(forest: Forest, text: ScoredText) -> ForestLosses:
 
 
 def _make_mixture(mode: str, rule: PosteriorRule, prior: Prior) -> Mixture:
-    """Make a mixture of all experts with the weights of a prior."""
+    """Make a mixture of all experts that starts from the weights of a prior."""
     weights = torch.tensor(prior.weights, dtype=torch.float64)
     return Mixture(mode, len(weights), rule, weights)
 
