@@ -122,7 +122,7 @@ class Driver:
         while not all(job.ended for job in jobs):
             for job in jobs:
                 if job.active:
-                    self._check_job(job, jobs)
+                    self._update_job(job, jobs)
                 elif not job.ended and not self.signals:
                     self._start_next_stage(job, jobs)
             self._show_progress(jobs)
@@ -204,7 +204,7 @@ class Driver:
         )
         job.process = start_process(command, variables, lock, self._get_process_mark(job.task), log)
 
-    def _check_job(self, job: TaskState, jobs: Sequence[TaskState]) -> None:
+    def _update_job(self, job: TaskState, jobs: Sequence[TaskState]) -> None:
         """Check whether a task's program has ended, and handle its exit code; `job` is updated.
 
         After a success the next program starts. Exit codes of user errors and policy stops, and
@@ -218,7 +218,7 @@ class Driver:
         if self.signals:
             self._stop_job(job)
         if job.adopted:
-            self._check_adopted(job)
+            self._update_adopted_job(job)
             return
         code = job.process.poll()
         if code is None:
@@ -244,7 +244,7 @@ class Driver:
             pause = FIRST_PAUSE * 2 ** (job.row.restarts - 1)
             job.not_before = time.monotonic() + min(pause, LONGEST_PAUSE)
 
-    def _check_adopted(self, job: TaskState) -> None:
+    def _update_adopted_job(self, job: TaskState) -> None:
         """Release an adopted job once its lock is free; do nothing within `ADOPTED_POLL_SECONDS` of
         the last check.
 

@@ -51,7 +51,7 @@ def main() -> None:
     jobs = list_jobs((args, btm, *others[1:]))
     records = []
     for plan in [plan_job(job, args) for job in jobs]:
-        print(report.format_job(plan), flush=True)
+        print(report.format_job_plan(plan), flush=True)
         records.append(plan.make_record())
         if args.search:
             ranked = propose_settings(plan)

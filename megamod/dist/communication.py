@@ -50,7 +50,7 @@ def compute_step_traffic(
         zero_stage: ZeRO stage. 1 reduces gradients once per step, 2 and 3 after every micro-batch,
             because they store only a part of them; 3 gathers weights instead of storing them.
         micro_steps: micro-batches per rank and step.
-        element_bytes: of a weight or gradient as sent: 4 in fp32, 2 in bf16 and fp16.
+        element_bytes: bytes of a weight or gradient as sent: 4 in fp32, 2 in bf16 and fp16.
         persistence_threshold: elements up to which ZeRO 3 keeps a parameter whole.
         live_limit: elements of gathered weights that ZeRO 3 may hold (the lesser of its
             max_live_parameters and max_reuse_distance). A larger model is gathered a second time

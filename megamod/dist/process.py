@@ -293,7 +293,7 @@ def sum_over_ranks(tensor: torch.Tensor) -> None:
     If another rank failed, the block is left instead, see `check_peers`.
 
     Args:
-        tensor: of the same shape and dtype on every rank, on the device of collectives.
+        tensor: has the same shape and dtype on every rank, on the device of collectives.
     """
     check_peers()
     torch.distributed.all_reduce(tensor)

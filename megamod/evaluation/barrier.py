@@ -28,7 +28,7 @@ def compute_barrier(weights: Sequence[float], losses: Sequence[float]) -> float:
     It is never negative, as the rise at both ends is 0.
 
     Args:
-        weights: of the first model, the first 0 and the last 1.
+        weights: interpolation weights of the first model, the first 0 and the last 1.
         losses: loss at each weight; the result has its unit.
     Raises:
         ValueError: if there are not as many losses as weights.
@@ -63,7 +63,7 @@ def compute_losses_along_line(
         model: a model of the same architecture, set to evaluation mode. Its floating-point tensors
             are overwritten and hold the model of the last weight afterwards; integers stay.
         first, second: tensors of the two models by name, all those of `model`; not changed.
-        weights: of the first model.
+        weights: interpolation weights of the first model.
         losses: computes the losses of `model`.
         progress: called after every weight.
     Returns:

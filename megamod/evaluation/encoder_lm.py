@@ -33,7 +33,7 @@ def score_encoder(
         batches: batches of this rank, at least one. "number" seeds the model's draws; "weight" (1
             if missing) multiplies sums and counts, so a batch of weight 0 only keeps ranks in step.
         losses: computes sums and counts of a batch; its entry "loss" is ignored.
-        device: of the model.
+        device: device of the model.
         reduce: sums a tensor over all ranks, in place.
         perplexity: adds "perplexity", exp("task_loss") and at most exp(700), if there is a
             "task_loss".

@@ -78,7 +78,7 @@ class Experts:
         Args:
             held_out: the domains of the texts and the reading settings; its split is not used.
                 Without `block_size`, the shortest default length of the experts applies to all.
-            device: that experts run on.
+            device: device that experts run on.
             selected: domains of the experts to use; None: all.
         Raises:
             UserError: if an expert or a text is missing, does not match the data, or experts would
@@ -202,7 +202,7 @@ class ScoreSource(Protocol):
         """Yield the log-probabilities [E, B, T] and masks [B, T] of a text, batch by batch.
 
         Args:
-            domains: of the E experts, in the order of the result.
+            domains: domains of the E experts, in the order of the result.
             size: sequences B of a batch at most; the last, and with `ParallelScores` every one that
                 ends a batch of the forward pass, may be smaller.
         """

@@ -39,7 +39,7 @@ class Sampling:
         temperature: divisor of the logits; 0 selects the most probable token each time.
         top_p: total probability of the tokens to sample from.
         sequences: continuations per prompt.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
         stop: texts that end a continuation, which is cut before the first of them.
     """
 
@@ -56,8 +56,8 @@ class Continuation:
     """A prompt with its continuation.
 
     Attributes:
-        text: of both, without special tokens.
-        new_text: of the continuation alone.
+        text: prompt and continuation, without special tokens.
+        new_text: text of the continuation alone.
         weights: posterior of the experts after the last token, by domain, of those with prior above
             0; None if there is only one.
         prompt_tokens, new_tokens: tokens of the prompt, and those that the model wrote.
@@ -256,7 +256,7 @@ def load_text_generator(
         domain: expert to use alone; None for all of them, mixed.
         prior: file of `write_prior` with the weights of the experts at the first token; None: those
             that the model names, or equal ones. Not used with `domain`.
-        device: that the model runs on.
+        device: device that the model runs on.
     Raises:
         UserError: if there is no such model or expert, it has no tokenizer, `prior` does not fit
             the experts, or `domain` or `prior` is set for a model without experts.

@@ -66,8 +66,8 @@ def open_held_out_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmD
     `held_out.domain_token` is "false". The default length of a sequence is that of the model.
 
     Args:
-        folder: of the model, for its tokenizer and for messages.
-        config: of the model.
+        folder: folder of the model, for its tokenizer and for messages.
+        config: configuration of the model.
     Raises:
         UserError: if tokenizer, vocabulary, domains or sequence length do not match.
     """
@@ -150,9 +150,9 @@ def find_document_end(
     without a recipe attention does not stop.
 
     Args:
-        folder: of the model.
-        config: of the model.
-        data: that it reads, for the id.
+        folder: folder of the model.
+        config: configuration of the model.
+        data: data that it reads, for the id.
     Raises:
         UserError: if the model's family cannot mask documents.
     """
@@ -171,7 +171,7 @@ def check_tokenizer_matches(folder: Path, databin: DataBin, flag: str) -> None:
     If one of the two has no tokenizer, nothing is checked.
 
     Args:
-        folder: of the model.
+        folder: folder of the model.
         flag: flag that named the model, for the message.
     Raises:
         UserError: naming both folders and a word.

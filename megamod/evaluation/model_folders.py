@@ -29,7 +29,7 @@ class SavedModel:
     """A model folder that was checked against the data.
 
     Attributes:
-        folder: of the model.
+        folder: folder of the model.
         data: the data-bin as this model reads it.
         rows: name of each row of the score matrix -> domain of the expert that it scores;
             None for a model without experts to select.
@@ -50,8 +50,8 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
     in it; the models in its subfolders, whose names are then their domains.
 
     Args:
-        folder: of a model, a forest or models of one domain each; a forest.json; or a repository
-            of the hub.
+        folder: folder of a model, a forest or models of one domain each; a forest.json; or a
+            repository of the hub.
         held_out: data to check against. Its `experts` select rows; a model without experts ignores
             them.
     Raises:
@@ -122,7 +122,7 @@ def score_models(
 
     Args:
         held_out: the settings that `find_models` had.
-        device: that the models run on.
+        device: device that the models run on.
     Returns:
         a matrix with a row `DENSE` for a dense model, or a row per expert for a model with experts
         (DEMix) and for independent models (Branch-Train-Merge).
@@ -165,7 +165,7 @@ def _check_has_scores(
 
     Args:
         row: name of the row of the matrix.
-        scores: of this row, by domain.
+        scores: scores of this row, by domain.
     Raises:
         UserError: naming the domain: none of its tokens had a finite log-probability.
     """

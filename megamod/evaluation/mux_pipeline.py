@@ -73,12 +73,12 @@ class MuxPipeline:
 
     Args:
         model: a classifier of sequences or tokens, on its device.
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         batch_size: groups of N rows per forward pass.
         max_length: tokens per row, as in training; longer rows are cut, with a warning.
         ensemble: put every request into N random groups and average its N logits: better answers
             for N times the work.
-        seed: of these groups.
+        seed: seed of these groups.
     Raises:
         ValueError: if the model is not such a classifier, or has no positions for `max_length`.
     """
@@ -125,7 +125,7 @@ class MuxPipeline:
         Args:
             source: folder or name of the model.
             tokenizer: folder or name of a tokenizer; None for that of the model.
-            device: that the model runs on.
+            device: device that the model runs on.
             flag: option that named the model, for messages.
             options: see the class.
         Raises:

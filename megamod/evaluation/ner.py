@@ -42,7 +42,7 @@ def iterate_entities(
     labels can be read. Labels that are neither O nor of this form end an entity.
 
     Args:
-        labels: of the words, in any scheme of `data.tasks.iob`.
+        labels: labels of the words, in any scheme of `data.tasks.iob`.
         plain_tags: the labels are plain tags: an entity is a run of one tag other than O.
     """
     kind, start = None, 0

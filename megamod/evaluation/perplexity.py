@@ -54,7 +54,7 @@ class DomainEvaluation:
         batches: function from a domain to its batches, in a fixed order.
         count_bytes: function from a domain to the UTF-8 bytes of all its batches; 0 if unknown.
         part, parts: index and number of the ranks with the same rows, which share the batches.
-        device: of the model.
+        device: device of the model.
         reduce: sums a tensor over all ranks, in place.
     """
 
@@ -119,7 +119,7 @@ def sum_batch_nll(
 
     Args:
         domain: expert to use, for a model that takes one; else None.
-        device: of the model and of the result.
+        device: device of the model and of the result.
     """
     training, sums = model.training, torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()

@@ -82,7 +82,7 @@ def plot_training_curves(metrics: Path, output: Path) -> None:
     pyplot.close(figure)
 
 
-def compute_ratios(matrix: Numbers, columns: list[str]) -> list[list[float]]:
+def compute_ratios_to_best(matrix: Numbers, columns: list[str]) -> list[list[float]]:
     """Divide each number by the smallest of its column.
 
     Args:
@@ -106,7 +106,7 @@ def plot_matrix(matrix: Numbers, output: Path, title: str) -> None:
         output: file to write.
     """
     columns = list({c: None for row in matrix.values() for c in row})
-    shades = compute_ratios(matrix, columns)
+    shades = compute_ratios_to_best(matrix, columns)
     finite = sorted(x for row in shades for x in row if isfinite(x)) or [1.0]
     top = max(1.05, finite[ceil(0.9 * len(finite)) - 1])
     longest = max(map(len, matrix))

@@ -18,7 +18,7 @@ class Predictor:
         module: takes `input_ids`, `attention_mask` and perhaps `token_type_ids`, returns
             `logits`.
         inputs: names of the fields of a batch that the module takes.
-        device: of the module.
+        device: device of the module.
         part, parts: rank `part` of `parts` runs every parts-th batch.
         reduce: sums a tensor over the ranks in place.
     """
@@ -53,7 +53,7 @@ class Predictor:
         evaluation mode; its mode is restored.
 
         Args:
-            batches: of all rows of `encoded`, at least one.
+            batches: batches of all rows of `encoded`, at least one.
         Returns:
             logits [n, C] float64 of the rows; with labels of tokens the number of the best label of
             each token, [T] int64.

@@ -46,7 +46,7 @@ class _TargetTensor:
     """A tensor to assemble.
 
     Attributes:
-        part: that it belongs to.
+        part: part of the recipe that it belongs to.
         name: its name in the result; `source_names`: its name in each source of the part.
         depth: relative depth of its layer.
         copy_of: number of the model that it is copied from, whatever the method; None: merge it.
@@ -65,7 +65,7 @@ def plan_tensors(
     """Plan every tensor of the result, from headers alone.
 
     Args:
-        folders: of the models, under common names.
+        folders: folders of the models, under common names.
         copied: names of tensors that are taken from the template as they are; where layers are
             stacked, from the leading source of the first or last part.
     Returns:
@@ -93,7 +93,7 @@ def _check_model_count(recipe: MergeRecipe, part: RecipePart) -> None:
     """
     method, where = METHODS[recipe.method], recipe.describe_part(part)
     models = [source.model for source in part.sources]
-    base = _find_base(recipe, part)
+    base = _find_base_number(recipe, part)
     if method.base == "needed" and base not in models:
         raise UserError(f"{where}: {recipe.method} compares models with base_model; give it")
     compared = [model for model in models if model != base]
@@ -106,7 +106,7 @@ def _check_model_count(recipe: MergeRecipe, part: RecipePart) -> None:
         )
 
 
-def _find_base(recipe: MergeRecipe, part: RecipePart) -> int | None:
+def _find_base_number(recipe: MergeRecipe, part: RecipePart) -> int | None:
     """Return the number of the model that the others of a part are compared with; None: there is
     none.
     """
@@ -301,7 +301,7 @@ def _plan_tensor(
     """Plan one tensor of the result, after a check that its sources can be merged.
 
     Args:
-        folders: of all models of the recipe.
+        folders: folders of all models of the recipe.
     Raises:
         UserError: naming the tensor and two models, or a parameter that is missing.
     """
@@ -323,7 +323,7 @@ def _plan_tensor(
         check_tensors_mergeable(
             first, name, folders[model], other_name=source_name, allow_cut=recipe.cut_vocabularies
         )
-    method, base = METHODS[recipe.method], _find_base(recipe, part)
+    method, base = METHODS[recipe.method], _find_base_number(recipe, part)
     common = recipe.list_scopes(part)
     lookups = [
         ParameterLookup(

@@ -45,8 +45,8 @@ def check_configs_match(
     """Refuse models whose weights have different meanings; log other differences as warnings.
 
     Args:
-        folders: of the models; all are compared with the first. Only their configurations and
-            tokenizers are read.
+        folders: folders of the models; all are compared with the first. Only their configurations
+            and tokenizers are read.
         allow_cut: allow vocabularies of unequal size.
         require_same_tokens: require that equal ids are equal tokens. False allows vocabularies of
             unequal size too.
@@ -86,7 +86,7 @@ def refuse_quantised_model(folder: Path, config: Mapping[str, object]) -> None:
     """Refuse a quantised model.
 
     Args:
-        folder: of the model, in which files that quantisers write are looked for.
+        folder: folder of the model, in which files that quantisers write are looked for.
         config: content of its config.json.
     Raises:
         UserError: naming the key of config.json or the file that says so.
@@ -171,7 +171,7 @@ def _iterate_config_fields(
     """Yield (dotted key, value) of a configuration and of the mappings nested in it.
 
     Args:
-        prefix: of the keys.
+        prefix: prefix of the keys.
         leaves: yield no mappings themselves; False: yield each before its content.
     """
     for key, value in config.items():
@@ -199,7 +199,7 @@ def check_tensors_mergeable(
     Only headers are read, and config.json with `allow_cut`.
 
     Args:
-        name: of the tensor in `base`; `other_name`: in `other`.
+        name: name of the tensor in `base`; `other_name`: in `other`.
         allow_cut: allow embeddings of vocabularies of unequal size.
     Raises:
         UserError: naming the tensor and both models.

@@ -29,7 +29,7 @@ class LayerOrigin:
     """The source of the settings of one layer of the result.
 
     Attributes:
-        folder: of the model; `config`: the fields of its config.json.
+        folder: folder of the model; `config`: the fields of its config.json.
         layer: number of the layer in that model, from 0.
     """
 
@@ -73,7 +73,7 @@ def build_stacked_config(
 
     Args:
         config: fields of the template's config.json; `folder`: its folder, for messages.
-        origins: of each layer of the result.
+        origins: origin of each layer of the result.
     Returns:
         a new configuration; that of the template, with its number of layers and per-layer settings
         replaced.
@@ -116,11 +116,11 @@ class _StackedModels:
     """The models whose layers are stacked, with their settings completed by their classes.
 
     Args:
-        config: of the template; `folder`: its folder.
-        origins: of each layer of the result.
+        config: configuration of the template; `folder`: its folder.
+        origins: origin of each layer of the result.
     Attributes:
         depths: number of layers of each model; 0: unknown.
-        configs, folders: of each model, the first one that of the result.
+        configs, folders: those of each model, the first one that of the result.
         layers: for each stacked layer, the index of its model and its number there.
         sections: language settings of each model, with those of single layers that are defaults.
         signatures: description of each layer of each model; None if a class is unknown.
@@ -209,7 +209,7 @@ def _iterate_stacked_values(name: str, models: _StackedModels) -> Iterator[objec
     layers can be compared to see if it fits.
 
     Args:
-        name: of the setting in the language section of the configurations.
+        name: name of the setting in the language section of the configurations.
     Raises:
         UserError: if a setting of a model that transformers does not know cannot move.
     """

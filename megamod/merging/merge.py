@@ -65,10 +65,10 @@ def average_folders(
     Args:
         sources: model folder (or `MODEL+ADAPTER`), and the domain of one expert of a DEMix folder
             (None: all of it).
-        weights: of each source.
+        weights: weight of each source.
         output: new folder.
         normalize: divide by the sum of the weights.
-        domains: that each source was trained on, for the record.
+        domains: domains that each source was trained on, for the record.
         dtype: name of a dtype that weights are rounded to first; None: no rounding.
         out_dtype: name of the dtype to store; None: `dtype`, else that of the first model.
         shard_bytes: size above which weights are split into several files.
@@ -111,7 +111,7 @@ def merge(
         shard_bytes: size above which weights are split into several files.
         dry_run: check everything and write nothing.
         threads: number of tensors merged at the same time; does not change the result.
-        seed: of everything that is drawn at random.
+        seed: seed of everything that is drawn at random.
         copy_tokenizer: give the result a tokenizer.
         quiet: no progress bar.
     Returns:
@@ -250,7 +250,7 @@ def write_merged_weights(
     Args:
         folder: to write into.
         files: names of the tensors in each file.
-        specs: of the tensors.
+        specs: specifications of the tensors.
         compute: yields the elements of a tensor in order, in its dtype.
         sources: weights to hash.
         threads: number of tensors computed at the same time.
@@ -368,7 +368,7 @@ def untie_config_if_needed(
     """Return the configuration of the result, `tie_word_embeddings` off if its matrices differ.
 
     Args:
-        specs: of the tensors of the result.
+        specs: specifications of the tensors of the result.
         config: returned as it is if nothing changes; else a changed copy.
         folder: with the weights of the result, which are compared.
     """
@@ -391,8 +391,8 @@ def compute_merged_tensor(plan: MergePlan, seed: int, name: str) -> Iterator[Ten
     A piece may be overwritten when the next one is requested.
 
     Args:
-        seed: of everything that is drawn at random.
-        name: of the tensor.
+        seed: seed of everything that is drawn at random.
+        name: name of the tensor.
     Raises:
         UserError: if an element is not finite.
     """
@@ -428,7 +428,7 @@ def _explain_non_finite(plan: MergePlan, name: str, models: Sequence[ModelTensor
     Reads the tensor of every model whole, as it is called at the end of a failed merge.
 
     Args:
-        name: of the tensor in the result; `models`: the tensor of every model.
+        name: name of the tensor in the result; `models`: the tensor of every model.
     """
     for model in models:
         if not is_finite(model.read()):

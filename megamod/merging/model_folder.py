@@ -49,10 +49,10 @@ def build_merged_config(
     vocabulary and layers.
 
     Args:
-        config: of the template; not changed.
-        recipe: of the merge; its models' config.json is read where layers are stacked.
+        config: configuration of the template; not changed.
+        recipe: recipe of the merge; its models' config.json is read where layers are stacked.
         stored: name of the dtype of the weights; None: that of the template.
-        vocabulary: of the result; None: that of the template.
+        vocabulary: vocabulary of the result; None: that of the template.
     Raises:
         UserError: if layers are stacked, and a setting cannot move with its layer.
     """
@@ -116,8 +116,8 @@ def write_files_besides_weights(
         folder: to write into. Copied vocabulary files that lack tokens of `vocabulary` are deleted.
         config: content of config.json.
         chat_template: to write, if there is a tokenizer; None: that of the tokenizer.
-        vocabulary: of the result, to whose ids those in generation_config.json are changed; None:
-            that of the tokenizer.
+        vocabulary: vocabulary of the result, to whose ids those in generation_config.json are
+            changed; None: that of the tokenizer.
     Raises:
         UserError: if ids are to be renumbered and generation_config.json is not JSON.
     """
@@ -203,11 +203,11 @@ def make_merge_record(
     """Make the content of merge.json; the tokenizer's files are read for their digest.
 
     Args:
-        recipe: of the merge.
+        recipe: recipe of the merge.
         shares: weight of each model; None: differs between tensors.
         files: names of the weight files of the result.
-        digests: of the weights of each model, as `TensorSource.compute_digest` gives them.
-        seed: of all random numbers.
+        digests: digests of the weights of each model, as `TensorSource.compute_digest` gives them.
+        seed: seed of all random numbers.
         tokenizer: folder of the result's tokenizer; None: the result has none.
         entries: further entries, which replace those of the same name.
     """
@@ -257,7 +257,7 @@ def has_merge(folder: Path, record: Mapping[str, object], config: Mapping[str, o
 
     Args:
         record: see `make_merge_record`.
-        config: of the result.
+        config: configuration of the result.
     """
     try:
         stored = [read_json_object(folder / name) for name in (RECORD, "config.json")]
@@ -278,7 +278,7 @@ def write_merge_record(
 
     Args:
         record: see `make_merge_record`.
-        config: of the result.
+        config: configuration of the result.
         note: paragraph for the card; "": none.
     """
     write_json(folder / RECORD, record)

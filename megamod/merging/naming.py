@@ -36,7 +36,7 @@ class CommonNames:
     """Models under common tensor names.
 
     Attributes:
-        folders: of all models, in order, under the names of the template.
+        folders: folders of all models, in order, under the names of the template.
         copied: names of tensors that are copied from the template, because other models lack them.
     """
 
@@ -53,7 +53,7 @@ def rename_to_template(
     Logs a warning for a model of another class, whose head is not merged.
 
     Args:
-        folders: of the models, open.
+        folders: folders of the models, open.
         template: index of the folder whose names are used.
         all_tensors: compare all tensors; False: only those outside of layers, where layers are
             stacked.
@@ -77,7 +77,7 @@ def rename_to_template(
             partner = _find_tied_counterpart(first, name, folder)
             if (
                 partner is not None
-                and _find_copy(folder, name, first.tensors) is None
+                and _find_equal_tensor(folder, name, first.tensors) is None
                 and _is_folder_tied(first)
             ):
                 added[name] = partner
@@ -122,7 +122,7 @@ def list_tieable_pairs(specs: Mapping[str, TensorSpec]) -> list[tuple[str, str]]
     names alone, outside of layers, so an embedding may be in several pairs.
 
     Args:
-        specs: of a model's tensors by name.
+        specs: specifications of a model's tensors by name.
     """
     inputs = [name for name in specs if _INPUT.search(name) and split_at_layer_number(name) is None]
     outputs = [
@@ -169,7 +169,7 @@ def _adopt_backbone_prefix(first: TensorSource, other: TensorSource) -> TensorSo
     if ours & theirs or not ours or not theirs:
         return other
     for names, reference, add in ((theirs, ours, True), (ours, theirs, False)):
-        ends = {full[dot + 1 :]: full for full in reference for dot in _find_dots(full)}
+        ends = {full[dot + 1 :]: full for full in reference for dot in _list_dot_positions(full)}
         # A buffer may have no counterpart, so the first tensor that has one gives the prefix.
         pair = next(((name, ends[name]) for name in sorted(names) if name in ends), None)
         if pair is None:
@@ -188,7 +188,7 @@ def _adopt_backbone_prefix(first: TensorSource, other: TensorSource) -> TensorSo
     return other
 
 
-def _find_dots(name: str) -> list[int]:
+def _list_dot_positions(name: str) -> list[int]:
     """Find the positions of all dots in a name."""
     return [position for position, letter in enumerate(name) if letter == "."]
 
@@ -223,7 +223,7 @@ def _match_names(
     head_tensors: list[str] = []
     same_class = _may_have_same_class(first, other)
     for name in _list_missing_tensors(first, other, all_tensors):
-        counterpart = _find_copy(first, name, other.tensors)
+        counterpart = _find_equal_tensor(first, name, other.tensors)
         if counterpart is None and _is_folder_tied(other):
             counterpart = _find_tied_counterpart(other, name, first)
         if counterpart is not None:
@@ -238,7 +238,7 @@ def _match_names(
                 f"{describe_source(other)} has no {name}, which {describe_source(first)} has"
             )
     for name in _list_missing_tensors(other, first, all_tensors):
-        if _find_copy(other, name, first.tensors) is None and not _is_buffer(other, name):
+        if _find_equal_tensor(other, name, first.tensors) is None and not _is_buffer(other, name):
             if same_class or split_at_layer_number(name) is not None:
                 raise UserError(
                     f"{describe_source(first)} has no {name}, which {describe_source(other)} has"
@@ -289,7 +289,7 @@ def _may_have_same_class(first: TensorSource, other: TensorSource) -> bool:
     return None in classes or classes[0] == classes[1]
 
 
-def _find_copy(folder: TensorSource, name: str, candidates: Iterable[str]) -> str | None:
+def _find_equal_tensor(folder: TensorSource, name: str, candidates: Iterable[str]) -> str | None:
     """Find the name of another tensor of the folder with the same bits; None: there is none.
 
     Only outside of layers: within them equal bits may be norms or biases that were never trained.
@@ -313,7 +313,7 @@ def _find_tied_counterpart(tied_model: TensorSource, name: str, other: TensorSou
     vocabularies may differ in size.
 
     Args:
-        name: of the tensor in `other`.
+        name: name of the tensor in `other`.
     Returns:
         the name in `tied_model`; None: there is none.
     """
@@ -381,7 +381,7 @@ def check_equal_integers(
     Counters of batches may differ. Both tensors are read.
 
     Args:
-        name: of the tensor in `first`; `other_name`: in `other`.
+        name: name of the tensor in `first`; `other_name`: in `other`.
     Raises:
         UserError: naming the tensor and both models.
     """

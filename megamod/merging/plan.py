@@ -13,7 +13,7 @@ from megamod.merging.assembly import TensorPlan, plan_tensors
 from megamod.merging.methods.table import METHODS, Method, list_method_parameters
 from megamod.merging.model_folder import build_merged_config
 from megamod.merging.recipe import MergeRecipe
-from megamod.merging.settings import WITHOUT_EFFECT, Scope, check_parameters
+from megamod.merging.settings import WITHOUT_EFFECT, Scope, check_parameter_names
 from megamod.merging.tensors import MergeTensor, ModelTensor, TensorSource
 from megamod.merging.vocabulary import Vocabulary
 from megamod.schemas import check_known_word
@@ -29,12 +29,12 @@ class MergePlan:
     """A merge that was checked and can be carried out while its folders are open.
 
     Attributes:
-        folders: of the models, under common names.
+        folders: folders of the models, under common names.
         statistics: open file of each model; None: the method needs no statistics of it.
         tensor_plans: by name of the tensor in the result.
-        specs: of the tensors to write; `files`: names of the tensors in each file.
+        specs: specifications of the tensors to write; `files`: names of the tensors in each file.
         config: content of config.json to write.
-        vocabulary: that the folders are read with; None: each has its own.
+        vocabulary: vocabulary that the folders are read with; None: each has its own.
         is_written: True if the output folder holds the result already.
     """
 
@@ -87,8 +87,8 @@ class MergePlan:
         """Make the argument of the merge method for one tensor.
 
         Args:
-            name: of the tensor in the result.
-            seed: of all random numbers.
+            name: name of the tensor in the result.
+            seed: seed of all random numbers.
         """
         tensor_plan, recipe = self.tensor_plans[name], self.recipe
         overall, per_model = tensor_plan.values
@@ -116,15 +116,15 @@ def make_merge_plan(
     Logs a warning for each parameter of the recipe that the method does not read.
 
     Args:
-        folders: of the recipe's models, under common names.
+        folders: folders of the recipe's models, under common names.
         shard_bytes: size above which weights are split into several files.
-        vocabulary: that the folders are read with; None: each has its own.
+        vocabulary: vocabulary that the folders are read with; None: each has its own.
         copied: names of tensors that are taken from the template as they are.
     Raises:
         UserError: naming the folder, tensor or parameter, if they cannot be merged.
     """
     check_known_word(recipe.method, tuple(METHODS), f"{recipe.origin}: there is no merge method")
-    check_parameters(_list_all_scopes(recipe), list_method_parameters(), recipe.method)
+    check_parameter_names(_list_all_scopes(recipe), list_method_parameters(), recipe.method)
     _warn_of_unused_parameters(recipe)
     tensor_plans = plan_tensors(recipe, folders, copied)
     stored = recipe.out_dtype or recipe.dtype
@@ -188,7 +188,7 @@ def _count_merged_rows(
     base.
 
     Args:
-        name: of the tensor in the result, for the message.
+        name: name of the tensor in the result, for the message.
     Raises:
         UserError: if a model has fewer than the base, for methods that compare all with it.
     """

@@ -24,7 +24,7 @@ class InputModel:
     Attributes:
         path: folder of the model; `member`: expert of a DEMix folder, None: all of it.
         parameters: settings of this model by name.
-        domain: that the model was trained on, for the record.
+        domain: domain that the model was trained on, for the record.
         statistics: file for methods that weight by statistics; None: compute them.
         calibration: block that names the text to compute them on; None: that of the recipe, if any.
         adapter: folder of a LoRA adapter that is merged into the model first; None: no adapter.
@@ -97,7 +97,7 @@ class MergeRecipe:
         base: number of the base model; None: the recipe has no base.
         tokenizer: number of the model whose tokenizer files the result gets.
         origin: file or flag that the recipe comes from, for messages.
-        parts: of the result; empty: one part, all tensors of all models.
+        parts: parts of the result; empty: one part, all tensors of all models.
         module_parameters: settings of the only module, which precede `parameters`.
         copy_chat_template: give the result the chat template that most models have.
         cut_vocabularies: cut vocabularies of unequal size to their common rows.
@@ -234,9 +234,9 @@ def build_weighted_recipe(
     Args:
         sources: folder, or model and adapter as `MODEL+ADAPTER`; and the domain of one expert of a
             DEMix folder, None: all of it.
-        weights: of each source.
+        weights: weight of each source.
         normalize: divide by the sum of the weights.
-        domains: that each source was trained on, for the record; None: those of experts.
+        domains: domains that each source was trained on, for the record; None: those of experts.
         dtype, out_dtype: see `MergeRecipe`.
         origin: flag or file of the weights, for messages.
     Raises:

@@ -261,7 +261,7 @@ def _add_tokenizer(recipe: MergeRecipe, file: _RecipeFile, path: Path) -> MergeR
     Without a key for the tokenizer that is the template, and vocabularies are not united.
 
     Args:
-        path: of the recipe; models are looked up in its folder too.
+        path: path of the recipe; models are looked up in its folder too.
     Raises:
         UserError: if a key names a model that is not merged, or has an invalid value.
     """

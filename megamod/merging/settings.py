@@ -26,7 +26,7 @@ class ParameterLookup:
     """Lookup of the parameters of one tensor.
 
     Attributes:
-        name: of the tensor, for filters.
+        name: name of the tensor, for filters.
         scopes: levels of the recipe, the first that has a value wins.
         optional: required parameters may be missing, as for the base model.
     """
@@ -42,8 +42,8 @@ def look_up_parameters(
     """Look up all parameters of a merge method for one tensor.
 
     Args:
-        method: of the recipe, whose parameters and defaults count.
-        depth: of the tensor's layer, from 0 for the first to 1 for the last.
+        method: merge method of the recipe, whose parameters and defaults count.
+        depth: relative depth of the tensor's layer, from 0 for the first to 1 for the last.
         whole: levels for the parameters of the whole merge.
         models: levels for the parameters of each model.
     Returns:
@@ -65,13 +65,13 @@ def look_up_parameters(
     return overall, per_model
 
 
-def check_parameters(scopes: Iterable[Scope], known: Sequence[str], method: str) -> None:
+def check_parameter_names(scopes: Iterable[Scope], known: Sequence[str], method: str) -> None:
     """Refuse parameters that no method has; those of another method than the recipe's pass.
 
     Args:
         scopes: all levels of a recipe.
         known: parameters of all methods.
-        method: of the recipe, for the message.
+        method: merge method of the recipe, for the message.
     Raises:
         UserError: naming the scope, the parameter and the nearest known one; or a value that is not
             true or false of one without effect.
@@ -97,7 +97,7 @@ def compute_relative_depths(names: Iterable[str]) -> dict[str, float]:
     for tensors outside of layers.
 
     Args:
-        names: of tensors; the highest layer number among them is that of the last layer.
+        names: names of tensors; the highest layer number among them is that of the last layer.
     """
     layers = {name: parts[1] if (parts := split_at_layer_number(name)) else None for name in names}
     last = max((layer for layer in layers.values() if layer is not None), default=0)
@@ -124,7 +124,7 @@ def _look_up_parameter(
 
     Args:
         default: None: there is none, so the parameter is required unless `lookup.optional`.
-        depth: of the tensor's layer, from 0 to 1.
+        depth: relative depth of the tensor's layer, from 0 to 1.
     Raises:
         UserError: if it is required and missing, or its value is of the wrong kind.
     """
@@ -149,7 +149,7 @@ def _evaluate_setting(setting: Setting, name: str, depth: float, where: str) -> 
     Args:
         setting: a number, truth value or gradient; or a list of {filter, value} (or one of these),
             of which the first that matches counts.
-        name: of the tensor.
+        name: name of the tensor.
         where: position in the recipe, for messages.
     Raises:
         UserError: if the setting is of another form.

@@ -43,7 +43,7 @@ def compute_diagonal_fisher(
         model: takes a batch as keyword arguments and returns `logits` [B, T, V] or [B, C].
         batches: on the device of the model; with `labels` if `labelled`.
         labelled: use the gradient of the model's `loss` for those labels (the empirical Fisher).
-        seed: of the sampled labels.
+        seed: seed of the sampled labels.
     Returns:
         on the CPU, a tensor of its shape for each parameter that requires a gradient.
     Raises:
@@ -130,7 +130,7 @@ def write_statistics(path: Path, statistics: Mapping[str, Tensor]) -> None:
 
     Args:
         path: in an existing folder.
-        statistics: of `compute_diagonal_fisher` or `compute_input_grams`.
+        statistics: result of `compute_diagonal_fisher` or `compute_input_grams`.
     Raises:
         OSError: if it cannot be written.
     """

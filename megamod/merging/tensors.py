@@ -106,7 +106,7 @@ def have_same_bits(first: TensorSource, name: str, second: TensorSource, other_n
     """Return True if two tensors have the same dtype, shape and bits; read piece by piece.
 
     Args:
-        name: of the tensor in `first`; `other_name`: in `second`.
+        name: name of the tensor in `first`; `other_name`: in `second`.
     """
     spec = first.tensors[name]
     if second.tensors[other_name] != spec:
@@ -126,11 +126,11 @@ class ModelTensor:
     """One tensor of one model, for a merge method.
 
     Attributes:
-        source: the open folder; `name`: of the tensor in it.
+        source: the open folder; `name`: name of the tensor in it.
         values: parameters of the model for this tensor, such as its weight.
         cast: dtype that elements are rounded to before any computation; None: no rounding.
         rows: number of leading rows that take part; None: all.
-        number: of the model in the recipe, for random numbers.
+        number: number of the model in the recipe, for random numbers.
         statistics: open file of statistics of the model; None: there is no file.
     """
 
@@ -189,11 +189,11 @@ class MergeTensor:
     """One tensor of the result: the argument of a merge method.
 
     Attributes:
-        name: of the tensor in the result.
+        name: name of the tensor in the result.
         models: the tensor of every model, in the order of the recipe.
-        base: that of the base model; None: the recipe has no base.
+        base: tensor of the base model; None: the recipe has no base.
         values: parameters of the whole merge for this tensor.
-        seed: of all random numbers.
+        seed: seed of all random numbers.
     """
 
     name: str
@@ -252,7 +252,7 @@ class MergeTensor:
     def make_generator(self, model: ModelTensor) -> torch.Generator:
         """Make a random generator on the CPU, seeded by (seed, model, tensor).
 
-        So its numbers do not depend on threads or the order of calls, and every call starts anew.
+        So its numbers do not depend on threads or the order of calls; every call restarts them.
         """
         text = f"{self.seed}/{model.number}/{self.name}"
         digest = hashlib.sha256(text.encode()).digest()

@@ -111,7 +111,7 @@ class _TokenizerContent:
     """Tokens of a tokenizer.json.
 
     Attributes:
-        content: of the file, parsed.
+        content: content of the file, parsed.
         ids: by token, in the order of the ids.
         added: entries of `added_tokens` by token.
     """
@@ -200,7 +200,7 @@ def unite_vocabularies(
 
     Args:
         request: source of the vocabulary and of single rows.
-        folders: of the models; `template`: number of the one with the configuration.
+        folders: folders of the models; `template`: number of the one with the configuration.
         base: number of the recipe's `base_model`; None: it has no base.
     Raises:
         UserError: naming the file or token, if a tokenizer cannot be read or a row does not exist.
@@ -253,7 +253,7 @@ def _find_requested_row(
     """Find the row that a recipe names for a token, as donors to average; none: zeros.
 
     Args:
-        token: of the result, whose row `origin` gives.
+        token: token of the result, whose row `origin` gives.
         known: tokens of all models.
         where: key of the recipe, for the message.
     Raises:

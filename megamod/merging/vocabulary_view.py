@@ -31,7 +31,7 @@ class VocabularyView(TensorView):
     Args:
         number: index of the source in `folders`, which are those of all models.
         vocabulary_tensors: for each source the names of its tensors with a row for every token.
-        vocabulary: of the result.
+        vocabulary: vocabulary of the result.
     Raises:
         UserError: if a row comes from a model whose tensor is of another width.
     """

@@ -103,7 +103,7 @@ class Mixture:
         Args:
             mode: see `MODES`.
             expert_count: E.
-            rule: of the posterior; not used by "simple_average".
+            rule: rule of the posterior; not used by "simple_average".
             prior: [E], for "cached_prior"; the initial one for "updating_prior" (None: uniform).
         Raises:
             ValueError: for an unknown mode, or "cached_prior" without a prior.
@@ -173,9 +173,9 @@ def estimate_prior(
     It starts uniform, and the average so far is the prior of each next batch.
 
     Args:
-        domains: of the E experts.
+        domains: domains of the E experts.
         batches: log-probabilities [E, B, T] and masks [B, T].
-        rule: of the posterior.
+        rule: rule of the posterior.
         report_batch: called after each batch with the mixture and the results of the batch.
     Raises:
         UserError: if there is no batch.

@@ -116,7 +116,7 @@ def _sum_with_decay(values: Tensor, decay: Tensor) -> Tensor:
     """Compute s_t = decay_t s_{t-1} + values_t along the last dimension, in log2(T) passes.
 
     Args:
-        values, decay: of the same shape [..., T], that of the result; not changed.
+        values, decay: [..., T], the shape of the result; not changed.
     """
     step = 1
     while step < values.shape[-1]:

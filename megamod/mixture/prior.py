@@ -23,7 +23,7 @@ class Prior:
     """Probability of each expert before any token is seen.
 
     Attributes:
-        domains: of the experts.
+        domains: domains of the experts.
         weights: in the same order; not negative, with sum 1.
         rule: posterior rule of the estimation.
         text: text of the estimation: "data_digest", "domain", "split", "sequences"; None: unknown.
@@ -105,7 +105,7 @@ def read_prior(path: Path, domains: Sequence[str]) -> Prior:
     """Read a prior file; its weights are put into the order of `domains` and scaled to sum 1.
 
     Args:
-        domains: of the experts, exactly those that the file must name.
+        domains: domains of the experts, exactly those that the file must name.
     Raises:
         UserError: if the file cannot be read, names other domains, or has invalid weights.
     """

@@ -117,7 +117,8 @@ def make_lm_config(
 
     Args:
         model: a preset, or the folder or hub name of a model.
-        vocab_size, special_ids: of the data; the latter bos_token_id, pad_token_id, eos_token_id.
+        vocab_size, special_ids: size and ids of the data's vocabulary; the ids are bos_token_id,
+            pad_token_id and eos_token_id.
         domains: names of the data's domains, in the order of their numbers.
         untie: value of --untie; "all" (an independent model per domain) makes a dense one.
         max_positions: tokens per sequence; a folder's model may have more positions and keeps them.
@@ -202,7 +203,8 @@ def check_vocabulary_fits(
 
     Args:
         where: beginning of the message: the model and the option that named it.
-        vocab_size, special_ids: of the data; of the ids only "eos_token_id" is read.
+        vocab_size, special_ids: size and ids of the data's vocabulary; of the ids only
+            "eos_token_id" is read.
     Raises:
         UserError: with the number of the model and that of the data.
     """

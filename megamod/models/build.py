@@ -210,6 +210,6 @@ def build_encoder(
 
     Args:
         objective: "masked_lm" or "replaced_token".
-        dtype: of the weights; None: torch's default.
+        dtype: dtype of the weights; None: torch's default.
     """
     return select_pretraining_class(config, objective).from_config(config, dtype=dtype)

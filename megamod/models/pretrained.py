@@ -92,7 +92,7 @@ def check_missing_weights(
     """Refuse a model of which weights of the encoder were drawn at random.
 
     Args:
-        report: of `from_pretrained`.
+        report: loading report of `from_pretrained`.
         source: beginning of the message: the weights, and the option that named them.
     Raises:
         UserError: if more than a tenth of the elements that a stock encoder has are missing, or one
@@ -121,7 +121,7 @@ def check_all_weights_loaded(report: Mapping[str, Iterable], source: str) -> Non
     """Refuse a model that is used as it is and has weights drawn at random, a head for example.
 
     Args:
-        report: of `from_pretrained`.
+        report: loading report of `from_pretrained`.
         source: beginning of the message.
     Raises:
         UserError: if a single weight is missing or of another shape.
@@ -142,7 +142,7 @@ def check_foreign_weights(
     A type that transformers has no classes for passes, as nothing is known about its parts.
 
     Args:
-        report: of `from_pretrained`.
+        report: loading report of `from_pretrained`.
         source: beginning of the message.
     Raises:
         UserError: if more than two of the file's tensors, and more than `MAX_FOREIGN` of them, have

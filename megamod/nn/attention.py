@@ -12,7 +12,7 @@ class SelfAttention(nn.Module):
     Args:
         hidden_size, num_heads: D and H; a head has K = D / H features.
         layer: index of its keys and values in a cache.
-        dropout: of the attention weights, in training.
+        dropout: dropout rate of the attention weights, in training.
         implementation: "sdpa" (torch's fused kernel) or "eager" (plain torch).
     Raises:
         ValueError: if the heads do not divide the hidden size.

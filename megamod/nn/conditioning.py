@@ -17,7 +17,7 @@ class Film(nn.Module):
 
     Args:
         condition_size: features D of a task vector.
-        size: of the factor and of the shift.
+        size: size of the factor and of the shift.
     Source: Perez et al. 2018 (FiLM); with 1 + factor, as in the release of CA-MTL.
     """
 

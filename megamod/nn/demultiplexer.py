@@ -24,7 +24,7 @@ class SharedRsaLayers(nn.Module):
     Args:
         instances, size: N and D.
         layers: L, number of linear layers, each with a norm.
-        eps: of the norms.
+        eps: epsilon of the norms.
     """
 
     def __init__(self, instances: int, size: int, layers: int, eps: float):
@@ -53,8 +53,8 @@ class RsaDemultiplexer(nn.Module):
 
     Args:
         size: features D.
-        eps: of the last norm.
-        dropout: of the outputs of all layers but the last, in training.
+        eps: epsilon of the last norm.
+        dropout: dropout rate of the outputs of all layers but the last, in training.
     Source: Murahari et al. 2023 (MUX-PLM), section 3.1, RSA demultiplexing.
     """
 
@@ -144,7 +144,7 @@ class PrefixDemultiplexer(nn.Module):
 
     Args:
         size: features D.
-        eps: of the norm.
+        eps: epsilon of the norm.
     Source: Murahari et al. 2022 (DataMUX), section 3.2, index embeddings.
     """
 
@@ -177,8 +177,8 @@ class MlpDemultiplexer(nn.Module):
 
     Args:
         instances, size: N and D.
-        eps: of the norms.
-        dropout: of the inputs, in training.
+        eps: epsilon of the norms.
+        dropout: dropout rate of the inputs, in training.
     Source: Murahari et al. 2022 (DataMUX), section 3.2, MLP demultiplexing.
     """
 

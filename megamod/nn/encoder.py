@@ -94,7 +94,7 @@ class EncoderEmbeddings(nn.Module):
             token_type_ids: [B * N, T].
             instance_positions, mixed_positions: positions of instances, [B * N, T] or [1, T], and
                 of the multiplexed sequence, [B, T] or [1, T]; None for consecutive ones.
-            implementation: of the kernel: "triton", "reference" or "auto".
+            implementation: implementation of the kernel: "triton", "reference" or "auto".
         Returns:
             [B, T, D].
         """

@@ -109,7 +109,7 @@ def multiplex_orthogonal(x: Tensor, key: Tensor, implementation: str = "auto") -
     Args:
         x: [B, N, L, D].
         key: [N, D, D], matrices V_i, multiplied from the left.
-        implementation: of no effect; the product has no kernel of its own.
+        implementation: has no effect; the product has no kernel of its own.
     Returns:
         [B, L, D], in x's dtype.
     """
@@ -136,7 +136,7 @@ def multiplex_contextual(
         token_block, instance_block: the blocks that attend over tokens, and over instances.
         attention_mask: [B * N, L], nonzero at real tokens; None if all are.
         mask_instances: mask padding in the second attention too.
-        implementation: of the attention over instances, see `slot_attention`.
+        implementation: implementation of the attention over instances, see `slot_attention`.
     Returns:
         [B, L, D].
     Source: Murahari et al. 2023, section 3.1, contextual multiplexer; `gaussian_attention_v2`.
@@ -205,7 +205,7 @@ def multiplex_contextual_v1(
         x: [B, N, L, D].
         key: [N, D].
         token_block: attends over tokens.
-        mean_projection, norm: of the mean over the instances.
+        mean_projection, norm: layers that are applied to the mean over the instances.
     Returns:
         [B, L, D].
     Source: `gaussian_attention` of the release of Murahari et al. 2023.

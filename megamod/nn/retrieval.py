@@ -27,7 +27,7 @@ def draw_retrieved_instances(
     Args:
         group_count, length, instance_count: B, T and N.
         first_column: first position that is retrieved at.
-        device: of the result.
+        device: device of the result.
     """
     retrieved_instances = torch.randint(instance_count, (group_count, length), device=device)
     retrieved_instances[:, :first_column] = 0
@@ -131,7 +131,7 @@ class RetrievalHead(nn.Module):
 
     Args:
         size, vocab_size: features D and logits V.
-        eps: of the norm.
+        eps: epsilon of the norm.
         layers: number of shared layers to use.
         residual: each layer but the first adds its input to its output (ELECTRA; not BERT).
     Source: Murahari et al. 2023, section 3.1, and its release.
@@ -169,7 +169,7 @@ class PrefixRetrievalHead(nn.Module):
 
     Args:
         size, vocab_size: features D and logits V.
-        eps: of the norm.
+        eps: epsilon of the norm.
     """
 
     def __init__(self, size: int, vocab_size: int, eps: float):
@@ -195,7 +195,7 @@ class MlpRetrievalHead(nn.Module):
 
     Args:
         instances, size, vocab_size: N, features D and logits V.
-        eps: of the norms.
+        eps: epsilon of the norms.
         dropout: see `MlpDemultiplexer`.
     Source: the release of DataMUX.
     """

@@ -32,8 +32,8 @@ class TaskHeads(nn.Module):
     Args:
         size: features D of a state.
         sizes: outputs of each task's head.
-        kinds: of each task: "sequence", "regression" or "token".
-        dropout: of the states, in training.
+        kinds: kind of each task: "sequence", "regression" or "token".
+        dropout: dropout rate of the states, in training.
     """
 
     def __init__(self, size: int, sizes: Sequence[int], kinds: Sequence[str], dropout: float):
@@ -66,7 +66,7 @@ class TaskHeads(nn.Module):
             have the dtype's smallest value.
         """
         logits = torch.einsum("bd,bcd->bc", self.dropout(pooled), self.weight[row_task_ids])
-        return self._mask_unused(logits + self.bias[row_task_ids], row_task_ids)
+        return self._mask_unused_outputs(logits + self.bias[row_task_ids], row_task_ids)
 
     def compute_token_logits(self, states: Tensor, row_task_ids: Tensor) -> Tensor | None:
         """Compute logits [B, L, C] of token states [B, L, D], padded as by `compute_row_logits`.
@@ -76,7 +76,7 @@ class TaskHeads(nn.Module):
         if "token" not in self.kinds:
             return None
         logits = torch.einsum("bld,bcd->blc", self.dropout(states), self.weight[row_task_ids])
-        return self._mask_unused(logits + self.bias[row_task_ids][:, None], row_task_ids)
+        return self._mask_unused_outputs(logits + self.bias[row_task_ids][:, None], row_task_ids)
 
     def compute_losses(
         self,
@@ -155,7 +155,7 @@ class TaskHeads(nn.Module):
             )
         return relative
 
-    def _mask_unused(self, logits: Tensor, row_task_ids: Tensor) -> Tensor:
+    def _mask_unused_outputs(self, logits: Tensor, row_task_ids: Tensor) -> Tensor:
         """Replace logits [B, ..., C] beyond the labels of a row's task by the dtype's minimum."""
         sizes = torch.tensor(self.sizes, device=logits.device)[row_task_ids]
         used = torch.arange(logits.shape[-1], device=logits.device) < sizes[:, None]

@@ -31,8 +31,8 @@ class DecoderBlock(nn.Module):
     Args:
         feed_forward: module from [B, L, D] to [B, L, D], possibly `DomainExperts`.
         hidden_size: features D.
-        eps: of both norms.
-        dropout: of both updates before they are added, in training.
+        eps: epsilon of both norms.
+        dropout: dropout rate of both updates before they are added, in training.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ def measure_pass(
     `config`.
 
     Args:
-        config: of the model; not changed.
+        config: configuration of the model; not changed.
         build: builds the module from a configuration, called under a default dtype.
         loss: computes a scalar from the module; called on fake tensors.
         precision: "fp32", "bf16" or "fp16".

@@ -62,7 +62,7 @@ class Job:
         job_names: names of all jobs with the same requirements, including this one.
         topology: its ranks and domains.
         run, model, lora, mux, data: its arguments, with the values of the DeepSpeed file.
-        vocabulary: of the data.
+        vocabulary: vocabulary of the data.
         setting: training settings that determine memory and communication.
         steps: optimizer steps of the schedule.
         placements: slots of each job in `job_names`, ranks in order; empty for a job that has to
@@ -196,7 +196,7 @@ def _list_campaign_jobs(
     divide its micro-batches.
 
     Args:
-        domains: of the experts, unless the campaign has rounds that name them.
+        domains: domains of the experts, unless the campaign has rounds that name them.
     Raises:
         UserError: if domains are missing, the batch is not shared evenly, or a job does not fit the
             hosts.
@@ -268,8 +268,8 @@ def _make_job(
 
     Args:
         name, job_names, steps, placements: see `Job`.
-        domains: of the topology; empty: one called "text".
-        ranks: of the topology.
+        domains: domains of the topology; empty: one called "text".
+        ranks: number of ranks of the topology.
     Raises:
         UserError: where a run raises it.
     """

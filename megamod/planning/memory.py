@@ -115,7 +115,7 @@ def compute_memory(
         sizes: elements of each trained parameter that a rank holds, by name.
         frozen: elements of each frozen parameter, which has neither gradient nor optimizer state.
         topology: ranks and domains, which say how many ranks share a parameter.
-        setting: of the training.
+        setting: settings of the training.
         activations: peak activation bytes of a micro-batch.
         muon_names: names of the parameters that Muon trains, if `setting` has it.
     """

@@ -253,7 +253,7 @@ def _count_ranks_per_host(job: Job, args: PlanArgs) -> int:
     ranks or --ranks_per_node, whichever is more.
 
     Args:
-        job: of which the first placement counts; it must not be empty.
+        job: job whose first placement counts; it must not be empty.
     """
     placement = job.placements[0]
     return (

@@ -11,7 +11,7 @@ from megamod.planning.search import Proposal
 from megamod.tables import format_table
 
 
-def format_job(plan: JobPlan) -> str:
+def format_job_plan(plan: JobPlan) -> str:
     """Format a plan as a title and a table: batch, parameters, memory, traffic, time and hosts."""
     job, network, setting = plan.job, plan.network, plan.job.setting
     ranks = job.topology.world_size

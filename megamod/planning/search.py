@@ -25,7 +25,7 @@ class Proposal:
     """A setting with its memory and step time.
 
     Attributes:
-        memory: of a rank with the setting.
+        memory: memory of a rank with the setting.
         compute_seconds, communication_seconds: seconds of computation and communication per step.
         reasons: costs and savings in words.
     """

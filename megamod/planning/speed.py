@@ -47,7 +47,7 @@ def compute_traffic(
     """Compute the bytes that a rank sends per step, to all ranks and to those of its domain.
 
     Args:
-        network: of the job, for the sizes of its parameters.
+        network: model of the job, for the sizes of its parameters.
         topology, setting: the ranks and settings to compute it for, not those of the job.
     """
     # The decoder's token table, which the output head uses too.
@@ -84,7 +84,7 @@ def estimate_compute_seconds(
     Recomputation adds a forward pass, a third of the FLOPs (Korthikanti et al. 2022, section 5).
 
     Args:
-        flops_per_second: that a GPU reaches, not its peak.
+        flops_per_second: FLOP/s that a GPU reaches, not its peak.
     """
     tokens = setting.micro_batch * setting.micro_steps * network.job.data.max_seq_length
     extra = 4 / 3 if setting.checkpointing else 1.0

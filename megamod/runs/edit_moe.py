@@ -90,8 +90,8 @@ def _write_calibrated_row(
     """Write a mixture with a new router row of one expert, computed from text by the mixture.
 
     Args:
-        folder: of the mixture, which is not changed.
-        domain: of the expert.
+        folder: folder of the mixture, which is not changed.
+        domain: domain of the expert.
         args: its calibration flags are used.
         output: new folder, complete or absent.
         shard_bytes: size above which weights are split into several files.
@@ -102,7 +102,7 @@ def _write_calibrated_row(
 
     from megamod.merging.moe.edit import open_mixture, refresh_router_rows
     from megamod.models.lm.load import load_lm
-    from megamod.runs.router_rows import compute_rows, read_texts
+    from megamod.runs.router_rows import compute_router_rows, read_texts
 
     calibration = make_calibration(args)
     with ExitStack() as stack:
@@ -112,7 +112,7 @@ def _write_calibrated_row(
     domains = mixture.record.domains if calibration.centre else [domain]
     texts = read_texts(calibration, domains, folder)
     model = load_lm(folder, dtype=torch.float32)
-    rows = compute_rows(
+    rows = compute_router_rows(
         model, mixture.family.module, [texts[name] for name in domains], domains, calibration
     )
     # "own_first" and "condition" describe all rows computed here; only one of them is written.

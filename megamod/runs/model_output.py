@@ -48,7 +48,7 @@ class ModelOutputArgs(Arguments):
         """Print lines about the result, then one about its folder; nothing with --quiet.
 
         Args:
-            lines: of text, without line ends.
+            lines: lines of text, without line ends.
             is_new: False if the folder had this result before the command, so nothing was written.
         """
         if not self.quiet:

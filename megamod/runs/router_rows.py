@@ -71,7 +71,7 @@ class DomainText:
     Attributes:
         ids: [N] int64.
         origin: path of the data-bin or file.
-        digest: of the data-bin's header, or of the file.
+        digest: digest of the data-bin's header, or of the file.
     """
 
     ids: Tensor
@@ -89,7 +89,7 @@ def compute_calibrated_rows(
     loaded in float32.
 
     Args:
-        plan: of the mixture that gets the rows.
+        plan: plan of the mixture that gets the rows.
         recipe: average of the experts; each of its inputs has a domain.
     Raises:
         UserError: if a domain has no text, the text does not fit the model, or a row is zero.
@@ -103,10 +103,12 @@ def compute_calibrated_rows(
         texts = read_texts(calibration, domains, folder)
         model = load_lm(folder, dtype=torch.float32)
         of_experts = [texts[domain] for domain in domains]
-        return compute_rows(model, plan.family.feed_forward, of_experts, domains, calibration)
+        return compute_router_rows(
+            model, plan.family.feed_forward, of_experts, domains, calibration
+        )
 
 
-def compute_rows(
+def compute_router_rows(
     model: nn.Module,
     block: str,
     texts: Sequence[DomainText],
@@ -120,8 +122,8 @@ def compute_rows(
 
     Args:
         block: path of the feed-forward or sparse block in a layer.
-        texts: of each expert's domain, in the order of the experts.
-        domains: of the experts, for messages and the record.
+        texts: text of each expert's domain, in the order of the experts.
+        domains: domains of the experts, for messages and the record.
     Returns:
         rows [L, E, D] float32 on the CPU, and their record: settings, digests of the texts, per
         layer the share of each domain's tokens on which its own expert is first, and the condition
@@ -176,7 +178,7 @@ def read_texts(
     Files are tokenized by the model's tokenizer, with the id that ends a text after each item.
 
     Args:
-        folder: of the model, with its tokenizer.
+        folder: folder of the model, with its tokenizer.
     Returns:
         text by domain, at most `calibration.tokens` tokens of each.
     Raises:
@@ -219,7 +221,7 @@ def read_databin_texts(
 
     Args:
         tokens: number that is read of each domain, fewer if the split has fewer.
-        config: of the model that reads them.
+        config: configuration of the model that reads them.
         where: flag and path of the data-bin, for messages.
     Returns:
         text by domain.
@@ -399,7 +401,7 @@ def _warn_of_weak_rows(
 
     Args:
         own_first: [L, E], see `_measure_logits`.
-        condition: of each layer's rows.
+        condition: condition number of each layer's rows.
     """
     for layer, value in enumerate(condition):
         if value > CONDITION:
@@ -425,8 +427,8 @@ def format_own_first(record: Mapping[str, object], domains: Sequence[str]) -> st
     expert is first, in percent, and the condition number of the rows.
 
     Args:
-        record: of the rows, see `compute_rows`.
-        domains: of the experts, in order.
+        record: record of the rows, see `compute_router_rows`.
+        domains: domains of the experts, in order.
     """
     rows = [("layer", *domains, "condition")]
     for layer, (shares, condition) in enumerate(

@@ -152,7 +152,7 @@ def _format_calibration(folder: Path) -> str:
     moe.json.
 
     Args:
-        folder: of a mixture whose router was calibrated.
+        folder: folder of a mixture whose router was calibrated.
     """
     from megamod.merging.moe.record import read_moe_record
     from megamod.runs.router_rows import format_own_first
@@ -239,8 +239,8 @@ def _make_forest_entries(path: Path, name: str | None) -> "list[Expert]":
 
     Args:
         path: OUT of a run, or a model folder.
-        name: of the expert; None: the domain that it was trained on, or its folder's name if that
-            is not a single known domain.
+        name: name of the expert; None: the domain that it was trained on, or its folder's name if
+            that is not a single known domain.
     Raises:
         UserError: if an anchored model has several experts and `name` is given, or there is no
             model.
@@ -309,7 +309,7 @@ def _make_rows_function(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoeP
     says.
 
     Args:
-        recipe: of `_make_recipe`, whose average calibrated rows are computed on.
+        recipe: recipe of `_make_recipe`, whose average calibrated rows are computed on.
     Raises:
         UserError: if --router calibrated lacks --calibration.
     """

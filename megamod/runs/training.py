@@ -91,7 +91,7 @@ class ActiveRun:
     """A run with its engine, as evaluations need it.
 
     Attributes:
-        device: of this rank.
+        device: device of this rank.
         monitor: writes the metrics of the run.
         export: writes the present model to a folder.
         output: folder of the run.
@@ -111,9 +111,9 @@ class RunSpec:
     """Parts of a run that depend on its kind.
 
     Attributes:
-        config: of the whole model, all domains.
+        config: configuration of the whole model, all domains.
         topology: ranks and domains.
-        data_digest: of the training data; ranks and a resumed run must agree on it.
+        data_digest: digest of the training data; ranks and a resumed run must agree on it.
         tokenizer: folder that is copied into the model folder; None: the model gets none.
         card: content of the model card.
         groups: names of the losses that the log shows separately, such as domains.
@@ -132,7 +132,7 @@ class RunSpec:
         settings: further values that a resumed run must agree on.
         make_selection: from the device to the selection of a step's data, see `train.loop.train`;
             None: all data.
-        tokens_per_sample: of a language model.
+        tokens_per_sample: tokens per sample of a language model.
         write_model: writes OUT/model, from the exporter and the folder; collective. None: the model
             of the checkpoints.
     """
@@ -236,9 +236,9 @@ def _train_and_publish(
     (`lock_output`).
 
     Args:
-        settings: of the run, with the values of the DeepSpeed file.
+        settings: settings of the run, with the values of the DeepSpeed file.
         batches: this rank's micro-batches.
-        table: of the ranks, for the log.
+        table: table of the ranks, for the log.
         workers, checkpointing, compiled: see `execute_run`.
     """
     run, safety = (_find_arguments(parsed, kind) for kind in (RunArgs, SafetyArgs))
@@ -371,7 +371,7 @@ def make_monitor(
         groups, unit: see `RunSpec`.
         flops_per_token: operations of a training step per token; None: no MFU is logged.
         first_step: finished steps.
-        tokens: of this rank in a step, of a language model; otherwise 0.
+        tokens: tokens of this rank in a step of a language model; otherwise 0.
     """
     trained, frozen = {}, {}
     for name, parameter in engine.module.named_parameters():

@@ -28,9 +28,9 @@ class Service(Protocol):
     """A model to serve.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         kind: "classification", "tagging" or "completion".
-        path: of its route.
+        path: path of its route.
         group_size, max_groups: see `RequestQueue`.
         run: answers a batch of requests of the queue.
     """

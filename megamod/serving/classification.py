@@ -32,7 +32,7 @@ class ClassifierService:
 
     Args:
         pipeline: runs the model; its `batch_size` bounds the groups of a batch.
-        name: of the model.
+        name: name of the model.
     """
 
     def __init__(self, pipeline: MuxPipeline, name: str):

@@ -61,7 +61,7 @@ class CompletionRequest(Schema):
         max_tokens: longest continuation, in tokens.
         temperature: divisor of the logits; 0 selects the most probable token each time.
         top_p: total probability of the tokens to sample from.
-        seed: of the random numbers; None: drawn, and different each time.
+        seed: seed of the random numbers; None: drawn, and different each time.
         stop: texts that end the continuation.
         stream: send the text piece by piece as server-sent events.
         user: ignored.
@@ -108,7 +108,7 @@ class CompletionService:
 
     Args:
         text_generator: the model and its tokenizer.
-        name: of the model.
+        name: name of the model.
         max_tokens: most tokens that a request may ask for.
 
     Attributes:

@@ -31,7 +31,7 @@ def load_service(
 
     Args:
         model: folder or hub name; of a run's folder, its model is meant.
-        domain, prior: of a language model, see `load_text_generator`.
+        domain, prior: those of a language model, see `load_text_generator`.
         max_tokens: most tokens that a completion may ask for.
         max_batch: groups of a classifier in a forward pass.
         max_seq_length: tokens of a classifier's row; None: as in the run.yaml of its run, else 128.

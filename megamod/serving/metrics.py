@@ -80,7 +80,7 @@ class RequestCounter:
 
     Args:
         app: the application.
-        metrics: of the server.
+        metrics: metrics of the server.
         paths: paths that are counted by name; others count as "other".
     """
 

@@ -75,12 +75,13 @@ class Expert(Schema):
         path: folder of the model or LoRA adapter; absolute, once read by `open_forest`.
         member: its domain in the DEMix model of that folder; None for a whole model.
         parents: the models it was branched from; empty if from scratch or unknown.
-        seed: of its run; None: unknown.
+        seed: seed of its run; None: unknown.
         start_update: step at which it branched.
         updates: its finished steps, those of its parent up to then included.
         tokens: target tokens it was trained on itself.
         gpus: ranks it was trained on.
-        data_digest, config_digest: of its data-bin and of the settings of its run; None: unknown.
+        data_digest, config_digest: digests of its data-bin and of the settings of its run; None:
+            unknown.
     """
 
     domain: str

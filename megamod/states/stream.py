@@ -169,7 +169,7 @@ class ModelFolder:
     def compute_digest(self) -> str:
         """Compute a digest of the whole weight files, see `compute_files_digest`.
 
-        With a `member`, of those that hold its tensors. The files are read anew.
+        With a `member`, of those that hold its tensors. The files are read again.
         """
         return compute_files_digest(self.files)
 

@@ -136,7 +136,7 @@ def _parse_added_tokens(content: Mapping) -> Iterator[tuple[str, int]]:
         yield entry["content"] if isinstance(entry, dict) else str(entry), int(number)
 
 
-def _number_lines(content: list[str]) -> Iterator[tuple[str, int]]:
+def _parse_vocabulary_lines(content: list[str]) -> Iterator[tuple[str, int]]:
     """Yield token and id of a vocabulary with one token a line: the line and its number from 0."""
     for number, line in enumerate(content):
         yield line.rstrip("\r"), number
@@ -144,7 +144,7 @@ def _number_lines(content: list[str]) -> Iterator[tuple[str, int]]:
 
 # Later files win where two list a token.
 _READERS = {
-    "vocab.txt": _number_lines,
+    "vocab.txt": _parse_vocabulary_lines,
     "vocab.json": _parse_id_mapping,
     "encoder.json": _parse_id_mapping,
     "tokenizer.json": _parse_tokenizer_json,

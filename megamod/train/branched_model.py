@@ -27,7 +27,7 @@ def check_branched_model(folder: Path, config: PreTrainedConfig) -> None:
 
     Args:
         folder: model folder in the checkpoint of the other run.
-        config: of this run's model.
+        config: configuration of this run's model.
     Raises:
         UserError: with the fields that differ, or if config.json cannot be read.
     """

@@ -92,7 +92,7 @@ class Checkpoints:
         """Prepare to save and load.
 
         Args:
-            folder: of the run's checkpoints; `save` creates it.
+            folder: folder of the run's checkpoints; `save` creates it.
             engine: its model and optimizer are saved, and changed by `resume` and `load`.
             write_model: see `ModelWriter`.
             settings: values that a resumed run must repeat.
@@ -405,7 +405,7 @@ def _read_optimizer(
 
     Args:
         path: checkpoint.
-        prefix: of the names in its files, before those in the engine.
+        prefix: prefix of the names in its files, before those in the engine.
         branched: moments that the checkpoint lacks are set to zero.
     Raises:
         UserError: if elements are missing; some fragments are filled then.

@@ -62,7 +62,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
 
     Args:
         model: not yet in an engine; changed in place.
-        backend: of `torch.compile`.
+        backend: backend of `torch.compile`.
     Returns:
         the number of blocks.
     """

@@ -138,7 +138,7 @@ def compute_parallel_exchange(module: nn.Module, tokens: int) -> float:
     0 if the experts of the model are not spread over ranks.
 
     Args:
-        tokens: of the rank's micro-batches in a step.
+        tokens: number of tokens of the rank's micro-batches in a step.
     """
     layers = list(get_parallel_layers(module).values())
     if not layers:

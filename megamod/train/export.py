@@ -59,7 +59,7 @@ class Card:
         facts: further lines, by name.
         load: expression that loads the model.
         stock: True for a model that transformers loads without megamod.
-        seed: of an adapter, the folder or hub name of its seed; None: a whole model.
+        seed: seed of an adapter, the folder or hub name of its seed; None: a whole model.
     """
 
     summary: str
@@ -106,8 +106,9 @@ class ModelExport:
         """Prepare to write; nothing is written yet.
 
         Args:
-            engine: of the model to write.
-            config: of the whole model, all domains; its `architectures` and `dtype` are set.
+            engine: engine of the model to write.
+            config: configuration of the whole model, all domains; its `architectures` and `dtype`
+                are set.
             tokenizer: folder whose files are copied; None: no tokenizer.
             run_file: the run's recipe, copied.
             card: content of README.md.

@@ -42,11 +42,11 @@ class Monitor:
     written by rank 0 only.
 
     Args:
-        folder: of the run, which exists; gets metrics.jsonl and the files of a tracker.
+        folder: folder of the run, which exists; gets metrics.jsonl and the files of a tracker.
         groups: names of the losses that are logged separately, such as domains.
         unit: items that a loss is the mean over: "tokens" or "examples".
         max_steps: last step of the run.
-        flops_per_token: of a forward and backward pass; None where that is not defined.
+        flops_per_token: FLOPs of a forward and backward pass; None where that is not defined.
         peak_flops: FLOP/s of one device; None if unknown, and then no MFU is printed.
         report_to: tracker of the curves, see `open_tracker`.
         first_step: finished steps of a resumed run, else 0.
@@ -105,7 +105,7 @@ class Monitor:
         """Add a step without reading anything back from the device.
 
         Args:
-            scores: of the step's micro-batches on this rank.
+            scores: scores of the step's micro-batches on this rank.
             grad_norm: None if the update was skipped.
             data_seconds, step_seconds: time from the start of the step until its batches were read,
                 and until its end.
@@ -244,7 +244,7 @@ class Monitor:
     def _select_curves(
         self, record: Mapping[str, object], further_metrics: Mapping[str, float]
     ) -> dict[str, float]:
-        """Select the numbers of a record that a tracker draws: by name, such as `train/loss/law`."""
+        """Select the numbers of a record that a tracker draws, such as `train/loss/law`."""
         names = ("loss", "lr", "grad_norm", f"{self.unit}_per_second", *further_metrics)
         tags = {f"train/{name}": record[name] for name in names}
         tags |= {f"train/loss/{g}": value for g, value in record["loss_by_domain"].items()}

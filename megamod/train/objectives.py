@@ -60,7 +60,7 @@ class CausalLMObjective:
 
     Args:
         domains: names by number.
-        device: that of the model.
+        device: device of the model.
         selects_expert: True if the model selects an expert by the domain of the batch.
     """
 
@@ -357,9 +357,10 @@ def compute_replaced_losses(
     Args:
         item_totals: divisors in "loss" of the sums over classified, retrieved and masked tokens,
             and over those that a multiplexed generator retrieves.
-        config: of the model; the tokens of a plain ELECTRA are replaced by random ones here.
-        discriminator_weight: of a plain discriminator in "loss"; other models have it in their
-            configuration.
+        config: configuration of the model; the tokens of a plain ELECTRA are replaced by random
+            ones here.
+        discriminator_weight: weight of a plain discriminator in "loss"; other models have it in
+            their configuration.
     Returns:
         as `compute_masked_losses`; "task_loss" is the discriminator's, "recall" and "precision" are
         those of replaced tokens, and "generator_loss" is present if the model has a generator.

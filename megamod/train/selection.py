@@ -92,7 +92,7 @@ class UncertaintySelector:
         mixture: source of the candidates and of the selected rows.
         inputs: names of the fields of a batch that the model takes.
         tasks, kinds: names and kinds of all tasks, in the order of their numbers.
-        device: that of the model.
+        device: device of the model.
         scope: "local" or "global".
         dropout: score with dropout, as the release does.
         rule, regression: see `score_uncertainty`.

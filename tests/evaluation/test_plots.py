@@ -132,8 +132,8 @@ def test_heat_map_of_sixteen_long_names_is_whole(tmp_path, figures):
 
 def test_heat_map_with_gaps_and_numbers_beyond_all_measure(tmp_path, figures):
     matrix = {"a": {"x": 2.0, "y": math.inf}, "b": {"y": 3.0}}
-    assert plots.compute_ratios(matrix, ["x", "y"])[0] == [1.0, math.inf]
-    assert math.isnan(plots.compute_ratios(matrix, ["x", "y"])[1][0])
+    assert plots.compute_ratios_to_best(matrix, ["x", "y"])[0] == [1.0, math.inf]
+    assert math.isnan(plots.compute_ratios_to_best(matrix, ["x", "y"])[1][0])
     plots.plot_matrix(matrix, tmp_path / "m.png", "t")
     assert [text.get_text() for text in figures[0].axes[0].texts] == ["2.0", "inf", "–", "3.0"]
     assert figures[0].axes[0].images[0].get_clim() == (1.0, 1.05)

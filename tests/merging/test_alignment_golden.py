@@ -14,10 +14,10 @@ from megamod.merging.alignment.calibration import CalibrationBatch
 from megamod.merging.alignment.measure import measure_covariances
 from megamod.merging.alignment.options import AlignmentOptions, Calibration, CompatOptions
 from megamod.merging.alignment.permute import (
+    compute_reference_state,
     interpolate_states,
     merge_states,
     permute_state,
-    prepare_reference,
 )
 from megamod.merging.alignment.symmetry import find_symmetry
 
@@ -138,7 +138,7 @@ def test_case(name, common):
         compat = COMPAT.model_copy(update={"unmerge": unmerge})
         chosen = replace(alignment, options=options.model_copy(update={"compat": compat}))
         pair = (
-            prepare_reference(state_a, symmetry, chosen),
+            compute_reference_state(state_a, symmetry, chosen),
             permute_state(state_b, symmetry, chosen),
         )
         model = untied_model(first)

@@ -31,7 +31,11 @@ from megamod.merging.alignment.folder import PermutedFolder, find_folder_symmetr
 from megamod.merging.alignment.matching import assign_heads
 from megamod.merging.alignment.measure import load_model, measure_covariances
 from megamod.merging.alignment.options import AlignmentOptions, Calibration, CompatOptions
-from megamod.merging.alignment.permute import merge_keeping_heads, permute_state, prepare_reference
+from megamod.merging.alignment.permute import (
+    compute_reference_state,
+    merge_keeping_heads,
+    permute_state,
+)
 from megamod.merging.alignment.record import load_alignment
 from megamod.merging.alignment.statistics import CrossCovariance, average_moments
 from megamod.merging.alignment.symmetry import find_symmetry
@@ -315,7 +319,7 @@ def test_a_folder_is_read_as_if_it_were_permuted(tmp_path, monkeypatch, kind, fo
         with ModelFolder(tmp_path / "model") as stored:
             source = PermutedFolder(stored, alignment, as_reference)
             if as_reference:
-                expected = prepare_reference(model.state_dict(), symmetry, alignment)
+                expected = compute_reference_state(model.state_dict(), symmetry, alignment)
             untied = kind == "bert" and not follow
             assert (decoder in source.tensors) == untied
             assert source.config["tie_word_embeddings"] is not untied

@@ -37,10 +37,10 @@ from megamod.merging.alignment.orthogonal import (
     solve_stream_map,
 )
 from megamod.merging.alignment.permute import (
+    compute_reference_state,
     find_untied_by_alignment,
     merge_states,
     permute_state,
-    prepare_reference,
 )
 from megamod.merging.alignment.record import Alignment, list_aligned_groups, load_alignment
 from megamod.merging.alignment.refine import Refinement
@@ -128,14 +128,14 @@ def test_folded_and_mapped_models_compute_the_same(kind):
     built = random_maps(symmetry, options)
     untied = bool(find_untied_by_alignment(symmetry, built))
     for state in (
-        prepare_reference(model.state_dict(), symmetry, built),
+        compute_reference_state(model.state_dict(), symmetry, built),
         permute_state(model.state_dict(), symmetry, built),
     ):
         assert_same_function(model, state, untied)
     if kind not in LAYER_NORM:  # RMSNorms compute in float32
         return
     model = model.double()
-    for function in (prepare_reference, permute_state):
+    for function in (compute_reference_state, permute_state):
         other = copy_of(random_model(kind, 1), model.state_dict(), untied).double()
         other.load_state_dict(function(model.state_dict(), symmetry, built))
         expected = outputs(model)
@@ -382,7 +382,7 @@ def test_streams_between_post_norms_are_permuted(kind, tmp_path):
         assert all((blocks - torch.eye(4)).abs().max() > 0.1 for blocks in maps.values())
     assert not find_untied_by_alignment(symmetry, alignment)  # the output matrix stays tied
     state = first.state_dict()  # and no norm is folded
-    reference = prepare_reference(state, symmetry, alignment)
+    reference = compute_reference_state(state, symmetry, alignment)
     assert all(torch.equal(tensor, reference[name]) for name, tensor in state.items())
     alignment.save(tmp_path / "maps")
     record = json.loads((tmp_path / "maps" / "alignment.json").read_text())

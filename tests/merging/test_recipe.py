@@ -12,7 +12,7 @@ from megamod.merging.recipe import MergeRecipe, build_weighted_recipe
 from megamod.merging.recipe_file import read_recipe
 from megamod.merging.settings import (
     ParameterLookup,
-    check_parameters,
+    check_parameter_names,
     compute_relative_depths,
     look_up_parameters,
 )
@@ -32,7 +32,7 @@ def values_of(recipe: MergeRecipe, name: str, depth: float) -> tuple[dict, list[
     """Values of one tensor: of the whole merge, and of each model."""
     common = [(f"{recipe.origin}, parameters", recipe.parameters)]
     places = [(f"{recipe.origin}, {entry}", entry.parameters) for entry in recipe.inputs]
-    check_parameters([*places, *common], list_method_parameters(), recipe.method)
+    check_parameter_names([*places, *common], list_method_parameters(), recipe.method)
     each = [ParameterLookup(name, [root, *common]) for root in places]
     return look_up_parameters(METHODS[recipe.method], depth, ParameterLookup(name, common), each)
 

@@ -355,7 +355,7 @@ def _write_splits(
     `work/databin` becomes the data-bin. `work/parts/NAME.SPLIT.json` records the header entry of
     each written split. A split is complete if this record exists, has digests of blocks, and has
     the digests of both token files. Files of any other split, temporary ones too, are deleted, and
-    the split is written anew.
+    the split is written again.
 
     Args:
         sources: source of each domain.

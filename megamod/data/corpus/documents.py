@@ -208,7 +208,7 @@ def open_document_source(
             set of `datasets`, streamed or not.
         text_column: JSON key or column that holds the text.
         encoding_errors: "strict" or "replace", see `Decoding`.
-        seed: of the division of a source without splits.
+        seed: seed of the division of a source without splits.
         streaming: read data sets of the hub without storing them.
 
     Raises:

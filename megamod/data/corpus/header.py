@@ -25,7 +25,7 @@ class SplitHeader(Schema):
     Attributes:
         items: number of documents or lines.
         tokens: with the bos and eos of each item.
-        bytes: of the UTF-8 text of the items, without line ends between them.
+        bytes: number of bytes of the UTF-8 text of the items, without line ends between them.
         max_id: largest id.
         text_sha256: of the text, see `ItemCounter`.
         sha256: of the two files, by ending.

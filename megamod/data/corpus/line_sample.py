@@ -24,7 +24,7 @@ def sample_lines(
         output: folder of the files, which is created if it is absent; files of the same names are
             replaced.
         encoding_errors: "strict" or "replace", see `Decoding`.
-        seed: of the random draw.
+        seed: seed of the random draw.
     Returns:
         numbers of used and of skipped files, by name.
     Raises:

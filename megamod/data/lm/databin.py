@@ -41,8 +41,8 @@ class DataBin:
 
     Attributes:
         domains: names, in the order of preprocessing (fairseq: sorted).
-        vocab_size, bos_id, pad_id, eos_id, unk_id: of the tokenizer (fairseq: ids 0 to 3); bos_id
-            and unk_id are None if the header names none.
+        vocab_size, bos_id, pad_id, eos_id, unk_id: size and ids of the tokenizer (fairseq: ids 0 to
+            3); bos_id and unk_id are None if the header names none.
         digest: SHA-256 of the header (fairseq: of the dictionary and the indices).
 
     Args:

@@ -21,8 +21,8 @@ class LmData:
         databin: the data-bin, which has all domains.
         domains: names in the order of the run; the index of a name is its number.
         block_size: tokens per sequence.
-        special_ids: of a model's configuration, see `DataBin.special_ids`.
-        digest: of the data-bin, see `DataBin`.
+        special_ids: special ids of a model's configuration, see `DataBin.special_ids`.
+        digest: digest of the data-bin, see `DataBin`.
         vocab_size: vocabulary size of the tokenizer, plus one per domain with domain tokens.
         domain_tokens: id of the token of each domain; None without domain tokens.
 

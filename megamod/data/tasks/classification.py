@@ -77,7 +77,7 @@ class EncodedRows:
         labels: [n] int64 or float32 of rows, [T] int64 of tokens (-100: none); None: hidden.
         word_starts: for labels of words, [W] positions of the words' first tokens in each row, -1
             for words that were cut off; else None.
-        pad_id: of the tokenizer.
+        pad_id: padding id of the tokenizer.
         cut: rows that were shortened.
         longest: tokens that a row may have, which also bounds padding.
     """
@@ -261,7 +261,7 @@ class TrainRows(StepBatches):
 
     Args:
         encoded: the split.
-        seed: of the order.
+        seed: seed of the order.
         instances: N, rows of a group; a micro-batch is a multiple of it.
         division: division of a step; a micro-batch has R rows.
         pad_to: see `EncodedRows.gather_batch`.

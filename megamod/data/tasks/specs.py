@@ -46,10 +46,10 @@ class TaskSpec:
         texts: columns of the texts; of a token task the column of the words.
         label: column of the label; may be missing in test files, whose labels are hidden.
         labels: names by number; empty for regression, and if the train file decides.
-        metrics: of `METRICS`; the first one chooses the best model.
+        metrics: keys of `METRICS`; the first one selects the best model.
         files: split -> file names, of which the first that exists is read. Splits that begin with
             "dev" are scored in training, those that begin with "test" are predicted.
-        folder: of the files below the data folder.
+        folder: folder of the files below the data folder.
         headless: splits without a header line.
         skip_short: skip rows with too few columns, as QQP has them, instead of refusing them.
         skip_labels: skip rows with these labels: annotators did not agree (SNLI).
@@ -192,8 +192,8 @@ def _make_glue_task(
     """Make a task in the layout of GLUE: TSV files, and a configuration of `nyu-mll/glue`.
 
     Args:
-        folder: of the files below the data folder; also names the submission file.
-        other_fields: of `TaskSpec`, in place of those of the layout.
+        folder: folder of the files below the data folder; also names the submission file.
+        other_fields: fields of `TaskSpec`, in place of those of the layout.
     """
     task = TaskSpec(
         name=name,

@@ -89,7 +89,7 @@ def align_by_maps(
 
     Args:
         first: the reference; `second`: the model to align. Weights are not changed.
-        symmetry: of both models.
+        symmetry: permutation groups of both models.
         batches: calibration text.
         descent_rounds: rounds of the descent on the weights, at most; 0: none.
     Raises:
@@ -111,7 +111,7 @@ def align_weights_by_maps(
 
     Args:
         first, second: weights by name, of the reference and of the model to align.
-        symmetry: of both models.
+        symmetry: permutation groups of both models.
     Raises:
         UserError: if a weight is not finite.
     """
@@ -180,7 +180,7 @@ def _match_stream(
 
     Args:
         groups: those to align; without one of the stream the result is None.
-        measured: of the stream's groups; overwritten.
+        measured: statistics of the stream's groups; overwritten.
     Raises:
         UserError: if the text is too short for a map.
     """
@@ -218,7 +218,7 @@ def _improve_by_descent(
 
     Args:
         start: match of each aligned group by name.
-        rounds: of the descent, at most.
+        rounds: largest number of rounds of the descent.
     """
     groups = {group.name: group for group in list_aligned_groups(symmetry, options)}
     rotates = rotates_stream(symmetry, options)

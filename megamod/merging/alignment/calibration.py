@@ -21,7 +21,7 @@ class CalibrationBatch:
     Attributes:
         input_ids: [B, T] int64 on the CPU, padded at the end.
         lengths: [B] int64, number of tokens of each item.
-        domain: of the items, for models with experts; None: all domains.
+        domain: domain of the items, for models with experts; None: all domains.
     """
 
     input_ids: Tensor
@@ -52,7 +52,7 @@ def read_calibration_batches(
 
     Args:
         name: folder or hub id of the tokenizer.
-        config: of the model.
+        config: configuration of the model.
         calibration: names the text; its `path` must not be None.
     Returns:
         an iterator, for one pass.
@@ -97,9 +97,9 @@ def iterate_whole_batches(
     Args:
         items: token ids of each.
         batch_size: items of a batch; the last one of a pass over all items may have fewer.
-        fraction: of the items; above 1 they are repeated.
+        fraction: fraction of the items; above 1 they are repeated.
         pad_id: id of padding.
-        domain: of all items.
+        domain: domain of all items.
     Raises:
         UserError: if int(fraction * items) is less than 1.
     """

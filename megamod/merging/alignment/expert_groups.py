@@ -17,7 +17,7 @@ def expand_groups_over_experts(
 
     Args:
         tied: tensor -> tensor that it shares storage with; changed to the names of experts.
-        shapes: of the tensors as they are stored.
+        shapes: shapes of the tensors as they are stored.
     """
     named: dict[str, list[str]] = {}
     for name in shapes:
@@ -57,7 +57,7 @@ def _make_expert_group(
 
     Args:
         named: names in the model with experts, by the name in a dense model.
-        domain: of the expert; None: of all experts and the shared weights.
+        domain: domain of the expert; None: all experts and the shared weights.
     """
 
     def list_expert_tensors(tensor: str) -> list[str]:

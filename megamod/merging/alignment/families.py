@@ -12,7 +12,7 @@ class Head:
     """A layer between the last hidden states and the output: dense, activation, perhaps a norm.
 
     Attributes:
-        name: of its permutation group.
+        name: name of its permutation group.
         dense: module that produces its features.
         norm: module that normalises them; None: no norm.
         readers: modules that read them, of which a model has at most one.
@@ -31,7 +31,7 @@ class Family:
     """Module names of an architecture.
 
     Attributes:
-        prefix: of the backbone in models with a head.
+        prefix: prefix of the backbone in models with a head.
         layer: prefix of one layer, with `{}` for its number.
         query, key, value: projections of attention; one name for all three if they are one matrix.
         mixed: projection of attention back to the residual stream.

@@ -36,7 +36,7 @@ class PermutedFolder(TensorView):
 
     Args:
         source: the folder.
-        alignment: of its model to the reference.
+        alignment: alignment of its model to the reference.
         reference: this is the reference: permute nothing, only fold norms, scale features
             (`CompatOptions.scale`) and add those matrices.
     Attributes:

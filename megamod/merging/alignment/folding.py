@@ -43,7 +43,7 @@ class Folding:
     """Changes that fold the norms of a model.
 
     Attributes:
-        norms: of the model.
+        norms: norms of the model.
         readers: matrix that reads a norm -> the norm, and the axis of its features.
         biases: bias of a reader -> the matrix.
         writers: tensor that writes to the stream -> axis of its features.
@@ -60,8 +60,8 @@ class Folding:
         """Compute a tensor of the folded model, in float64; one that no norm touches is unchanged.
 
         Args:
-            name: of the tensor.
-            read: of the model as it is.
+            name: name of the tensor.
+            read: reads a stored tensor of the model by its name.
         """
         tensor = read(name).double()
         for norm in self.norms:
@@ -101,7 +101,7 @@ def find_folding(symmetry: Symmetry) -> Folding:
     """Find the norms of a pre-norm model, their readers, and the writers to the residual stream.
 
     Args:
-        symmetry: of the model, with groups of the residual stream.
+        symmetry: permutation groups of the model, with groups of the residual stream.
     Raises:
         UserError: if a norm of one expert is read by weights of all.
     """

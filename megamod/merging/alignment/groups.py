@@ -53,7 +53,7 @@ class PermutationGroup:
         producing_axes: weights that produce the features or act on each alone; `reading_axes`:
             weights that read them.
         hooks: where the features are observed; statistics of several hooks are added.
-        projections: of an attention group, where queries, keys and values are observed.
+        projections: hooks of an attention group at which queries, keys and values are observed.
         centred: observe the features of each token without their mean.
     """
 

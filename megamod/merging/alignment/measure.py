@@ -44,7 +44,7 @@ class FeatureStatistics:
     """Statistics over all batches.
 
     Attributes:
-        covariances: of each group.
+        covariances: covariances of each group.
         row_count: number of tokens that counted (sentences, at sentence level).
     """
 
@@ -105,7 +105,7 @@ def measure_covariances(
         first, second: models of one architecture on one device; rows of a covariance are features
             of the first.
         groups: whose features are observed.
-        domains: of models with experts; a batch without a domain runs through each of them.
+        domains: domains of models with experts; a batch without a domain runs through each of them.
     Raises:
         UserError: if there is no batch, or a batch does not fit the models.
     """
@@ -284,8 +284,8 @@ def _check_batch(
     """Refuse a batch that is empty, too long, or of ids or a domain that the model lacks.
 
     Args:
-        number: of the batch, for messages.
-        domains: of the model; empty: it has no experts.
+        number: number of the batch, for messages.
+        domains: domains of the model; empty: it has no experts.
     Raises:
         UserError: naming the batch.
     """

@@ -46,7 +46,7 @@ class Calibration(Schema):
 
     Attributes:
         path: text file with an item per line, or JSON lines with the key "text".
-        fraction: of its items; above 1 items are repeated.
+        fraction: fraction of its items; above 1 items are repeated.
         batch_size: items per forward pass.
         special_tokens: count the first and the last token of an item.
         sentence_level: "cls", "maxpool" and "avgpool" give one row of features per item.
@@ -85,7 +85,7 @@ class AlignmentOptions(Schema):
             refine the maps of "orthogonal".
         maps: folder that keeps the maps of "orthogonal" under a digest of models, text and options;
             they are read from it if they are there, and a killed refinement resumes.
-        seed: of the order of groups with "weight"; of what a refinement draws.
+        seed: seed of the order of groups with "weight"; of what a refinement draws.
         compat: defects of the original program.
     """
 

@@ -175,9 +175,10 @@ def match_heads(
     Query heads are reordered within their key head, in turn with the maps of the pair.
 
     Args:
-        group: of attention.
+        group: permutation group of attention.
         qk, values: products of queries and keys, and of values and their means.
-        kind: of the maps of queries and keys, see `solve_head_maps`; those of values are `FREE`.
+        kind: kind of the maps of queries and keys, see `solve_head_maps`; those of values are
+            `FREE`.
         mode: "head_perm", or "monotonic": heads stay in order.
     """
     heads, times, width = group.heads, group.queries_per_key, group.head_width
@@ -274,7 +275,7 @@ def match_observed_heads(
     Products of each pair of heads are divided by the norms of both heads' features.
 
     Args:
-        measured: of the parts that `list_observed_parts` lists; overwritten.
+        measured: statistics of the parts that `list_observed_parts` lists; overwritten.
         kind, mode: see `match_heads`.
     """
     split = []
@@ -314,11 +315,11 @@ def _compute_head_norms(
 def match_observed_stream(
     moments_by_group: Mapping[str, Moments], width: int, count: int, keeps_ones: bool
 ) -> GroupMatch:
-    """Find the map of the residual stream from all moments_by_group, each of which weighs alike.
+    """Find the map of the residual stream from the moments at all norms, each with equal weight.
 
     Args:
         moments_by_group: sums of products at each norm, by the name of its group.
-        width: of the stream; `count`: number of tokens.
+        width: width of the stream; `count`: number of tokens.
         keeps_ones: see `solve_stream_map`.
     Raises:
         UserError: if there are fewer tokens than features.

@@ -80,7 +80,7 @@ def make_axis_change(
     Args:
         axis: one of the group's.
         permutation: [C] of the features, or a soft assignment [C, C]; None: they stay in order.
-        maps: of the group by role; the change has blocks if one has the role of `axis`.
+        maps: maps of the group by role; the change has blocks if one has the role of `axis`.
     """
     index = None if permutation is None else group.make_entry_index(axis, permutation)
     blocks = maps.get(axis.role)
@@ -127,7 +127,7 @@ def scale_features(tensor: Tensor, spans: Sequence[Span], first: int = 0) -> Ten
     It is a new tensor unless there is no span.
 
     Args:
-        spans: of the whole tensor, see `find_scaled_spans`.
+        spans: spans of the whole tensor, see `find_scaled_spans`.
         first: number of the tensor's first row in the whole tensor.
     """
     tensor = tensor.clone() if spans else tensor
@@ -247,10 +247,10 @@ def transform_tensor(
     With folding or maps it is computed in float64. Integers are returned as they are.
 
     Args:
-        name: of the tensor.
+        name: name of the tensor.
         read: returns a tensor by name, before folding and changes.
         folding: None: norms stay as they are.
-        tensor_changes: of this tensor.
+        tensor_changes: changes of this tensor.
     """
     tensor = read(name)
     if not tensor.is_floating_point():
@@ -297,7 +297,7 @@ def permute_state(state: State, symmetry: Symmetry, alignment: Alignment) -> dic
     Args:
         state: weights of the model that `alignment` aligns; tensors without changes are in the
             result as they are.
-        symmetry: of the model.
+        symmetry: permutation groups of the model.
     Raises:
         UserError: if the alignment does not fit the model.
     """
@@ -305,14 +305,16 @@ def permute_state(state: State, symmetry: Symmetry, alignment: Alignment) -> dic
     return _transform_state(state, symmetry, alignment, all_changes, all_changes)
 
 
-def prepare_reference(state: State, symmetry: Symmetry, alignment: Alignment) -> dict[str, Tensor]:
+def compute_reference_state(
+    state: State, symmetry: Symmetry, alignment: Alignment
+) -> dict[str, Tensor]:
     """Compute the weights of the reference that go with those of `permute_state`.
 
     They have the same names and, if the alignment folds norms, folded norms; nothing is permuted.
 
     Args:
         state: weights of the reference; not changed.
-        symmetry: of either model.
+        symmetry: permutation groups of either model.
     Raises:
         UserError: if the alignment does not fit the model.
     """
@@ -323,18 +325,18 @@ def prepare_reference(state: State, symmetry: Symmetry, alignment: Alignment) ->
 def apply_alignment(
     model: PreTrainedModel, symmetry: Symmetry, alignment: Alignment, *, reference: bool = False
 ) -> None:
-    """Give a model in memory the weights of `permute_state`, or of `prepare_reference`.
+    """Give a model in memory the weights of `permute_state`, or of `compute_reference_state`.
 
     An output matrix that the alignment unties becomes one of its own.
 
     Args:
-        model: that `alignment` aligns; its weights are overwritten.
-        symmetry: of the model.
+        model: model that `alignment` aligns; its weights are overwritten.
+        symmetry: permutation groups of the model.
         reference: the model is the reference.
     Raises:
         UserError: if the alignment does not fit the model.
     """
-    transform = prepare_reference if reference else permute_state
+    transform = compute_reference_state if reference else permute_state
     state = transform(model.state_dict(), symmetry, alignment)
     if find_untied_by_alignment(symmetry, alignment):
         untie_output_matrix(model)
@@ -367,12 +369,13 @@ def merge_states(
     """Compute the mean of the reference and the aligned model, by name.
 
     Args:
-        first: weights of the reference; `second`: of the model that `alignment` aligns.
+        first: weights of the reference; `second`: weights of the model that `alignment` aligns.
     Raises:
         UserError: if the alignment does not fit, or integers differ.
     """
     return interpolate_states(
-        prepare_reference(first, symmetry, alignment), permute_state(second, symmetry, alignment)
+        compute_reference_state(first, symmetry, alignment),
+        permute_state(second, symmetry, alignment),
     )
 
 
@@ -392,7 +395,7 @@ def merge_keeping_heads(
         UserError: as `merge_states`.
     """
     pair = (
-        prepare_reference(first, symmetry, alignment),
+        compute_reference_state(first, symmetry, alignment),
         permute_state(second, symmetry, alignment),
     )
     for state in pair:
@@ -417,7 +420,7 @@ def _transform_state(
     """Apply `CompatOptions.scale`, add untied matrices and fold norms, then permute and map.
 
     Args:
-        all_changes: of the aligned model; they decide if matrices are untied.
+        all_changes: changes of the aligned model; they decide if matrices are untied.
         applied: the changes to apply, by tensor; none for the reference.
     """
     prepared = dict(state)

@@ -54,7 +54,7 @@ class Alignment:
             features. Not all are applied, see `find_applied_permutations`.
         costs: group -> summed similarity of matched features / (2 C): half the mean correlation.
             With `qk` the cost of an attention group is that of its queries and keys.
-        options: that the alignment was computed with.
+        options: options that the alignment was computed with.
         maps: group -> role -> [m, h, h] float64, orthogonal matrices that act on the permuted
             features, with the method "orthogonal". All groups of the residual stream have the map
             of "res.emb".
@@ -157,7 +157,8 @@ def make_identity_alignment(symmetry: Symmetry, options: AlignmentOptions) -> Al
     """Make the alignment that leaves every feature at its index; it has no costs.
 
     Args:
-        symmetry: of the model; `options`: of the alignment, which select the groups.
+        symmetry: permutation groups of the model; `options`: options of the alignment, which select
+            the groups.
     """
     groups = list_aligned_groups(symmetry, options)
     return Alignment({group.name: torch.arange(group.size) for group in groups}, {}, options)

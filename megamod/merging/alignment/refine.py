@@ -39,9 +39,9 @@ from megamod.merging.alignment.orthogonal import (
 from megamod.merging.alignment.permute import (
     AxisChange,
     apply_changes,
+    compute_reference_state,
     make_axis_change,
     permute_state,
-    prepare_reference,
 )
 from megamod.merging.alignment.record import Alignment
 from megamod.merging.alignment.symmetry import Symmetry
@@ -86,8 +86,8 @@ class Refinement:
     Args:
         first, second: the models; the second is mapped by `alignment`.
         batches: calibration text.
-        symmetry: of both models.
-        seed: of rows and shares.
+        symmetry: permutation groups of both models.
+        seed: seed of rows and shares.
         progress_file: keeps the state, so that a killed refinement can resume; None: no file.
     Raises:
         UserError: if the models are no causal language models, or the text has fewer than two rows
@@ -114,7 +114,7 @@ class Refinement:
         self._seed, self._file = seed, progress_file
         self._rows, self._held_out = _split_rows(batches, symmetry.domains)
         states = (
-            prepare_reference(first.state_dict(), symmetry, alignment),
+            compute_reference_state(first.state_dict(), symmetry, alignment),
             permute_state(second.state_dict(), symmetry, alignment),
         )
         _warn_of_low_memory(states[0])
@@ -372,7 +372,7 @@ def _split_rows(
     experts.
 
     Args:
-        domains: of the model; empty: it has no experts.
+        domains: domains of the model; empty: it has no experts.
     Raises:
         UserError: if there are fewer than two rows of two tokens.
     """

@@ -30,7 +30,7 @@ def compute_cached_alignment(
     computed, and nothing is read or written.
 
     Args:
-        options: of the alignment; those of the result.
+        options: options of the alignment; those of the result.
         states: weights of both models by name, on any device.
         batches: calibration text; empty: none.
         compute: computes the alignment. It gets the file for the state of an unfinished refinement,

@@ -45,7 +45,7 @@ class CrossCovariance:
 
     Args:
         size: C, number of features.
-        device: of the sums, and of the batches.
+        device: device of the sums and of the batches.
         stacked: multiply the stacked features of both models without subtracting means: bit for bit
             the arithmetic of the original program, whose error is 1e-5 where features are far from
             zero, at four times the cost.

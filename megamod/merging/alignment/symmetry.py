@@ -27,8 +27,8 @@ class Symmetry:
         family: module names of the architecture.
         tied: tensor -> tensor that it shares storage with.
         unknown: names of tensors whose role in the model is not known.
-        domains: of a model with experts; empty: it has none.
-        output_heads: of the model.
+        domains: domains of a model with experts; empty: it has none.
+        output_heads: output heads of the model.
         tensors: names of all tensors that are stored.
     """
 
@@ -50,7 +50,7 @@ def find_symmetry(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fa
 
     Args:
         config: its configuration, as in config.json.
-        shapes: of all its floating-point tensors, as they are stored.
+        shapes: shapes of all its floating-point tensors, as they are stored.
         qk: permute queries and keys within heads separately from values.
     Raises:
         UserError: if the architecture is not known, or a tensor is missing or does not fit the
@@ -132,8 +132,8 @@ class _ModuleNames:
     """Names and shapes of a model's modules, under the names of a dense model.
 
     Attributes:
-        prefix: of the backbone's names in this model; "" if they have none.
-        shapes: of all tensors.
+        prefix: prefix of the backbone's names in this model; "" if they have none.
+        shapes: shapes of all tensors.
     """
 
     family: Family

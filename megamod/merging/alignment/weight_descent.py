@@ -38,8 +38,8 @@ class WeightDescent:
         counted: returns True for the names of tensors that count; tied matrices may count once.
         folded: the norms of the models are folded, so they have no weights left to compare.
         keeps_ones: maps of the stream keep the vector of ones.
-        kind: of maps of queries and keys, see `solve_head_maps`.
-        mode: of heads, see `match_heads`.
+        kind: kind of maps of queries and keys, see `solve_head_maps`.
+        mode: matching mode of heads, see `match_heads`.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ def _compute_inner_product(group: PermutationGroup, products: Products, match: G
 
     Args:
         group: one of the unit.
-        products: of the unit, see `WeightDescent._compute_products`.
+        products: products of the unit, see `WeightDescent._compute_products`.
     """
     total = 0.0
     for axis, summed in products.values():

@@ -88,7 +88,7 @@ def _has_statistic(target: MergeTensor, suffix: str, square: bool | None) -> boo
     """Return True if all models have this statistic of the tensor, False if none has.
 
     Args:
-        suffix: of the statistic's name, after that of the tensor.
+        suffix: end of the statistic's name, after the name of the tensor.
         square: it is a Gram matrix of the last axis (True) or the first (False); None: it has the
             shape of the tensor.
     Raises:

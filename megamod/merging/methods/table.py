@@ -55,7 +55,7 @@ def method(name: str, **fields: object) -> Callable[[MergeFunction], MergeFuncti
     """Make a decorator that enters a function into `METHODS`, and returns it unchanged.
 
     Args:
-        name: of the method in recipes; a method of that name is replaced.
+        name: name of the method in recipes; a method of that name is replaced.
         fields: attributes of `Method`.
     """
 

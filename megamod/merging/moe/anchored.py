@@ -28,7 +28,7 @@ def read_trained_rows(plan: MoePlan) -> RouterRows:
     """Read the router rows of anchored experts and of their anchor, in the order of the experts.
 
     Args:
-        plan: of a mixture, one of whose models is read as the anchor itself (a model without
+        plan: plan of a mixture, one of whose models is read as the anchor itself (a model without
             `member`).
     Raises:
         UserError: naming the first tensor of the anchor that differs, and both folders; or layer
@@ -55,7 +55,7 @@ def _iterate_rows(folder: ModelFolder, plan: MoePlan, name: str) -> Iterator[Ten
     """Yield one expert's router row [D] of each layer, in the stored dtype.
 
     Args:
-        name: of the row's tensor in a feed-forward, such as `experts.law.row` or `anchor_row`.
+        name: name of the row's tensor in a feed-forward, such as `experts.law.row` or `anchor_row`.
     """
     for layer in range(plan.layers):
         yield folder.read(f"{LAYERS}.{layer}.{FEED_FORWARD}.{name}")

@@ -27,7 +27,7 @@ def find_moe_family(folder: Path, config: Mapping[str, object]) -> tuple[str, Mo
     """Find the model type and family of the mixture that holds experts of a dense model.
 
     Args:
-        folder: of the dense model, for messages; `config`: its config.json.
+        folder: folder of the dense model, for messages; `config`: its config.json.
     Raises:
         UserError: if transformers has no class with the same layers.
     """
@@ -65,7 +65,7 @@ def build_moe_config(
     """Build config.json of the mixture, every field written out, as defaults of classes differ.
 
     Args:
-        folder: of the dense model, for messages; `config`: its config.json.
+        folder: folder of the dense model, for messages; `config`: its config.json.
         experts: number E of experts.
         experts_per_token: number of experts that the router selects for a token.
     Raises:
@@ -78,16 +78,16 @@ def build_moe_config(
     for name in (*_list_declared_fields(type(dense)), *_CARRIED):
         value = values.get(name, getattr(dense, name, None))
         if name == "use_sliding_window" and value:
-            _refuse_field(folder, kind, name, value)
+            _raise_unsupported_field(folder, kind, name, value)
         if name in known or (name in _CARRIED and value is not None):
             fields[name] = value
         elif name == "layer_types":
             if value is not None and set(value) != {_FULL}:
-                _refuse_field(folder, kind, name, sorted(set(value)))
+                _raise_unsupported_field(folder, kind, name, sorted(set(value)))
         elif name in (*WITHOUT_EFFECT, *_CARRIED, _ROTARY):
             continue
         elif value not in NEUTRAL.get(name, ()):
-            _refuse_field(folder, kind, name, value)
+            _raise_unsupported_field(folder, kind, name, value)
     rotary = getattr(dense, _ROTARY, None)
     if rotary is not None:
         fields[_ROTARY] = rotary
@@ -121,7 +121,7 @@ def _list_declared_fields(kind: type[PreTrainedConfig]) -> list[str]:
     )
 
 
-def _refuse_field(folder: Path, kind: str, name: str, value: object) -> None:
+def _raise_unsupported_field(folder: Path, kind: str, name: str, value: object) -> None:
     """Raise UserError for a field of the dense model that a mixture of type `kind` cannot have."""
     raise UserError(
         f"{folder}: {name} is {value!r}, which a {kind} cannot have, so its layers would not "

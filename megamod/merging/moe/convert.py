@@ -45,7 +45,7 @@ def convert_to_moe(
         recipe: average of the models, all with a domain; their order is that of the experts.
         output: new folder, complete or absent; None with `dry_run`.
         make_rows: computes the router rows, after all checks and before anything is written.
-        data_digests: of each expert's data; None: unknown.
+        data_digests: digest of each expert's data; None: unknown.
         experts_per_token: number of experts that the router selects for a token.
         anchor: see `make_moe_plan`.
         shard_bytes: size above which weights are split into several files.

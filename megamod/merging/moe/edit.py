@@ -1,6 +1,6 @@
 """Changes of single experts of a mixture on disk; all other experts keep their bits.
 
-A mixture is written anew, streamed: without an expert (`drop`), with another model's feed-forwards
+A new mixture is written, streamed: without an expert (`drop`), with another model's feed-forwards
 in place of an expert's (`upgrade`), or with another router row (`refresh`).
 """
 
@@ -81,8 +81,8 @@ def drop_expert(
     A router that selects as many experts per token as there were selects all that remain.
 
     Args:
-        folder: of the mixture; `output`: new folder, complete or absent.
-        domain: of the expert, the value of --drop.
+        folder: folder of the mixture; `output`: new folder, complete or absent.
+        domain: domain of the expert, the value of --drop.
         keep_influence: allow mixtures whose other weights depend on the expert.
         shard_bytes: size above which weights are split into several files.
     Returns:
@@ -135,7 +135,7 @@ def _remove_from_router_record(
     """Return the entries "texts" and "own_first" of a calibrated router's record without an expert.
 
     Args:
-        number: of the expert; `domain`: its name.
+        number: number of the expert; `domain`: its name.
     """
     texts = {name: text for name, text in router["texts"].items() if name != domain}
     shares = [[s for n, s in enumerate(row) if n != number] for row in router["own_first"]]
@@ -150,8 +150,8 @@ def upgrade_expert(
     Router rows stay. The original does not change.
 
     Args:
-        folder: of the mixture; `output`: new folder, complete or absent.
-        domain: of the expert that is replaced.
+        folder: folder of the mixture; `output`: new folder, complete or absent.
+        domain: domain of the expert that is replaced.
         expert: model, or expert of a DEMix model, whose feed-forwards are copied.
         shard_bytes: size above which weights are split into several files.
     Raises:
@@ -213,8 +213,8 @@ def refresh_router_rows(
     The original does not change.
 
     Args:
-        folder: of the mixture; `output`: new folder, complete or absent.
-        domain: of the expert.
+        folder: folder of the mixture; `output`: new folder, complete or absent.
+        domain: domain of the expert.
         rows: [L, D] of the expert, any dtype; `router`: their origin, for moe.json.
         shard_bytes: size above which weights are split into several files.
     Raises:
@@ -310,8 +310,9 @@ class _Role:
             "entries" (an entry or row of the router per expert).
         layer: number of the layer; None outside of sparse blocks.
         expert: number of the expert of an "expert".
-        name: of the tensor, for an "expert" with `{e}` in place of its number.
-        parts: of a dense feed-forward that an expert's tensor is made of, one after the other.
+        name: name of the tensor, for an "expert" with `{e}` in place of its number.
+        parts: parts of a dense feed-forward that an expert's tensor is made of, one after the
+            other.
     """
 
     kind: str
@@ -361,13 +362,15 @@ def _plan_tensors(
             yield name, _EditedTensor(spec, (_Segment(source, name, 0, spec.numel),))
         elif role.kind == "expert":
             for number, expert in enumerate(order if role.expert == 0 else ()):
-                segments = _list_segments(source, role, expert, dense, spec.numel)
+                segments = _list_expert_segments(source, role, expert, dense, spec.numel)
                 yield role.name.format(e=number), _EditedTensor(spec, segments)
         elif role.kind == "experts":
             segments = tuple(
                 segment
                 for expert in order
-                for segment in _list_segments(source, role, expert, dense, spec.numel // count)
+                for segment in _list_expert_segments(
+                    source, role, expert, dense, spec.numel // count
+                )
             )
             yield (
                 name,
@@ -386,7 +389,7 @@ def _plan_tensors(
             yield name, _EditedTensor(TensorSpec(spec.dtype, shape), segments)
 
 
-def _list_segments(
+def _list_expert_segments(
     source: ModelFolder, role: _Role, expert: int | ModelFolder, dense: str, size: int
 ) -> tuple[_Segment, ...]:
     """List the segments of one expert's tensor, of `size` elements.

@@ -94,9 +94,10 @@ def _split_experts(
     A family whose files have the fused tensor too gets it whole.
 
     Args:
-        name, spec: of the fused tensor.
+        name, spec: name and specification of the fused tensor.
         block: prefix of the names in files.
-        parts: of a feed-forward, such as gate and up, whose rows follow one another in each expert.
+        parts: parts of a feed-forward, such as gate and up, whose rows follow one another in each
+            expert.
     """
     for target, covered in family.tensors.items():
         if "{e}" not in target and covered == parts:

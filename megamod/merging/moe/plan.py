@@ -43,7 +43,8 @@ class MoePlan:
         family: names and fields of its class.
         shared: origin of the tensors outside of feed-forwards: "averaged", "asserted" (bit-equal in
             all models) or "one model" (the experts are those of one DEMix model).
-        tensors, specs: of the mixture, by name; `files`: names of the tensors in each file.
+        tensors, specs: origins and specifications of the mixture's tensors, by name; `files`: names
+            of the tensors in each file.
         config: content of its config.json.
     """
 
@@ -197,7 +198,7 @@ def _plan_shared_as_copies(dense: MergePlan, tensors: Mapping[str, MoeTensor]) -
     model and not averaged.
 
     Args:
-        tensors: of the mixture.
+        tensors: tensors of the mixture.
     """
     plans = dict(dense.tensor_plans)
     for tensor in tensors.values():
@@ -235,7 +236,7 @@ def compute_moe_tensor(plan: MoePlan, rows: Tensor, name: str) -> Iterator[Tenso
 
     Args:
         rows: [L, E, D] router rows of all layers.
-        name: of the tensor.
+        name: name of the tensor.
     Raises:
         UserError: if an averaged element is not finite.
     """

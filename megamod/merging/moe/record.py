@@ -39,10 +39,10 @@ class ExpertRecord(Schema):
 
     Attributes:
         domain: its name in the mixture.
-        path: of the model it was copied from; `member`: its domain there, in a DEMix model.
+        path: path of the model it was copied from; `member`: its domain there, in a DEMix model.
         weight: share in the average of the other weights; None: they are no average.
-        digest: of that model's weights, as `compute_files_digest` gives it.
-        data_digest: of the data-bin it was trained on; None: unknown.
+        digest: digest of that model's weights, as `compute_files_digest` gives it.
+        data_digest: digest of the data-bin it was trained on; None: unknown.
     """
 
     domain: str
@@ -57,7 +57,7 @@ class MoeRecord(Schema):
     """Content of moe.json.
 
     Attributes:
-        model_type: that of config.json.
+        model_type: model type of config.json.
         shared: origin of the weights outside of feed-forwards, see `MoePlan.shared`.
         experts: in the order of their numbers.
         router: origin of the router rows: their "kind", and entries of that kind.
@@ -80,7 +80,7 @@ class MoeRecord(Schema):
         """Find the number of a domain's expert, from 0.
 
         Args:
-            folder: of the mixture, for messages.
+            folder: folder of the mixture, for messages.
         Raises:
             UserError: if the mixture in `folder` has none.
         """

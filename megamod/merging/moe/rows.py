@@ -36,8 +36,8 @@ def initialise_router_rows(plan: MoePlan, seed: int) -> RouterRows:
     many layers there are.
 
     Args:
-        plan: of the mixture, for numbers of layers, experts and features.
-        seed: of the generators.
+        plan: plan of the mixture, for numbers of layers, experts and features.
+        seed: seed of the generators.
     """
     spread = float(plan.config.get("initializer_range", 0.02))
     rows = torch.empty(plan.layers, plan.experts, plan.width)
@@ -53,7 +53,7 @@ def read_router_rows_file(plan: MoePlan, path: Path) -> RouterRows:
     """Read rows from the tensor `rows` [L, E, D] of a safetensors file, into float32.
 
     Args:
-        plan: of the mixture, whose numbers L, E and D the tensor must have.
+        plan: plan of the mixture, whose numbers L, E and D the tensor must have.
         path: value of --router_file, for messages too.
     Raises:
         UserError: if the file cannot be read or lacks the tensor; naming the shape, if it is
@@ -78,7 +78,7 @@ def check_router_rows(rows: Tensor, origin: str) -> None:
     """Refuse router rows [L, E, D] of which one is zero or not finite.
 
     Args:
-        origin: of the rows, for the message.
+        origin: origin of the rows, for the message.
     Raises:
         UserError: naming `origin`, layer and expert of the first such row.
     """

@@ -249,7 +249,7 @@ def load_from_encoder(
 
     Args:
         source: folder or name on the hub, of BERT or of a CA-MTL model.
-        load_last_block: False: with the variant "base" draw the last block's weights anew, as the
+        load_last_block: False: with the variant "base" reinitialise the last block, as the
             release does, where the names of that block do not match BERT's.
     Returns:
         the model in float32; names of parameters by "loaded", "new" and "unused" (in the file

@@ -97,9 +97,9 @@ def add_new_adapter(model: PreTrainedModel, fields: Mapping[str, object], seed: 
 
     Args:
         model: changed in place.
-        fields: of a `LoraConfig`, as `make_lora_fields` makes them.
-        seed: of its first matrices; equal seeds give equal ones. torch's global generator is left
-            as it was.
+        fields: fields of a `LoraConfig`, as `make_lora_fields` makes them.
+        seed: seed of its first matrices; equal seeds give equal ones. torch's global generator is
+            left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -113,7 +113,7 @@ def add_adapter_without_storage(model: PreTrainedModel, fields: Mapping[str, obj
 
     Args:
         model: changed in place.
-        fields: of a `LoraConfig`, as `make_lora_fields` makes them.
+        fields: fields of a `LoraConfig`, as `make_lora_fields` makes them.
     """
     # peft moves new layers to the device of the model, which tensors without storage do not allow:
     # they are made outside the mode, on the meta device (low_cpu_mem_usage), and then replaced.
@@ -169,7 +169,7 @@ def add_adapter(model: PreTrainedModel, folder: Path) -> str:
 
     Args:
         model: changed in place; after an error it may have layers of the adapter.
-        folder: of the adapter.
+        folder: folder of the adapter.
     Returns:
         the name that `select_adapter` takes: "adapter_0", "adapter_1", ...
     Raises:
@@ -211,8 +211,8 @@ def add_uninitialised_adapter(
 
     Args:
         model: changed in place.
-        name: of the adapter in the model.
-        fields: of its `LoraConfig`.
+        name: name of the adapter in the model.
+        fields: fields of its `LoraConfig`.
     """
     _inject_adapter(model, fields, name)
     select_adapter(model, name)
@@ -269,7 +269,7 @@ def _inject_adapter(
     Only the adapter's weights require gradients then.
 
     Args:
-        fields: of the `LoraConfig`.
+        fields: fields of the `LoraConfig`.
         options: further arguments of peft's `inject_adapter_in_model`.
     """
     from peft import PeftConfig, inject_adapter_in_model
@@ -295,7 +295,7 @@ def _check_adapted_layers(
 
     Args:
         weights: the adapter's tensors, by their names in its file.
-        folder: of the adapter, for messages.
+        folder: folder of the adapter, for messages.
     Raises:
         UserError: for such an adapter, and for one of layers that the model does not have.
     """

@@ -20,7 +20,7 @@ def initialise_module_weights(
     file.
 
     Args:
-        config: of the model, for its hidden size.
+        config: configuration of the model, for its hidden size.
         generator: None for torch's global one.
     """
     if isinstance(module, SelfAttention):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def compute_document_positions(input_ids: Tensor, end_id: int) -> Tensor:
-    """Compute positions [B, L] that begin anew at every end of text.
+    """Compute positions [B, L] that restart at 0 at every end of text.
 
     Stock models with rotary or GPT-2's positions read the borders of documents off them.
 
@@ -42,7 +42,7 @@ def make_additive_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         positions: [B, L], result of `compute_document_positions`.
-        dtype: of the mask: that of the scores.
+        dtype: dtype of the mask: that of the scores.
     """
     allowed = compute_document_mask(positions)
     zeros = torch.zeros(allowed.shape, dtype=dtype, device=positions.device)

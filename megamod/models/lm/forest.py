@@ -338,7 +338,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
 
         Args:
             expert_indices: positions in `config.experts`.
-            expert_caches: of the same experts, in the same order.
+            expert_caches: caches of the same experts, in the same order.
             input_ids, position_ids: [B, L], the new tokens.
             attention_mask: [B, S], cached tokens included; None if all are real.
             shift_labels: [B, L], the token to score after each position, -100 for none; or None.

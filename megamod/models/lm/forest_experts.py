@@ -21,7 +21,7 @@ class LoadedExpert:
     """An expert in memory: call `model(..., domain=member)`, also where member is None.
 
     Attributes:
-        domain: of the expert in its forest.
+        domain: domain of the expert in its forest.
         model: holds the expert, and maybe others.
         member: name of the expert in the model, see `prepare_expert`; None: the model is it.
     """
@@ -118,7 +118,7 @@ def load_lm_for_scoring(
     """Load a model folder for scoring, in evaluation mode.
 
     Args:
-        folder: of a model, or of a LoRA adapter, which is put into its seed.
+        folder: folder of a model, or of a LoRA adapter, which is put into its seed.
         members: domains whose experts to load; domains that the model does not have are skipped,
             and if none is left all experts are loaded.
         kwargs: passed to `from_pretrained`, such as dtype.
@@ -147,7 +147,7 @@ def check_member(expert: Expert, config: PreTrainedConfig) -> None:
 def prepare_expert(model: LanguageModel, expert: Expert, experts: Sequence[Expert]) -> str | None:
     """Return the name that selects an expert in the model that holds it.
 
-    An adapter is added to the model first, and stays selected; each call adds it anew. `SEED`
+    An adapter is added to the model first, and stays selected; each call adds it again. `SEED`
     selects the seed itself, if adapters of it are among the experts; otherwise the name is the
     expert's `member`, None if the expert is the whole model.
 

@@ -315,7 +315,7 @@ def make_host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[Pre
     The model class is registered with `AutoModelForCausalLM`. Later calls return the same classes.
 
     Args:
-        model_type: of the stock family.
+        model_type: model type of the stock family.
     Raises:
         ValueError: if the family is not in `HOSTS`.
     """

@@ -61,7 +61,7 @@ HOSTS: dict[str, Host] = {
 
 DOCUMENTS_BY_MASK = ("bloom", "falcon", "mpt", "opt", "xglm", "biogpt")
 """Families that need a mask to stop attention at documents: they do not read the borders off
-`position_ids` that begin anew within a row."""
+`position_ids` that restart within a row."""
 
 UNTIE_OF_HOSTS = ("none", "feedforward", "feedforward_every_other", "feedforward_top")
 """Parts of a stock model that can exist once per domain: those inside single layers."""
@@ -71,7 +71,7 @@ def find_layers_path(config: object) -> str | None:
     """Find the path of the list of decoder layers; None for a family without a row.
 
     Args:
-        config: of a stock model, or of the project's GPT.
+        config: configuration of a stock model, or of the project's GPT.
     """
     kind = getattr(config, "host", config.model_type)
     return "model.layers" if kind == "demix" else HOSTS[kind].layers if kind in HOSTS else None

@@ -100,7 +100,7 @@ def build_lm(
     """Build a language model with float32 weights, new ones or those of a folder.
 
     Args:
-        config: of the model to build; with experts if it has domains.
+        config: configuration of the model to build; with experts if it has domains.
         seed: random seed of new weights; shared weights depend on it alone, and not on the experts
             that are held.
         init_from: model folder to take the weights from; None: new weights. Each expert starts as a
@@ -177,7 +177,7 @@ def load_lm(
     is loaded and the adapter is put into it.
 
     Args:
-        folder: of a model or a LoRA adapter.
+        folder: folder of a model or a LoRA adapter.
         config: configuration to load the weights into; None: the folder's own. If it has experts
             and the folder is dense, each expert of a stock model starts as a copy of the dense
             feed-forward.

@@ -20,8 +20,8 @@ class MoeFamily:
     Attributes:
         architecture: name of the class.
         block: path of the sparse block in a layer, in weight files; `module`: in memory.
-        router: path of the router in the block, in memory; `row_name`: of its weight [E, D], in
-            files.
+        router: path of the router in the block, in memory; `row_name`: name of its weight [E, D],
+            in files.
         tensors: name in the block -> parts of the dense feed-forward, in files. A name with `{e}`
             is one tensor per expert; the others have all experts along a first axis, parts along
             the rows.

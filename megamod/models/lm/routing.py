@@ -129,7 +129,7 @@ def check_router_training(where: str, config: PreTrainedConfig) -> None:
 
     Args:
         where: beginning of the message: the option or the folder.
-        config: of a mixture in `MOE_FAMILIES`.
+        config: configuration of a mixture in `MOE_FAMILIES`.
     Raises:
         UserError: if a token has one expert whose weight is always 1.
     """

@@ -91,7 +91,7 @@ class PlainGenerator(nn.Module):
     """ELECTRA's generator, which does not multiplex rows; attention masks padding.
 
     Args:
-        config: of the generator, see `MuxElectraConfig.make_generator_config`.
+        config: configuration of the generator, see `MuxElectraConfig.make_generator_config`.
         own_embeddings: False if embeddings are passed to `compute_decoder_inputs`.
     """
 

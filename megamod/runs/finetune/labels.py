@@ -25,8 +25,8 @@ def order_labels(names: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]
     two do not have the same labels.
 
     Args:
-        names: of the model's labels; capitals do not matter.
-        labels: of the task.
+        names: names of the model's labels; capitals do not matter.
+        labels: labels of the task.
     """
     spelled = make_label_normaliser(labels)
     ordered = tuple(spelled(name) or "" for name in names)
@@ -71,7 +71,7 @@ def match_labels_to_model(config: PreTrainedConfig, spec: TaskSpec, *, trained: 
     return spec
 
 
-def set_labels(config: PreTrainedConfig, spec: TaskSpec) -> None:
+def set_config_labels(config: PreTrainedConfig, spec: TaskSpec) -> None:
     """Write the labels of a task and its kind of problem into the configuration of its model.
 
     A regression has one label, with the default name.

@@ -95,9 +95,9 @@ class ManyTasksModel(FinetuneModel):
         frozen.
 
         Args:
-            seed: of the weights that are not loaded.
-            folder: of the run, which exists; rank 0 writes start.json there, the names of loaded,
-                new and unused tensors. None: no file.
+            seed: seed of the weights that are not loaded.
+            folder: folder of the run, which exists; rank 0 writes start.json there, the names of
+                loaded, new and unused tensors. None: no file.
         Raises:
             UserError: as `load_from_encoder`, or if weights are missing and the run does not train.
         """
@@ -226,8 +226,8 @@ def _list_specs(
     They are those of --tasks, else those of the model, else the nine of GLUE.
 
     Args:
-        ca_mtl_config: of the CA-MTL model of --model, whose tasks decide the order; None: a new
-            model around an encoder.
+        ca_mtl_config: configuration of the CA-MTL model of --model, whose tasks decide the order;
+            None: a new model around an encoder.
     Raises:
         UserError: for an unknown task, one that is listed twice, or other tasks than the model has.
     """
@@ -316,7 +316,7 @@ def _build_config(
     Args:
         source: configuration of the encoder; None: the named size of --config_name.
         specs: tasks in the order of their ids.
-        vocab_size: of an encoder of a named size.
+        vocab_size: vocabulary size of an encoder of a named size.
     Raises:
         UserError: for settings that the configuration refuses, or a length above the positions.
     """

@@ -23,7 +23,7 @@ class FinetuneModel(Protocol):
     Attributes:
         tasks: in the order of their ids; one task is a list of one.
         has_many_tasks: the model is made for any number of tasks, even if it has one.
-        config: of the model, with the labels of the tasks.
+        config: configuration of the model, with the labels of the tasks.
         inputs: names of the fields of a batch that the model takes.
         instances: N, rows that share a forward pass.
         pad_to: see `EncodedRows.gather_batch`.
@@ -44,7 +44,8 @@ class FinetuneModel(Protocol):
         with the seed.
 
         Args:
-            folder: of the run that trains it; rank 0 may write a record there. None: no record.
+            folder: folder of the run that trains it; rank 0 may write a record there. None: no
+                record.
         Raises:
             UserError: if the weights cannot be loaded, or are not complete and not to be trained.
         """
@@ -71,8 +72,8 @@ class FinetuneModel(Protocol):
         """Return the training micro-batches of a rank, with a `digest` of all rows.
 
         Args:
-            division: of the global batch over the ranks, as seen from this one.
-            seed: of the order of the rows.
+            division: division of the global batch over the ranks, as seen from this one.
+            seed: seed of the order of the rows.
         Raises:
             UserError: if rows cannot be divided so.
         """

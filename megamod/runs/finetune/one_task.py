@@ -26,7 +26,7 @@ from megamod.models.classifier_inputs import (
 )
 from megamod.models.pretrained import check_all_weights_loaded, load_pretrained
 from megamod.runs.finetune.args import OneTaskArgs, TaskArgs, WordArgs
-from megamod.runs.finetune.labels import set_labels
+from megamod.runs.finetune.labels import set_config_labels
 from megamod.runs.finetune.model import FinetuneModel
 from megamod.runs.finetune.source import (
     load_matching_tokenizer,
@@ -164,7 +164,7 @@ def prepare_one_task_model(
     if stage.metric_for_best_model is not None:
         others = [name for name in spec.metrics if name != stage.metric_for_best_model]
         spec = replace(spec, metrics=(stage.metric_for_best_model, *others))
-    set_labels(config, spec)
+    set_config_labels(config, spec)
     _set_retrieval_loss(config, stage)
     set_dropout(config, stage.dropout)
     is_fixed = args.pad_to_max_length

@@ -55,11 +55,11 @@ class Results(Schema):
     """Content of results.json of a finetuning run.
 
     Attributes:
-        task: of a run on one task; `tasks`, `variant`: of a run on many.
-        rows: number of rows by split, of many tasks by task and split; `cut_rows`: of those that
-            were cut to --max_seq_length.
+        task: task of a run on one; `tasks`, `variant`: those of a run on many.
+        rows: number of rows by split, of many tasks by task and split; `cut_rows`: number of those
+            that were cut to --max_seq_length.
         model: value of --model or --config_name.
-        metric: that selects the best model.
+        metric: name of the metric that selects the best model.
         seeds: by seed.
         mean, deviation: over seeds, of each score.
         task_score, instances_per_second: means over seeds; None: nothing was scored.

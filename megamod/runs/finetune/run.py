@@ -229,7 +229,7 @@ class _DevEvaluation:
     Every rank calls it; rank 0 saves the records of all evaluations.
 
     Args:
-        model, run: of the run, whose engine, monitor and exporter are in `running`.
+        model, run: model and flags of the run, whose engine, monitor and exporter are in `running`.
         best: gets every evaluation.
     """
 
@@ -264,7 +264,7 @@ def _make_evaluation(
     """Return the record of an evaluation, with the rows per second of this rank's forward passes.
 
     Args:
-        scores: of the dev splits; `predictors`: that computed them, one per task.
+        scores: scores of the dev splits; `predictors`: computed them, one per task.
         step: finished steps.
     """
     speed = float(np.mean([predictor.instances_per_second for predictor in predictors]))

@@ -121,7 +121,7 @@ def predict_splits(
         predictors: one per task, see `make_predictors`.
         run: its batch size of evaluation and its seed are used.
         kind: beginning of the splits' names.
-        folder: of the files, created if needed.
+        folder: folder of the files, created if needed.
     Returns:
         the scores of the splits whose labels are known, by task.
     """

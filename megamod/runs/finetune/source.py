@@ -62,8 +62,8 @@ def load_matching_tokenizer(
     """Load the tokenizer of an encoder and check that it fits the encoder.
 
     Args:
-        config: of the model, which must have an embedding for every id; None: it is built later,
-            from the size of this vocabulary.
+        config: configuration of the model, which must have an embedding for every id; None: it is
+            built later, from the size of this vocabulary.
         model: folder or hub name of the model; None: it is built from scratch.
         tokenizer: folder or hub name; None: that of the model.
     Raises:

@@ -88,7 +88,7 @@ def open_task(
 
     Args:
         data_dir: folder of the files; None: the hub.
-        config: of the classifier.
+        config: configuration of the classifier.
         trained: the model answers the task already, so its labels must be the task's; their order
             is the model's.
         label_all: see `encode_words`.
@@ -117,8 +117,8 @@ def read_rows(
 
     Args:
         data_dir: folder of the files; None: the hub.
-        labels: of a trained model; they take the place of those of a task of labels of words, and
-            have no effect for other tasks. Empty: none.
+        labels: labels of a trained model; they take the place of those of a task of labels of
+            words, and have no effect for other tasks. Empty: none.
     Returns:
         the task with its labels, and the rows by split.
     Raises:

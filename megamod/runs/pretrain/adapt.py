@@ -129,7 +129,7 @@ def _build_run_spec(
     collective.
 
     Args:
-        data: of the new domain alone.
+        data: data of the new domain alone.
         topology: ranks, with the new domain as the only one.
     Raises:
         UserError: as `build_dense_config`.
@@ -159,7 +159,7 @@ def _build_run_spec(
         topology=topology,
         data_digest=data.digest,
         tokenizer=data.tokenizer_folder,
-        card=_make_card(args, start, data.digest),
+        card=_make_adapted_card(args, start, data.digest),
         groups=data.domains,
         unit="tokens",
         make_batches=lambda division: data.build_train_batches(
@@ -187,7 +187,7 @@ def write_model_with_new_expert(
     collective.
 
     Args:
-        expert: of a model with experts, from which the training started.
+        expert: expert of a model with experts, from which the training started.
         domain: name of the new expert.
         export: writes the trained dense model.
         folder: exists and is empty.
@@ -298,7 +298,7 @@ def _read_start_perplexity(output: Path, domain: str) -> float | None:
     return scores[-1] if scores else None
 
 
-def _make_card(args: AdaptArgs, start: AdaptationStart, data_digest: str) -> Card:
+def _make_adapted_card(args: AdaptArgs, start: AdaptationStart, data_digest: str) -> Card:
     """Return the model card: the domain, the expert it started from, and the digest of its data."""
     facts = {
         "adapted to the domain": args.domain,

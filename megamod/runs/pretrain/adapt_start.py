@@ -190,10 +190,10 @@ def estimate_expert_weights(
     """Estimate the prior of the experts on the new domain's valid split; collective.
 
     Args:
-        data: of the new domain alone.
+        data: data of the new domain alone.
         sequences: number of sequences, from the first one.
         batch_size: sequences per forward pass, rounded up to whole batches of the protocol.
-        device: of this rank; experts are loaded there.
+        device: device of this rank; experts are loaded there.
     Returns:
         [E] weights of sum 1, in the order of the forest.
     """

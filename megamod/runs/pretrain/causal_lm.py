@@ -190,7 +190,7 @@ def make_adapter_fields(
 
     Args:
         lora: --lora_rank is set.
-        config: of the seed.
+        config: configuration of the seed.
         start: folder of the seed and the flag that named it, see `find_start_folder`; None: there
             are no weights.
     Raises:
@@ -217,7 +217,7 @@ def list_stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
 
     Args:
         model: value of --model.
-        config: of that model.
+        config: configuration of that model.
     Raises:
         UserError: if the data were made with another tokenizer than the model's.
     """
@@ -295,7 +295,7 @@ def log_own_perplexity(
 
     Args:
         evaluate: see `make_evaluation`.
-        split: that it scores, for the log; `step`: finished steps.
+        split: split that it scores, for the log; `step`: finished steps.
     """
     scores = select_own_scores(evaluate(own_only=True))
     running.monitor.log_scores(step, {d: s.perplexity for d, s in scores.items()}, split)

@@ -172,7 +172,8 @@ def make_loss_function(
     the order of `ITEM_FIELDS`, to losses.
 
     Args:
-        config: of the model; `device`: of the model, to which batches are moved.
+        config: configuration of the model; `device`: device of the model, to which batches are
+            moved.
     """
     if mux.objective == "masked_lm":
         return partial(compute_masked_losses, device=device, multiplexed=mux.num_instances > 1)
@@ -248,7 +249,7 @@ def _check_held_out(batches: MaskedBatches, split: str) -> None:
     """Check before the first step that the held-out split fills one forward pass.
 
     Args:
-        batches: of the split, which is not read.
+        batches: batches of the split, which is not read.
         split: its name, for the message.
     Raises:
         UserError: naming the split and the sequences that it has and needs.
@@ -300,7 +301,7 @@ def _check_structure(source: str, config: PreTrainedConfig, mux: MuxArgs, data: 
 
     Args:
         source: model folder or hub name, for messages.
-        config: of that model, which is multiplexed.
+        config: configuration of that model, which is multiplexed.
     Raises:
         UserError: naming the flag and the model.
     """
@@ -373,7 +374,7 @@ def find_weight_source(model: ModelArgs, config: PreTrainedConfig) -> WeightSour
     --from_scratch is not given; None: new weights.
 
     Args:
-        config: of the model to train.
+        config: configuration of the model to train.
     Raises:
         UserError: if they are those of another family or number of instances.
     """
@@ -407,7 +408,7 @@ def build_initial_encoder(
     demultiplexer are new. Tensors that are new or not used are logged.
 
     Args:
-        seed: of the new weights.
+        seed: seed of the new weights.
         start: source of the weights; None: all are new.
         objective: value of --objective, which selects the class.
     Raises:

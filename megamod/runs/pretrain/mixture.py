@@ -22,7 +22,7 @@ def check_mixture(model: ModelArgs, config: LmConfig) -> None:
     """Refuse flags of mixtures for another model, and a router that gets no gradient.
 
     Args:
-        config: of the model that --model names.
+        config: configuration of the model that --model names.
     Raises:
         UserError: naming the flag.
     """
@@ -39,7 +39,7 @@ def read_expert_domains(model: str, config: LmConfig) -> list[str]:
 
     Args:
         model: value of --model, a folder or hub name.
-        config: of that model.
+        config: configuration of that model.
     Raises:
         UserError: if moe.json is malformed.
     """

@@ -32,7 +32,7 @@ def score_adaptation(
     Args:
         model: the model folder, which is not changed.
         settings: those of `SETTINGS`, and the flags of the model's run.
-        seed: of the run.
+        seed: seed of the run.
         known: text of the training domains.
         novel: text of the domain `adapt_to` alone.
         output: folder of the adaptation run; it is deleted before and after.

@@ -42,10 +42,10 @@ from megamod.merging.alignment.calibration import CalibrationBatch, iterate_whol
 from megamod.merging.alignment.measure import load_model
 from megamod.merging.alignment.options import AlignmentOptions
 from megamod.merging.alignment.permute import (
+    compute_reference_state,
     find_untied_by_alignment,
     interpolate_states,
     permute_state,
-    prepare_reference,
     untie_output_matrix,
 )
 from megamod.merging.alignment.symmetry import find_symmetry
@@ -136,7 +136,7 @@ def _align_models(
     state = first.state_dict()
     symmetry = find_symmetry(first.config.to_dict(), collect_float_shapes(state), qk=options.qk)
     ends = (
-        prepare_reference(state, symmetry, alignment),
+        compute_reference_state(state, symmetry, alignment),
         permute_state(second.state_dict(), symmetry, alignment),
     )
     copies = tuple({name: tensor.clone() for name, tensor in end.items()} for end in ends)
@@ -154,7 +154,7 @@ def _measure_barriers(
     Args:
         models: the reference and one or two others. The weights of the second one are overwritten,
             and its output matrix is untied if its pair says so.
-        pairs: of each model after the first, see `_align_models`.
+        pairs: result of `_align_models` for each model after the first.
         held_out: token ids [rows, length].
         points: models evaluated on the line, ends included.
     Returns:

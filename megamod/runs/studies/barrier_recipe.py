@@ -156,11 +156,11 @@ class Curve(Schema):
     """Content of a file of `curves/`: losses on the line between two models, by split.
 
     Attributes:
-        weights: of the first model at each point, from 0 to 1.
+        weights: interpolation weights of the first model at each point, from 0 to 1.
         losses: in nats (squared errors of a regression), by split at each point; of text there is
             one split, "loss".
         barrier, barrier_over_mean: by split.
-        costs: of the alignment, by permutation group.
+        costs: costs of the alignment, by permutation group.
     """
 
     weights: list[Number]

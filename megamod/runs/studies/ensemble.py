@@ -37,7 +37,7 @@ def evaluate_ensemble(args: EnsembleArgs, device: torch.device) -> dict[str, Dom
 
     Args:
         args: its `forest`, `data` and `domain` must be set.
-        device: of this rank.
+        device: device of this rank.
     Returns:
         the results by domain; with --estimate_only they have no scores.
     Raises:

@@ -51,9 +51,9 @@ class ForestLosses:
     """Losses of a forest.
 
     Attributes:
-        rows: of the mixtures, and "own": each domain's text under the expert of that name.
-        experts: of each expert alone, by its name.
-        without: of the mixture "mixed" without an expert, by the name of that expert.
+        rows: losses of the mixtures, and "own": each domain's text under the expert of that name.
+        experts: losses of each expert alone, by its name.
+        without: losses of the mixture "mixed" without an expert, by the name of that expert.
         priors: estimated weights of the experts, by domain.
     """
 

@@ -136,7 +136,7 @@ def provide_trained_run(
     It is in `work`, named after the flags and the text. Other processes that need it wait.
 
     Args:
-        flags: of megamod pretrain, without those that only affect logging and saving.
+        flags: flags of megamod pretrain, without those that only affect logging and saving.
         databin: folder of the data-bin to train on.
     Raises:
         UserError: as `pretrain_causal_lm`.

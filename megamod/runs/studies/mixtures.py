@@ -33,7 +33,7 @@ def convert_experts(
     Args:
         runs: folder of the run by domain.
         settings: those of `SETTINGS`.
-        seed: of a random router.
+        seed: seed of a random router.
         databin: with the experts' domains, whose valid splits calibrate the router.
     Raises:
         UserError: as `run_to_moe`.
@@ -61,7 +61,7 @@ def make_training_flags(flags: Settings, settings: Settings, mixture: Path) -> S
     """Return the flags of megamod pretrain that train a mixture in a cell.
 
     Args:
-        flags: of the cell's other runs.
+        flags: flags of the cell's other runs.
         settings: those of `SETTINGS`.
         mixture: folder of the mixture to start from.
     """

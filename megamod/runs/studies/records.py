@@ -44,9 +44,10 @@ class CellRecord(Schema):
     """Content of a cell's file.
 
     Attributes:
-        config: kind, seed, settings, and digests of the inputs; `config_digest`: of all these.
+        config: kind, seed, settings, and digests of the inputs; `config_digest`: digest of all
+            these.
         finished: date in UTC.
-        seconds: by the clock; `processor_seconds`: of this process.
+        seconds: duration by the clock; `processor_seconds`: processor time of this process.
     """
 
     format: Literal[1]
@@ -80,7 +81,7 @@ def make_record(
         figures: result of the cell.
         inputs: digests of the data, part of the configuration.
         seconds: by the clock.
-        processor_seconds: of this process.
+        processor_seconds: processor time of this process.
     """
     config = make_configuration(study, cell, inputs)
     return {

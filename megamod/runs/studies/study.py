@@ -125,7 +125,7 @@ def run_in_processes(
 
 
 def repeat_cell(study: Study, cell: Cell, folders: StudyFolders, new_work: Path) -> str:
-    """Run a cell anew; return a sentence with the largest difference of its scores to the recorded
+    """Run a cell again; return a sentence with the largest difference of its scores to the recorded
     ones.
 
     Args:

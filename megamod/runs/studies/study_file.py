@@ -59,7 +59,7 @@ class TextSpec(Schema):
         domains: trained on and scored.
         novel: scored alone.
         tokenizer: as `megamod preprocess --tokenizer`.
-        held_out_bytes: of valid and of test text to keep per domain; None: all.
+        held_out_bytes: bytes of valid and of test text to keep per domain; None: all.
     """
 
     domains: list[Name] = Field(min_length=1)
@@ -111,8 +111,8 @@ class StudyFile(Schema):
     """The content of a study's file.
 
     Attributes:
-        kind: of its cells: `language_models`, `finetuning` or `barrier_cell` runs them.
-        text: of all kinds but finetuning.
+        kind: kind of its cells: `language_models`, `finetuning` or `barrier_cell` runs them.
+        text: text of the study; None for the kind finetuning, which has tasks.
         common, rungs, arms: settings; those of a rung and of an arm by its name.
     """
 

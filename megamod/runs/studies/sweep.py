@@ -113,7 +113,7 @@ class SweepJob:
     Attributes:
         instances: N, rows that share a forward pass.
         launcher: "glue", "ner" or "mtl".
-        flags: of the launcher, without the seed and the output folder.
+        flags: flags of the launcher, without the seed and the output folder.
     """
 
     task: str

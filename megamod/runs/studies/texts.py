@@ -31,8 +31,8 @@ class StudyText:
         domains: trained on and scored.
         novel: scored alone.
         tokenizer: as `megamod preprocess --tokenizer`.
-        held_out_bytes: of valid and of test text to keep per domain, in whole documents from the
-            first on; None: all.
+        held_out_bytes: bytes of valid and of test text to keep per domain, in whole documents from
+            the first on; None: all.
     """
 
     source: Path
