@@ -4,18 +4,18 @@ import torch
 from transformers import PreTrainedModel
 
 from megamod.merging.alignment.align import collect_float_shapes
-from megamod.merging.alignment.options import Options
+from megamod.merging.alignment.options import AlignmentOptions
 from megamod.merging.alignment.permute import permute_state
 from megamod.merging.alignment.record import Alignment, list_aligned_groups
 from megamod.merging.alignment.symmetry import find_symmetry
 
-ALL = Options(head_follow_residual=True)
+ALL = AlignmentOptions(head_follow_residual=True)
 
 
 def twin(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A model that computes the same, its features in another order."""
     symmetry = find_symmetry(model.config.to_dict(), collect_float_shapes(model.state_dict()))
-    options = ALL if symmetry.select_groups("res") else Options(groups=("ff", "attn"))
+    options = ALL if symmetry.select_groups("res") else AlignmentOptions(groups=("ff", "attn"))
     generator = torch.Generator().manual_seed(seed)
     result, shared = {}, None
     for group in list_aligned_groups(symmetry, options):

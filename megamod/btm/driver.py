@@ -133,7 +133,7 @@ class Driver:
         self.finished += [job.row for job in jobs]
         _raise_failures([job for job in jobs if job.fault])
 
-    def record_stop_signal(self, signal_number: int, frame: object) -> None:
+    def count_signal(self, signal_number: int, frame: object) -> None:
         """Count a signal to stop; the arguments are those of a handler and have no effect.
 
         After the first one `run` starts nothing more and asks its jobs to write checkpoints and
@@ -328,9 +328,7 @@ def _run_waves(campaign: Campaign, waves: "Sequence[Wave]", driver: Driver) -> N
     `add_round_to_forest`.
     """
     print(campaign.format_token_counts(), flush=True)
-    before = {
-        n: signal.signal(n, driver.record_stop_signal) for n in (signal.SIGTERM, signal.SIGINT)
-    }
+    before = {n: signal.signal(n, driver.count_signal) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         for tasks, after in waves:
             driver.run(tasks)

@@ -357,8 +357,7 @@ def compute_replaced_losses(
     Args:
         item_totals: divisors in "loss" of the sums over classified, retrieved and masked tokens,
             and over those that a multiplexed generator retrieves.
-        config: configuration of the model; the tokens of a plain ELECTRA are replaced by random
-            ones here.
+        config: configuration of the model; tokens of a plain ELECTRA are replaced here, at random.
         discriminator_weight: weight of a plain discriminator in "loss"; other models have it in
             their configuration.
     Returns:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megamod.errors import UserError
-from megamod.runs.studies.sweep import Job, read_sweep, run_sweep
+from megamod.runs.studies.sweep import SweepJob, read_sweep, run_sweep
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
@@ -115,7 +115,7 @@ def test_jobs_of_a_sweep(tmp_path):
     jobs, launch = read_sweep(tmp_path / "s.yaml")
     assert launch == ["deepspeed"] and len(jobs) == 4
     flags = dict(task="rte", do_train=True, max_steps=9, model="runs/mux-5", num_instances=5)
-    assert jobs[1] == Job("rte", "mux", 5, 1, "glue", flags)
+    assert jobs[1] == SweepJob("rte", "mux", 5, 1, "glue", flags)
     words = jobs[2].list_arguments(tmp_path)
     assert jobs[2].launcher == "ner" and words[:4] == ["--task", "toy", "--do_train", "true"]
     assert words[-2:] == ["--output_dir", str(tmp_path / "toy" / "mux" / "N-2" / "seed-1")]
@@ -185,7 +185,7 @@ def test_mistakes_in_a_sweep(tmp_path, text, message):
 
 
 def test_runs_that_fail_are_named_with_their_logs(tmp_path):
-    jobs = [Job("sst-2", "gone", 1, 1, "glue", {"task": "sst-2", "do_trian": True})]
+    jobs = [SweepJob("sst-2", "gone", 1, 1, "glue", {"task": "sst-2", "do_trian": True})]
     with pytest.raises(UserError, match=r"1 of 1 runs failed; see .*gone/N-1/seed-1/log.txt"):
         run_sweep(jobs, tmp_path, LAUNCHERS, 1, [])
     log = tmp_path / "sst-2" / "gone" / "N-1" / "seed-1" / "log.txt"
