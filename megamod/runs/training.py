@@ -232,8 +232,7 @@ def _train_and_publish(
 ) -> ActiveRun:
     """Build the engine, resume, train and publish OUT/model; collective.
 
-    It is the part of `execute_run` that writes into the output folder, which the caller has locked
-    (`lock_output`).
+    The part of `execute_run` that writes into the output folder, which `lock_output` has locked.
 
     Args:
         settings: settings of the run, with the values of the DeepSpeed file.
