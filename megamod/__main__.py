@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 
-from megamod.command_line import CommandParser, complete_with, make_unknown_error
+from megamod.command_line import CommandParser, make_unknown_error, set_completions
 from megamod.commands import GROUPS, list_verbs, read_summary
 from megamod.errors import UserError, run_main
 from megamod.version import __version__
@@ -79,7 +79,7 @@ def _complete_verb() -> list[str]:
         os.environ["_ARGCOMPLETE"] = str(skipped + 1)
         return before[skipped:]
     parser = CommandParser(__doc__)
-    complete_with(parser.add_argument("verb"), list_verbs())
+    set_completions(parser.add_argument("verb"), list_verbs())
     parser.parse_args([])  # ends the process
     return []
 

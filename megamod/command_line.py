@@ -115,7 +115,7 @@ class CommandParser(argparse.ArgumentParser):
             raise UserError(f"unexpected argument {words[0]!r}{expected}")
 
 
-def complete_with(action: argparse.Action, values: Sequence[str]) -> None:
+def set_completions(action: argparse.Action, values: Sequence[str]) -> None:
     """Let the shell complete the values of a flag or argument, which argparse does not check.
 
     Sets the attribute `completer` of `action`, which argcomplete reads.

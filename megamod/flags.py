@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
 
-from megamod.command_line import CommandParser, complete_with, make_unknown_error
+from megamod.command_line import CommandParser, make_unknown_error, set_completions
 from megamod.errors import UserError
 from megamod.files import write_atomic
 from megamod.schemas import read_yaml_lines
@@ -256,7 +256,7 @@ def _parse_flags(
                 f"--{f.name}", help=text.replace("%", "%%"), **argument_options
             )
             if choices:
-                complete_with(action, choices)
+                set_completions(action, choices)
             if f.metadata["alias"]:
                 group.add_argument(
                     f"--{f.metadata['alias']}", help=f"same as --{f.name}", **argument_options

@@ -101,7 +101,7 @@ class FolderLock:
         threading.Thread(target=self._beat, name=f"lock {self.file}", daemon=True).start()
 
     def release(self) -> None:
-        """Stop to touch the lock file, and delete it if it is still that of this process."""
+        """Stop touching the lock file, and delete it unless another process has taken it over."""
         self._released.set()
         if self.holder.pid == os.getpid() and _read_holder(self.file) == self.holder:
             with suppress(OSError):

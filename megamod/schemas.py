@@ -263,7 +263,7 @@ def _read_bytes(path: Path, kind: str, origin: str) -> bytes:
 
 
 def _decode_text(data: bytes, origin: str) -> str:
-    """Decode UTF-8 without a byte order mark; raise UserError if it is something else."""
+    """Decode UTF-8 without its byte order mark; raise UserError at the first invalid byte."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -133,7 +133,7 @@ def write_branch_checkpoint(
 
 @contextmanager
 def _remove_new_folders_on_failure(folder: Path) -> Iterator[None]:
-    """If the block fails, remove `folder` and those of its parents that did not exist before.
+    """Remove `folder`, and parent folders that did not exist before, if the block fails.
 
     Folders that are not empty stay. The error of the block is raised again.
     """
@@ -194,7 +194,7 @@ def _link_start_model(start_folder: Path, target: Path, domain: str) -> None:
 
 
 def _read_parent_state(source: ParentModel) -> StateRecord:
-    """Read the state of a parent's checkpoint as that of the first checkpoint of a branch.
+    """Read a parent's state.json, and change it to the state of a branch's first checkpoint.
 
     The step, the optimizer's count of updates, the loss scaler and the settings in `SCHEDULE` and
     `OPTIMIZER` stay; the position in the data and the token counts start at 0.

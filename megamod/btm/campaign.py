@@ -275,7 +275,7 @@ def _parse_rounds(
 def _check_known_domains(
     domains: Sequence[str], available: Sequence[str], flag: str, data_folder: str
 ) -> None:
-    """Raise UserError, naming the flag, if a domain is not among those of the data."""
+    """Raise UserError, naming the flag, for a domain that the data-bin does not have."""
     for domain in domains:
         if domain not in available:
             raise UserError(

@@ -134,7 +134,7 @@ class Driver:
         _raise_failures([job for job in jobs if job.fault])
 
     def count_signal(self, signal_number: int, frame: object) -> None:
-        """Count a signal to stop; the arguments are those of a handler and have no effect.
+        """Count a signal to stop; a signal handler, whose arguments have no effect.
 
         After the first one `run` starts nothing more and asks its jobs to write checkpoints and
         end; after the second it kills them.

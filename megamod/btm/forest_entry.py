@@ -115,7 +115,9 @@ def format_forest(forest: Forest) -> str:
 
 
 def _list_expert_files(expert: Expert) -> list[Path]:
-    """List the weight files of an expert; of a member they are its own and the shared ones."""
+    """List the weight files of an expert; for a member of a DEMix model, its file and the shared
+    one.
+    """
     expert_file = f"expert_{expert.member}.safetensors"
     return [
         file

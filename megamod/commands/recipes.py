@@ -12,7 +12,7 @@ without names everything is copied. A file that is there and differs is not over
 import re
 from pathlib import Path
 
-from megamod.command_line import CommandParser, complete_with, make_unknown_error
+from megamod.command_line import CommandParser, make_unknown_error, set_completions
 from megamod.errors import UserError, run_main
 from megamod.files import write_atomic
 from megamod.shipped_files import list_shipped_files
@@ -29,7 +29,7 @@ def main() -> None:
     names = parser.add_argument(
         "names", nargs="*", metavar="NAME", help="files or folders, as listed; none: all"
     )
-    complete_with(names, list(files))
+    set_completions(names, list(files))
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="folder to copy into")
     options = parser.parse_args()
     selected = select_files(files, options.names)

@@ -134,7 +134,7 @@ def _scale_embeddings(tokens: Tensor, source: Path) -> Tensor:
 
 
 def _make_opt_config(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
-    """Make the fields of OPT's config.json from those of ours."""
+    """Make the fields of OPT's config.json from the fields of our model's."""
     return {
         "model_type": "opt",
         "architectures": ["OPTForCausalLM"],

@@ -377,7 +377,7 @@ class _StandIn:
 
     @classmethod
     def make_type(cls, name: str) -> type:
-        """Make a subclass for the full name of a type, with the last part as its own name."""
+        """Make a stand-in class for a type by its full name, whose last part names the class."""
         return type(name.rpartition(".")[2], (cls,), {})
 
     def __new__(cls, *arguments: object) -> "_StandIn":

@@ -26,7 +26,7 @@ SEPARATORS = "@:"  # of `--include` in DeepSpeed's launcher, so no part of a nam
 
 @dataclass(frozen=True)
 class Host:
-    """A machine and some of its slots: all of them, or those of a job.
+    """A machine, and all of its slots or only the slots of a job.
 
     Attributes:
         name: NAME, USER@NAME or an address, as in the hostfile.

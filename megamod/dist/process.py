@@ -229,7 +229,7 @@ def is_true_on_all_ranks(condition: bool) -> bool:
 
 
 def broadcast_from_rank_0(number: int) -> int:
-    """Return rank 0's `number` on every rank; collective. Exact up to 2^53, that of a float64."""
+    """Return rank 0's `number` on every rank; collective. Exact up to 2^53: a float64 is sent."""
     tensor = make_control_tensor([number])
     torch.distributed.broadcast(tensor, 0)
     return int(tensor.item())

@@ -85,7 +85,7 @@ class DomainTopology:
         return range(first, first + self.ranks_per_domain)
 
     def get_rank_in_group(self, rank: int) -> int:
-        """Return the index of a rank among those that hold the same experts."""
+        """Return the index of a rank among the ranks that hold the same experts."""
         return rank - self.get_domain_ranks(self.get_rank_domains(rank)[0])[0]
 
     def is_group_lead(self, rank: int) -> bool:
@@ -153,7 +153,7 @@ class DomainGroup:
         return len(self.ranks)
 
     def get_data_parallel_rank(self) -> int:
-        """Return the index of this rank among those of its domain."""
+        """Return the index of this rank among the ranks of its domain."""
         return self.ranks.index(dist.get_rank())
 
     def get_model_parallel_group(self) -> None:

@@ -87,7 +87,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 class Heartbeat:
-    """Thread that writes this rank's signs of life and watches those of the others.
+    """Thread that writes this rank's signs of life (heartbeats) and watches the other ranks'.
 
     The signs of life are in the store of the process group. Construction starts the thread and
     registers `describe_lost` for the message of a distributed failure.

@@ -289,7 +289,7 @@ def _make_batch_record(
     """
 
     def fill_in_all_experts(weights: Iterable[float]) -> list[float]:
-        """Return a weight for every expert of the forest, 0 for those that did not run."""
+        """Return a weight for every expert of the forest, 0 for experts that did not run."""
         by_domain = dict(zip(names, weights, strict=True))
         return [by_domain.get(name, 0.0) for name in experts.domains]
 

@@ -166,7 +166,7 @@ def find_document_end(
 
 
 def check_tokenizer_matches(folder: Path, databin: DataBin, flag: str) -> None:
-    """Refuse a model whose tokenizer gives other ids than that of the data.
+    """Refuse a model whose tokenizer gives other ids than the tokenizer of the data.
 
     If one of the two has no tokenizer, nothing is checked.
 

@@ -281,8 +281,8 @@ def _read_texts(request: object, where: str) -> tuple[str, ...]:
 
 
 def _read_words(request: object, where: str) -> list[str]:
-    """Return the words of a request: those of its list, or of its text split at blanks, tabs and
-    line ends.
+    """Return the words of a request: a list as it is, or a text split at blanks, tabs and line
+    ends.
 
     Raise ValueError, its message beginning with `where`, if it is neither, or has no word.
     """

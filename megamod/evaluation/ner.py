@@ -15,7 +15,7 @@ Labels = Sequence[Sequence[str]]
 
 @dataclass
 class EntityCounts:
-    """Numbers of entities: correct ones, predicted ones, and those of the gold labels."""
+    """Numbers of entities: correct, predicted, and in the gold labels."""
 
     correct: int = 0
     predicted: int = 0
@@ -118,7 +118,7 @@ def score_words(task: TaskSpec, gold: Labels, answers: Labels) -> dict[str, floa
 
 
 def has_plain_tags(task: TaskSpec) -> bool:
-    """Return True if a task's labels are plain tags (as of parts of speech), not those of entities.
+    """Return True if a task's labels are plain tags, such as parts of speech, and no entity labels.
 
     Entities are runs of one tag then, see `iterate_entities`.
     """

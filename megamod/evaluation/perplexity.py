@@ -195,7 +195,7 @@ def compute_perplexities(matrix: ScoreMatrix) -> dict[str, dict[str, float]]:
 
 
 def select_own_scores(matrix: ScoreMatrix) -> dict[str, Score]:
-    """Select each domain's score under the expert of the same name, else that of the dense model.
+    """Select each domain's score under the expert of the same name, else under the dense model.
 
     Domains with neither are missing in the result.
     """

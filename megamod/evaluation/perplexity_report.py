@@ -183,5 +183,5 @@ def make_heat_map(models: Mapping[str, ScoreMatrix]) -> dict[str, dict[str, floa
 
 
 def _has_own_domains_only(matrix: ScoreMatrix) -> bool:
-    """Return True if every expert was scored on its own domain only."""
+    """Return True if no expert was scored on another domain than the one it is named after."""
     return all(expert == domain for expert, row in matrix.items() for domain in row)

@@ -126,7 +126,7 @@ def _store_answers(
 def select_word_labels(
     encoded: EncodedRows, answers: np.ndarray, labels: Sequence[str]
 ) -> list[list[str]]:
-    """Select the names of the labels of each sentence's words: those of their first tokens.
+    """Select the label of each word of each sentence: the one predicted for its first token.
 
     Words that were cut off get O if that is a label, else the first label.
 

@@ -286,8 +286,8 @@ def _count_stored_layers(folder: TensorSource, prefix: str) -> int:
 
 
 def _is_before_layers(name: str) -> bool:
-    """Return True if a tensor's name says that it is used before the layers: that of an embedding,
-    its norm, or a tower.
+    """Return True if a tensor's name says that it is used before the layers: it is the name of an
+    embedding, its norm, or a tower.
     """
     parts = name.split(".")
     return bool(TOWER.search(name)) or any(

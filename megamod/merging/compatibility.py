@@ -184,7 +184,9 @@ def _iterate_config_fields(
 
 
 def _fill_in_defaults(config: Mapping[str, object]) -> Mapping[str, object]:
-    """Return the configuration with the defaults of its class; of an unknown class as it is."""
+    """Return the configuration completed by the defaults of its class, unchanged if that is
+    unknown.
+    """
     from megamod.merging.known_models import build_config
 
     built = build_config(config)

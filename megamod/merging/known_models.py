@@ -102,7 +102,7 @@ class ModuleKind:
 
 
 def map_modules_to_kinds(config: Mapping[str, object]) -> dict[str, ModuleKind] | None:
-    """Map the names of a model's modules with parameters of their own to their kinds.
+    """Map the names of the modules that directly hold parameters to their kinds.
 
     None: the class of the model is not known, or cannot be built.
     """

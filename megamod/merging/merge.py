@@ -365,7 +365,8 @@ def _view_folders_aligned(
 def untie_config_if_needed(
     specs: Mapping[str, TensorSpec], config: dict[str, object], folder: Path
 ) -> dict[str, object]:
-    """Return the configuration of the result, `tie_word_embeddings` off if its matrices differ.
+    """Return the configuration of the result, with `tie_word_embeddings` off if its matrices
+    differ.
 
     Args:
         specs: specifications of the tensors of the result.
@@ -422,8 +423,8 @@ def iterate_stored_pieces(folder: TensorSource, name: str) -> Iterator[Tensor]:
 
 
 def _explain_non_finite(plan: MergePlan, name: str, models: Sequence[ModelTensor]) -> str:
-    """Explain why a tensor of the result is not finite: that of a model is not, or its dtype cannot
-    hold the result.
+    """Explain why a tensor of the result is not finite: a model's tensor is not, or the dtype
+    cannot hold the result.
 
     Reads the tensor of every model whole, as it is called at the end of a failed merge.
 

@@ -45,7 +45,7 @@ def build_merged_config(
     stored: str | None,
     vocabulary: Vocabulary | None = None,
 ) -> dict[str, object]:
-    """Build the result's configuration: that of the template, with the result's dtype, domains,
+    """Build the result's configuration: the template's, with the result's dtype, domains,
     vocabulary and layers.
 
     Args:

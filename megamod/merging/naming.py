@@ -99,7 +99,7 @@ def rename_to_template(
 
 
 def _check_not_packed(folder: TensorSource) -> None:
-    """Refuse weights with tensors of their own, such as `X.weight.absmax` of 4-bit weights.
+    """Refuse packed (quantised) weights, which come with tensors such as `X.weight.absmax`.
 
     Packed weights may be stored as floating-point numbers, so their dtype does not show it.
 

@@ -212,7 +212,7 @@ def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
 
 
 def resolve_recipe_path(text: str, folder: Path) -> Path:
-    """Find the path that `text` names: as it is, or in `folder` if it exists only there.
+    """Resolve a path of a recipe: in the working directory, or in `folder` if it exists only there.
 
     The result need not exist.
     """

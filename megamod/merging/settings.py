@@ -66,7 +66,7 @@ def look_up_parameters(
 
 
 def check_parameter_names(scopes: Iterable[Scope], known: Sequence[str], method: str) -> None:
-    """Refuse parameters that no method has; those of another method than the recipe's pass.
+    """Refuse parameter names that no method has; parameters of other methods pass.
 
     Args:
         scopes: all levels of a recipe.

@@ -46,7 +46,7 @@ class TensorSource(Protocol):
 
 
 class TensorView:
-    """Base class of sources that change what they read from another source.
+    """Base class of sources that read tensors from another source and change them.
 
     Args:
         source: the other source, which must stay open; `tensors` starts as a copy of its

@@ -90,7 +90,7 @@ class Vocabulary:
         return len(self.rows[0])
 
     def renumber_token_ids(self, config: Mapping[str, object]) -> dict[str, object]:
-        """Replace ids of special tokens (`..._token_id`) in a configuration by those of the result.
+        """Replace ids of special tokens (`..._token_id`) in a configuration by ids in the result.
 
         Tokens that the result lacks become None.
         """
@@ -295,7 +295,8 @@ def _read_tokenizer_content(file: Path) -> _TokenizerContent:
 def _build_tokenizer_json(
     holder: _TokenizerContent, ids: Mapping[str, int], known: Sequence[_TokenizerContent]
 ) -> dict[str, object]:
-    """Build the content of tokenizer.json: that of `holder`, with the new tokens as added tokens.
+    """Build the content of tokenizer.json: the content of `holder`, with new tokens as added
+    tokens.
 
     Tokens in `ids` after the first len(holder.ids) are new. A new token has the settings that
     another tokenizer gives it, else those of a plain one.

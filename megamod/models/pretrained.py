@@ -51,7 +51,7 @@ class CheckedLoading(PreTrainedModel):
 def load_pretrained(
     auto: type, source: str, flag: str, **options: object
 ) -> tuple[PreTrainedModel, dict[str, object]]:
-    """Load a model in float32 and check that the weights are those of such a model.
+    """Load a model in float32, and refuse weights of another kind of model.
 
     Args:
         auto: an Auto class or model class of transformers, or a class of ours.
@@ -89,7 +89,7 @@ def load_pretrained(
 def check_missing_weights(
     model: PreTrainedModel, report: Mapping[str, Iterable], source: str
 ) -> None:
-    """Refuse a model of which weights of the encoder were drawn at random.
+    """Refuse a model whose encoder has weights drawn at random because the file lacks them.
 
     Args:
         report: loading report of `from_pretrained`.

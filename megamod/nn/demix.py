@@ -31,7 +31,7 @@ class DomainExperts(nn.Module):
         self.domain = domains[0] if len(domains) == 1 else None
 
     def forward(self, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, ...]:
-        """Apply the selected domain's expert; arguments and result are those of the module.
+        """Apply the selected domain's expert, with the arguments and result of that module.
 
         With gradients, the experts that are not selected receive gradients of zero.
 

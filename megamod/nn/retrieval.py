@@ -221,7 +221,7 @@ class MlpRetrievalHead(nn.Module):
 
 @torch.no_grad()
 def _count_correct(states: Tensor, decoder: nn.Linear, labels: Tensor) -> Tensor:
-    """Count the states [R, D] whose largest logit is that of the label, chunk by chunk."""
+    """Count the states [R, D] for which the label has the largest logit, chunk by chunk."""
     rows = max(1, _SCORED_TOGETHER // decoder.out_features)
     predicted = [decoder(part).argmax(-1) for part in states.split(rows)] if len(states) else []
     return (torch.cat(predicted) == labels).sum() if predicted else labels.new_zeros(())

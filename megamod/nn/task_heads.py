@@ -129,7 +129,7 @@ class TaskHeads(nn.Module):
         row_task_ids: Tensor,
         token_labels: Tensor | None = None,
     ) -> Tensor:
-        """Compute the entropy of each row's prediction divided by that of a uniform one.
+        """Compute the entropy of each row's prediction, divided by the entropy of a uniform one.
 
         For labels of tokens this is the mean over labelled positions; for a regression it is 0.
 

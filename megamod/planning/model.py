@@ -79,7 +79,7 @@ class Network:
 
     @property
     def parameters_per_expert(self) -> int:
-        """Parameters of one domain's expert, of its own alone; 0 in a model without experts."""
+        """Parameters of one domain's expert, without shared ones; 0 in a model without experts."""
         held = self.job.topology.get_rank_domains(0)
         return (self.parameters_per_rank - self.shared_parameters) // len(held)
 

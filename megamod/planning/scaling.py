@@ -107,7 +107,7 @@ def make_curves_record(curves: Curves) -> dict[str, list[dict[str, float]]]:
 
 
 def plot_scaling_curves(curves: Curves, tokens: int, title: str, path: Path) -> None:
-    """Write a PNG of speed and cost by GPUs; the band of each curve is what overlap can gain.
+    """Write a PNG of speed and cost by GPUs; bands show the gain by overlapping communication.
 
     Args:
         tokens: number of tokens of the whole training run; the cost is for all of them.

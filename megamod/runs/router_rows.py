@@ -252,8 +252,8 @@ def _require_domains(domains: Sequence[str], known: Sequence[str] | Mapping, whe
 def _select_sequence_length(
     config: LmConfig, texts: Sequence[DomainText], calibration: RouterCalibration
 ) -> int:
-    """Return the tokens per sequence: those of the calibration, but within the model's limit and
-    few enough for `HELD_OUT` sequences of the shortest text.
+    """Return the tokens per sequence: as the calibration says, but within the model's limit and few
+    enough for `HELD_OUT` sequences of the shortest text.
 
     Raises:
         UserError: if a text is too short, or --max_seq_length is above the limit.

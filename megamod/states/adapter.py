@@ -31,7 +31,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def is_model(folder: Path) -> bool:
-    """Return True for a folder with config.json, as that of a whole model has it, or of an adapter.
+    """Return True for a folder with config.json, as a whole model has, and for an adapter's folder.
 
     Weights are not looked for. The folder of a forest.json, whose config.json is that of a forest,
     counts too.
@@ -45,8 +45,8 @@ def list_model_folders(folder: Path) -> list[Path]:
 
 
 def get_config_file(folder: Path) -> Path:
-    """Return the path of adapter_config.json for an adapter, else that of config.json, which need
-    not exist.
+    """Return the path of adapter_config.json for an adapter, else of config.json, which need not
+    exist.
     """
     return folder / (ADAPTER_CONFIG if is_adapter(folder) else "config.json")
 

@@ -74,7 +74,7 @@ class TrainState:
         return len(self.nonfinite_steps)
 
     def list_recent_nonfinite(self) -> list[int]:
-        """List those of the last `WINDOW` data steps that were not finite."""
+        """List the steps that were not finite among the last `WINDOW` data steps."""
         first = self.data_step - WINDOW
         return [step for step in self.nonfinite_steps if step > first]
 

@@ -283,7 +283,7 @@ def _make_relative(path: str, folder: Path) -> str:
 
 
 def _list_demix_experts(folder: Path) -> list[Expert]:
-    """List the experts of a DEMix model folder; empty if its config.json is that of a forest.
+    """List the experts of a DEMix model folder; empty if its config.json describes a forest.
 
     Raises:
         UserError: if it is one dense model.

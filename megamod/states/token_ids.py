@@ -91,7 +91,7 @@ def _have_equal_bytes(first: Path, second: Path) -> bool:
 
 
 def _read_bytes(file: Path) -> bytes:
-    """Read a file; raise UserError if that fails."""
+    """Read a tokenizer file; raise UserError, naming the file, if that fails."""
     try:
         return file.read_bytes()
     except OSError as error:

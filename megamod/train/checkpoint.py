@@ -296,7 +296,7 @@ class Checkpoints:
         return folder
 
     def _write_state(self, folder: Path, *, state: TrainState) -> list[Path]:
-        """Write state.json on the ranks that own one; return its path, if any."""
+        """Write state.json on rank 0 and the first rank of each independent model; return it."""
         independent, rank = self.topology.sharing is Sharing.BTM, dist.get_rank()
         if rank > 0 and not (independent and self.topology.is_group_lead(rank)):
             return []

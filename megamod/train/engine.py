@@ -95,7 +95,9 @@ def build_engine(
             )
 
         def make_optimizer_of_model(_: object) -> torch.optim.Optimizer:
-            """Make the optimizer of the model as it is now; DeepSpeed's argument is not used."""
+            """Make the optimizer of the model after DeepSpeed replaced layers; the argument is not
+            used.
+            """
             parts = _make_parameter_groups(model, decay_vectors, muon)
             parts = split_params_into_different_moe_groups_for_optimizer(parts)
             return make_optimizer([part for part in parts if part["params"]])

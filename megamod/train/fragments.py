@@ -173,7 +173,7 @@ def _get_whole_momenta(
 def _iterate_stage_3_shards(
     zero: DeepSpeedZeroOptimizer_Stage3, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[list[Fragment]]:
-    """Yield the fragments of all groups in memory, then those of each group that is on a disk.
+    """Yield the fragments of all groups in memory, then the fragments of each group on a disk.
 
     A group of the disk is in memory until the next list is requested. `names` are those in the
     module.

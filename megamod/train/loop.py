@@ -380,7 +380,7 @@ class _Saver:
         self.finite.append(finite)
 
     def record_rollback(self, state: TrainState) -> None:
-        """Note that the weights are those of a checkpoint, although the data went on."""
+        """Record that the weights are a checkpoint's again, while the data continue."""
         self._start_counting(state)
         self.saved = (state.step, -1)
 

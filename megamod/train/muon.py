@@ -55,7 +55,7 @@ def make_muon(
 
 
 def _use_uncompiled_update() -> None:
-    """Let DeepSpeed run the update as it is written, in float32.
+    """Replace DeepSpeed's compiled update of Muon by the uncompiled functions, in float32.
 
     Compiling it on a CPU takes a minute. In half precision, which DeepSpeed selects by the
     accelerator, the sums depend on the processor's instructions: a run would not go on the same on

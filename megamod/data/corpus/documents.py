@@ -440,7 +440,7 @@ def _make_dataset_readers(
 
 
 def _read_cell_texts(cells: Cells, text_column: str, decoding: Decoding) -> Iterator[str]:
-    """Yield the checked texts of cells, and skip those of white space alone.
+    """Yield the texts of cells, checked to be strings; cells of white space alone are skipped.
 
     Raise UserError for a cell that is no string, or holds characters that `decoding` refuses.
     """

@@ -93,6 +93,6 @@ def write_split(
 
 
 def hash_split_files(prefix: Path) -> dict[str, str]:
-    """Compute the SHA-256 of those of the two files of a split that exist, by ending."""
+    """Compute the SHA-256 of a split's .bin and .idx, by ending; a missing file has no entry."""
     files = {ending: prefix.with_name(f"{prefix.name}.{ending}") for ending in ("bin", "idx")}
     return {ending: hash_file(file) for ending, file in files.items() if file.exists()}

@@ -166,7 +166,7 @@ def read_dataset_column(table: "Dataset | IterableDataset", column: str, where: 
 
 
 def require_column(where: str, column: str, columns: Sequence[str]) -> None:
-    """Refuse a column that is not among those of a table.
+    """Refuse a column name that a table does not have.
 
     Raises:
         UserError: naming `where` and the first columns.

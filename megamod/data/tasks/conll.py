@@ -108,7 +108,7 @@ def read_conll(
 
 
 def _iterate_line_blocks(path: Path) -> Iterator[list[Numbered]]:
-    """Yield the numbered lines between two blank lines, such as those of a sentence.
+    """Yield blocks of numbered lines between blank lines; a block is mostly one sentence.
 
     Lines with -DOCSTART- separate, too.
     """
@@ -189,7 +189,7 @@ def _detect_layout(
 
 
 def _find_most_frequent(values: Iterable[object]) -> object:
-    """Find the most frequent value; of equally frequent ones, that which occurs first."""
+    """Find the most frequent value; of equally frequent ones, the first."""
     return Counter(values).most_common(1)[0][0]
 
 

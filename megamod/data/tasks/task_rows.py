@@ -48,7 +48,7 @@ def open_json_table(path: Path) -> RowTable:
 
 
 def open_parquet_table(path: Path) -> RowTable:
-    """Read a whole Parquet file as a table; names of labels are those that `datasets` wrote in it.
+    """Read a whole Parquet file as a table, with the label names that `datasets` stores in it.
 
     Raises:
         UserError: if it is no Parquet file.

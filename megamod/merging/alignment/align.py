@@ -269,8 +269,8 @@ def check_same_architecture(first: Mapping[str, object], second: Mapping[str, ob
 
 
 def _list_matched_groups(symmetry: Symmetry, options: AlignmentOptions) -> list[PermutationGroup]:
-    """List the groups to match: those that are permuted, and all heads, whose costs are recorded
-    even if they stay in order.
+    """List the groups to match: all that are permuted, and all heads, whose costs are recorded even
+    if they stay in order.
     """
     matched = {group.name: group for group in list_aligned_groups(symmetry, options)}
     matched |= {group.name: group for group in symmetry.select_groups("head")}
@@ -280,8 +280,8 @@ def _list_matched_groups(symmetry: Symmetry, options: AlignmentOptions) -> list[
 def _list_observed_groups(
     groups: Sequence[PermutationGroup], options: AlignmentOptions
 ) -> list[PermutationGroup]:
-    """List those of `groups` whose features must be observed: all but groups of the residual stream
-    that take the permutation of another.
+    """List the groups whose features must be observed: all but groups of the residual stream that
+    take the permutation of another group.
     """
     residual = [group for group in groups if group.family == "res"]
     if options.method != "identity" and options.residual in ("first", "last"):

@@ -260,7 +260,7 @@ def _make_reader(
     """
 
     def read(name: str) -> Tensor:
-        """Return a tensor as it is stored, on the CPU."""
+        """Return the stored tensor of that name, on the CPU."""
         return state[name if name in state else symmetry.tied[name]].cpu()
 
     if folding is None:

@@ -64,7 +64,7 @@ class PermutedFolder(TensorView):
             self.config |= {"tie_word_embeddings": False}
 
     def _read_stored_tensor(self, name: str) -> Tensor:
-        """Read a whole tensor as it is stored; a tied matrix under either name."""
+        """Read a whole tensor of the source, before any change; a tied matrix under either name."""
         return self.source.read(name if name in self.source.tensors else self._stored[name])
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:

@@ -87,7 +87,7 @@ class PermutationGroup:
         )
 
     def make_entry_index(self, axis: TensorAxis, permutation: Tensor) -> Tensor:
-        """Make the new order of the group's entries along a tensor axis from that of its features.
+        """Make the index that reorders the group's entries along a tensor axis like its features.
 
         Args:
             permutation: [size] of the features; it keeps those of a head together, unless the part

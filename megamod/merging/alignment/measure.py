@@ -137,7 +137,7 @@ def measure_covariances(
                     first_features=first_features,
                     rows=rows,
                 ) -> None:
-                    """Add the second model's features to the sums, with those of the first."""
+                    """Add the features of both models at a hook to the sums of the group."""
                     sums[group.name].add_batch(
                         first_features.pop((group.name, hook)), rows.select_features(group, x)
                     )

@@ -157,7 +157,9 @@ class HeadProducts:
 def split_head_products(
     group: PermutationGroup, per_query: Tensor, per_key: Tensor | None
 ) -> HeadProducts:
-    """Split products [H h, H h], and [G h, G h] of key heads (None: zero), by heads."""
+    """Split products of query heads [H h, H h] and of key heads [G h, G h] (None: zero) by pairs of
+    heads.
+    """
     heads, times, width = group.heads, group.queries_per_key, group.head_width
     queries = per_query.view(heads, times, width, heads, times, width).permute(0, 1, 3, 4, 2, 5)
     if per_key is None:
@@ -239,7 +241,7 @@ def _find_query_order(
 
 
 def list_observed_parts(group: PermutationGroup, keeps_ones: bool) -> list[PermutationGroup]:
-    """List what is observed of a group of attention or of the residual stream.
+    """List the parts of an attention or residual-stream group whose features are observed.
 
     Features inside heads are observed where key heads have them and where query heads do: queries
     and keys under NAME:qk and NAME:qk:keys, values and their means under NAME:values:keys and
@@ -338,7 +340,7 @@ def match_observed_stream(
 
 
 def match_signed_features(signed: Tensor, plain: Tensor | None = None) -> GroupMatch:
-    """Find the permutation of gated features and the signs of what the gate multiplies.
+    """Find the permutation of gated features, and the sign of each factor that the gate multiplies.
 
     Args:
         signed: similarity [C, C] that changes its sign with the feature.

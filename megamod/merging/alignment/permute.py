@@ -142,7 +142,7 @@ def scale_features(tensor: Tensor, spans: Sequence[Span], first: int = 0) -> Ten
 def find_untied_by_changes(
     symmetry: Symmetry, all_changes: Mapping[str, list[AxisChange]], folding: Folding | None
 ) -> dict[str, str]:
-    """Find the tied tensors that need storage of their own in a model with these changes.
+    """Find the tied tensors that a model with these changes must store separately.
 
     They are all tied tensors or none, as a configuration unties all of them or none: all if one is
     changed in another way than its original, or norms are folded, which makes an output matrix
@@ -308,7 +308,7 @@ def permute_state(state: State, symmetry: Symmetry, alignment: Alignment) -> dic
 def compute_reference_state(
     state: State, symmetry: Symmetry, alignment: Alignment
 ) -> dict[str, Tensor]:
-    """Compute the weights of the reference that go with those of `permute_state`.
+    """Compute the reference's weights, ready to be averaged with the result of `permute_state`.
 
     They have the same names and, if the alignment folds norms, folded norms; nothing is permuted.
 
@@ -382,7 +382,7 @@ def merge_states(
 def merge_keeping_heads(
     first: State, second: State, symmetry: Symmetry, alignment: Alignment
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return two merged models: the mean of all weights, but each keeps its own output heads.
+    """Return two merged models: the mean of all weights, except that each keeps its output heads.
 
     A head is everything after the last hidden states: transform, norm, output matrix and biases;
     pooler and classifier. An output matrix that was tied gets storage of its own in both.

@@ -165,8 +165,8 @@ def make_identity_alignment(symmetry: Symmetry, options: AlignmentOptions) -> Al
 
 
 def list_aligned_groups(symmetry: Symmetry, options: AlignmentOptions) -> list[PermutationGroup]:
-    """List the groups that are permuted with these options: those of layers and the residual stream
-    in the order of the computation, then output heads.
+    """List the groups that are permuted with these options: layers and residual stream in the order
+    of the computation, then output heads.
     """
     families = [*options.groups, *(["qk"] if options.qk and "attn" in options.groups else [])]
     selected = symmetry.select_groups(*families)

@@ -143,7 +143,7 @@ class Refinement:
         return self._compose_alignment(state.best)
 
     def _make_initial_state(self) -> _RefinementState:
-        """Make the state to begin with: that of the progress file, else one whose maps change
+        """Read the state from the progress file; without one, make a state whose maps change
         nothing, with its held-out loss.
 
         Raises:
@@ -226,8 +226,8 @@ class Refinement:
         return self._compute_mixed_loss(self._mix_states(parameters, share), rows)
 
     def _mix_states(self, parameters: Mapping[MapKey, Tensor], share: float) -> dict[str, Tensor]:
-        """Compute (1 - share) * reference + share * mapped model, by name; integers are those of
-        the reference.
+        """Compute (1 - share) * reference + share * mapped model, by name; integers come from the
+        reference.
         """
         changes = self._make_changes(self._make_blocks(parameters))
         return {
@@ -301,7 +301,7 @@ class Refinement:
         return torch.stack(losses).sum() / count
 
     def _compose_alignment(self, parameters: Mapping[MapKey, Tensor]) -> Alignment:
-        """Return the alignment with the refined maps multiplied onto its own.
+        """Return the alignment with its maps multiplied by the refined ones.
 
         The products are made orthogonal in float64 again.
         """

@@ -310,8 +310,8 @@ def _make_embedding_group(names: _ModuleNames) -> PermutationGroup:
 
 
 def _list_attention_readers(names: _ModuleNames, layer: int) -> list[TensorAxis]:
-    """List the axes that read the residual stream for the attention of a layer: those of queries,
-    keys and values, or the one of all three if they are one matrix.
+    """List the axes that read the residual stream for the attention of a layer: of the query, key
+    and value matrices, or of the one matrix for all three.
     """
     family = names.family
     stem = names.prefix + family.layer.format(layer)

@@ -49,7 +49,7 @@ class TaskVector:
 
 
 def keep_all(_: Tensor) -> None:
-    """Leave a piece as it is: the `Drop` of whole task vectors, and of sparsifiers at density 1."""
+    """Drop nothing: the `Drop` of whole task vectors, and of sparsifiers at density 1."""
 
 
 def drop_all(piece: Tensor) -> None:

@@ -158,7 +158,7 @@ def _read_differences(
     base_buffer: Tensor,
     count: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Read a piece of both models minus that of the base, and the piece of the base.
+    """Read a piece of the base, and of both models with the base's piece subtracted.
 
     Args:
         start, count: elements to read.

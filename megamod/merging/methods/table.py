@@ -68,6 +68,6 @@ def method(name: str, **fields: object) -> Callable[[MergeFunction], MergeFuncti
 
 
 def list_method_parameters() -> tuple[str, ...]:
-    """List the parameters of all methods, sorted: a recipe may contain those of other methods."""
+    """List the parameters of all methods, sorted; a recipe may contain any of them."""
     names = {name for entry in METHODS.values() for name in (*entry.per_model, *entry.overall)}
     return tuple(sorted(names))

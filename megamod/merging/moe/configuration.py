@@ -107,7 +107,7 @@ def build_moe_config(
 
 
 def _list_declared_fields(kind: type[PreTrainedConfig]) -> list[str]:
-    """List the declared fields of a configuration class, sorted, without those that every class of
+    """List the declared fields of a configuration class, sorted, without fields that every class of
     transformers has.
     """
     classes = kind.__mro__[: kind.__mro__.index(PreTrainedConfig)]

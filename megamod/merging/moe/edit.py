@@ -186,7 +186,7 @@ def upgrade_expert(
 
 
 def _check_same_shared(mixture: OpenMixture, model: ModelFolder) -> None:
-    """Refuse a model whose weights outside of feed-forwards are not those of the mixture.
+    """Refuse a model whose weights outside of feed-forwards differ from the mixture's.
 
     Raises:
         UserError: naming the model and the first tensor that differs.

@@ -75,7 +75,7 @@ def read_router_rows_file(plan: MoePlan, path: Path) -> RouterRows:
 
 
 def check_router_rows(rows: Tensor, origin: str) -> None:
-    """Refuse router rows [L, E, D] of which one is zero or not finite.
+    """Refuse router rows [L, E, D] if one of them is zero or not finite.
 
     Args:
         origin: origin of the rows, for the message.

@@ -245,7 +245,7 @@ def read_lm_config(folder: Path, flag: str | None = None) -> PreTrainedConfig:
 
 
 def _check_is_causal_lm(where: str, kind: object, fields: Mapping[str, object]) -> None:
-    """Raise UserError unless a model type is that of a causal language model.
+    """Raise UserError unless a model type is a causal language model's.
 
     Args:
         where: beginning of the message.

@@ -113,7 +113,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        """Return the output matrix; of several that of the selected, else of the first domain."""
+        """Return the output matrix; with one per domain, the selected domain's, else the first."""
         return get_selected_expert(self.lm_head)
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:

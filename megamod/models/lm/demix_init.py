@@ -13,7 +13,7 @@ from megamod.nn.transformer import Embeddings, FeedForward
 def initialise_module_weights(
     module: nn.Module, config: DemixConfig, generator: torch.Generator | None
 ) -> None:
-    """Initialise one module as fairseq does, in place, if it has an initialisation of its own.
+    """Initialise one module as fairseq does, in place, if fairseq initialises modules of its class.
 
     Attention, feed-forwards, routers, embeddings and norms have one, for all their parameters;
     another module is left as it is. The embedding of padding is 0, unless it was loaded from a
@@ -46,6 +46,6 @@ def initialise_module_weights(
 
 
 def _fill_uniform(tensor: Tensor, fan_in: int, generator: torch.Generator | None) -> None:
-    """Fill a weight or bias with the default distribution of torch.nn.Linear, in place."""
+    """Fill a weight or bias in place as torch.nn.Linear does: uniform within 1 / sqrt(fan_in)."""
     bound = fan_in**-0.5
     nn.init.uniform_(tensor, -bound, bound, generator=generator)

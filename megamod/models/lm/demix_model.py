@@ -81,7 +81,7 @@ class DemixModel(DemixPreTrainedModel):
             return FeedForward(size, config.intermediate_size)
 
         def build_feed_forward() -> nn.Module:
-            """Build what follows the attention of a layer: dense, or sparse."""
+            """Build the feed-forward of a layer: dense, or sparse with a router."""
             if not isinstance(config, DemixMoeConfig):
                 return build_dense()
             return SparseFeedForward(
@@ -121,7 +121,7 @@ class DemixModel(DemixPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the token table; of several that of the selected, else of the first domain."""
+        """Return the token table; with one per domain, the selected domain's, else the first."""
         return get_selected_expert(self.embeddings).tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:

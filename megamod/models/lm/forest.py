@@ -182,7 +182,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
 
     @property
     def used_domains(self) -> tuple[str, ...]:
-        """Domains of the experts that run: those of `log_weights`, in its order."""
+        """Domains of the experts that run, in the order of `log_weights`."""
         return tuple(self.domains[expert] for expert in self._select_experts()[0])
 
     def set_prior(self, prior: Sequence[float] | Mapping[str, float] | None) -> None:

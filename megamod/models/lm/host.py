@@ -250,7 +250,8 @@ class HostMixin:
         position_ids: Tensor | None,
         past_key_values: Cache | None,
     ) -> dict[str, object]:
-        """Make keyword arguments of the stock forward pass from those of `compute_hidden_states`.
+        """Make the arguments of the stock forward pass from the arguments of
+        `compute_hidden_states`.
 
         The base model takes them, and for a family that is not in `HOSTS` the stock class with its
         output matrix. `position_ids` are not among them for a family that takes none.
@@ -378,7 +379,7 @@ def takes_position_ids(model: type[PreTrainedModel]) -> bool:
 
 
 def _copy_module(module: nn.Module) -> nn.Module:
-    """Copy a module; parameters and buffers of the copy have storage of their own."""
+    """Copy a module, parameters and buffers included, so that the two share no storage."""
     # `Tensor.__deepcopy__` copies storages, and those of the fake tensors of a plan have no memory.
     weights = {
         id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in module.parameters()

@@ -97,7 +97,7 @@ def build_lm(
     local_domains: Sequence[str] | None = None,
     flag: str = "--init_from",
 ) -> LanguageModel:
-    """Build a language model with float32 weights, new ones or those of a folder.
+    """Build a language model with float32 weights, new or loaded from a folder.
 
     Args:
         config: configuration of the model to build; with experts if it has domains.

@@ -93,7 +93,7 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
         return self.demultiplexer.classify(states)
 
     def add_retrieval_head(self) -> None:
-        """Create the retrieval head of the demultiplexer's kind, with a matrix of its own."""
+        """Create the retrieval head of the demultiplexer's kind; its matrix is not tied."""
         config = self.config
         if config.demuxing_variant == "index":
             super().add_retrieval_head()

@@ -7,7 +7,7 @@ class VocabularyAccess:
     """Methods by which transformers reads, replaces and resizes these matrices."""
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """Return the word embeddings; None in a generator that uses those of the discriminator."""
+        """Return the word embeddings; None in a generator that uses the discriminator's."""
         embeddings = getattr(self.backbone, "embeddings", None)
         return None if embeddings is None else embeddings.word_embeddings
 

@@ -105,7 +105,7 @@ class OneTaskModel(FinetuneModel):
         )
 
     def compute_steps_per_epoch(self, batches: TrainRows) -> float:
-        """Return the rows of train over those of a global batch, which need not be whole."""
+        """Return the rows of train divided by the global batch size, which need not be whole."""
         return len(batches.encoded) / batches.division.global_batch
 
     def make_objective(self, device: torch.device) -> ClassificationObjective:

@@ -171,7 +171,7 @@ def make_table_row(model: FinetuneModel, record: Record) -> dict[str, float] | N
 
 def make_tasks_record(model: FinetuneModel) -> Record:
     """Return the entries of results.json that are known before training: the tasks, and by split
-    the number of their rows and of those that were cut.
+    the numbers of rows and of cut rows.
     """
     rows = {
         task.spec.name: {split: len(encoded) for split, encoded in task.encoded.items()}
@@ -218,7 +218,7 @@ def make_finetuned_card(model: FinetuneModel) -> Card:
 
 
 def _nest_scores(model: FinetuneModel, many: str, single: str, scores: TaskScores) -> Record:
-    """Return all scores under the key `many`, or those of the only task under the key `single`."""
+    """Return all scores under the key `many`, or the only task's scores under the key `single`."""
     return {many: scores} if model.has_many_tasks else {single: scores[model.tasks[0].spec.name]}
 
 

@@ -81,7 +81,7 @@ def set_anchor_rows(
     network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     network.set_domain(held[0])  # all experts are the anchor still
 
-    def measure(databin: DataBin, domain: str) -> Tensor:
+    def compute_mean_states(databin: DataBin, domain: str) -> Tensor:
         """Compute the mean inputs [L, D] of the feed-forwards on a domain's valid split."""
         ids = read_databin_texts(databin, [domain], ROW_TOKENS, network.config, where)[domain].ids
         sequences = ids[: len(ids) // length * length].view(-1, length)
@@ -93,9 +93,11 @@ def set_anchor_rows(
         return compute_mean_inputs(network, FEED_FORWARD, sequences, batch)
 
     where = f"--anchor {seed_text.path}"
-    anchor = torch.stack([measure(seed_text, domain) for domain in seed_text.domains]).mean(0)
+    anchor = torch.stack(
+        [compute_mean_states(seed_text, domain) for domain in seed_text.domains]
+    ).mean(0)
     where = f"--data {text.path}"
-    rows = {domain: measure(text, domain) for domain in held}
+    rows = {domain: compute_mean_states(text, domain) for domain in held}
     check_router_rows(torch.stack([anchor, *rows.values()], dim=1), "--anchor")
     with torch.no_grad():
         for layer, block in enumerate(blocks):

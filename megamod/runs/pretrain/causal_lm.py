@@ -108,7 +108,9 @@ def pretrain_causal_lm(
         data.open_splits(name)
 
     def make_model() -> LanguageModel:
-        """Build the model or this rank's part of it; what is not to be trained is frozen."""
+        """Build the model or this rank's part of it; weights that the run does not train are
+        frozen.
+        """
         network = build_lm(
             config,
             seed=run.seed,
@@ -130,7 +132,7 @@ def pretrain_causal_lm(
         return network
 
     def make_objective(device: torch.device) -> CausalLMObjective:
-        """Make the loss of the next token, for a mixture with that of the experts' balance."""
+        """Make the next-token loss, for a mixture of experts with the load-balance loss added."""
         if is_mixture(config):
             experts = read_expert_domains(model.model, config)
             return MixtureLMObjective(data.domains, device, model.router_aux_loss_coef, experts)

@@ -263,8 +263,8 @@ def _check_held_out(batches: MaskedBatches, split: str) -> None:
 
 
 def _read_source_config(source: str, mux: MuxArgs, data: DataBin) -> PreTrainedConfig:
-    """Read the configuration of a model; that of a stock encoder becomes a multiplexed one if
-    --num_instances is above 1.
+    """Read the configuration of a model; a stock encoder's becomes multiplexed if --num_instances
+    is above 1.
 
     A model that is multiplexed already gets the loss weights of the flags.
 
@@ -401,8 +401,7 @@ def find_weight_source(model: ModelArgs, config: PreTrainedConfig) -> WeightSour
 def build_initial_encoder(
     config: PreTrainedConfig, seed: int, start: WeightSource | None, objective: str
 ) -> nn.Module:
-    """Build an encoder in float32 with new weights, or with those of a source as far as it has
-    them.
+    """Build an encoder in float32 with the weights of a source as far as it has them, others new.
 
     A stock encoder starts a multiplexed one: its embeddings and layers are kept, multiplexer and
     demultiplexer are new. Tensors that are new or not used are logged.

@@ -239,7 +239,7 @@ def open_held_out(
     return HeldOutTask(compute_losses, items, _wrap_tokenizer(tokenizer), train.pad_id)
 
 
-def _check_positions(model: PreTrainedModel, settings: HeldOutSettings) -> PreTrainedModel:
+def _require_positions(model: PreTrainedModel, settings: HeldOutSettings) -> PreTrainedModel:
     """Return the model. Raise UserError if it has too few positions for a block of text."""
     positions = find_position_limit(model.config)
     if positions is not None and settings.max_seq_length > positions:
@@ -266,7 +266,7 @@ def _open_text_task(
     else:
 
         def tokenize(text: str) -> list[int]:
-            """Return the ids of a text after that of bos, uncut."""
+            """Encode a text as the id of bos and its ids, uncut."""
             return [tokenizer.bos_id, *tokenizer.encode_batch([text])[0].tolist()]
 
     blocks = read_text_blocks(
@@ -280,7 +280,7 @@ def _open_text_task(
         return HeldOutTask(
             lambda model: {
                 "loss": compute_causal_loss(
-                    _check_positions(model, settings), blocks, settings.batch_size
+                    _require_positions(model, settings), blocks, settings.batch_size
                 )
             },
             None,
@@ -302,7 +302,7 @@ def _open_text_task(
     return HeldOutTask(
         lambda model: {
             "loss": compute_masked_loss(
-                _check_positions(model, settings),
+                _require_positions(model, settings),
                 blocks,
                 masking,
                 settings.seed,

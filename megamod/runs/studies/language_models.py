@@ -70,7 +70,7 @@ QUARTERS = 4  # a dense run keeps a checkpoint after each, which a forest can br
 def run_language_model_cell(
     study: Study, cell: Cell, inputs: Path, work: Path
 ) -> tuple[Figures, dict[str, object]]:
-    """Train what is not trained yet below `work`, then score it.
+    """Train the cell's runs that are not finished in `work`, then score its models.
 
     Args:
         inputs: folder of the inputs, with a folder `domains`.

@@ -277,7 +277,7 @@ def _format_values(values: Values, compared: tuple[Estimate, int] | None, table:
 
 
 def _read_seconds(record: Record) -> float:
-    """Return the seconds that a cell took, or those of its training if they are more.
+    """Return the seconds that a cell took, or its training seconds if these are more.
 
     Its training may have been done for another cell before.
     """

@@ -49,7 +49,7 @@ flag has a value."""
 
 
 def _check_flags(flags: dict[str, object]) -> dict[str, object]:
-    """Return the flags. Raise ValueError for those that the sweep sets itself."""
+    """Return the flags. Raise ValueError for a flag that the sweep itself sets."""
     for name in flags:
         if name.replace("-", "_") in ("output_dir", "seed", "seeds"):
             raise ValueError(f"{name} is chosen for each run; leave it out")
@@ -124,8 +124,7 @@ class SweepJob:
     flags: Mapping[str, object]
 
     def get_folder(self, output: Path) -> Path:
-        """Return the folder of the run below that of the sweep, OUT/TASK/MODEL/N-n/seed-s; it need
-        not exist.
+        """Return the folder of the run, OUT/TASK/MODEL/N-n/seed-s; it need not exist.
 
         Args:
             output: OUT.
