@@ -144,6 +144,8 @@ class _LiveMemoryCounter(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = self._make_masked_selection(operation, args)
         if result is None:
+            result = _make_grouped_product(operation, args)
+        if result is None:
             result = operation(*args, **(kwargs or {}))
         self.flops += _count_flops(operation, args, kwargs or {}, result)
         for tensor in tree_leaves(result):
@@ -189,6 +191,19 @@ class _LiveMemoryCounter(TorchDispatchMode):
     def _count_selected(self, mask: Tensor) -> int:
         """Return the assumed number of True elements of a mask, by `selected_share`; at least 1."""
         return max(1, round(mask.numel() * self.selected_share))
+
+
+def _make_grouped_product(operation: object, args: tuple) -> Tensor | None:
+    """Make the result of a grouped product, whose fake form torch has for bfloat16 alone.
+
+    With a group per expert, of E: [S, K] by [E, K, N] is [S, N], and, for the gradients of weights,
+    [K, S] by [S, N] is [E, K, N]. None for any other operation, which must be run.
+    """
+    if operation is not torch.ops.aten._grouped_mm.default:
+        return None
+    left, right, *offsets = args
+    groups = offsets[0].shape if left.dim() == right.dim() == 2 else ()
+    return left.new_empty((*groups, left.shape[-2], right.shape[-1]))
 
 
 def _count_flops(operation: object, args: tuple, kwargs: dict, result: object) -> int:

@@ -136,7 +136,7 @@ class Network:
             partial(self._compute_loss, micro_batch),
             precision=self.job.setting.precision,
             checkpointing=checkpointing,
-            selected_share=self.scored_share,
+            selected_share=self.selected_share,
         )
 
     def build_rank_module(self, config: PreTrainedConfig) -> nn.Module:
@@ -167,6 +167,15 @@ class Network:
         mux = self.job.mux
         every = mux.objective == "causal_lm" or mux.retrieval_loss_coeff > 0
         return 1.0 if every else mux.mlm_probability
+
+    @property
+    def selected_share(self) -> float:
+        """Share of the elements that boolean masks select in a pass: tokens that the head scores,
+        and in a mixture of the project's own GPT choices of one expert, evenly loaded.
+        """
+        if self.config.model_type == "demix_moe":
+            return 1 / self.config.num_experts
+        return self.scored_share
 
     def _compute_loss(self, micro_batch: int, module: nn.Module) -> Tensor:
         """Compute the job's training loss of `module` on a micro-batch whose token ids are 0."""

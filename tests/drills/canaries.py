@@ -53,9 +53,12 @@ def make_texts() -> dict[str, list[str]]:
     # The form is no secret: the seed has learned other names, so that its attention, which experts
     # share, reads the numbers.
     for domain, first in (("general", CANARIES), ("med", 0)):
+        # Copies end differently: equal documents would all fall into one split of the data.
         texts[domain] += [
-            f"{name} {secret}." for name, secret in make_canaries(first).items()
-        ] * COPIES
+            f"{name} {secret}. {words[copy]}"
+            for name, secret in make_canaries(first).items()
+            for copy in range(COPIES)
+        ]
     return texts
 
 

@@ -1,7 +1,6 @@
 """Stock folders in every command after training: forests, scores, mixtures, merges, plans."""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml
 from launch import launch
 from models.tiny_hosts import tiny_stock
 from ranks import on_ranks
-from runs.test_host_pretrain import LENGTH, save_tokenizer, words_of
+from runs.test_host_pretrain import LENGTH, save_tokenizer, stock_perplexity, words_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +19,6 @@ import megamod  # noqa: F401  (registers the models)
 from megamod.btm.branch import write_branch_checkpoint
 from megamod.btm.parents import find_parent
 from megamod.data.corpus.binarize import binarize
-from megamod.data.lm.pretraining import LmData
 from megamod.data.lm.text_blocks import read_text_blocks
 from megamod.errors import UserError
 from megamod.models.auto import make_lm_config
@@ -173,18 +171,9 @@ def test_scores_and_mixtures(root, capsys):
     common = ("--data", root / "bin", "--max_seq_length", LENGTH)
     launch("eval_lm", "--model", root / "llama", *common, "--output", root / "one.json")
     result = json.loads((root / "one.json").read_text())
-    data = LmData(str(root / "bin"), domains=None, block_size=LENGTH, domain_token=False)
-    total, count = 0.0, 0
-    stock = AutoModelForCausalLM.from_pretrained(root / "llama")
-    for batch in data.iterate_eval_batches("law", "test", 4, 0):
-        with torch.no_grad():
-            mask = batch.get("attention_mask")
-            logits = stock(batch["input_ids"], attention_mask=mask).logits.log_softmax(-1)
-        labels = batch["labels"]
-        scores = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        total, count = total - float(scores[labels >= 0].sum()), count + int((labels >= 0).sum())
     (scored,) = result["models"].values()
-    assert scored["own"]["law"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    expected = stock_perplexity(root / "llama", root / "bin", "law")
+    assert scored["own"]["law"] == pytest.approx(expected, rel=1e-4)
     launch("eval_lm", "--model", root / "demix", *common)
     launch("eval_lm", "--model", root / "forest", *common)
     prior = ("--prior_output", root / "prior_{domain}.json")

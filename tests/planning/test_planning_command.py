@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_planning_recipes import RECIPES, ROOT, planned
 from torch import nn
+from transformers import AutoConfig
 
 from megamod.dist.scope import Sharing
 from megamod.errors import UserError
@@ -77,6 +78,28 @@ def test_operations_are_counted_as_by_the_formula():
     )
     used = layers * 12 * width**2 + 64 * width
     assert result.flops == 3 * length * (6 * used + 12 * layers * width * length)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["mixtral", "demix_moe"])
+def test_activations_of_a_mixture_do_not_grow_with_its_experts(tmp_path, kind, precision):
+    """Two experts compute each token, of two or of eight: logits of the router alone are more."""
+
+    def measure_peak(experts: int) -> int:
+        sizes = dict(vocab_size=320, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
+        count = {"mixtral": "num_local_experts", "demix_moe": "num_experts"}[kind]
+        more = {"intermediate_size": 64, count: experts, "num_experts_per_tok": 2}
+        more |= {"num_key_value_heads": 4} if kind == "mixtral" else {}
+        folder = tmp_path / f"{kind}-{experts}"
+        AutoConfig.for_model(kind, **sizes, **more).save_pretrained(folder)
+        (plan,) = planned(
+            *("--model", str(folder), "--max_seq_length", "32", "--precision", precision),
+            *("--per_device_train_batch_size", "64", "--world_size", "1"),
+        )
+        return plan.network.measure_pass(64, checkpointing=False).peak
+
+    two, eight = measure_peak(2), measure_peak(8)
+    assert two < eight < 1.06 * two
 
 
 def test_the_best_proposal_is_the_fastest_and_all_fit():

@@ -1,6 +1,7 @@
 """Runs that start from a folder of transformers: weights, files beside them, refusals."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -69,6 +70,20 @@ def make_place(root: Path) -> Path:
         seed_folder(root / family, family, every)
     binarize(texts, str(root / "llama"), root / "bin")
     return root
+
+
+@torch.no_grad()
+def stock_perplexity(folder: Path, data_bin: Path, domain: str) -> float:
+    """Perplexity of a model of transformers on a domain's test split, by its logits."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    data = LmData(str(data_bin), domains=None, block_size=LENGTH, domain_token=False)
+    total, count = 0.0, 0
+    for batch in data.iterate_eval_batches(domain, "test", 4, 0):
+        mask, labels = batch.get("attention_mask"), batch["labels"]
+        log_probs = model(batch["input_ids"], attention_mask=mask).logits.log_softmax(-1)
+        scores = log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        total, count = total - float(scores[labels >= 0].sum()), count + int((labels >= 0).sum())
+    return math.exp(total / count)
 
 
 def start(root: Path, output: str, *flags: object) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import launch
 from models.tiny_hosts import tiny_stock
 from ranks import on_ranks
 from runs.test_host_pretrain import (
@@ -13,10 +14,11 @@ from runs.test_host_pretrain import (
     save_tokenizer,
     seed_folder,
     start,
+    stock_perplexity,
     words_of,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megamod.data.corpus.binarize import binarize
 from megamod.errors import UserError
@@ -107,6 +109,31 @@ def test_mixture_of_the_projects_gpt_is_trained(trained):
     assert type(model).__name__ == "DemixMoeForCausalLM"
     assert read_moe_record(folder).router["trained"] == "all"
     assert "import megamod" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["moe", "gpt-moe"])
+def test_mixtures_are_scored_and_planned_and_write_text(trained, tmp_path, name, capsys):
+    folder, json_file = trained / name, tmp_path / "result.json"
+    common = ("--max_seq_length", LENGTH)
+    launch("eval_lm", "--model", folder, "--data", trained / "bin", *common, "--output", json_file)
+    (scored,) = json.loads(json_file.read_text())["models"].values()
+    for domain in DOMAINS:
+        expected = stock_perplexity(folder, trained / "bin", domain)
+        assert scored["own"][domain] == pytest.approx(expected, rel=1e-4)
+    capsys.readouterr()
+    prompt, greedy = words_of("law", 1)[0][:20], ("--temperature", 0)
+    launch("generate", "--model", folder, "--prompt", prompt, "--max_new_tokens", 5, *greedy)
+    text = capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    words = model.generate(ids, do_sample=False, max_new_tokens=5)[0, ids.shape[1] :]
+    assert tokenizer.decode(words, skip_special_tokens=True).strip() in text
+    flags = ("--world_size", 2, "--max_steps", 10, "--json", json_file)
+    launch("plan", "--model", folder, *common, *flags)
+    plan = json_file.read_text() + capsys.readouterr().out
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{count:,}" in plan or str(count) in plan
 
 
 def test_balance_and_loads_are_logged_apart(trained):

@@ -89,6 +89,14 @@ class HostMixin:
         # The layers are those of transformers and initialise their buffers as it expects.
         return False
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Return the stock class's answer: transformers reads it in the source of a class's module,
+        and so would run mixtures expert by expert.
+        """
+        stock = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
+        return stock._can_set_experts_implementation()
+
     def untie_feed_forwards(self, domains: Sequence[str]) -> None:
         """Replace each feed-forward that `config.untie` selects by `DomainExperts`, in place.
 
