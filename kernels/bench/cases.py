@@ -106,7 +106,7 @@ def _add_up_modes(forward: float, backward: float) -> dict[str, float]:
 
 
 def make_multiplex_case(shape: Shape, dtype: str, device: str) -> Case:
-    """Keyed mean of N instances, keys frozen."""
+    """Make the case of the multiplexer: the keyed mean of N instances, keys frozen."""
     kind = DTYPES[dtype]
     N, D, unit = shape.instances, shape.size, shape.positions * shape.size * kind.itemsize
     key = torch.randn(N, D, device=device)
@@ -115,24 +115,24 @@ def make_multiplex_case(shape: Shape, dtype: str, device: str) -> Case:
         "key": key / key.norm(dim=1, keepdim=True),
     }
 
-    def eager(x: Tensor, key: Tensor) -> Tensor:
+    def multiplex_eagerly(x: Tensor, key: Tensor) -> Tensor:
         """Multiplex in plain torch, rounded to the dtype of x after each operation."""
         return (x * key.to(x.dtype)[:, None]).mean(1)
 
     return Case(
         device,
         inputs,
-        {"ours": multiplex, "eager": eager},
+        {"ours": multiplex, "eager": multiplex_eagerly},
         ("eager",),
         ("x",),
-        eager,
+        multiplex_eagerly,
         _add_up_modes((N + 1) * unit, (N + 1) * unit),
         _add_up_modes(2 * N * shape.positions * D, N * shape.positions * D),
     )
 
 
 def make_rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) -> Case:
-    """RSA demultiplexing of all positions, L = 2."""
+    """Make the case of RSA demultiplexing of all positions, with L layers."""
     kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
     draw = partial(_draw_parameter, device, kind)
     inputs = {
@@ -199,7 +199,7 @@ def make_rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) 
 
 
 def make_rsa_demux_l3_case(shape: Shape, dtype: str, device: str) -> Case:
-    """RSA demultiplexing of all positions, L = 3 as in the published models."""
+    """Make the case of RSA demultiplexing with L = 3, as in the published models."""
     return make_rsa_demux_case(shape, dtype, device, layers=3)
 
 
@@ -221,33 +221,33 @@ def _draw_embedding_inputs(shape: Shape, dtype: str, device: str) -> dict[str, T
 
 
 def make_mux_embed_case(shape: Shape, dtype: str, device: str) -> Case:
-    """From token ids to the encoder's input: two embeddings and the keyed mean between them."""
+    """Make the case from token ids to the encoder's input: embedding, keyed mean, embedding."""
     N, D, P = shape.instances, shape.size, shape.positions
     inputs = _draw_embedding_inputs(shape, dtype, device)
 
-    def ours(ids: Tensor, key: Tensor, **tables: Tensor) -> Tensor:
-        """Embed by `mux_embed`."""
+    def embed_by_kernel(ids: Tensor, key: Tensor, **tables: Tensor) -> Tensor:
+        """Embed and multiplex by `mux_embed`."""
         return mux_embed(ids, key, Tables(**tables, word_padding=0))
 
-    def eager(ids: Tensor, key: Tensor, **tables: Tensor) -> Tensor:
-        """Embed in plain torch."""
+    def embed_eagerly(ids: Tensor, key: Tensor, **tables: Tensor) -> Tensor:
+        """Embed and multiplex in plain torch."""
         return mux_embed_reference(ids, key, Tables(**tables, word_padding=0))
 
     unit = P * D * DTYPES[dtype].itemsize
     return Case(
         device,
         inputs,
-        {"ours": ours, "eager": eager},
+        {"ours": embed_by_kernel, "eager": embed_eagerly},
         ("eager",),
         ("word", "position", "token_type", "weight", "bias"),
-        eager,
+        embed_eagerly,
         _add_up_modes((N + 1) * unit + 8 * N * P, (3 * N + 2) * unit + 8 * N * P),
         _add_up_modes((10 * N + 8) * P * D, 2 * (10 * N + 8) * P * D),
     )
 
 
 def make_mux_attention_case(shape: Shape, dtype: str, device: str) -> Case:
-    """From token ids to the attention of the first block, and the residual, which is added.
+    """Make the case from token ids to the first block's attention, with the residual added.
 
     "ours" is what "auto" does; "ours fused" embeds and projects in one kernel.
     """
@@ -292,7 +292,7 @@ def make_mux_attention_case(shape: Shape, dtype: str, device: str) -> Case:
 
 
 def make_norm_linear_case(shape: Shape, dtype: str, device: str) -> Case:
-    """The encoder's last norm, and the hidden half of the demultiplexer's first layer."""
+    """Make the case of the encoder's last norm and half of the demultiplexer's first layer."""
     kind, D, P = DTYPES[dtype], shape.size, shape.positions
     draw = partial(_draw_parameter, device, kind)
     inputs = {
@@ -325,7 +325,10 @@ def make_norm_linear_case(shape: Shape, dtype: str, device: str) -> Case:
 
 
 def make_slot_attention_case(shape: Shape, dtype: str, device: str) -> Case:
-    """Attention among the N instances of each position; stock attention on B * L sequences of N."""
+    """Make the case of attention among the N instances of each position.
+
+    The competitor is stock attention on B * L sequences of N.
+    """
     kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
     sizes = (shape.groups, N, shape.length, D)
     inputs = {name: _draw_parameter(device, kind, *sizes) for name in ("q", "k", "v")}
@@ -347,7 +350,7 @@ def make_slot_attention_case(shape: Shape, dtype: str, device: str) -> Case:
 
 
 def make_keyed_linear_case(shape: Shape, dtype: str, device: str) -> Case:
-    """Query, key and value of instances that are marked by their keys on the way in."""
+    """Make the case of query, key and value projections of instances times their keys."""
     kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
     key = torch.randn(N, D, device=device)
     inputs = {

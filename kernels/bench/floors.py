@@ -28,7 +28,7 @@ class Floor:
     instances: tuple[int, int] = (1, 64)
     least_bytes: float = 0.0
 
-    def fits(self, row: Row) -> bool:
+    def applies_to(self, row: Row) -> bool:
         """Return True if the floor applies to a row of ours."""
         low, high = self.instances
         return (
@@ -111,7 +111,7 @@ def judge_floors(rows: Iterable[Row], floors: Sequence[Floor] = FLOORS) -> list[
         Verdict(" ".join(key[:3]), floor.title, _compute_value(floor, variants), floor.limit)
         for key, variants in group_by_case(rows).items()
         for floor in floors
-        if "ours" in variants and floor.fits(variants["ours"])
+        if "ours" in variants and floor.applies_to(variants["ours"])
     ]
 
 
