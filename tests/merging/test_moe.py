@@ -355,6 +355,7 @@ def test_aligned_experts_compute_the_same_alone(tmp_path):
     permuted.save_pretrained(tmp_path / "permuted")
     for method in ("weight", "orthogonal"):
         folder = to_moe(tmp_path, "a", "permuted", align=True, align_method=method, output=method)
+        assert read_moe_record(folder).aligned == method
         sparse = load_file(folder / "model.safetensors")
         for name in sparse:
             if ".experts.0." in name:

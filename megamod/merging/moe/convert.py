@@ -91,7 +91,11 @@ def convert_to_moe(
             )
         )
         record = MoeRecord(
-            model_type=plan.kind, shared=plan.shared, experts=experts, router=rows.record
+            model_type=plan.kind,
+            shared=plan.shared,
+            aligned=None if recipe.align is None else str(recipe.align["method"]),
+            experts=experts,
+            router=rows.record,
         )
         write_moe_record(folder, record)
         write_moe_card(folder, record)

@@ -59,6 +59,8 @@ class MoeRecord(Schema):
     Attributes:
         model_type: model type of config.json.
         shared: origin of the weights outside of feed-forwards, see `MoePlan.shared`.
+        aligned: the method that brought the features of all models to those of the first before the
+            average, "weight" or "orthogonal"; None: they were not aligned.
         experts: in the order of their numbers.
         router: origin of the router rows: their "kind", and entries of that kind.
         megamod: version that wrote the file.
@@ -67,6 +69,7 @@ class MoeRecord(Schema):
     format: Literal[1] = 1
     model_type: str
     shared: str
+    aligned: str | None = None
     experts: Items[ExpertRecord]
     router: dict[str, Any]
     megamod: str = __version__
