@@ -224,6 +224,21 @@ def lock_folder_name(path: Path) -> Iterator[None]:
         yield
 
 
+def delete_leftovers(path: Path, *folders: Path) -> None:
+    """Delete what a process left that was killed after the folder `path` was complete.
+
+    That is its lock, temporary siblings, see `lock_folder_name`, and `folders`. Nothing happens without a
+    lock, if its holder is alive or on another machine, or where nothing can be written.
+    """
+    path = Path(path).absolute()
+    holder = _read_holder(path.with_name(f".{path.name}.in_use"))
+    if holder is None or holder.machine != _read_machine_id():
+        return
+    with suppress(UserError), lock_folder_name(path):
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def _acquire_for_block(file: Path, title: str) -> Iterator[FolderLock]:
     """Hold a `FolderLock` for the block; it is also released if a rank ends at once by an error.

@@ -132,7 +132,8 @@ def read_json_object(path: Path) -> dict[str, object]:
         UserError: if it cannot be read, or is no object.
     """
     try:
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        content = json.loads(data)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -141,6 +142,11 @@ def read_json_object(path: Path) -> dict[str, object]:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: is not an object")
+    if b"\\ud" in data.lower():  # maybe half of a character, which no file can be written with
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}: holds text that cannot be written as UTF-8") from error
     return content
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from megamod import folder_lock
 from megamod.errors import UserError
-from megamod.folder_lock import Holder, lock_folder, lock_folder_name
+from megamod.folder_lock import Holder, delete_leftovers, lock_folder, lock_folder_name
 from megamod.states.output_folder import create_new_folder
 
 HOLDER = """
@@ -122,3 +122,18 @@ def test_leftovers_of_killed_writers_of_this_name_go(tmp_path):
             pass
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [".tmp-other-0123abcd", ".tmp-out-0123abcd-0123abcd", "out"]
+
+
+def test_leftovers_beside_a_complete_folder_go_after_the_death_of_their_holder(tmp_path):
+    output, lock = tmp_path / "out", tmp_path / ".out.in_use"
+    names = (".tmp-out-0123abcd", ".out.partial", "out")
+    for name in names:
+        (tmp_path / name).mkdir()
+    alive, dead = Holder.of_this_process(), replace(Holder.of_this_process(), started=1)
+    for holder in (alive, replace(dead, machine="another")):
+        lock.write_text(json.dumps(asdict(holder)))
+        delete_leftovers(output, tmp_path / ".out.partial")
+        assert {path.name for path in tmp_path.iterdir()} == {*names, lock.name}
+    lock.write_text(json.dumps(asdict(dead)))
+    delete_leftovers(output, tmp_path / ".out.partial")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

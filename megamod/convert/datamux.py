@@ -20,7 +20,7 @@ from megamod.convert.datamux_names import FAMILIES, Head, build_tensor_table
 from megamod.convert.reading import find_weight_file, read_checkpoint
 from megamod.errors import UserError
 from megamod.files import write_json
-from megamod.states.config_file import check_layers_fit_files, check_sizes, read_config_file
+from megamod.states.config_file import check_model_fits_files, check_sizes, read_config_file
 from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
 
 # Fields of config.json that are copied: those that a checkpoint must have, others of transformers,
@@ -229,7 +229,7 @@ def _read_settings(folder: Path) -> tuple[dict[str, object], str]:
         if isinstance(settings.get("config"), dict):
             settings = settings["config"] | {"architectures": [settings.get("case", "")]}
             check_sizes(settings, str(path))
-            check_layers_fit_files(settings, folder)
+            check_model_fits_files(settings, folder)
         named = settings["architectures"]
     except (KeyError, TypeError) as error:
         raise UserError(

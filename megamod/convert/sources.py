@@ -24,7 +24,7 @@ from megamod.errors import UserError, report_damage
 from megamod.files import create_folder_atomically
 from megamod.models.auto import resolve_model_folder
 from megamod.states import weight_files
-from megamod.states.config_file import check_sizes, read_config_file
+from megamod.states.config_file import check_model_fits_files, check_sizes, read_config_file
 from megamod.states.tokenizer_files import copy_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,10 @@ def resolve_model(
         )
     name = source if original is None else str(_convert_into_cache(source, flag))
     with report_damage(f"{where}: config.json cannot be used"):
-        return ResolvedModel(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if Path(name).is_dir():
+            check_model_fits_files(config.to_dict(), Path(name))  # with the defaults of the family
+        return ResolvedModel(name, config)
 
 
 def is_model_source(name: str) -> bool:

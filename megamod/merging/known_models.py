@@ -7,7 +7,7 @@ seconds to load. Code in a model folder is never run.
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,15 +27,22 @@ def build_config(config: Mapping[str, object]) -> PretrainedConfig | None:
     None if transformers and megamod have no class for its `model_type`, or that refuses it. Code in
     a model folder is not run.
     """
+    try:
+        return build_config_strictly(config)
+    except Exception:  # a class of transformers may raise anything
+        return None
+
+
+def build_config_strictly(config: Mapping[str, object]) -> PretrainedConfig | None:
+    """Build a configuration object as `build_config`, but raise the error of a class that refuses
+    it; None if there is no class.
+    """
     import megamod  # noqa: F401  (its models become known to transformers)
 
     if config.get("model_type") not in CONFIG_MAPPING:
         return None
     with _suppress_transformers_log():
-        try:
-            return CONFIG_MAPPING[config["model_type"]].from_dict(_restore_floats(dict(config)))
-        except Exception:  # a class of transformers may raise anything
-            return None
+        return CONFIG_MAPPING[config["model_type"]].from_dict(_restore_floats(dict(config)))
 
 
 def _restore_floats(value: object) -> object:
@@ -55,19 +62,30 @@ def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
 
     It is of the class that `architectures` names, else that of `AutoModel`; None: neither builds.
     """
+    try:
+        return build_meta_model_strictly(config)
+    except Exception:  # a model class may raise anything; the caller does without it
+        return None
+
+
+def build_meta_model_strictly(config: PretrainedConfig) -> PreTrainedModel | None:
+    """Build a model as `build_meta_model`, but raise the error of `AutoModel` if its class refuses
+    the configuration; None if that cannot be built without weights or a missing package.
+    """
     import transformers
 
     name = (config.architectures or [None])[0]
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     with _suppress_transformers_log(), torch.device("meta"):
-        for make in (getattr(kind, "_from_config", None), AutoModel.from_config):
-            if make is None:
-                continue
-            try:
+        if make := getattr(kind, "_from_config", None):
+            with suppress(Exception):
                 return make(config)
-            except Exception:  # a model class may raise anything; the caller does without it
-                continue
-    return None
+        if type(config) not in AutoModel._model_mapping:
+            return None
+        try:
+            return AutoModel.from_config(config)
+        except (ImportError, NotImplementedError, RuntimeError):
+            return None
 
 
 @lru_cache(maxsize=8)

@@ -4,6 +4,7 @@ Only a few pieces of a tensor are in memory at a time, whatever the size of the 
 which solves for a whole layer, holds one layer.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,7 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megamod.errors import UserError
+from megamod.folder_lock import delete_leftovers
 from megamod.merging.compatibility import check_configs_match
+from megamod.merging.config_check import check_config_fits_weights
 from megamod.merging.methods.table import METHODS
 from megamod.merging.model_folder import (
     RECORD,
@@ -181,6 +184,7 @@ def write_merge(
     if _may_hold_merge(recipe, output):
         content = make_record([folder.compute_digest() for folder in plan.folders])
         if has_merge(output, content, untie_config_if_needed(plan.specs, plan.config, output)):
+            delete_leftovers(output)
             return replace(plan, is_written=True)
         check_new_folder(output)
     with ExitStack() as stack:
@@ -218,7 +222,9 @@ def open_merge_plan(recipe: MergeRecipe, shard_bytes: int, stack: ExitStack) -> 
     Raises:
         UserError: as `average_folders`.
     """
-    folders = [_open_input_model(model, stack) for model in recipe.inputs]
+    folders = [_open_input_model(model, recipe.origin, stack) for model in recipe.inputs]
+    for folder in {source.folder: source for source in folders}.values():
+        check_config_fits_weights(folder)
     check_calibration(recipe)
     vocabulary = _unite_vocabularies(recipe)
     paths = [folders[recipe.template_model].folder, *(folder.folder for folder in folders)]
@@ -307,12 +313,16 @@ def write_config_and_tokenizer(plan: MergePlan, folder: Path, tokenizer: Path | 
     write_files_besides_weights(template, tokenizer, folder, plan.config, chat, plan.vocabulary)
 
 
-def _open_input_model(model: InputModel, stack: ExitStack) -> TensorSource:
+def _open_input_model(model: InputModel, origin: str, stack: ExitStack) -> TensorSource:
     """Open the folder of a model until the stack is closed, with its adapter if it has one.
+
+    `origin` is that of the recipe, for messages.
 
     Raises:
         UserError: if its weights or its adapter cannot be read.
     """
+    if not os.path.exists(model.path):  # also False for a name that is too long
+        raise UserError(f"{origin}: {model.path}: is not a folder")
     folder = stack.enter_context(
         ModelFolder(model.path, model.member, beside_anchor=model.beside_anchor)
     )

@@ -4,6 +4,7 @@ Whole models are one part, `modules:` one part each, and `slices:` one part for 
 layers, so that one function assembles all of them.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -202,11 +203,11 @@ def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
         UserError: as `find_seed_folder`, for an adapter alone.
     """
     whole = resolve_recipe_path(text, folder)
-    if "+" in text and not whole.exists():
+    if "+" in text and not os.path.exists(whole):
         for position in (number for number, letter in enumerate(text) if letter == "+"):
             model = resolve_recipe_path(text[:position], folder)
             adapter = resolve_recipe_path(text[position + 1 :], folder)
-            if text[:position] and model.exists() and adapter.exists():
+            if text[:position] and os.path.exists(model) and os.path.exists(adapter):
                 return model, adapter
     return (find_seed_folder(whole), whole) if is_adapter(whole) else (whole, None)
 
@@ -216,7 +217,9 @@ def resolve_recipe_path(text: str, folder: Path) -> Path:
 
     The result need not exist.
     """
-    return Path(text) if Path(text).exists() or not (folder / text).exists() else folder / text
+    # os.path: a name that is too long does not exist, where Path raises.
+    is_only_in_folder = not os.path.exists(text) and os.path.exists(folder / text)
+    return folder / text if is_only_in_folder else Path(text)
 
 
 def build_weighted_recipe(

@@ -4,6 +4,7 @@ The folder of an adapter need not hold a configuration or a tokenizer: those of 
 Importing this needs no torch.
 """
 
+import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -26,8 +27,9 @@ SEED_DIGEST = "seed_digest"
 
 def is_adapter(folder: Path) -> bool:
     """Return True for a folder with adapter_config.json and without weights of a whole model."""
-    whole = any((folder / name).is_file() for name in (DENSE_FILE, INDEX_FILE))
-    return (folder / ADAPTER_CONFIG).is_file() and not whole
+    # os.path.isfile is False for a name that is too long, where Path.is_file raises.
+    whole = any(os.path.isfile(folder / name) for name in (DENSE_FILE, INDEX_FILE))
+    return os.path.isfile(folder / ADAPTER_CONFIG) and not whole
 
 
 def is_model(folder: Path) -> bool:

@@ -1,6 +1,6 @@
 """Reader of config.json: an object, whose sizes are possible. Importing this needs no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megamod.errors import UserError
@@ -12,6 +12,8 @@ SIZES = (
 )
 """Fields that are numbers, or lists of them, in configurations of every family."""
 _DEPTHS, _WIDTHS = SIZES[:3], SIZES[3:6]
+_EMBEDDING_WIDTHS = ("embedding_size", "word_embed_proj_dim")  # where it is not that of the model
+_NO_WEIGHTS = ("training_args.bin", "scheduler.pt")  # files of a Trainer
 _SIZE_LIMIT = 2**31  # first number that a signed integer of 32 bits cannot hold
 _ELEMENTS_PER_BYTE = 8  # of weight files, at most: elements of one bit
 
@@ -21,7 +23,7 @@ def read_config_file(folder: Path) -> dict[str, object]:
 
     Raises:
         UserError: if it is missing, no JSON object, has a `model_type` that is no text, sizes that
-            no model has, or more layers than the weight files beside it can hold.
+            no model has, or a larger model than the weight files beside it can hold.
     """
     file = Path(folder) / "config.json"
     try:
@@ -31,7 +33,7 @@ def read_config_file(folder: Path) -> dict[str, object]:
     if not isinstance(fields.get("model_type", ""), str):
         raise UserError(f"{file}: model_type is {fields['model_type']!r:.80}, not a name")
     check_sizes(fields, str(file))
-    check_layers_fit_files(fields, Path(folder))
+    check_model_fits_files(fields, Path(folder))
     return fields
 
 
@@ -54,23 +56,32 @@ def check_sizes(fields: Mapping[str, object], where: str) -> None:
             )
 
 
-def check_layers_fit_files(fields: Mapping[str, object], folder: Path) -> None:
-    """Refuse a configuration with more layers than the weight files in `folder` can hold.
+def check_model_fits_files(fields: Mapping[str, object], folder: Path) -> None:
+    """Refuse a configuration of a model that the weight files in `folder` cannot hold.
 
-    Otherwise a file of a few bytes could make a command build a model of a billion layers. A layer
-    counts as one vector of the model's width. A folder without weight files passes.
+    Otherwise a file of a few bytes could make a command build a model of billions of parameters,
+    by its sizes or by the defaults of a family. Counted are the token embeddings, and of a layer
+    one vector of the model's width and one matrix of a feed-forward. A folder without weight files
+    passes.
 
     Args:
-        fields: fields of its config.json.
+        fields: fields of its config.json, with or without defaults.
     Raises:
-        UserError: naming config.json, the layers, their width and the bytes of the files.
+        UserError: naming config.json, the sizes and the bytes of the files.
     """
     files = (f for pattern in ("*.safetensors", "*.bin", "*.pt") for f in folder.glob(pattern))
-    size = sum(file.stat().st_size for file in files if file.is_file())
-    layers = next((fields[n] for n in _DEPTHS if isinstance(fields.get(n), int)), 0)
-    width = next((fields[n] for n in _WIDTHS if isinstance(fields.get(n), int)), 1)
-    if size and layers * width > _ELEMENTS_PER_BYTE * size:
+    size = sum(f.stat().st_size for f in files if f.is_file() and f.name not in _NO_WEIGHTS)
+    if not size:
+        return
+
+    def read(names: Sequence[str], default: int) -> int:
+        return next((fields[name] for name in names if type(fields.get(name)) is int), default)
+
+    layers, width = read(_DEPTHS, 0), read(_WIDTHS, 1)
+    inner, words = read(("intermediate_size",), 0), read(("vocab_size",), 0)
+    elements = layers * width * (1 + inner) + words * min(width, read(_EMBEDDING_WIDTHS, width))
+    if elements > _ELEMENTS_PER_BYTE * size:
         raise UserError(
-            f"{folder / 'config.json'}: {layers} layers of width {width} cannot be in weight files "
-            f"of {size:,} bytes"
+            f"{folder / 'config.json'}: {layers} layers of width {width} and intermediate size "
+            f"{inner}, and {words} token embeddings, cannot be in weight files of {size:,} bytes"
         )

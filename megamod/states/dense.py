@@ -32,6 +32,7 @@ def make_dense_config(
             config.pop(field, None)
     elif config.get("model_type") == "demix":
         config["untie"] = "none"
+        config.pop("domain", None)
         if domains is not None:
             config["domains"] = list(domains)
     return config

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from megamod.data.corpus.documents import assign_split
 from megamod.data.corpus.indexed import IndexedDataset, format_split_prefix
 from megamod.data.corpus.tokenizers import load_tokenizer, train_sentencepiece
 from megamod.errors import UserError
-from megamod.folder_lock import lock_folder_name
+from megamod.folder_lock import Holder, lock_folder_name
 
 SPLITS = ("train", "valid", "test")
 
@@ -180,6 +181,15 @@ def test_the_same_command_does_nothing_and_another_is_refused(inputs, tokenizer,
         with pytest.raises(UserError, match="made from other text"):
             binarize(arguments, tokenizer, output, **options)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == stamps
+
+
+def test_the_same_command_after_a_kill_at_the_end_deletes_what_is_left(inputs, tokenizer, tmp_path):
+    binarize(inputs, tokenizer, tmp_path / "out")
+    (tmp_path / ".out.partial" / "parts").mkdir(parents=True)
+    dead = replace(Holder.of_this_process(), started=1)
+    (tmp_path / ".out.in_use").write_text(json.dumps(asdict(dead)))
+    binarize(inputs, tokenizer, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_foreign_folder_is_refused_and_untouched(inputs, tokenizer, tmp_path):

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from saved_models import DOMAINS, make_model
 
 from megamod.errors import UserError
+from megamod.folder_lock import Holder
 from megamod.states.verify import check_path
 from megamod.states.weights import extract_expert_weights, read_weights
 
@@ -221,7 +223,10 @@ def test_the_command_itself(tmp_path, elms):
     done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 0 and "written to" in done.stdout, done.stderr
     assert done.stderr == ""  # no progress bar where nobody looks
+    dead = replace(Holder.of_this_process(), started=1)  # as if killed before it released the lock
+    (tmp_path / ".out.in_use").write_text(json.dumps(asdict(dead)))
     again = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
     assert again.returncode == 0 and "done already" in again.stdout, again.stderr
+    assert not (tmp_path / ".out.in_use").exists()
     other = subprocess.run([*command, str(elms[0])], capture_output=True, text=True)
     assert other.returncode == 2 and other.stderr.startswith("UserError: --output_dir")

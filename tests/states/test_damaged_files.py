@@ -92,7 +92,18 @@ def test_a_small_file_cannot_claim_a_large_model(tmp_path):
     assert read_config_file(tmp_path)["hidden_size"] == 64  # nothing to compare with
     save_file({"a": torch.zeros(4)}, tmp_path / "model.safetensors")
     message = refused(resolve_model, str(tmp_path), "--model")
-    assert "1000000000 layers of width 64 cannot be in weight files of" in message
+    assert "1000000000 layers of width 64 and intermediate size" in message
+    assert message.endswith("cannot be in weight files of 80 bytes")
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_small_file_cannot_claim_the_default_sizes_of_a_family(tmp_path, family):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    save_file({"a": torch.zeros(4)}, tmp_path / "model.safetensors")
+    message = refused(resolve_model, str(tmp_path), "--model")
+    assert "token embeddings, cannot be in weight files of 80 bytes" in message
+    if family == "llama":
+        assert "cannot be in weight files" in refused(load_lm, tmp_path)
 
 
 TOKENIZERS = {

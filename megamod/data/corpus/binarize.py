@@ -39,7 +39,7 @@ from megamod.data.corpus.tokenizers import (
 )
 from megamod.errors import UserError
 from megamod.files import format_json, hash_file, sync_folder, sync_tree, write_atomic, write_json
-from megamod.folder_lock import lock_folder_name
+from megamod.folder_lock import delete_leftovers, lock_folder_name
 from megamod.names import check_domain
 from megamod.progress import show_progress
 from megamod.schemas import read_checked_file
@@ -185,6 +185,7 @@ def _binarize_locked(
                 f"--output_dir {output}: holds a data-bin made from other text or with another "
                 "tokenizer or other options; choose a new folder"
             )
+        delete_leftovers(output, _build_work_path(output))
         logger.info("%s: is this data-bin already, nothing is written", output)
         return existing
     if workers is None:
@@ -318,9 +319,14 @@ def _iterate_train_sample(
                 yield text
 
 
+def _build_work_path(output: Path) -> Path:
+    """Build the path of the work folder of `output`."""
+    return output.with_name(f".{output.name}.partial")
+
+
 @contextmanager
 def _open_work_folder(output: Path, key: str) -> Iterator[Path]:
-    """Create and yield a work folder: `.NAME.partial` next to `output`; remove it on success.
+    """Create and yield the work folder of `output`; remove it on success.
 
     If a killed run with the same `key` left the folder, its content is kept, else it is emptied. If
     the block raises, the folder stays.
@@ -329,7 +335,7 @@ def _open_work_folder(output: Path, key: str) -> Iterator[Path]:
         output: locked by this process, see `lock_folder_name`.
         key: identity of the data-bin, see `_compute_identity`; run.json records it.
     """
-    work = output.with_name(f".{output.name}.partial")
+    work = _build_work_path(output)
     (work / "parts").mkdir(parents=True, exist_ok=True)
     record, content = work / "run.json", format_json({"key": key}, indent=2) + "\n"
     if not record.exists() or record.read_text(encoding="utf-8") != content:

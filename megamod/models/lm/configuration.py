@@ -12,7 +12,7 @@ from megamod.errors import UserError, report_damage
 from megamod.mixture.posterior import RULES
 from megamod.names import is_domain
 from megamod.states.adapter import find_seed_folder
-from megamod.states.config_file import read_config_file
+from megamod.states.config_file import check_model_fits_files, read_config_file
 from megamod.states.forest import HOST_TYPE
 
 UNTIE = (
@@ -78,6 +78,8 @@ class DemixConfig(PreTrainedConfig):
             raise ValueError(f"untie {self.untie!r} is unknown; choose one of {', '.join(UNTIE)}")
         if self.untie != "none" and not self.domains:
             raise ValueError(f"untie {self.untie!r} needs the names of the domains")
+        if self.untie == "none" and self.domain is not None:
+            raise ValueError(f"domain {self.domain!r}: the model is dense and has no experts")
         # Shared embeddings cannot be one tensor with an output matrix of each domain.
         self.tie_word_embeddings = self.tie_word_embeddings and self.untie != "transformer_output"
         super().__post_init__(**kwargs)
@@ -241,7 +243,9 @@ def read_lm_config(folder: Path, flag: str | None = None) -> PreTrainedConfig:
         fields, _ = PreTrainedConfig.get_config_dict(folder)
         kind = fields.get("model_type")
         _check_is_causal_lm(where, kind, fields)
-        return _find_config_class(kind).from_dict(fields)
+        config = _find_config_class(kind).from_dict(fields)
+        check_model_fits_files(config.to_dict(), folder)  # with the defaults of the family
+        return config
 
 
 def _check_is_causal_lm(where: str, kind: object, fields: Mapping[str, object]) -> None:

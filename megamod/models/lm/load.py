@@ -200,13 +200,16 @@ def load_lm(
         raise UserError(f"{where}: cannot be read as a model: it holds no weights")
     split = config.model_type == HOST_TYPE and saved.model_type != HOST_TYPE
     with report_damage(f"{where}: cannot be read as a model"):
-        model, report = select_lm_class(config).from_pretrained(
-            folder,
-            () if split else local_domains,
-            config=config,
-            output_loading_info=True,
-            **kwargs,
-        )
+        try:
+            model, report = select_lm_class(config).from_pretrained(
+                folder,
+                () if split else local_domains,
+                config=config,
+                output_loading_info=True,
+                **kwargs,
+            )
+        except UserError as error:  # of the model's class, which does not know the folder
+            raise UserError(f"{where}: {error}") from error
     if report["missing_keys"]:
         raise UserError(f"{where}: the weights lack {min(report['missing_keys'])}")
     check_finite(model.named_parameters(), where)

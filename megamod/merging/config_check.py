@@ -1,0 +1,153 @@
+"""Checks that config.json describes the weights beside it, so that their merge can be loaded."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from megamod.errors import UserError, report_damage
+from megamod.merging.tensors import TensorSource
+from megamod.names import is_domain
+from megamod.states.forest import read_model_config
+
+# Usual fields. Text: parts of their names; switches; numbers from 0 to 1: parts of their names.
+_TEXTS = ("type", "version", "_act", "activation_function", "untie", "name_or_path")
+_SWITCHES = ("tie_word_embeddings", "is_decoder")
+_RATES = ("dropout", "_pdrop", "_eps", "epsilon", "initializer_range")
+_COUNTS = ("num_", "_size", "max_position_embeddings", "n_layer", "n_head", "n_embd", "n_positions")
+_OPTIONAL = ("domain", "n_inner", "_name_or_path")  # may be null
+_UNTIED = ("none", "feedforward")
+_LARGEST = 2**31
+_OTHER_SIZES = ("d_model", "num_layers", "n_layers")
+_WIDTHS, _DEPTHS = ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer")
+_INNER, _HEADS = ("intermediate_size", "n_inner", "n_embd"), ("num_attention_heads", "n_head")
+_POSITIONS = ("max_position_embeddings", "n_positions")
+_LAYER = re.compile(r"(?:.*?\.)?\d+\.")  # beginning of a name, up to the number of a layer
+_LEAST_SHARE = 0.4  # of the ends of names that a class and a file of the same model share
+_SHARE = 0.5  # of the names that a class and a file share if they name the same model alike
+
+
+def check_config_fits_weights(source: TensorSource) -> None:
+    """Refuse a model whose config.json its class refuses, or describes other shapes or layers.
+
+    A configuration without a type, width and depth describes no weights and passes. A model type
+    that neither transformers nor megamod knows passes, and so does a class that cannot be built
+    without weights. transformers, which takes seconds to load, is asked only if a field has an
+    unusual type or does not obviously agree with the weights.
+
+    Args:
+        source: an open model folder, or a view of one.
+    Raises:
+        UserError: naming config.json and what is wrong in it.
+    """
+    file, fields = source.folder / "config.json", read_model_config(source.folder)
+    if "model_type" not in fields or not fields.keys() & {*_WIDTHS, *_DEPTHS, *_OTHER_SIZES}:
+        return
+    if _are_plain(fields) and _agree_with_shapes(fields, source):
+        return
+    from megamod.merging.known_models import build_config_strictly, build_meta_model_strictly
+
+    with report_damage(f"{file}: cannot be used"):
+        config = build_config_strictly(fields)
+        model = None if config is None else build_meta_model_strictly(config)
+    if model is None:
+        return
+    prefix = f"{model.base_model_prefix}."
+    described = {n.removeprefix(prefix): tuple(p.shape) for n, p in model.named_parameters()}
+    stored = {n.removeprefix(prefix): tuple(s.shape) for n, s in source.tensors.items()}
+    common = described.keys() & stored.keys()
+    ends, stored_ends = _list_ends(described), _list_ends(stored)
+    if len(ends & stored_ends) < _LEAST_SHARE * min(len(ends), len(stored_ends)):
+        raise UserError(
+            f"{file}: model_type is {fields['model_type']!r}, but the weights are those of another "
+            f"model, such as {min(stored)}"
+        )
+    if len(common) < _SHARE * min(len(described), len(stored)):
+        return  # the class renames tensors as it loads them
+    for name in sorted(common):
+        if described[name] != stored[name]:
+            raise UserError(
+                f"{file}: describes {name} with the shape {list(described[name])}, but the weights "
+                f"have {list(stored[name])}"
+            )
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    kept = [
+        n for n in stored if not any(re.search(p, n) or re.search(p, prefix + n) for p in ignored)
+    ]
+    missing, further = _list_layers(described), _list_layers(kept)
+    for layers, text in (
+        (missing - _list_layers(stored), "describes layers that the weights lack"),
+        (further - missing, "does not describe all layers of the weights"),
+    ):
+        if layers:
+            raise UserError(f"{file}: {text}, such as {min(layers)[:-1]}")
+
+
+def _are_plain(fields: Mapping[str, object]) -> bool:
+    """Return True if every field of a config.json has a usual type and value."""
+    names = fields.get("architectures", []), fields.get("domains", [])
+    if not all(type(part) is list and all(type(n) is str for n in part) for part in names):
+        return False
+    if not all(is_domain(name) for name in names[1]) or len(set(names[1])) < len(names[1]):
+        return False
+    kind = str(fields["model_type"]).replace("_", "").replace("-", "")
+    if not any(name.lower().startswith(kind) for name in names[0]):
+        return False
+    return fields.get("untie", "none") in _UNTIED and all(
+        _is_plain(key, value, fields.get("vocab_size"))
+        for key, value in fields.items()
+        if key not in ("architectures", "domains")
+    )
+
+
+def _is_plain(key: str, value: object, vocab_size: object) -> bool:
+    """Return True if a field of a config.json that holds no names has a usual type and value."""
+    if key.endswith("_token_id"):
+        in_range = type(value) is int and type(vocab_size) is int and 0 <= value < vocab_size
+        return value is None or in_range
+    if key in _OPTIONAL and value is None:
+        return True
+    if any(part in key for part in _TEXTS):
+        return type(value) is str and is_domain(value.replace(".", "_"))
+    if key.startswith("use_") or key in _SWITCHES:
+        return type(value) is bool
+    if any(part in key for part in _RATES):
+        return type(value) is float and 0 <= value < 1
+    if any(part in key for part in _COUNTS):
+        return type(value) is int and 0 < value < _LARGEST
+    return False
+
+
+def _agree_with_shapes(fields: Mapping[str, object], source: TensorSource) -> bool:
+    """Return True if the sizes in a config.json obviously are those of the tensors."""
+    shapes = [spec.shape for spec in source.tensors.values()]
+    sizes = Counter(size for shape in shapes for size in set(shape))
+    layers = Counter(
+        match[0].rpartition(".")[0].rpartition(".")[0]
+        for match in map(_LAYER.match, _list_layers(source.tensors))
+        if match
+    )
+    width = next((fields[name] for name in _WIDTHS if type(fields.get(name)) is int), 0)
+    depth = next((fields[name] for name in _DEPTHS if type(fields.get(name)) is int), 0)
+    inner = next((fields[name] for name in _INNER if type(fields.get(name)) is int), 0)
+    heads = next((fields[name] for name in _HEADS if type(fields.get(name)) is int), 0)
+    return (
+        len(layers) == 1
+        and [*layers.values()] == [depth]
+        and sizes[width] > len(shapes) / 2
+        and sizes[inner] >= depth
+        and any(shape == (fields.get("vocab_size"), width) for shape in shapes)
+        and heads > 0
+        and width % heads == 0
+        and any(sizes[fields[n]] + sizes[fields[n] + 2] for n in _POSITIONS if n in fields)
+        and fields.get("num_key_value_heads", heads) == heads
+    )
+
+
+def _list_ends(names: Iterable[str]) -> set[str]:
+    """List the last two words of names: of a module without children, and of its tensor."""
+    return {".".join(name.split(".")[-2:]) for name in names}
+
+
+def _list_layers(names: Iterable[str]) -> set[str]:
+    """List the layers that tensors belong to: their names up to the first number, and a dot."""
+    return {match[0] for name in names if (match := _LAYER.match(name))}
