@@ -7,6 +7,7 @@ of the program itself has Python's traceback and exit code 1.
 """
 
 import os
+import re
 import select
 import signal
 import sys
@@ -18,6 +19,7 @@ from reprlib import Repr
 
 _LONGEST_REASON = 300  # characters of a library's error in a message
 _LONGEST_VALUE = 120  # characters of a value in a message
+_LONGEST_WORD = 500  # characters of a word in a message: more than paths usually have
 _short = Repr()
 _short.maxlevel, _short.maxstring, _short.maxother = 4, 80, 80
 
@@ -112,7 +114,7 @@ def run_main(main: Callable[[], None]) -> None:
     except (UserError, PolicyStop, DistributedFailure, Interrupted) as error:
         if "--traceback" in sys.argv:
             traceback.print_exc()
-        _exit_with_message(f"{type(error).__name__}: {error}", error.exit_code)
+        _exit_with_message(format_expected_error(error), error.exit_code)
     except BrokenPipeError:
         if "RANK" in os.environ or not _is_stdout_closed():
             raise
@@ -128,16 +130,23 @@ def run_main(main: Callable[[], None]) -> None:
         if "--traceback" in sys.argv:
             traceback.print_exc()
         if not lost:
-            _exit_with_message(_describe_fixable(error), UserError.exit_code)
+            _exit_with_message(format_expected_error(error), UserError.exit_code)
         where = f"rank {os.environ.get('RANK', '0')} on {os.uname().nodename}"
         named = "".join(f"; {describe()}" for describe in LOSS_DESCRIBERS)
         message = f"DistributedFailure: {where} lost its peers{named}: {_shorten_reason(error)}"
         _exit_with_message(message, DistributedFailure.exit_code)
 
 
-def _describe_fixable(error: Exception) -> str:
-    """Describe an error of the operating system, or too little memory, in one sentence."""
+def format_expected_error(error: Exception) -> str:
+    """Format the message of an error of this module or one that the user can mend.
+
+    Words of more than `_LONGEST_WORD` characters, such as values of a damaged file, are cut.
+    """
     kind, reason = type(error).__name__, _shorten_reason(error)
+    if isinstance(error, (UserError, PolicyStop, DistributedFailure, Interrupted)):
+        return re.sub(
+            rf"\S{{{_LONGEST_WORD},}}", lambda word: f"{word[0][:100]}...", f"{kind}: {error}"
+        )
     if not isinstance(error, OSError):
         return f"{kind}: not enough memory: {reason}"
     if not error.strerror:

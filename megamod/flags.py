@@ -102,7 +102,14 @@ def parse_args(*classes: type, argv: Sequence[str] | None = None, doc: str | Non
             values[name] = _parse_value(f, spelling[1], f"--{spelling[0]}")
     parsed = []
     for cls in classes:
-        args = cls(**{f.name: values[f.name][0] for f in fields(cls) if f.name in values})
+        try:
+            args = cls(**{f.name: values[f.name][0] for f in fields(cls) if f.name in values})
+        except UserError as error:
+            named = re.match(r"--(\w+)", str(error))
+            origin = values.get(named[1], ("", ""))[1] if named else ""
+            raise UserError(
+                f"{origin}: {error}" if origin[:2] not in ("", "--") else error
+            ) from error
         args._origins = {f.name: values[f.name][1] for f in fields(cls) if f.name in values}
         parsed.append(args)
     return tuple(parsed)

@@ -186,7 +186,7 @@ def read_study(path: Path) -> Study:
     """
     file = read_checked_file(path, StudyFile)
     cells = [
-        Cell(arm, rung, seed, _merge_settings(file, arm, rung))
+        Cell(arm, rung, seed, _merge_settings(file, arm, rung, path))
         for rung in file.rungs
         for seed in file.seeds
         for arm in file.arms
@@ -194,26 +194,28 @@ def read_study(path: Path) -> Study:
     return Study(path.stem, file, tuple(cells))
 
 
-def _merge_settings(file: StudyFile, arm: str, rung: str) -> Settings:
+def _merge_settings(file: StudyFile, arm: str, rung: str, path: Path) -> Settings:
     """Return the settings of an arm at a rung: common ones, replaced by the rung's, and those by
     the arm's.
 
     None removes a setting.
 
     Raises:
-        UserError: for a setting by rung that lacks one of the rungs or has others.
+        UserError: naming `path` for a setting by rung that lacks one of the rungs or has others.
     """
     merged: Settings = {}
     for level in (file.common, file.rungs[rung], file.arms[arm]):
-        merged |= {key: _select_rung_value(value, rung, file.rungs) for key, value in level.items()}
+        for key, value in level.items():
+            merged[key] = _select_rung_value(value, rung, file.rungs, f"{path}, {key}")
     return {key: value for key, value in merged.items() if value is not None}
 
 
-def _select_rung_value(value: object, rung: str, rungs: Mapping[str, object]) -> object:
+def _select_rung_value(value: object, rung: str, rungs: Mapping[str, object], where: str) -> object:
     """Return the value for a rung if it is a mapping by rungs, otherwise the value itself.
 
     Args:
         rungs: all rungs, by name.
+        where: file and key of the value, for messages.
     Raises:
         UserError: if the mapping lacks this rung, or has a key that is no rung.
     """
@@ -221,6 +223,7 @@ def _select_rung_value(value: object, rung: str, rungs: Mapping[str, object]) ->
         return value
     if rung not in value or not set(value) <= set(rungs):
         raise UserError(
-            f"a setting by rung has the keys {', '.join(value)}; the rungs: {', '.join(rungs)}"
+            f"{where}: a setting by rung has the keys {', '.join(map(str, value))}; the rungs: "
+            f"{', '.join(rungs)}"
         )
     return value[rung]
