@@ -139,5 +139,6 @@ def list_leftovers(folder: Path) -> list[str]:
     return sorted(
         str(path.relative_to(folder))
         for path in folder.rglob(".*")
-        if path.name.endswith((".tmp", ".in_use")) or path.name.startswith((".tmp-", ".start"))
+        if path.name.endswith((".tmp", ".in_use", ".partial"))
+        or path.name.startswith((".tmp-", ".start"))
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from megamod.errors import UserError
+from megamod.errors import UserError, format_expected_error
 
 SLOW = 60  # seconds that no file may take
 BATCH = 250  # cases of one process
@@ -118,8 +118,8 @@ def _try(name: str, format_: Format, folder: Path, number: int, seed: int) -> tu
     try:
         format_.read(folder)
         outcome = "accepted", ""
-    except UserError as error:
-        message = str(error)
+    except (UserError, OSError, MemoryError) as error:  # as of a command
+        message = format_expected_error(error)
         outcome = "refused", ""
         if "\n" in message.strip() and "faults" not in message and ": line" not in message:
             outcome = "lost", f"more than one paragraph: {message[:300]!r}"
