@@ -90,6 +90,7 @@ def make_inputs(folder: Path) -> Path:
     make_model(folder / "demix", untie="feedforward", domains=list(DOMAINS))
     make_data(folder / "new")
     binarize(texts, "sentencepiece:300", folder / "bin")
+    binarize(texts | {"code": texts["law"]}, "sentencepiece:300", folder / "bin2")
     (folder / "lm.yaml").write_text(LM)
     words = [f"w{n}" for n in range(12)]
     lines = [" ".join(draw.choices(words, k=10)) for _ in range(80)]

@@ -4,6 +4,7 @@
     python tests/drills/run.py K F                      some
     python tests/drills/run.py --size nightly           all, hours
     python tests/drills/run.py K --size nightly --seed 3
+    python tests/drills/run.py F --size nightly --share 0.1     a tenth of the cases of a night
 
 Each drill is some files; `make test` runs those named test_*.py in the size of a push. The table
 has a row for each: its tests and how many failed, the cases in them (kills, files, flipped bits,
@@ -52,8 +53,9 @@ DRILLS = {
     ),
     "R": Drill(
         "a resumed run equals the straight one",
-        ("tests/train/test_old_checkpoint.py",),
+        ("tests/drills/drill_cuts.py",),
         (
+            "tests/train/test_old_checkpoint.py",
             "tests/train/test_resume.py",
             "tests/train/test_failed_evaluation.py",
             "tests/runs/test_encoder_lm.py",
@@ -63,8 +65,12 @@ DRILLS = {
     ),
     "D": Drill(
         "lost ranks and launchers",
-        ("tests/dist/test_watch.py",),
-        ("tests/dist/test_process.py", "tests/drills/test_two_hosts.py"),
+        ("tests/drills/drill_ranks.py",),
+        (
+            "tests/dist/test_watch.py",
+            "tests/dist/test_process.py",
+            "tests/drills/test_two_hosts.py",
+        ),
     ),
     "N": Drill(
         "NaN, infinity and spikes",
@@ -103,12 +109,16 @@ def list_tests(name: str, size: str) -> list[str]:
     return [test for test in tests if test in whole or test.partition("::")[0] not in whole]
 
 
-def run_drills(names: Sequence[str], size: str, seed: int) -> dict[str, tuple[str, ...]]:
+def run_drills(
+    names: Sequence[str], size: str, share: float, seed: int
+) -> dict[str, tuple[str, ...]]:
     """Run drills in one process, which shares the imports; return their rows of the table.
 
     A drill without results, because the process died, counts as one that failed.
     """
     tests = {name: list_tests(name, size) for name in names}
+    variables = {"SIZE": size, "SHARE": str(share), "SEED": str(seed)}
+    variables = {f"MEGAMOD_DRILL_{name}": value for name, value in variables.items()}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -116,7 +126,7 @@ def run_drills(names: Sequence[str], size: str, seed: int) -> dict[str, tuple[st
         subprocess.run(
             [*command, *(test for part in tests.values() for test in part)],
             cwd=REPOSITORY,
-            env={**os.environ, "MEGAMOD_DRILL_SIZE": size, "MEGAMOD_DRILL_SEED": str(seed)},
+            env={**os.environ, **variables},
             check=False,
         )
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
@@ -132,7 +142,8 @@ def run_drills(names: Sequence[str], size: str, seed: int) -> dict[str, tuple[st
                     sums[item.attrib["name"]] += int(item.attrib["value"])
         counts = (len(results), failed or int(not results), sums["cases"], sums["lost"])
         seconds = sum(float(case.attrib["time"]) for case in results)
-        row = (name, DRILLS[name].title, size, str(seed), *map(str, counts), f"{seconds:.0f}")
+        part = size if share == 1 else f"{share:g} of {size}"
+        row = (name, DRILLS[name].title, part, str(seed), *map(str, counts), f"{seconds:.0f}")
         rows[name] = row
     return rows
 
@@ -144,6 +155,7 @@ def main() -> None:
         "names", nargs="*", choices=[[], *DRILLS], metavar="NAME", help=", ".join(DRILLS)
     )
     parser.add_argument("--size", choices=("push", "nightly"), default="push", help="default: push")
+    parser.add_argument("--share", type=float, default=1, help="of the cases of a night")
     parser.add_argument("--seed", type=int, default=1, help="of all draws (default: 1)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="JSON file of rows to add to")
     options = parser.parse_args()
@@ -154,7 +166,7 @@ def main() -> None:
     names = options.names or list(DRILLS)
     # At night a drill takes long enough to have a process, and a row as soon as it has ended.
     for part in [names] if options.size == "push" else [[name] for name in names]:
-        new = run_drills(part, options.size, options.seed)
+        new = run_drills(part, options.size, options.share, options.seed)
         failed += sum(int(row[5]) for row in new.values())
         rows |= new
         if options.table is not None:

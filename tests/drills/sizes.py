@@ -1,14 +1,18 @@
-"""Size and seed of the drills: small with every push, large at night, set by run.py."""
+"""Size and seed of the drills: small with every push, large at night, set by run.py.
+
+A share of the night is a night with fewer cases, where it has more than a push.
+"""
 
 import os
 
 SIZE = os.environ.get("MEGAMOD_DRILL_SIZE", "push")
+SHARE = float(os.environ.get("MEGAMOD_DRILL_SHARE", "1"))
 SEED = int(os.environ.get("MEGAMOD_DRILL_SEED", "1"))
 
 
 def pick(push: int, nightly: int) -> int:
     """The number of cases in this size."""
-    return nightly if SIZE == "nightly" else push
+    return max(push, int(nightly * SHARE)) if SIZE == "nightly" else push
 
 
 def report(record_property, cases: int, lost: int) -> None:

@@ -30,6 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHERS = REPOSITORY / "launchers"
 KILLED = -signal.SIGKILL
 HUNG = "hung"
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 MEMORY = 6 * 2**30  # bytes of address space that a child may add
 SITES = (
     *((os, name) for name in ("fsync", "replace", "rename", "link", "unlink", "mkdir", "rmdir")),
@@ -44,10 +45,11 @@ class Command:
     """A launcher's command line.
 
     Attributes:
-        words: the launcher's name and its arguments; a string of Python code after `-c`.
+        words: the launcher's name and its arguments.
         folder: working directory.
         site: number of the call before which something happens, from 0; None: nothing does.
-        event: "kill"; "full" or "read-only": this call and all later ones fail.
+        event: "kill", "stop" (by SIGSTOP), "exit" or "error" (that nobody foresees); "full" or
+            "read-only": this call and all later ones fail.
         variables: added to the environment.
     """
 
@@ -242,9 +244,13 @@ def _watch_sites(folder: Path, site: int | None, event: str) -> None:
         os.pwrite(counter, count[0].to_bytes(8, "little"), 0)
         if site is None or number < site:
             return
-        if event == "kill":
-            os.kill(parent, signal.SIGKILL)
+        if event in _SIGNALS and number == site:
+            os.kill(parent, _SIGNALS[event])
             time.sleep(60)
+        if event == "exit":
+            os._exit(7)
+        if event == "error":
+            raise RuntimeError("an error that nobody foresees")
         raise OSError(numbers[event], os.strerror(numbers[event]))
 
     def guard(name: str, original):
