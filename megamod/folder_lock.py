@@ -227,8 +227,8 @@ def lock_folder_name(path: Path) -> Iterator[None]:
 def delete_leftovers(path: Path, *folders: Path) -> None:
     """Delete what a process left that was killed after the folder `path` was complete.
 
-    That is its lock, temporary siblings, see `lock_folder_name`, and `folders`. Nothing happens without a
-    lock, if its holder is alive or on another machine, or where nothing can be written.
+    That is its lock, temporary siblings, see `lock_folder_name`, and `folders`. Nothing happens
+    without a lock, if its holder is alive or on another machine, or where nothing can be written.
     """
     path = Path(path).absolute()
     holder = _read_holder(path.with_name(f".{path.name}.in_use"))
