@@ -186,7 +186,7 @@ def test_the_same_command_does_nothing_and_another_is_refused(inputs, tokenizer,
 def test_the_same_command_after_a_kill_at_the_end_deletes_what_is_left(inputs, tokenizer, tmp_path):
     binarize(inputs, tokenizer, tmp_path / "out")
     (tmp_path / ".out.partial" / "parts").mkdir(parents=True)
-    dead = replace(Holder.of_this_process(), started=1)
+    dead = replace(Holder.make_for_this_process(), started=1)
     (tmp_path / ".out.in_use").write_text(json.dumps(asdict(dead)))
     binarize(inputs, tokenizer, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -223,7 +223,9 @@ def test_the_command_itself(tmp_path, elms):
     done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 0 and "written to" in done.stdout, done.stderr
     assert done.stderr == ""  # no progress bar where nobody looks
-    dead = replace(Holder.of_this_process(), started=1)  # as if killed before it released the lock
+    dead = replace(
+        Holder.make_for_this_process(), started=1
+    )  # as if killed before it released the lock
     (tmp_path / ".out.in_use").write_text(json.dumps(asdict(dead)))
     again = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
     assert again.returncode == 0 and "done already" in again.stdout, again.stderr
