@@ -200,7 +200,7 @@ class Driver:
         log = self._get_log_path(job.task)
         job.log_start = log.stat().st_size if log.exists() else 0
         command, variables = build_command(
-            stage, placement, self.commands_folder, self.hostfile, job.port
+            stage, placement, self.commands_folder, self.hostfile, job.port, self.hosts
         )
         job.process = start_process(command, variables, lock, self._get_process_mark(job.task), log)
 
@@ -406,7 +406,7 @@ def describe_waves(
                     lines.append(f"  {stage.title}: done")
                     continue
                 usable = placement or allocate_slots(hosts, (), task.gpus)
-                command, _ = build_command(stage, usable, commands_folder, hostfile, port=29500)
+                command, _ = build_command(stage, usable, commands_folder, hostfile, 29500, usable)
                 lines.append(f"  {stage.title}: {' '.join(command)}")
     return "\n".join(lines)
 

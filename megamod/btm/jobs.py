@@ -44,7 +44,12 @@ def acquire_lock(lock_path: Path) -> int | None:
 
 
 def build_command(
-    stage: Stage, placement: HostSlots, commands_folder: Path, hostfile: str | None, port: int
+    stage: Stage,
+    placement: HostSlots,
+    commands_folder: Path,
+    hostfile: str | None,
+    port: int,
+    hosts: HostSlots,
 ) -> tuple[list[str], dict[str, str]]:
     """Build the command of a stage on its slots, and its environment variables.
 
@@ -55,17 +60,18 @@ def build_command(
         commands_folder: folder of the stage's program, `megamod/commands`.
         hostfile: file with the hosts of `placement`; None: they are this machine.
         port: free TCP port for DeepSpeed's launcher.
+        hosts: slots of all jobs, which share the cores of this machine.
     Returns:
         the words of the command, and variables to add to its environment.
     """
     program = [str(commands_folder / stage.program), *stage.arguments]
     gpus = sum(len(host.slots) for host in placement)
+    cores = share_cores(len(hosts[0].slots)) if hostfile is None else {}
     if not stage.ranks or (hostfile is None and gpus == 1):
         # If the job's slots are on another host, the GPUs of this machine belong to other jobs.
-        slots = ",".join(map(str, placement[0].slots)) if is_local_host(placement[0]) else ""
-        return [sys.executable, *program], {
-            "CUDA_VISIBLE_DEVICES": slots
-        } if list_local_gpus() else {}
+        visible = ",".join(map(str, placement[0].slots)) if is_local_host(placement[0]) else ""
+        devices = {"CUDA_VISIBLE_DEVICES": visible} if list_local_gpus() else {}
+        return [sys.executable, *program], devices | cores
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
     if hostfile is not None:
         command += ["--hostfile", hostfile, "--include", format_include(placement)]
@@ -76,7 +82,21 @@ def build_command(
         command += ["--include", format_include(placement)]
     else:
         command += ["--num_accelerators", str(gpus)]
-    return command + program, {}
+    return command + program, cores
+
+
+def share_cores(slots: int) -> dict[str, str]:
+    """Return variables that give each slot of this machine its part of the cores.
+
+    Otherwise each process would start a thread for every core, and jobs slow each other down
+    several times. With GPUs, or if OMP_NUM_THREADS is set, the result is empty.
+
+    Args:
+        slots: of this machine, over all jobs.
+    """
+    if "OMP_NUM_THREADS" in os.environ or list_local_gpus():
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // slots))}
 
 
 def start_process(

@@ -1,9 +1,11 @@
 """Packing of jobs on slots: rules on small clusters, and properties on random ones."""
 
 import random
+from pathlib import Path
 
 import pytest
 
+from megamod.btm import jobs
 from megamod.btm.placement import (
     allocate_slots,
     check_job_fits,
@@ -12,6 +14,7 @@ from megamod.btm.placement import (
     list_local_slots,
     parse_include,
 )
+from megamod.btm.tasks import Stage
 from megamod.dist.hostfile import Host
 from megamod.errors import UserError
 
@@ -83,6 +86,23 @@ def test_slots_of_this_machine(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1f")
     with pytest.raises(UserError, match="GPU-1f"):
         list_local_slots(None)
+
+
+def test_jobs_share_the_cores(monkeypatch):
+    """Without a number each process would start a thread for every core."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda process: set(range(8)))
+    stage = Stage("train", "pretrain.py", ("recipe.yaml",), done=bool, ranks=True)
+    for ranks, slots, threads in ((1, 2, "4"), (2, 2, "4"), (1, 3, "2"), (1, 16, "1")):
+        hosts = list_local_slots(slots)
+        part = (Host("localhost", tuple(range(ranks))),)
+        _, variables = jobs.build_command(stage, part, Path("commands"), None, 29500, hosts)
+        assert variables == {"OMP_NUM_THREADS": threads}
+    # Other hosts have cores of their own, and a number of the user counts.
+    assert jobs.build_command(stage, hosts, Path("commands"), "hostfile", 29500, hosts)[1] == {}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert jobs.build_command(stage, hosts, Path("commands"), None, 29500, hosts)[1] == {}
 
 
 def test_ports_are_distinct():
