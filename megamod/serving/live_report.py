@@ -94,7 +94,9 @@ class LiveServer(ThreadingHTTPServer):
 
     def run(self) -> None:
         """Serve until Ctrl-C or SIGTERM, then return."""
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Set for Ctrl-C, too: a shell's job in the background ignores it otherwise.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
         try:
             self.serve_forever(poll_interval=0.1)
         except KeyboardInterrupt:

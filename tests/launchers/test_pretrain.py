@@ -198,6 +198,7 @@ def test_sigterm_then_the_same_command_is_the_run_without_it(folder):
 
     done = start(*command)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{cut}: resumes at step {stopped} of {steps}" in done.stderr
     assert_outputs(cut, steps)
     for part in ("model", f"checkpoints/step-{steps}"):
         files = sorted(path.name for path in (whole / part).glob("*.safetensors"))
