@@ -129,7 +129,7 @@ def test_leftovers_beside_a_complete_folder_go_after_the_death_of_their_holder(t
     names = (".tmp-out-0123abcd", ".out.partial", "out")
     for name in names:
         (tmp_path / name).mkdir()
-    alive, dead = Holder.make_for_this_process(), replace(Holder.of_this_process(), started=1)
+    alive, dead = Holder.make_for_this_process(), replace(Holder.make_for_this_process(), started=1)
     for holder in (alive, replace(dead, machine="another")):
         lock.write_text(json.dumps(asdict(holder)))
         delete_leftovers(output, tmp_path / ".out.partial")
