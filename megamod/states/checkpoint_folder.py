@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import safe_open
 
 from megamod.files import hash_file, write_json
@@ -92,6 +92,17 @@ class _TrainStateEntry(Schema):
     mean_loss: Annotated[float, Field(allow_inf_nan=False)] | None = None
     nonfinite_steps: Items[_Count] = ()
 
+    @model_validator(mode="after")
+    def _check_counts(self) -> "_TrainStateEntry":
+        """Return the entry. Raise ValueError for counts that contradict each other."""
+        if self.data_step < self.step:
+            raise ValueError(f"data_step is {self.data_step}, less than step, {self.step}")
+        if self.skipped > self.data_step:
+            raise ValueError(f"skipped is {self.skipped}, more than data_step, {self.data_step}")
+        if max(self.nonfinite_steps, default=0) > self.data_step:
+            raise ValueError(f"nonfinite_steps has a step after data_step, {self.data_step}")
+        return self
+
 
 class _StateFile(Schema):
     """Schema of state.json, see `StateRecord`."""
@@ -102,6 +113,16 @@ class _StateFile(Schema):
     settings: dict[str, Any] = Field({})
     world_size: Annotated[int, Field(ge=1)] = 1
     branched: bool = False
+
+    @model_validator(mode="after")
+    def _check_updates(self) -> "_StateFile":
+        """Return the content. Raise ValueError for more updates than steps, or parts of one."""
+        if self.optimizer_steps > self.state.step or self.optimizer_steps % 1:
+            raise ValueError(
+                f"optimizer_steps is {self.optimizer_steps:g}, not a whole number up to step, "
+                f"{self.state.step}"
+            )
+        return self
 
 
 @dataclass

@@ -9,6 +9,7 @@ folder without a manifest that verifies does not count as a checkpoint.
 
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -198,7 +199,11 @@ class Checkpoints:
         copy_masters_to_weights(self.engine)
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         if getattr(scaler, "dynamic", False) and saved.loss_scaler.get("dynamic"):
-            vars(scaler).update(saved.loss_scaler)  # static ones follow from the configuration
+            # Static ones follow from the configuration.
+            unknown = saved.loss_scaler.keys() - vars(scaler).keys()
+            if unknown or not 0 < saved.loss_scaler.get("cur_scale", 1) < math.inf:
+                raise UserError(f"{folder / STATE}: loss_scaler is none of this run's precision")
+            vars(scaler).update(saved.loss_scaler)
         return saved.state
 
     def begin_evaluation(self, step: int) -> None:
