@@ -1,7 +1,8 @@
 """Pages of the documentation site that are made from other files: hooks of mkdocs.
 
 The README becomes the first page, `options.md` has the flags of every command, from the same
-dataclasses as `--help`, and `messages.md` the messages of all mistakes.
+dataclasses as `--help`, `messages.md` the messages of all mistakes, and `notebook.md` the cells and
+outputs of the notebook.
 """
 
 import contextlib
@@ -35,6 +36,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = (REPOSITORY / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=rewrite_links(text, source)))
     files.append(File.generated(config, "options.md", content=format_options()))
+    notebook = load_neighbour("notebook_page").format_notebook(REPOSITORY / "docs/notebook.ipynb")
+    files.append(File.generated(config, "notebook.md", content=notebook))
     messages = load_neighbour("message_page").format_messages(REPOSITORY / "megamod")
     files.append(File.generated(config, "messages.md", content=messages))
     return files
@@ -53,6 +56,7 @@ def rewrite_links(text: str, source: str) -> str:
     def rewrite(match: re.Match) -> str:
         title, link, anchor = match.groups()
         target = os.path.normpath(os.path.join(os.path.dirname(source), link))
+        target = {"docs/notebook.ipynb": "docs/notebook.md"}.get(target, target)
         if target in PAGES:
             return f"[{title}]({PAGES[target]}{anchor or ''})"
         if target.startswith("docs/"):
