@@ -7,7 +7,6 @@ which is all that `--help` may take.
 """
 
 import argparse
-import math
 import os
 import re
 import sys
@@ -17,11 +16,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
-import yaml
-
 from megamod.command_line import CommandParser, make_unknown_error, set_completions
 from megamod.errors import UserError
-from megamod.files import write_atomic
 from megamod.schemas import read_yaml_lines
 
 
@@ -173,25 +169,6 @@ def require_values(args: Arguments, *names: str) -> None:
     for f in fields(args):
         if f.name in names and getattr(args, f.name) is None:
             raise UserError(f"--{f.name} is missing: {f.metadata['help']}")
-
-
-def write_run_recipe(path: Path, *parsed: Arguments) -> None:
-    """Write a recipe of all flags that repeats the run, with the origin of each as a comment.
-
-    It replaces an existing file. Raises OSError if it cannot be written.
-    """
-    lines = []
-    for args in parsed:
-        lines.append(f"# {type(args).__doc__.splitlines()[0]}")
-        for f in fields(args):
-            # As the only item of a list in brackets, any value is written in a single line.
-            yaml_list = yaml.safe_dump(
-                [getattr(args, f.name)], default_flow_style=True, width=math.inf
-            )
-            origin = " ".join(find_origin(args, f.name).split())
-            lines.append(f"{f.name}: {yaml_list.strip()[1:-1]}  # {origin}")
-        lines.append("")
-    write_atomic(path, "\n".join(lines))
 
 
 def format_flags(values: Mapping[str, object]) -> list[str]:

@@ -93,7 +93,7 @@ def parse_checked_json(data: bytes, schema: type[Checked], origin: str) -> Check
     """
     text = _decode_text(data, origin)
     with _report_malformed("JSON", origin):
-        value = json.loads(text, object_pairs_hook=_build_mapping)
+        value = json.loads(text, object_pairs_hook=_build_object_of_unique_keys)
     _check_limits(value, origin)
     return check_against_schema(value, schema, origin)
 
@@ -148,19 +148,6 @@ def read_json_object(path: Path) -> dict[str, object]:
         except UnicodeEncodeError as error:
             raise UserError(f"{path}: holds text that cannot be written as UTF-8") from error
     return content
-
-
-def read_run_recipe(folder: Path) -> dict[str, object]:
-    """Read the flags in run.yaml of a run's folder: name -> value; empty if there is no such file.
-
-    `write_run_recipe` of `megamod.flags` writes it. Names are not checked, because any version may
-    have written the file.
-
-    Raises:
-        UserError: if the file is malformed.
-    """
-    file = folder / "run.yaml"
-    return read_checked_file(file, dict[str, Setting]) if file.is_file() else {}
 
 
 def check_against_schema(
@@ -245,7 +232,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _build_mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _build_object_of_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Build a JSON object from its pairs; raise ValueError for a key that appears twice."""
     content = dict(pairs)
     if len(content) < len(pairs):

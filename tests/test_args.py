@@ -31,9 +31,8 @@ from megamod.flags import (
     option,
     parse_args,
     require_values,
-    write_run_recipe,
 )
-from megamod.schemas import read_run_recipe
+from megamod.run_recipe import read_run_recipe, write_run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = (RunArgs, SafetyArgs, OptimArgs, ModelArgs, LoraArgs, DataArgs)

@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.schemas": ({"megamod.errors", "megamod.names"}, {"pydantic", "yaml"}),
     "megamod.command_line": ({"megamod.errors"}, {"argcomplete"}),
     "megamod.shipped_files": (set(), set()),
-    "megamod.flags": ({"megamod.command_line"}, {"yaml"}),
+    "megamod.flags": ({"megamod.command_line"}, set()),
+    "megamod.run_recipe": ({"megamod.flags"}, {"yaml"}),
     "megamod.args": ({"megamod.flags"}, set()),
     "megamod.dist.scope": (set(), set()),
     "megamod.dist.hostfile": (set(), set()),
@@ -80,17 +81,17 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         DATA
         | {"megamod.convert"}
         | {"megamod.models", "megamod.mixture", "megamod.mixture.posterior"}
-        | {"megamod.states"},
+        | {"megamod.run_recipe", "megamod.states"},
         {"torch", "transformers", "matplotlib", "numpy", "scipy", "sklearn", "safetensors"},
     ),
     "megamod.serving": (
-        {"megamod.evaluation", "megamod.states", "megamod.version"},
+        {"megamod.evaluation", "megamod.run_recipe", "megamod.states", "megamod.version"},
         {"torch", "fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic"},
     ),
     "megamod.train": (
         DATA
         | {"megamod.version", "megamod.args", "megamod.flags", "megamod.dist", "megamod.dist.scope"}
-        | {"megamod.models", "megamod.nn", "megamod.states"},
+        | {"megamod.run_recipe", "megamod.models", "megamod.nn", "megamod.states"},
         {"torch", "transformers", "deepspeed", "safetensors", "psutil", "tqdm", "wandb"},
     ),
     # Alignment runs models, so it is imported only where a recipe asks for it.
@@ -121,14 +122,14 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.btm": (
         {"megamod.args", "megamod.flags", "megamod.dist.scope", "megamod.dist.hostfile"}
         | {"megamod.data.corpus", "megamod.data.lm", "megamod.merging", "megamod.mixture"}
-        | {"megamod.states"},
+        | {"megamod.run_recipe", "megamod.states"},
         {"torch", "safetensors", "psutil"},
     ),
     "megamod.runs": (
         DATA
         | {"megamod.args", "megamod.flags", "megamod.dist", "megamod.dist.scope"}
         | {"megamod.models", "megamod.btm", "megamod.merging", "megamod.merging.alignment"}
-        | {"megamod.merging.moe"}
+        | {"megamod.merging.moe", "megamod.run_recipe"}
         | {"megamod.evaluation", "megamod.mixture", "megamod.states", "megamod.train"}
         | {"megamod.convert", "megamod.version"},
         {"torch", "transformers", "deepspeed", "huggingface_hub", "numpy", "pydantic"},

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from megamod.errors import UserError
-from megamod.schemas import Items, Schema, read_checked_file, read_run_recipe
+from megamod.run_recipe import read_run_recipe
+from megamod.schemas import Items, Schema, read_checked_file
 from megamod.states.adapter import find_seed_folder, is_adapter, is_model
 from megamod.states.checkpoint_folder import STATE, StateRecord, is_optimizer_file
 from megamod.states.forest import (

@@ -18,7 +18,7 @@ from megamod.models.lm.configuration import (
     get_domains,
     get_max_sequence_length,
 )
-from megamod.schemas import read_run_recipe
+from megamod.run_recipe import read_run_recipe
 from megamod.states.token_ids import check_same_token_ids
 from megamod.states.tokenizer_files import find_tokenizer_folder
 

@@ -23,7 +23,8 @@ from megamod.evaluation.plots import (
 )
 from megamod.evaluation.run_plots import plot_losses_of_runs, plot_shares
 from megamod.files import write_atomic
-from megamod.schemas import Number, Schema, read_checked_file, read_json_object, read_run_recipe
+from megamod.run_recipe import read_run_recipe
+from megamod.schemas import Number, Schema, read_checked_file, read_json_object
 
 METRICS, MISSING = "metrics.jsonl", "–"
 FILES = (

@@ -371,8 +371,8 @@ def initialise_weights(module: nn.Module, standard_deviation: float) -> None:
 
     Random weights are normal with mean 0, from torch's global generator.
 
-    Layers with the attribute `default_initialisation` keep torch's own initialisation. The
-    embedding of padding is 0. Within `from_pretrained`, weights loaded from a file do not change.
+    Layers of `mark_default_initialisation` keep torch's own initialisation. The embedding of
+    padding is 0. Within `from_pretrained`, weights loaded from a file do not change.
     """
     if isinstance(module, nn.Linear):
         if getattr(module, "default_initialisation", False):
@@ -387,6 +387,16 @@ def initialise_weights(module: nn.Module, standard_deviation: float) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+def mark_default_initialisation(linear: nn.Linear) -> nn.Linear:
+    """Mark a layer, in place, so that `initialise_weights` keeps torch's initialisation; return it.
+
+    Sets the attribute `default_initialisation`. MUX-ELECTRA marks the layers that its release
+    leaves at torch's initialisation.
+    """
+    linear.default_initialisation = True
+    return linear
 
 
 def was_loaded_from_file(parameter: Tensor) -> bool:

@@ -20,8 +20,8 @@ from megamod.models.lm.load import select_lm_class
 from megamod.models.presets import PRESETS, SHAPE
 from megamod.planning.activations import PassCost, measure_pass
 from megamod.planning.job import Job
+from megamod.train.encoder_objective import compute_masked_lm_losses, compute_replaced_token_losses
 from megamod.train.hidden_matrices import mark_hidden_matrices
-from megamod.train.objectives import compute_masked_losses, compute_replaced_losses
 
 
 @dataclass(frozen=True)
@@ -195,9 +195,11 @@ class Network:
         batch |= dict.fromkeys(names, 1)
         device = torch.device("cpu")
         if mux.objective == "masked_lm":
-            losses = compute_masked_losses(module, batch, (1.0, 1.0), device, mux.num_instances > 1)
+            losses = compute_masked_lm_losses(
+                module, batch, (1.0, 1.0), device, mux.num_instances > 1
+            )
         else:
-            losses = compute_replaced_losses(module, batch, (1.0,) * 4, device, self.config)
+            losses = compute_replaced_token_losses(module, batch, (1.0,) * 4, device, self.config)
         return losses["loss"]
 
 

@@ -38,9 +38,10 @@ from megamod.dist.topology import DomainTopology
 from megamod.dist.watch import stop_heartbeat
 from megamod.errors import UserError
 from megamod.files import write_json
-from megamod.flags import Arguments, write_run_recipe
+from megamod.flags import Arguments
 from megamod.folder_lock import lock_folder
 from megamod.models.lm.routing import is_mixture
+from megamod.run_recipe import write_run_recipe
 from megamod.runs.node_log import write_node_log
 from megamod.states.checkpoint_folder import TrainState
 from megamod.train.checkpoint import Checkpoints

@@ -7,7 +7,7 @@ import torch
 from megamod.errors import UserError
 from megamod.evaluation.generate import find_model_folder, load_text_generator
 from megamod.evaluation.mux_pipeline import MuxPipeline, is_classifier
-from megamod.schemas import read_run_recipe
+from megamod.run_recipe import read_run_recipe
 from megamod.serving.app import Service
 from megamod.serving.classification import ClassifierService
 from megamod.serving.completion import CompletionService

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from megamod.errors import UserError
 from megamod.files import write_atomic
-from megamod.schemas import read_run_recipe
+from megamod.run_recipe import read_run_recipe
 
 RUN_ID = "wandb_id.txt"
 """File in the folder of a run with its name at Weights & Biases, the same when it resumes."""

@@ -128,12 +128,12 @@ def measure_mux(
     size: Size, device: torch.device, machine_speed: MachineSpeed, rounds: int, compiled: bool
 ) -> dict[str, object]:
     """A step of masked-token pretraining of MUX-BERT, N = 5; `rows` are instances."""
-    from megamod.train.objectives import EncoderObjective, compute_masked_losses
+    from megamod.train.encoder_objective import EncoderObjective, compute_masked_lm_losses
 
     instances = 5
     job = Job(*size.flags, "--objective", "masked_lm", "--num_instances", str(instances))
     engine, vocabulary = job.engine(device), job.plan.network.config.vocab_size
-    losses = partial(compute_masked_losses, device=device, multiplexed=True)
+    losses = partial(compute_masked_lm_losses, device=device, multiplexed=True)
     objective = EncoderObjective(losses, ("masked", "positions"), "task_loss")
     batches = random_batches(vocabulary, size, device)
     for batch in batches:

@@ -38,10 +38,10 @@ from megamod.runs.pretrain.encoder_lm import (
     make_loss_function,
     make_masking,
 )
-from megamod.train.objectives import (
+from megamod.train.encoder_objective import (
     EncoderObjective,
-    compute_masked_losses,
-    compute_replaced_losses,
+    compute_masked_lm_losses,
+    compute_replaced_token_losses,
 )
 
 WORDS = [f"w{number}" for number in range(40)]
@@ -237,7 +237,7 @@ def batch_of(folder: Path, seed: int = 0) -> dict[str, object]:
 
 
 def masked(multiplexed: bool) -> EncoderObjective:
-    losses = partial(compute_masked_losses, device=torch.device("cpu"), multiplexed=multiplexed)
+    losses = partial(compute_masked_lm_losses, device=torch.device("cpu"), multiplexed=multiplexed)
     return EncoderObjective(losses, ("masked", "positions"), "task_loss")
 
 
@@ -349,7 +349,7 @@ def test_replaced_tokens_by_hand(bare):
     batch = batch_of(bare) | {"tokens": 32, "mask_id": 4}
     batch["input_ids"][batch["labels"] != -100] = 4
     batch["random_ids"] = torch.randint(5, 45, (4, LENGTH))
-    losses = partial(compute_replaced_losses, device=torch.device("cpu"), config=config)
+    losses = partial(compute_replaced_token_losses, device=torch.device("cpu"), config=config)
     objective = EncoderObjective(
         losses, ("tokens", "positions", "masked", "positions"), "task_loss"
     )
@@ -372,7 +372,7 @@ def test_plain_electra_is_scored_alike(bare):
     batch = batch_of(bare, 2) | {"tokens": 32, "mask_id": 4}
     batch["input_ids"][batch["labels"] != -100] = 4
     batch["random_ids"] = torch.randint(5, 45, (4, LENGTH))
-    result = compute_replaced_losses(
+    result = compute_replaced_token_losses(
         model, batch, (64.0, 1.0, 1.0, 1.0), torch.device("cpu"), model.config
     )
     corrupted = batch["input_ids"] == 4

@@ -182,7 +182,7 @@ def test_flags_that_are_read_later_are_read():
 
 def test_run_yaml_of_any_mode_is_accepted(folder, monkeypatch):
     """A run is repeated from its run.yaml, where every field stands, and none is refused."""
-    from megamod.flags import write_run_recipe
+    from megamod.run_recipe import write_run_recipe
 
     monkeypatch.chdir(folder)
     for mode, flags in MODES.items():

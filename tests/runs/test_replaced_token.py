@@ -34,7 +34,7 @@ from megamod.runs.pretrain.encoder_lm import (
     find_weight_source,
     pretrain_encoder,
 )
-from megamod.train.objectives import EncoderObjective, compute_replaced_losses
+from megamod.train.encoder_objective import EncoderObjective, compute_replaced_token_losses
 
 VOCABULARY, LENGTH, INSTANCES = 45, 8, 2
 MASK, CLS, PAD = 4, 2, 0
@@ -91,7 +91,7 @@ def electra(**more: object) -> MuxElectraForReplacedTokens:
 
 
 def objective_of(model: MuxElectraForReplacedTokens) -> EncoderObjective:
-    losses = partial(compute_replaced_losses, device=CPU, config=model.config)
+    losses = partial(compute_replaced_token_losses, device=CPU, config=model.config)
     return EncoderObjective(losses, ITEM_FIELDS["replaced_token"], "task_loss")
 
 
@@ -174,7 +174,7 @@ def test_a_generator_retrieves_as_many_tokens_as_are_counted(more):
 @pytest.mark.parametrize("kind", ["plain", "multiplexed"])
 def test_held_out_text_is_scored_the_same_at_every_call(kind):
     model = electra(**BOTH, generator=kind, generator_config=SMALLER)
-    losses = partial(compute_replaced_losses, device=CPU, config=model.config)
+    losses = partial(compute_replaced_token_losses, device=CPU, config=model.config)
 
     def scores(part: int, parts: int, total: list[torch.Tensor]) -> dict[str, float]:
         return score_encoder(

@@ -101,7 +101,11 @@ class EncodedRows:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of ids, segments, offsets and labels, in hexadecimal."""
+        """SHA-256 of ids, segments, offsets and labels, in hexadecimal.
+
+        A run records it as the digest of its data, and resumes only on equal rows. Padding and
+        the places of words, which follow from tokenizer and flags, are not part of it.
+        """
         hashed = hashlib.sha256(self.ids.tobytes())
         for part in (self.segments, self.offsets, self.labels):
             hashed.update(b"none" if part is None else part.tobytes())
@@ -287,7 +291,7 @@ class TrainRows(StepBatches):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the rows, see `EncodedRows.digest`."""
+        """SHA-256 of the rows, which a resumed run must have again; see `EncodedRows.digest`."""
         return self.encoded.digest
 
     def select_rows(self, micro_batch_index: int) -> np.ndarray:

@@ -62,7 +62,7 @@ class TaskMixture(StepBatches):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the rows of all tasks."""
+        """SHA-256 of the rows of all tasks, which a resumed run must have again."""
         return hashlib.sha256("".join(rows.digest for rows in self.encoded).encode()).hexdigest()
 
     def compute_steps_per_epoch(self, epoch_share: float) -> int:

@@ -15,15 +15,7 @@ from megamod.models.mux.classifier import (
 from megamod.models.mux.configuration import MuxElectraConfig
 from megamod.models.mux.model import MuxPreTrainedModel
 from megamod.models.mux.types import MuxOutput, PreparedBatch
-
-
-def mark_default_initialisation(linear: nn.Linear) -> nn.Linear:
-    """Mark a layer, so that `initialise_weights` keeps torch's own initialisation; return it.
-
-    The release initialises these layers so. Sets the attribute `default_initialisation`.
-    """
-    linear.default_initialisation = True
-    return linear
+from megamod.nn.encoder import mark_default_initialisation
 
 
 class MuxElectraPreTrainedModel(MuxPreTrainedModel):

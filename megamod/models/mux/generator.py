@@ -14,9 +14,14 @@ from torch.nn import functional as F
 from megamod.models.calls import check_extra_arguments, format_output
 from megamod.models.mux.bert import MuxMaskedLM
 from megamod.models.mux.configuration import MuxElectraConfig
-from megamod.models.mux.electra import MuxElectraForPreTraining, mark_default_initialisation
+from megamod.models.mux.electra import MuxElectraForPreTraining
 from megamod.models.mux.types import MixedStates, MuxOutput, PreparedBatch
-from megamod.nn.encoder import EncoderEmbeddings, EncoderModel, make_key_mask
+from megamod.nn.encoder import (
+    EncoderEmbeddings,
+    EncoderModel,
+    make_key_mask,
+    mark_default_initialisation,
+)
 from megamod.nn.retrieval import IGNORED, build_row_pairs, score_tokens
 
 _SAMPLED_TOGETHER = 2**24  # logits of a chunk of positions for which tokens are drawn

@@ -38,13 +38,13 @@ from megamod.models.build import FAMILIES, LOSSES
 from megamod.models.presets import SHAPE
 from megamod.models.pretrained import load_pretrained
 from megamod.runs.training import ActiveRun, RunSpec, execute_run
-from megamod.train.export import Card
-from megamod.train.objectives import (
+from megamod.train.encoder_objective import (
     ComputeLosses,
     EncoderObjective,
-    compute_masked_losses,
-    compute_replaced_losses,
+    compute_masked_lm_losses,
+    compute_replaced_token_losses,
 )
+from megamod.train.export import Card
 
 logger = logging.getLogger(__name__)
 
@@ -176,9 +176,9 @@ def make_loss_function(
             moved.
     """
     if mux.objective == "masked_lm":
-        return partial(compute_masked_losses, device=device, multiplexed=mux.num_instances > 1)
+        return partial(compute_masked_lm_losses, device=device, multiplexed=mux.num_instances > 1)
     return partial(
-        compute_replaced_losses,
+        compute_replaced_token_losses,
         device=device,
         config=config,
         discriminator_weight=mux.disc_loss_weight,
