@@ -8,8 +8,8 @@ import importlib
 import os
 import sys
 
-from megamod.command_line import CommandParser, make_unknown_error, set_completions
-from megamod.commands import GROUPS, list_verbs, read_summary
+from megamod.command_line import CommandParser, make_unknown_word_error, set_completions
+from megamod.commands import GROUPS, list_verbs, read_command_summary
 from megamod.errors import UserError, run_main
 from megamod.version import __version__
 
@@ -42,7 +42,7 @@ def main() -> None:
     elif verb == "--version":
         print(f"megamod {__version__}")
     elif verb.replace("_", "-") not in list_verbs():
-        raise make_unknown_error("unknown verb", verb, list_verbs())
+        raise make_unknown_word_error("unknown verb", verb, list_verbs())
     else:
         sys.argv = [f"megamod {verb}", *words]
         importlib.import_module(f"megamod.commands.{verb.replace('-', '_')}").main()
@@ -56,7 +56,7 @@ def format_verbs() -> str:
     for title, names in GROUPS.items():
         lines.append(title)
         for name in names:
-            lines.append(f"  {name.replace('_', '-'):{width}}  {read_summary(name)}")
+            lines.append(f"  {name.replace('_', '-'):{width}}  {read_command_summary(name)}")
         lines.append("")
     return "\n".join([*lines, ENDING.rstrip()])
 

@@ -56,7 +56,7 @@ class RunArgs(Arguments):
     )
 
     def __post_init__(self):
-        """Check all fields; refuse --global_batch_size with --gradient_accumulation_steps."""
+        """Check all fields; raise UserError for both flags that set the accumulation."""
         super().__post_init__()
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise UserError(
@@ -96,7 +96,9 @@ class SafetyArgs(Arguments):
     allow_unknown_ds_keys: bool = option(False, "accept unknown keys of the DeepSpeed JSON")
 
     def __post_init__(self):
-        """Check all fields; refuse a spike factor from 0 to 1, and flags without effect."""
+        """Check all fields; raise UserError for a spike factor above 0 and up to 1, and for
+        --allow_unknown_ds_keys without --deepspeed.
+        """
         super().__post_init__()
         if 0 < self.spike_factor <= 1:
             raise UserError(f"--spike_factor: {self.spike_factor} is not 0 (off) or above 1")
@@ -136,7 +138,7 @@ class OptimArgs(Arguments):
     max_grad_norm: float = option(0.1, "gradients are clipped to this norm; 0: off", least=0)
 
     def __post_init__(self):
-        """Check all fields; refuse flags without effect, and Muon with a rate of 0."""
+        """Check all fields; raise UserError for flags without effect, or Muon with a rate of 0."""
         super().__post_init__()
         if self.warmup_steps is not None:
             steps = f"--warmup_steps is {self.warmup_steps}"
@@ -196,7 +198,9 @@ class ModelArgs(Arguments):
     )
 
     def __post_init__(self):
-        """Check all fields; refuse an anchor without its experts, and heads that do not fit."""
+        """Check all fields; raise UserError for --anchor without --untie feedforward, and for a
+        number of heads that does not divide the hidden size.
+        """
         super().__post_init__()
         if self.anchor is not None and self.untie != "feedforward":
             raise UserError(
@@ -228,7 +232,7 @@ class LoraArgs(Arguments):
     )
 
     def __post_init__(self):
-        """Check all fields; refuse flags of an adapter without --lora_rank."""
+        """Check all fields; raise UserError for flags of an adapter without --lora_rank."""
         super().__post_init__()
         if self.lora_rank is None:
             names = [f.name for f in fields(self) if f.name != "lora_rank"]
@@ -239,7 +243,7 @@ class LoraArgs(Arguments):
         """Values by the names of the arguments of `make_lora_fields`, such as "rank"."""
         return {f.name.removeprefix("lora_"): getattr(self, f.name) for f in fields(self)}
 
-    def check_model(self, model: ModelArgs) -> None:
+    def check_model_flags(self, model: ModelArgs) -> None:
         """Refuse flags of a model that an adapter cannot have; without --lora_rank all pass.
 
         Raises:
@@ -290,7 +294,7 @@ class MuxArgs(Arguments):
     disc_loss_weight: float = option(50.0, "weight of the discriminator's loss", least=0)
 
     def __post_init__(self):
-        """Check all fields; refuse objectives, losses and generators that do not fit each other."""
+        """Check all fields; raise UserError for objective, losses and generator that do not fit."""
         super().__post_init__()
         if self.generator != "none" and (self.num_instances == 1 or self.objective == "masked_lm"):
             raise UserError(
@@ -328,7 +332,9 @@ class DataArgs(Arguments):
     verify_data: Literal["size", "sample", "full"] = option("sample", VERIFY_DATA)
 
     def __post_init__(self):
-        """Check all fields; refuse flags that exclude each other, and bad or repeated domains."""
+        """Check all fields; raise UserError for flags that exclude each other, and for domains that
+        are repeated or cannot be names.
+        """
         super().__post_init__()
         if self.mask_documents and self.domain_token:
             raise UserError("--mask_documents would hide the token of --domain_token; give one")
@@ -342,7 +348,7 @@ MIXTURE_FLAGS = ("train", "router_aux_loss_coef")
 """Flags of `ModelArgs` that belong to mixtures of experts."""
 
 
-def refuse_unused_flags(
+def refuse_pretraining_flags_without_effect(
     model: ModelArgs, lora: LoraArgs, mux: MuxArgs, data: DataArgs, optim: OptimArgs
 ) -> None:
     """Refuse flags of a pretraining run that have no effect together with its other flags.
@@ -389,7 +395,7 @@ def refuse_unused_flags(
         refuse_values_without_effect(data, ("alpha",), f"--sampler is {data.sampler}")
 
 
-def apply_ds_values(
+def apply_deepspeed_values(
     run: RunArgs,
     optim: OptimArgs,
     values: Mapping[str, object],

@@ -109,7 +109,7 @@ class CommandParser(argparse.ArgumentParser):
                     equivalent = re.match(r"--\w+", answer)
                     if equivalent is None or equivalent[0] in flags:
                         raise UserError(f"unknown flag {flag!r}; here it is {answer}")
-                raise make_unknown_error("unknown flag", flag, flags)
+                raise make_unknown_word_error("unknown flag", flag, flags)
         if words:
             expected = "; a recipe is the first argument" if "[RECIPE" in (self.usage or "") else ""
             raise UserError(f"unexpected argument {words[0]!r}{expected}")
@@ -123,7 +123,7 @@ def set_completions(action: argparse.Action, values: Sequence[str]) -> None:
     action.completer = lambda **_: values
 
 
-def make_unknown_error(problem: str, word: str, words: Iterable[str]) -> UserError:
+def make_unknown_word_error(problem: str, word: str, words: Iterable[str]) -> UserError:
     """Make the error for an unknown word, with the nearest of the known `words` if it is similar.
 
     Args:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
-from megamod.command_line import CommandParser, make_unknown_error, set_completions
+from megamod.command_line import CommandParser, make_unknown_word_error, set_completions
 from megamod.errors import UserError
 from megamod.schemas import read_yaml_lines
 
@@ -204,7 +204,7 @@ def _read_recipe(path: Path, fields_by_name: dict[str, Field]) -> dict[str, tupl
     for key, (value, line) in read_yaml_lines(path, origin).items():
         where = f"{origin}, line {line}"
         if key not in fields_by_name:
-            raise make_unknown_error(f"{where}: unknown key", key, fields_by_name)
+            raise make_unknown_word_error(f"{where}: unknown key", key, fields_by_name)
         if isinstance(value, str) and _parse_field_type(fields_by_name[key])[0] is float:
             value = _convert_text(float, value)  # YAML 1.1 reads 1e-3 as text
         values[key] = _check_value(fields_by_name[key], value, f"{where}, {key}"), origin

@@ -98,7 +98,9 @@ class FolderLock:
                 self._delete_if_dead()
         except OSError as error:
             raise UserError(f"{self.title}: cannot be written: {error.strerror}") from error
-        threading.Thread(target=self._beat, name=f"lock {self.file}", daemon=True).start()
+        threading.Thread(
+            target=self._touch_until_released, name=f"lock {self.file}", daemon=True
+        ).start()
 
     def release(self) -> None:
         """Stop touching the lock file, and delete it unless another process has taken it over."""
@@ -150,7 +152,7 @@ class FolderLock:
                 return touched is not None and _read_holder(self.file) == holder
         return False
 
-    def _beat(self) -> None:
+    def _touch_until_released(self) -> None:
         """Touch the lock file every `BEAT` seconds until the lock is released.
 
         If another process has taken the lock file, print an error and end this process at once.
@@ -191,7 +193,7 @@ def lock_folder(folder: Path, title: str | None = None) -> Iterator[None]:
         yield
         return
     with (
-        _create_while_used(path, title),
+        _create_folder_for_block(path, title),
         _acquire_for_block(path / ".in_use", title) as _held[path],
     ):
         for file in path.glob(".*.tmp"):
@@ -215,7 +217,7 @@ def lock_folder_name(path: Path) -> Iterator[None]:
     """
     path, title = Path(path).absolute(), f"--output_dir {path}"
     with (
-        _create_while_used(path.parent, title),
+        _create_folder_for_block(path.parent, title),
         _acquire_for_block(path.with_name(f".{path.name}.in_use"), title),
     ):
         for left in path.parent.glob(".tmp-*"):
@@ -256,7 +258,7 @@ def _acquire_for_block(file: Path, title: str) -> Iterator[FolderLock]:
 
 
 @contextmanager
-def _create_while_used(folder: Path, title: str) -> Iterator[None]:
+def _create_folder_for_block(folder: Path, title: str) -> Iterator[None]:
     """Create a folder and its parents if needed; delete the new ones that are empty after the
     block.
 

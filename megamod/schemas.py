@@ -233,7 +233,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _build_object_of_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Build a JSON object from its pairs; raise ValueError for a key that appears twice."""
+    """Build a JSON object from its pairs; raise ValueError naming a key that appears twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -335,7 +335,7 @@ def _format_error(error: ValidationError, origin: str, key: str) -> str:
     first = error.errors(include_url=False)[0]
     kind, location, context = first["type"], first["loc"], first.get("ctx", {})
     # pydantic puts the key and "[key]" after the path if the key itself is refused.
-    path = key + "".join(map(_format_step, location[:-2] if "[key]" in location else location))
+    path = key + "".join(map(_format_path_part, location[:-2] if "[key]" in location else location))
     where = f"{origin}, {path.removeprefix('.')}" if path else origin
     if kind == "missing":
         return f"{where} is missing"
@@ -343,19 +343,19 @@ def _format_error(error: ValidationError, origin: str, key: str) -> str:
         return f"{where}: {context['error']}"
     value = shorten([*first["input"]] if type(first["input"]) is tuple else first["input"])
     if kind == "literal_error":
-        return f"{where}: {value} is not one of {_list_choices(context['expected'])}"
+        return f"{where}: {value} is not one of {_format_choices(context['expected'])}"
     if kind not in _MISTAKES:
         return f"{where}: {value}: {first['msg']}"
     return f"{where}: {value} {_MISTAKES[kind].format(**context)}"
 
 
-def _format_step(part: str | int) -> str:
+def _format_path_part(part: str | int) -> str:
     """Format one part of the path of a value: an index, or a key, in quotes unless it is a name."""
     if type(part) is int:
         return f"[{part}]"
     return f".{part}" if is_name(part) else f".{shorten(part)}"
 
 
-def _list_choices(expected: str) -> str:
+def _format_choices(expected: str) -> str:
     """List the values of a Literal, which pydantic spells `'a', 'b' or 'c'`."""
     return expected.replace("'", "").replace(" or ", ", ")

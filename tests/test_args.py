@@ -18,7 +18,7 @@ from megamod.args import (
     OptimArgs,
     RunArgs,
     SafetyArgs,
-    apply_ds_values,
+    apply_deepspeed_values,
 )
 from megamod.btm.campaign import BtmArgs
 from megamod.command_line import FOREIGN_FLAGS
@@ -262,14 +262,14 @@ def test_the_run_follows_what_was_settled_with_deepspeed():
         "bf16.enabled": True,
         "fp16.enabled": False,
     }
-    apply_ds_values(run, optim, values, "DeepSpeed x.json", domains_per_rank=4)
+    apply_deepspeed_values(run, optim, values, "DeepSpeed x.json", domains_per_rank=4)
     assert (run.per_device_train_batch_size, run.gradient_accumulation_steps) == (3, 2)
     assert (run.precision, optim.max_grad_norm, optim.adam_beta2) == ("bf16", 1.0, 0.999)
     assert find_origin(run, "precision") == "DeepSpeed x.json"
     assert find_origin(optim, "learning_rate") == "--learning_rate"
     assert find_origin(optim, "adam_beta1") == "default"
     with pytest.raises(UserError, match=r"x\.json: .* 8 is not a multiple of the 3 domains"):
-        apply_ds_values(run, optim, values, "DeepSpeed x.json", domains_per_rank=3)
+        apply_deepspeed_values(run, optim, values, "DeepSpeed x.json", domains_per_rank=3)
 
 
 def test_help_teaches(capsys):

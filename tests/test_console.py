@@ -10,7 +10,7 @@ import pytest
 
 import megamod
 from megamod import shipped_files
-from megamod.commands import GROUPS, read_summary
+from megamod.commands import GROUPS, read_command_summary
 from megamod.commands.recipes import read_first_comment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def test_the_map_lists_every_command_without_importing_one():
     assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
     for name in MODULES:
         verb = name.replace("_", "-")
-        assert re.search(rf"^  {verb} +{re.escape(read_summary(name))}$", done.stdout, re.M)
+        assert re.search(rf"^  {verb} +{re.escape(read_command_summary(name))}$", done.stdout, re.M)
 
 
 def test_commands_and_launchers_are_those_of_the_table():

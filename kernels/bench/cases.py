@@ -100,7 +100,7 @@ def _draw_parameter(device: str, dtype: torch.dtype, *shape: int, scale: float =
     return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_()
 
 
-def _add_up_modes(forward: float, backward: float) -> dict[str, float]:
+def _make_bounds_by_mode(forward: float, backward: float) -> dict[str, float]:
     """Make the lower bounds by mode: forward, backward, and their sum."""
     return {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}
 
@@ -126,8 +126,8 @@ def make_multiplex_case(shape: Shape, dtype: str, device: str) -> Case:
         ("eager",),
         ("x",),
         multiplex_eagerly,
-        _add_up_modes((N + 1) * unit, (N + 1) * unit),
-        _add_up_modes(2 * N * shape.positions * D, N * shape.positions * D),
+        _make_bounds_by_mode((N + 1) * unit, (N + 1) * unit),
+        _make_bounds_by_mode(2 * N * shape.positions * D, N * shape.positions * D),
     )
 
 
@@ -193,8 +193,8 @@ def make_rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) 
         ("eager split", "eager concat"),
         tuple(inputs),
         demux_concatenated,
-        _add_up_modes((N + 1) * unit, 2 * (N + 1) * unit),
-        _add_up_modes(forward, 2 * forward),
+        _make_bounds_by_mode((N + 1) * unit, 2 * (N + 1) * unit),
+        _make_bounds_by_mode(forward, 2 * forward),
     )
 
 
@@ -241,8 +241,8 @@ def make_mux_embed_case(shape: Shape, dtype: str, device: str) -> Case:
         ("eager",),
         ("word", "position", "token_type", "weight", "bias"),
         embed_eagerly,
-        _add_up_modes((N + 1) * unit + 8 * N * P, (3 * N + 2) * unit + 8 * N * P),
-        _add_up_modes((10 * N + 8) * P * D, 2 * (10 * N + 8) * P * D),
+        _make_bounds_by_mode((N + 1) * unit + 8 * N * P, (3 * N + 2) * unit + 8 * N * P),
+        _make_bounds_by_mode((10 * N + 8) * P * D, 2 * (10 * N + 8) * P * D),
     )
 
 
@@ -286,8 +286,8 @@ def make_mux_attention_case(shape: Shape, dtype: str, device: str) -> Case:
         # Softmax does not see the bias of keys: its gradient is 0, and so has no relative error.
         tuple(name for name in inputs if name not in ("ids", "key", "to_key_bias")),
         partial(add_residual, mux_attention_reference),
-        _add_up_modes((N + 9) * unit + 8 * N * P, (3 * N + 20) * unit + 8 * N * P),
-        _add_up_modes(product + attention, 2 * product + 2.5 * attention),
+        _make_bounds_by_mode((N + 9) * unit + 8 * N * P, (3 * N + 20) * unit + 8 * N * P),
+        _make_bounds_by_mode(product + attention, 2 * product + 2.5 * attention),
     )
 
 
@@ -319,8 +319,8 @@ def make_norm_linear_case(shape: Shape, dtype: str, device: str) -> Case:
         ("eager",),
         tuple(inputs),
         partial(apply_after_norm, norm_linear_reference),
-        _add_up_modes(3 * unit, 6 * unit),
-        _add_up_modes(product, 2 * product),
+        _make_bounds_by_mode(3 * unit, 6 * unit),
+        _make_bounds_by_mode(product, 2 * product),
     )
 
 
@@ -343,8 +343,8 @@ def make_slot_attention_case(shape: Shape, dtype: str, device: str) -> Case:
         ("eager sdpa",),
         ("q", "k", "v"),
         partial(slot_attention_reference, heads=shape.heads),
-        _add_up_modes(4 * N * unit, 7 * N * unit),
-        _add_up_modes(4 * N * N * D * P, 10 * N * N * D * P),
+        _make_bounds_by_mode(4 * N * unit, 7 * N * unit),
+        _make_bounds_by_mode(4 * N * N * D * P, 10 * N * N * D * P),
         flex.make_flex_variants(N, shape.length, shape.heads, device),
     )
 
@@ -367,8 +367,8 @@ def make_keyed_linear_case(shape: Shape, dtype: str, device: str) -> Case:
         ("eager",),
         ("x", "weight", "bias"),
         keyed_linear_reference,
-        _add_up_modes(4 * N * unit, 8 * N * unit),
-        _add_up_modes(product, 2 * product),
+        _make_bounds_by_mode(4 * N * unit, 8 * N * unit),
+        _make_bounds_by_mode(product, 2 * product),
     )
 
 

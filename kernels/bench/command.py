@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 
-def run(main: Callable[[], int]) -> NoReturn:
+def run_benchmark_main(main: Callable[[], int]) -> NoReturn:
     """Exit with the code that `main` returns, or with 2 for a mistake, as 1 is a missed floor.
 
     A mistake is a SystemExit with a message, which is printed to stderr.

@@ -17,12 +17,12 @@ def make_block_diagonal_attention(
     Source: Dong et al. 2024 (Flex Attention), document masking.
     """
 
-    def same_position(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def have_same_position(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Return True where two tokens of the sequence have one position."""
         return query // instances == key // instances
 
     size = instances * length
-    mask = create_block_mask(same_position, None, None, size, size, device=device)
+    mask = create_block_mask(have_same_position, None, None, size, size, device=device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (_transpose_positions_first(x).flatten(1, 2) for x in (q, k, v))  # [B, L * N, D]

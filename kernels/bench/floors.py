@@ -108,7 +108,9 @@ def group_by_case(rows: Iterable[Row]) -> dict[tuple[object, ...], dict[str, Row
 def judge_floors(rows: Iterable[Row], floors: Sequence[Floor] = FLOORS) -> list[Verdict]:
     """List the verdicts of all floors that apply to these rows; if ours failed, they are missed."""
     return [
-        Verdict(" ".join(key[:3]), floor.title, _compute_value(floor, variants), floor.limit)
+        Verdict(
+            " ".join(key[:3]), floor.title, _compute_limited_value(floor, variants), floor.limit
+        )
         for key, variants in group_by_case(rows).items()
         for floor in floors
         if "ours" in variants and floor.applies_to(variants["ours"])
@@ -123,7 +125,7 @@ def judge_overhead(overhead: Mapping[str, float]) -> Verdict:
     )  # fmt: skip
 
 
-def _compute_value(floor: Floor, variants: Mapping[str, Row]) -> float | None:
+def _compute_limited_value(floor: Floor, variants: Mapping[str, Row]) -> float | None:
     """Compute the value that a floor limits; 0 if ours failed, None without a competitor's time."""
     ours = variants["ours"]
     if "failed" in ours:

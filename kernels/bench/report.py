@@ -51,7 +51,9 @@ def format_markdown(record: Mapping[str, object]) -> str:
     ]
     failed = []
     for key, variants in group_by_case(record["rows"]).items():
-        failed += [f"{' '.join(key[:3])} {n}: {r['failed']}" for n, r in _list_failed(variants)]
+        failed += [
+            f"{' '.join(key[:3])} {n}: {r['failed']}" for n, r in _list_failed_variants(variants)
+        ]
         ours = variants.get("ours", {})
         cells = list(map(str, key))
         if "us" not in ours:
@@ -106,7 +108,7 @@ def replace_between_markers(path: Path, begin: str, end: str, text: str) -> None
     write_text(path, f"{before_begin}{begin}\n\n{text}\n\n{end}{after_end}")
 
 
-def write_docs(record: Mapping[str, object], path: Path) -> None:
+def write_table_into_document(record: Mapping[str, object], path: Path) -> None:
     """Write a record's table between the markers BEGIN and END of a document.
 
     Raises:
@@ -154,7 +156,7 @@ def plot_times(rows: Sequence[Row], path: Path) -> None:
     panels = list(dict.fromkeys((row["op"], row["mode"]) for row in timed))
     if not panels:
         return
-    colours = _select_colours(timed, pyplot.get_cmap("tab20"))
+    colours = _assign_colours(timed, pyplot.get_cmap("tab20"))
     figure, axes = pyplot.subplots(
         len(panels), 2, figsize=(12, 3 * len(panels)), squeeze=False, layout="constrained"
     )
@@ -181,13 +183,13 @@ def plot_times(rows: Sequence[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _select_colours(rows: Sequence[Row], palette) -> dict[str, object]:
+def _assign_colours(rows: Sequence[Row], palette) -> dict[str, object]:
     """Assign one colour to each variant in all panels; ours is black."""
     others = dict.fromkeys(row["variant"] for row in rows if row["variant"] != "ours")
     return {"ours": "black"} | {name: palette(i % 20) for i, name in enumerate(others)}
 
 
-def _list_failed(variants: Mapping[str, Row]) -> list[tuple[str, Row]]:
+def _list_failed_variants(variants: Mapping[str, Row]) -> list[tuple[str, Row]]:
     """List the names and rows of the variants without a time."""
     return [(name, row) for name, row in variants.items() if "failed" in row]
 

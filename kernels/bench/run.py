@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from command import run  # noqa: E402
+from command import run_benchmark_main  # noqa: E402
 from floors import MODES  # noqa: E402
 
 
@@ -35,7 +35,7 @@ def main() -> int:
     """
     args = parse_arguments()
     if args.docs and args.from_json:
-        return write_docs_from_json(args.from_json, args.docs)
+        return write_json_table_into_document(args.from_json, args.docs)
     from cases import CASES, parse_shape
     from schedule import SHAPES, Request, list_all_requests
 
@@ -58,14 +58,14 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("there is no CUDA device; --device cpu times the code for processors")
     record = measure_requests(args, requests)
-    from report import list_verdicts, plot_times, write_csv, write_docs
+    from report import list_verdicts, plot_times, write_csv, write_table_into_document
 
     if args.csv:
         write_csv(record["rows"], args.csv)
     if args.plot:
         plot_times(record["rows"], args.plot)
     if args.docs:
-        write_docs(record, args.docs)
+        write_table_into_document(record, args.docs)
     if record["not_measured"]:
         print(f"not measured, no time left: {', '.join(record['not_measured'])}")
     from clock import format_machine_speed
@@ -116,11 +116,11 @@ def measure_requests(args: argparse.Namespace, requests: list) -> dict[str, obje
     return record
 
 
-def write_docs_from_json(source: Path, document: Path) -> int:
+def write_json_table_into_document(source: Path, document: Path) -> int:
     """Write the table of an earlier run's --json file into a document; return the exit code 0."""
-    from report import write_docs
+    from report import write_table_into_document
 
-    write_docs(json.loads(source.read_text(encoding="utf-8")), document)
+    write_table_into_document(json.loads(source.read_text(encoding="utf-8")), document)
     return 0
 
 
@@ -159,4 +159,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_benchmark_main(main)

@@ -106,9 +106,9 @@ def measure_all(
 def replace_cases(rows: Sequence[Row], newer: Sequence[Row]) -> list[Row]:
     """Return all rows, with those of cases that were measured again replaced by the newer ones."""
 
-    def identify_case(row: Row) -> tuple[object, ...]:
+    def make_case_key(row: Row) -> tuple[object, ...]:
         """Return the key of a row's case."""
         return row["op"], row["shape"], row["mode"], row["dtype"]
 
-    newer_cases = {identify_case(row) for row in newer}
-    return [row for row in rows if identify_case(row) not in newer_cases] + list(newer)
+    newer_cases = {make_case_key(row) for row in newer}
+    return [row for row in rows if make_case_key(row) not in newer_cases] + list(newer)

@@ -148,7 +148,7 @@ def build_campaign(parsed: Parsed) -> Campaign:
     domains = [domain for round_ in rounds for domain in round_]
     seed_domains = tuple(btm.seed_domains or rounds[0])
     _check_known_domains(seed_domains, available, "--seed_domains", data.data)
-    lora.check_model(model)
+    lora.check_model_flags(model)
     if lora.lora_rank is not None and len(rounds) > 1:
         raise UserError(
             f"--lora_rank {lora.lora_rank}: adapters of one seed are trained in one round, not "

@@ -31,7 +31,7 @@ from megamod.btm.placement import (
     list_local_slots,
     parse_include,
 )
-from megamod.btm.progress import ProgressRow, Screen, read_progress
+from megamod.btm.progress import ProgressRow, Screen, update_progress_row
 from megamod.btm.scores import format_campaign_scores
 from megamod.btm.tasks import Stage, Task
 from megamod.dist.hostfile import Host, HostSlots, read_hostfile
@@ -46,7 +46,7 @@ USER_ERROR, POLICY_STOP = UserError.exit_code, PolicyStop.exit_code
 
 @dataclass
 class TaskState:
-    """State of a task in `Driver.run`: waiting, active or ended; updated in place.
+    """State of a task in `Driver.run_tasks`: waiting, active or ended; updated in place.
 
     Attributes:
         row: its row in the table of progress.
@@ -94,7 +94,7 @@ class Driver:
         max_restarts: largest number of restarts of a job that crashes.
         screen: shows the progress.
         signals: number of signals to stop that were received.
-        finished: rows of earlier calls of `run`, shown above the running tasks.
+        finished: rows of earlier calls of `run_tasks`, shown above the running tasks.
     """
 
     commands_folder: Path
@@ -106,7 +106,7 @@ class Driver:
     signals: int = 0
     finished: list[ProgressRow] = field(default_factory=list)
 
-    def run(self, tasks: Sequence[Task]) -> None:
+    def run_tasks(self, tasks: Sequence[Task]) -> None:
         """Run tasks in parallel, as many as the slots allow, until each has ended.
 
         A task that an earlier driver left running is waited for.
@@ -136,8 +136,8 @@ class Driver:
     def count_signal(self, signal_number: int, frame: object) -> None:
         """Count a signal to stop; a signal handler, whose arguments have no effect.
 
-        After the first one `run` starts nothing more and asks its jobs to write checkpoints and
-        end; after the second it kills them.
+        After the first one `run_tasks` starts nothing more and asks its jobs to write checkpoints
+        and end; after the second it kills them.
         """
         self.signals += 1
 
@@ -281,7 +281,7 @@ class Driver:
         """Read the progress of all started jobs and show the table, see `Screen.show_jobs`."""
         for job in jobs:
             if job.active or job.ended:
-                read_progress(job.task.folder, job.row)
+                update_progress_row(job.task.folder, job.row)
         self.screen.show_jobs([*self.finished, *(job.row for job in jobs)], redraw_now)
 
 
@@ -297,7 +297,7 @@ def run_campaign(parsed: Parsed, commands_folder: Path) -> None:
     Raises:
         UserError: if the campaign cannot run, before anything is written; if another process holds
             the output folder; or if a job failed by a user error.
-        PolicyStop, DistributedFailure, Interrupted: see `Driver.run`.
+        PolicyStop, DistributedFailure, Interrupted: see `Driver.run_tasks`.
     """
     btm = parsed[0]
     campaign = build_campaign(parsed)
@@ -324,14 +324,14 @@ def run_campaign(parsed: Parsed, commands_folder: Path) -> None:
 def _run_waves(campaign: Campaign, waves: "Sequence[Wave]", driver: Driver) -> None:
     """Print the token counts, then run the waves one after the other and call the function of each.
 
-    Meanwhile SIGTERM and SIGINT go to the driver. Raises as `Driver.run` and
+    Meanwhile SIGTERM and SIGINT go to the driver. Raises as `Driver.run_tasks` and
     `add_round_to_forest`.
     """
     print(campaign.format_token_counts(), flush=True)
     before = {n: signal.signal(n, driver.count_signal) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         for tasks, after in waves:
-            driver.run(tasks)
+            driver.run_tasks(tasks)
             after()
     finally:
         for number, handler in before.items():

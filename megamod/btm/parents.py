@@ -158,7 +158,7 @@ def select_forest_parents(
             )
     if prior is not None:
         weights = list(read_prior(Path(prior), domains).weights)
-    weights = check_parent_weights(weights, len(domains))
+    weights = resolve_parent_weights(weights, len(domains))
     if topk > len(domains):
         raise UserError(f"--topk {topk}: there are only {len(domains)} experts")
     selected = select_largest_weights(weights, topk)
@@ -175,7 +175,7 @@ def select_largest_weights(weights: Sequence[float], count: int = 0) -> list[int
     return [i for i in sorted(largest) if weights[i]]
 
 
-def check_parent_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+def resolve_parent_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """Return one finite weight per parent; equal weights for None.
 
     Raises:

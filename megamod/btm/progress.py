@@ -49,7 +49,7 @@ class ProgressRow:
         return self.name, self.state, step, *values, str(self.restarts), self.slots
 
 
-def read_progress(folder: Path | None, row: ProgressRow) -> None:
+def update_progress_row(folder: Path | None, row: ProgressRow) -> None:
     """Set step, loss, rate and perplexity of `row`, in place, from the end of a metrics.jsonl.
 
     Values that the last `TAIL_BYTES` of the file do not contain are left as they are.

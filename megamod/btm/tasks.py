@@ -126,7 +126,7 @@ def make_expert_task(campaign: Campaign, parsed: Parsed, round_index: int, domai
             origin += ("--topk", str(parsed[0].topk))
     elif campaign.seed_steps and not campaign.adapters:
         origin = _list_seed_arguments(campaign)
-    changes = _select_seed_model(campaign)
+    changes = _make_seed_model_flags(campaign)
     if origin:
         arguments = ("branch", *origin, "--domain", domain, "--output_dir", str(folder))
         stages.append(Stage("branch", "forest.py", arguments, branched))
@@ -157,7 +157,7 @@ def make_world_task(campaign: Campaign, parsed: Parsed) -> Task:
     """
     folder, domains = get_expert_folder(campaign, WORLD), campaign.rounds[0]
     stages: list[Stage] = []
-    changes = _select_seed_model(campaign)
+    changes = _make_seed_model_flags(campaign)
     if campaign.seed_steps and not campaign.adapters:
         arguments = ("branch", "--one_world", *_list_seed_arguments(campaign), "--domain", *domains)
         arguments += ("--output_dir", str(folder))
@@ -218,7 +218,7 @@ def _has_checkpoint(folder: Path) -> bool:
     return bool(list_checkpoints(folder / "checkpoints"))
 
 
-def _select_seed_model(campaign: Campaign) -> dict[str, object]:
+def _make_seed_model_flags(campaign: Campaign) -> dict[str, object]:
     """Return flags by which adapters start from the campaign's seed; empty for experts that are
     whole models, or without a seed.
     """

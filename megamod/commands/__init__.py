@@ -24,7 +24,7 @@ def list_verbs() -> list[str]:
     return [name.replace("_", "-") for names in GROUPS.values() for name in names]
 
 
-def read_summary(name: str) -> str:
+def read_command_summary(name: str) -> str:
     """Read the first paragraph of the docstring of a command's module, without importing it.
 
     `name` is a module in `GROUPS`; the paragraph becomes one line.

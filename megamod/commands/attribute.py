@@ -20,15 +20,15 @@ def main() -> None:
     """Parse the flags and TEXT, compute the shares, print and write them.
 
     Raises:
-        UserError: as `megamod.runs.attribution.attribute`.
+        UserError: as `megamod.runs.attribution.attribute_texts`.
     """
     from megamod.runs.attribution_args import AttributionArgs
 
     argv = move_argument_to_flag(sys.argv[1:], "--text")  # TEXT
     (args,) = parse_args(AttributionArgs, argv=argv, doc=__doc__)
-    from megamod.runs.attribution import attribute
+    from megamod.runs.attribution import attribute_texts
 
-    attribute(args)
+    attribute_texts(args)
 
 
 if __name__ == "__main__":

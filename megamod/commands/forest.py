@@ -141,7 +141,7 @@ def branch_expert(args: ForestArgs, start: BranchArgs) -> None:
     Raises:
         UserError: unless exactly one of --parents and --forest is given, if --domain or
             --output_dir is missing, or as `write_branch_checkpoint`, `find_parent`,
-            `select_forest_parents` and `check_parent_weights`.
+            `select_forest_parents` and `resolve_parent_weights`.
     """
     require_values(args, "domain")
     require_values(start, "output_dir")
@@ -149,7 +149,7 @@ def branch_expert(args: ForestArgs, start: BranchArgs) -> None:
         raise UserError("branch: give one of --parents and --forest")
 
     from megamod.btm.branch import write_branch_checkpoint
-    from megamod.btm.parents import check_parent_weights, find_parent, select_forest_parents
+    from megamod.btm.parents import find_parent, resolve_parent_weights, select_forest_parents
 
     if start.parents is None:
         sources, weights = select_forest_parents(
@@ -164,7 +164,7 @@ def branch_expert(args: ForestArgs, start: BranchArgs) -> None:
             find_parent(path, step=start.step, step_share=start.share, member=args.member)
             for path in start.parents
         ]
-        weights = check_parent_weights(start.weights, len(sources))
+        weights = resolve_parent_weights(start.weights, len(sources))
     checkpoint = write_branch_checkpoint(
         sources,
         weights,

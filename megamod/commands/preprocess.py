@@ -65,7 +65,7 @@ def main() -> None:
         streaming=options.streaming,
         do_lower_case=None if options.do_lower_case is None else options.do_lower_case == "true",
     )
-    print(format_summary(header, options.output_dir))
+    print(format_databin_summary(header, options.output_dir))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -160,7 +160,7 @@ def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> st
     )
 
 
-def format_summary(header: dict, output: Path) -> str:
+def format_databin_summary(header: dict, output: Path) -> str:
     """Format `header`, the content of databin.json, as a table by domain, with sums below it."""
     rows = [("domain", "train tokens", "valid tokens", "test tokens", "bytes", "replaced")]
     for name, splits in header["domains"].items():

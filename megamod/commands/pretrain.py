@@ -21,7 +21,7 @@ from megamod.args import (
     OptimArgs,
     RunArgs,
     SafetyArgs,
-    refuse_unused_flags,
+    refuse_pretraining_flags_without_effect,
 )
 from megamod.errors import run_main
 from megamod.flags import parse_args, require_values
@@ -39,7 +39,7 @@ def main() -> None:
     )
     require_values(run, "output_dir")
     require_values(data, "data")
-    refuse_unused_flags(model, lora, mux, data, optim)
+    refuse_pretraining_flags_without_effect(model, lora, mux, data, optim)
     # Imported late, so that --help and errors in flags answer at once.
     from megamod.runs.node_log import start_logging
 

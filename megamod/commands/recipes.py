@@ -12,7 +12,7 @@ without names everything is copied. A file that is there and differs is not over
 import re
 from pathlib import Path
 
-from megamod.command_line import CommandParser, make_unknown_error, set_completions
+from megamod.command_line import CommandParser, make_unknown_word_error, set_completions
 from megamod.errors import UserError, run_main
 from megamod.files import write_atomic
 from megamod.shipped_files import list_shipped_files
@@ -56,7 +56,7 @@ def select_files(files: dict[str, Path], names: list[str]) -> dict[str, Path]:
         prefix = f"{name.rstrip('/')}/".lstrip("/")
         matches = {key: path for key, path in files.items() if f"{key}/".startswith(prefix)}
         if not matches:
-            raise make_unknown_error("unknown name", name, files)
+            raise make_unknown_word_error("unknown name", name, files)
         selected |= matches
     return selected
 

@@ -40,13 +40,17 @@ def main() -> None:
         if not path.exists():
             raise UserError(f"{path}: there is no such run")
     if options.serve:
-        _serve(options)
+        _serve_page(options)
     else:
-        _write(options)
+        _write_page(options)
 
 
-def _write(options: Namespace) -> None:
-    """Write the page to a file."""
+def _write_page(options: Namespace) -> None:
+    """Write the page to --output, and print its path and sections.
+
+    Raises:
+        UserError: for --port, or if the folder of the page does not exist.
+    """
     if options.port is not None:
         raise UserError(f"--port {options.port}: is for --serve")
     output = options.output or Path("report.html")
@@ -58,8 +62,12 @@ def _write(options: Namespace) -> None:
     print(f"{output}: {', '.join(sections)}")
 
 
-def _serve(options: Namespace) -> None:
-    """Serve the page until a signal."""
+def _serve_page(options: Namespace) -> None:
+    """Serve the page on --port of this machine until a signal.
+
+    Raises:
+        UserError: for --output, or a port that is not allowed or is taken.
+    """
     if options.output is not None:
         raise UserError(f"--output {options.output}: --serve writes no file; give one of the two")
     port = PORT if options.port is None else options.port

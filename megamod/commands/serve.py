@@ -53,7 +53,12 @@ class ServeArgs(Arguments):
 
 
 def main() -> None:
-    """Parse the flags, load the model, and serve it until a signal."""
+    """Parse the flags, load the model, and serve it until a signal.
+
+    Raises:
+        UserError: if --model or the packages of the server are missing, the address cannot be
+            used, or as `load_service`.
+    """
     (args,) = parse_args(
         ServeArgs, argv=move_argument_to_flag(sys.argv[1:], "--model"), doc=__doc__
     )

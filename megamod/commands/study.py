@@ -116,7 +116,12 @@ def run_missing_cells(args: StudyArgs, study, cells: list, evidence: Path) -> No
         raise UserError("--repeat: name the runs with --cells")
 
     from megamod.runs.node_log import start_logging
-    from megamod.runs.studies.study import StudyFolders, repeat_cell, run_cells, run_in_processes
+    from megamod.runs.studies.study import (
+        StudyFolders,
+        repeat_cell,
+        run_cells,
+        run_cells_in_processes,
+    )
 
     start_logging()
     work = Path(args.work_dir) if args.work_dir else Path("runs") / "studies" / study.name
@@ -129,7 +134,7 @@ def run_missing_cells(args: StudyArgs, study, cells: list, evidence: Path) -> No
         run_cells(study, cells, folders)
     else:
         arguments = [__file__, *sys.argv[1:], "--jobs", "1"]
-        run_in_processes(study, cells, folders, arguments, args.jobs)
+        run_cells_in_processes(study, cells, folders, arguments, args.jobs)
 
 
 def print_table(args: StudyArgs, study, evidence: Path) -> None:

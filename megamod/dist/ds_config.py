@@ -26,7 +26,7 @@ from megamod.dist.ds_keys import (
 from megamod.dist.key_paths import (
     MISSING,
     get_by_key_path,
-    iterate_leaves,
+    iterate_values_by_key_path,
     remove_nulls,
     set_by_key_path,
 )
@@ -92,7 +92,7 @@ def resolve_ds_config(
     _check_refused_keys(name, config)
     _check_scalars(name, config)
     final = _merge_values(name, config, values, origins)
-    auto = [where for where, value in iterate_leaves(config) if value == "auto"]
+    auto = [where for where, value in iterate_values_by_key_path(config) if value == "auto"]
     auto = [where for where in auto if where not in OPTIONAL_AUTO]
     if auto:
         raise UserError(f'{name}: the run has no value for "auto" at {", ".join(auto)}')
@@ -202,7 +202,7 @@ def _read_json(path: Path) -> dict[str, object]:
     content that is no object.
     """
 
-    def refuse_doubled_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    def build_block_of_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         """Build a block from its pairs; raise UserError for a doubled key."""
         names = [key for key, _ in pairs]
         doubled = next((key for key in names if names.count(key) > 1), None)
@@ -217,7 +217,7 @@ def _read_json(path: Path) -> dict[str, object]:
     try:
         config = json.loads(
             path.read_bytes().decode("utf-8-sig"),
-            object_pairs_hook=refuse_doubled_keys,
+            object_pairs_hook=build_block_of_unique_keys,
             parse_constant=refuse_constant,
         )
     except OSError as error:
@@ -284,7 +284,7 @@ def _check_scalars(name: str, config: dict) -> None:
 
     Huge is an absolute value of 2^62 or more, at any depth.
     """
-    for key, value in iterate_leaves(config):
+    for key, value in iterate_values_by_key_path(config):
         if type(value) is int and abs(value) >= 2**62:
             raise UserError(f"{name}: {key} is {value!r:.60}, which no size or interval can be")
     for key, kind in SCALARS.items():

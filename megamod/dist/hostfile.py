@@ -181,7 +181,9 @@ def check_hostfile(
     return HostfileReport(hosts, tuple(ssh_seconds), groups)
 
 
-def find_split_groups(hosts: Sequence[str], groups: Mapping[str, range]) -> dict[str, list[str]]:
+def find_groups_on_several_machines(
+    hosts: Sequence[str], groups: Mapping[str, range]
+) -> dict[str, list[str]]:
     """Find groups of ranks on several machines, though one of these could hold the group.
 
     Args:
@@ -320,7 +322,7 @@ def _assign_expert_ranks(
     }
     numbers = {line.name: line.number for line in lines}
     faults = []
-    for name, split in find_split_groups(machines, groups).items():
+    for name, split in find_groups_on_several_machines(machines, groups).items():
         fault = (
             f"expert {name} has ranks {format_range(groups[name])}, on {' and '.join(split)}, "
             f"where one machine could hold all; give slots in multiples of {ranks_per_expert}"

@@ -16,17 +16,17 @@ def remove_nulls(value: object) -> object:
     return value
 
 
-def iterate_leaves(value: object, where: str = "") -> Iterator[tuple[str, object]]:
+def iterate_values_by_key_path(value: object, where: str = "") -> Iterator[tuple[str, object]]:
     """Yield key path, such as `a.b[0]`, and value of everything that is no block and no list.
 
     `where` is the key path of `value` itself, "" at the top.
     """
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from iterate_leaves(inner, f"{where}.{key}" if where else key)
+            yield from iterate_values_by_key_path(inner, f"{where}.{key}" if where else key)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from iterate_leaves(inner, f"{where}[{index}]")
+            yield from iterate_values_by_key_path(inner, f"{where}[{index}]")
     else:
         yield where, value
 

@@ -214,7 +214,7 @@ def join_process_group(timeout_seconds: float) -> torch.device:
     return torch.device(accelerator.device_name(local_rank))
 
 
-def make_control_tensor(values: Sequence[float]) -> torch.Tensor:
+def make_tensor_for_collectives(values: Sequence[float]) -> torch.Tensor:
     """Make a float64 tensor [len(values)] on the device of collectives, the GPU or else the CPU."""
     from deepspeed.accelerator import get_accelerator
 
@@ -223,14 +223,14 @@ def make_control_tensor(values: Sequence[float]) -> torch.Tensor:
 
 def is_true_on_all_ranks(condition: bool) -> bool:
     """Return True on every rank if `condition` is true on all of them, else False; collective."""
-    flag = make_control_tensor([float(condition)])
+    flag = make_tensor_for_collectives([float(condition)])
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
     return bool(flag.item())
 
 
 def broadcast_from_rank_0(number: int) -> int:
     """Return rank 0's `number` on every rank; collective. Exact up to 2^53: a float64 is sent."""
-    tensor = make_control_tensor([number])
+    tensor = make_tensor_for_collectives([number])
     torch.distributed.broadcast(tensor, 0)
     return int(tensor.item())
 
@@ -316,7 +316,7 @@ def gather_texts(text: str, max_bytes: int = 255) -> list[str]:
         max_bytes: bytes of UTF-8 after which a text is cut; the same on all ranks.
     """
     data = text.encode()[:max_bytes]
-    encoded_text = make_control_tensor([len(data), *data, *[0] * (max_bytes - len(data))])
+    encoded_text = make_tensor_for_collectives([len(data), *data, *[0] * (max_bytes - len(data))])
     rows = [torch.empty_like(encoded_text) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(rows, encoded_text)
     return [
@@ -333,7 +333,7 @@ def check_ranks_agree(texts_by_name: Mapping[str, str]) -> None:
     Raises:
         UserError: on every rank, with the names of the texts that differ.
     """
-    digests = make_control_tensor(
+    digests = make_tensor_for_collectives(
         [float(zlib.crc32(text.encode())) for text in texts_by_name.values()]
     )
     lowest, highest = digests.clone(), digests.clone()

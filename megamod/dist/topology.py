@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megamod.dist.hostfile import find_split_groups, format_range
+from megamod.dist.hostfile import find_groups_on_several_machines, format_range
 from megamod.dist.scope import Sharing
 from megamod.errors import UserError
 from megamod.tables import format_table
@@ -111,7 +111,7 @@ class DomainTopology:
             rows.append((str(rank), hosts[rank], devices[rank], ",".join(domains), shared, experts))
         lines = [format_table(rows)]
         if self.sharing is not Sharing.DENSE:
-            split_groups = find_split_groups(
+            split_groups = find_groups_on_several_machines(
                 hosts, {domain: self.get_domain_ranks(domain) for domain in self.domains}
             )
             listed = "; ".join(

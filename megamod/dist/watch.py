@@ -52,7 +52,7 @@ def watch_launcher(grace: float) -> None:
         if parents:
             arguments = (parents, grace)
             threading.Thread(
-                target=_terminate_after, args=arguments, name=title, daemon=True
+                target=_terminate_after_launcher, args=arguments, name=title, daemon=True
             ).start()
 
 
@@ -67,7 +67,7 @@ def is_launcher(command: Sequence[str]) -> bool:
     return bool(set(modules) & set(MODULES) or set(names) & set(PROGRAMS))
 
 
-def _terminate_after(parents: Sequence[psutil.Process], grace: float) -> None:
+def _terminate_after_launcher(parents: Sequence[psutil.Process], grace: float) -> None:
     """Wait until one of `parents` has ended, then end this process: SIGTERM, exit after `grace`."""
     while all(map(_is_alive, parents)):
         time.sleep(POLL)
@@ -90,7 +90,7 @@ class Heartbeat:
     """Thread that writes this rank's signs of life (heartbeats) and watches the other ranks'.
 
     The signs of life are in the store of the process group. Construction starts the thread and
-    registers `describe_lost` for the message of a distributed failure.
+    registers `describe_lost_ranks` for the message of a distributed failure.
 
     Args:
         timeout: seconds after which a collective without an answer fails.
@@ -108,26 +108,26 @@ class Heartbeat:
         for connection in (self._writer, self._reader):
             connection.set_timeout(timedelta(seconds=5 * BEAT))
         self._stop = threading.Event()
-        self._beat(0)
+        self._write_sign_of_life(0)
         self._thread = threading.Thread(target=self._run_until_stopped, daemon=True)
         self._thread.start()
-        LOSS_DESCRIBERS.append(self.describe_lost)
+        LOSS_DESCRIBERS.append(self.describe_lost_ranks)
 
     def record_step(self) -> None:
         """Note that a step of the run has ended, which the thread sees: the rank is not stalled."""
         self.steps += 1
 
     def stop(self) -> None:
-        """End the thread, and remove `describe_lost` from the messages of failures.
+        """End the thread, and remove `describe_lost_ranks` from the messages of failures.
 
         Waits at most two beats, so the thread may still end after that.
         """
         self._stop.set()
         self._thread.join(2 * BEAT)
         with suppress(ValueError):
-            LOSS_DESCRIBERS.remove(self.describe_lost)
+            LOSS_DESCRIBERS.remove(self.describe_lost_ranks)
 
-    def describe_lost(self) -> str:
+    def describe_lost_ranks(self) -> str:
         """Describe the ranks without a sign of life, with their hosts, for a message.
 
         The text says so if there is none, or if the store does not answer. This rank is marked as
@@ -149,7 +149,7 @@ class Heartbeat:
             return "all ranks show signs of life"
         return "no sign of life of " + ", ".join(_format_rank(rank, after[rank]) for rank in silent)
 
-    def _beat(self, count: int) -> None:
+    def _write_sign_of_life(self, count: int) -> None:
         """Write this rank's sign of life: `count`, host and process.
 
         Raise RuntimeError if the store does not answer.
@@ -180,7 +180,7 @@ class Heartbeat:
         while not self._stop.wait(BEAT):
             count += 1
             try:
-                self._beat(count)
+                self._write_sign_of_life(count)
                 if self.rank == 0 and count % REPORT_EVERY == 0:
                     self._report_silent_ranks(seen, reported)
             except RuntimeError:

@@ -211,7 +211,7 @@ class EncoderLayer(nn.Module):
         if attended is None:
             x = self.attend(x, mask, queries)
         else:
-            x = self._add_residual(self.attention["output"], attended, x)
+            x = self._apply_output_layers(self.attention["output"], attended, x)
         return self.apply_feed_forward(x, norm=norm)
 
     def attend(
@@ -248,7 +248,7 @@ class EncoderLayer(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.0,
         )
         mixed = mixed.transpose(1, 2).flatten(2)
-        return self._add_residual(self.attention["output"], mixed, query_states, conditions)
+        return self._apply_output_layers(self.attention["output"], mixed, query_states, conditions)
 
     def apply_feed_forward(
         self, x: Tensor, conditions: tuple[Tensor, ...] = (), norm: bool = True
@@ -260,9 +260,9 @@ class EncoderLayer(nn.Module):
             norm: False leaves the norm to the caller.
         """
         update = F.gelu(self.intermediate["dense"](x))
-        return self._add_residual(self.output, update, x, conditions, norm)
+        return self._apply_output_layers(self.output, update, x, conditions, norm)
 
-    def _add_residual(
+    def _apply_output_layers(
         self,
         modules: nn.ModuleDict,
         update: Tensor,
@@ -270,13 +270,14 @@ class EncoderLayer(nn.Module):
         conditions: tuple[Tensor, ...] = (),
         norm: bool = True,
     ) -> Tensor:
-        """Apply dense layer and dropout to `update` and add x; then the norm, unless it is off.
+        """End a half of the block: dense layer and dropout on `update`, plus x, then the norm.
 
         Args:
             modules: the "dense" layer and the "LayerNorm".
             update: [B, L, K], inputs of the dense layer.
             x: [B, L, D].
             conditions: further arguments of the norm.
+            norm: False leaves the norm to the caller.
         """
         total = self.dropout(modules["dense"](update)) + x
         return modules["LayerNorm"](total, *conditions) if norm else total

@@ -113,7 +113,7 @@ def list_jobs(parsed: Parsed) -> list[Job]:
         UserError: for arguments that a run refuses, and if the number of ranks is missing.
     """
     plan, btm, run, _, model, lora, _, mux, data = parsed
-    lora.check_model(model)
+    lora.check_model_flags(model)
     hosts = _list_hosts(plan, btm)
     ranks = sum(len(host.slots) for host in hosts)
     vocabulary, data_domains = _read_vocabulary(plan, mux, data)

@@ -48,7 +48,7 @@ class AttributedDocument:
         return torch.tensor(self.shares).mean(0).tolist()
 
 
-def attribute(args: AttributionArgs) -> None:
+def attribute_texts(args: AttributionArgs) -> None:
     """Print the experts with their digests, and their shares in every document.
 
     The mixture runs in float32, on a GPU if there is one. With --output_dir the shares are also

@@ -59,7 +59,7 @@ def run_edit(args: MoeArgs, edit: EditArgs) -> None:
     from megamod.merging.moe.record import format_experts, read_moe_record
 
     folder, output = Path(edit.base), Path(args.output_dir)
-    shard_bytes, note = args.make_options()["shard_bytes"], []
+    shard_bytes, note = args.make_merge_arguments()["shard_bytes"], []
     if edit.drop is not None:
         influence = drop_expert(
             folder, edit.drop, output, keep_influence=edit.keep_influence, shard_bytes=shard_bytes
@@ -81,7 +81,7 @@ def run_edit(args: MoeArgs, edit: EditArgs) -> None:
     else:
         require_values(args, "calibration")
         _write_calibrated_row(folder, edit.refresh, args, output, shard_bytes)
-    args.report(format_experts(read_moe_record(output)), *note)
+    args.print_report(format_experts(read_moe_record(output)), *note)
 
 
 def _write_calibrated_row(
@@ -102,7 +102,7 @@ def _write_calibrated_row(
 
     from megamod.merging.moe.edit import open_mixture, refresh_router_rows
     from megamod.models.lm.load import load_lm
-    from megamod.runs.router_rows import compute_router_rows, read_texts
+    from megamod.runs.router_rows import compute_router_rows, read_domain_texts
 
     calibration = make_calibration(args)
     with ExitStack() as stack:
@@ -110,7 +110,7 @@ def _write_calibrated_row(
         number = mixture.record.find_expert_number(domain, folder)
     # Centred rows are differences from the mean of all domains.
     domains = mixture.record.domains if calibration.centre else [domain]
-    texts = read_texts(calibration, domains, folder)
+    texts = read_domain_texts(calibration, domains, folder)
     model = load_lm(folder, dtype=torch.float32)
     rows = compute_router_rows(
         model, mixture.family.module, [texts[name] for name in domains], domains, calibration

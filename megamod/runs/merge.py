@@ -75,12 +75,12 @@ def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
     if recipe.method == GREEDY_SOUP:
         from megamod.runs.studies.soup import build_greedy_soup, format_candidates
 
-        plan, candidates = build_greedy_soup(recipe, output, **args.make_options())
+        plan, candidates = build_greedy_soup(recipe, output, **args.make_merge_arguments())
         lines = [plan.describe(), *([format_candidates(candidates)] if candidates else [])]
     else:
-        plan = merge(recipe, output, seed=args.random_seed, **args.make_options())
+        plan = merge(recipe, output, seed=args.random_seed, **args.make_merge_arguments())
         lines = [plan.describe()]
-    args.report(*lines, is_new=not plan.is_written)
+    args.print_report(*lines, is_new=not plan.is_written)
 
 
 def _extract_lora(args: MergeArgs, recipe_file: Path | None) -> None:
@@ -113,7 +113,7 @@ def _extract_lora(args: MergeArgs, recipe_file: Path | None) -> None:
         args.rank,
         args.out_dtype,
     )
-    args.report(extracted.describe())
+    args.print_report(extracted.describe())
 
 
 def build_recipe_from_flags(args: MergeArgs) -> "MergeRecipe":

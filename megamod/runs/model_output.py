@@ -25,7 +25,7 @@ class ModelOutputArgs(Arguments):
     dry_run: bool = option(False, "check everything, say what would be done, write nothing")
     output_dir: str | None = option(None, "folder to make")
 
-    def make_options(self) -> dict[str, object]:
+    def make_merge_arguments(self) -> dict[str, object]:
         """Return the arguments that `merge`, `build_greedy_soup` and `convert_to_moe` share.
 
         They are shard_bytes, threads, copy_tokenizer, dry_run and quiet. `out_dtype` is not among
@@ -44,7 +44,7 @@ class ModelOutputArgs(Arguments):
             "quiet": self.quiet,
         }
 
-    def report(self, *lines: str, is_new: bool = True) -> None:
+    def print_report(self, *lines: str, is_new: bool = True) -> None:
         """Print lines about the result, then one about its folder; nothing with --quiet.
 
         Args:

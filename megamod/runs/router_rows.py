@@ -100,7 +100,7 @@ def compute_calibrated_rows(
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         merge(recipe, folder, quiet=True)
-        texts = read_texts(calibration, domains, folder)
+        texts = read_domain_texts(calibration, domains, folder)
         model = load_lm(folder, dtype=torch.float32)
         of_experts = [texts[domain] for domain in domains]
         return compute_router_rows(
@@ -148,7 +148,7 @@ def compute_router_rows(
     else:
         rows = calibration.sharpness * means / means.norm(dim=-1, keepdim=True)
     check = [part[mask] for part, mask in zip(sequences, held_out, strict=True)]
-    spread, own_first = _measure_logits(model, block, rows, check, calibration.batch_size)
+    spread, own_first = _measure_router_logits(model, block, rows, check, calibration.batch_size)
     if calibration.centre:
         rows = rows * (calibration.sharpness / spread)[:, None, None]
     rows = rows.float()
@@ -170,7 +170,7 @@ def compute_router_rows(
     return RouterRows(rows, record)
 
 
-def read_texts(
+def read_domain_texts(
     calibration: RouterCalibration, domains: Sequence[str], folder: Path
 ) -> dict[str, DomainText]:
     """Read the tokens of each domain: from the valid splits of a data-bin, or from a file for each.
@@ -299,7 +299,7 @@ def hook_block_inputs(
             handle.remove()
 
 
-def _run_batches(model: nn.Module, sequences: Tensor, batch_size: int) -> None:
+def _run_model_on_sequences(model: nn.Module, sequences: Tensor, batch_size: int) -> None:
     """Run a model without its output layer on sequences [N, T], in batches, for the hooks on it.
 
     Args:
@@ -332,11 +332,11 @@ def compute_mean_inputs(model: nn.Module, block: str, sequences: Tensor, batch_s
         sums[layer] = sums[layer] + total if layer in sums else total
 
     with hook_block_inputs(model, block, add_states):
-        _run_batches(model, sequences, batch_size)
+        _run_model_on_sequences(model, sequences, batch_size)
     return torch.stack([sums[layer] for layer in sorted(sums)]).cpu() / sequences.numel()
 
 
-def _measure_logits(
+def _measure_router_logits(
     model: nn.Module, block: str, rows: Tensor, texts: Sequence[Tensor], batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """Measure the router's logits on held-out text.
@@ -363,7 +363,7 @@ def _measure_logits(
 
     with hook_block_inputs(model, block, add_logits):
         for expert, sequences in enumerate(texts):  # noqa: B007  (read in `add_logits`)
-            _run_batches(model, sequences, batch_size)
+            _run_model_on_sequences(model, sequences, batch_size)
     count, total, squares = moments.unbind(1)
     spread = (squares / count - (total / count) ** 2).clamp_min(0).sqrt()
     return spread, first / torch.tensor([sequences.numel() for sequences in texts])
@@ -400,7 +400,7 @@ def _warn_of_weak_rows(
     that is first on fewer tokens of its own domain than by chance.
 
     Args:
-        own_first: [L, E], see `_measure_logits`.
+        own_first: [L, E], see `_measure_router_logits`.
         condition: condition number of each layer's rows.
     """
     for layer, value in enumerate(condition):

@@ -140,11 +140,11 @@ def run_to_moe(args: MoeArgs) -> None:
         [expert.data_digest for expert in experts],
         experts_per_token=experts_per_token,
         anchor=args.anchor or anchored,
-        **args.make_options(),
+        **args.make_merge_arguments(),
     )
     calibrated = not anchored and args.router_kind == "calibrated" and not args.dry_run
     rows = [_format_calibration(Path(args.output_dir))] if calibrated else []
-    args.report(plan.describe(), *rows)
+    args.print_report(plan.describe(), *rows)
 
 
 def _format_calibration(folder: Path) -> str:

@@ -131,8 +131,7 @@ class RunSpec:
         companions: further files that are copied into the model folder.
         seed_digest: digest of the weights of an adapter's seed; None: no adapter is trained.
         settings: further values that a resumed run must agree on.
-        make_selection: from the device to the selection of a step's data, see `train.loop.train`;
-            None: all data.
+        make_row_selector: from the device to `select_batches` of `train.loop.train`, or None.
         tokens_per_sample: tokens per sample of a language model.
         write_model: writes OUT/model, from the exporter and the folder; collective. None: the model
             of the checkpoints.
@@ -153,7 +152,7 @@ class RunSpec:
     companions: Sequence[Path] = ()
     seed_digest: str | None = None
     settings: dict[str, object] | None = None
-    make_selection: Callable[[torch.device], SelectBatches] | None = None
+    make_row_selector: Callable[[torch.device], SelectBatches] | None = None
     write_model: Callable[[ModelExport, Path], object] | None = None
     tokens_per_sample: int | None = None
 
@@ -301,7 +300,7 @@ def _train_and_publish(
             checkpoints,
             monitor,
             spec.make_evaluate(running),
-            spec.make_selection(device) if spec.make_selection else None,
+            spec.make_row_selector(device) if spec.make_row_selector else None,
         )
         publish_model(
             partial(spec.write_model, export) if spec.write_model else export, output / "model"

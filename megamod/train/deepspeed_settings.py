@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from megamod.args import OptimArgs, RunArgs, SafetyArgs, apply_ds_values
+from megamod.args import OptimArgs, RunArgs, SafetyArgs, apply_deepspeed_values
 from megamod.data.batches import BatchDivision
 from megamod.dist.ds_config import apply_sharing_rules, get_offload_device, resolve_ds_config
 from megamod.dist.process import is_true_on_all_ranks
@@ -91,7 +91,7 @@ def resolve_settings(
         hidden_size: hidden size of the model, for bucket sizes that are "auto".
         mixture: configuration of the mixture of experts that is trained; None: another model.
     Raises:
-        UserError: see `count_micro_steps`, `resolve_ds_config`, `apply_ds_values`,
+        UserError: see `count_micro_steps`, `resolve_ds_config`, `apply_deepspeed_values`,
             `apply_sharing_rules`, `apply_muon_rules`, `apply_expert_parallel_rules` and
             `make_loop_plan`.
     """
@@ -127,7 +127,7 @@ def resolve_settings(
     resolved = resolve_ds_config(
         safety.deepspeed, values, origins, allow_unknown=safety.allow_unknown_ds_keys
     )
-    apply_ds_values(
+    apply_deepspeed_values(
         run,
         optim,
         resolved.values,

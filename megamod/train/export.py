@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from megamod.dist.process import (
     check_peers,
     fail_together,
-    make_control_tensor,
+    make_tensor_for_collectives,
     sum_over_ranks,
 )
 from megamod.dist.scope import Sharing, parse_expert_domain
@@ -277,7 +277,7 @@ def publish_model(export: Callable[[Path], object], folder: Path) -> None:
         PolicyStop: on every rank, if a weight is not finite: nothing is published then.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    bad = make_control_tensor([0.0])
+    bad = make_tensor_for_collectives([0.0])
     with fail_together():
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)

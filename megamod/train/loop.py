@@ -16,7 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from megamod.dist.process import fail_together, is_true_on_all_ranks, make_control_tensor
+from megamod.dist.process import fail_together, is_true_on_all_ranks, make_tensor_for_collectives
 from megamod.dist.watch import record_step
 from megamod.errors import (
     Interrupted,
@@ -341,7 +341,7 @@ def _all_reduce_totals_and_stop(
         stop_reason: value of `Stop` on this rank.
         group: None: all ranks.
     """
-    counts = make_control_tensor(
+    counts = make_tensor_for_collectives(
         [*item_counts, *(float(stop_reason >= reason) for reason in Stop if reason)]
     )
     dist.all_reduce(counts, group=group)

@@ -74,7 +74,7 @@ class Monitor:
         self.metrics: TextIO | None = None
         self.tracker: Tracker | None = None
         self.bar = None
-        self.reset()
+        self.discard_steps()
         if get_rank() > 0:
             return
         self.first_step = first_step
@@ -84,7 +84,7 @@ class Monitor:
         if sys.stderr.isatty():
             self.bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
-    def reset(self) -> None:
+    def discard_steps(self) -> None:
         """Discard the collected steps; the next interval starts now."""
         self.scored: list[BatchScore] = []
         self.norm: float | None = None
@@ -154,7 +154,7 @@ class Monitor:
         if get_rank() == 0:
             self._append_record(record, self._select_curves(record, further_metrics))
             self._print_progress(record, interval_seconds)
-        self.reset()
+        self.discard_steps()
 
     def log_scores(
         self, step: int, scores: Mapping[str, float], split: str, kind: str = "perplexity"

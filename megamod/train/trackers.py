@@ -92,11 +92,11 @@ class WandbTracker:
         self.run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """See `Tracker`."""
+        """Add a point to the curve of each name; wandb sends it later."""
         self.run.log({**values, "step": step})
 
     def close(self) -> None:
-        """See `Tracker`."""
+        """Send what is left and end the run of wandb."""
         self.run.finish()
 
 

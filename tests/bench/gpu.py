@@ -150,7 +150,7 @@ def write_docs(folder: Path, docs: Path) -> list[str]:
 
     written, texts = [], []
     if (record := _read(folder / "kernels.json")) is not None:
-        report.write_docs(record, docs / "kernels.md")
+        report.write_table_into_document(record, docs / "kernels.md")
         written.append("kernels.md")
     if (record := _read(folder / "inference.json")) is not None:
         texts.append(gpu_report.inference(record, gpu_inference.verdicts(record["inference"])))
@@ -202,6 +202,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from command import run as run_command
+    from command import run_benchmark_main
 
-    run_command(main)
+    run_benchmark_main(main)

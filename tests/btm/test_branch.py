@@ -16,8 +16,8 @@ from train.tiny_runs import DOMAINS, batches_of, masters, run_tiny
 from megamod.btm.branch import write_branch_checkpoint
 from megamod.btm.parents import (
     ParentModel,
-    check_parent_weights,
     find_parent,
+    resolve_parent_weights,
     select_checkpoint,
     select_forest_parents,
 )
@@ -303,9 +303,9 @@ def test_bad_choices_are_refused_and_change_nothing(tmp_path):
         (lambda: find_parent(law, member="law"), "one dense model"),
         (lambda: select_forest_parents(mixed, only_domains=["tax"]), "no expert of domain 'tax'"),
         (lambda: select_forest_parents(mixed, topk=9), "--topk 9: there are only 3 experts"),
-        (lambda: check_parent_weights([1.0], 2), "1 weights for 2 parents"),
-        (lambda: check_parent_weights([1.0, -1.0], 2), "sum not 0"),
-        (lambda: check_parent_weights([float("nan")], 1), "finite"),
+        (lambda: resolve_parent_weights([1.0], 2), "1 weights for 2 parents"),
+        (lambda: resolve_parent_weights([1.0, -1.0], 2), "sum not 0"),
+        (lambda: resolve_parent_weights([float("nan")], 1), "finite"),
         (
             lambda: write_branch_checkpoint([ParentModel(law)], [1], ["a"], tmp_path / "begun"),
             "has checkpoints already",

@@ -3,7 +3,7 @@
 import io
 import json
 
-from megamod.btm.progress import TAIL_BYTES, ProgressRow, Screen, format_jobs, read_progress
+from megamod.btm.progress import TAIL_BYTES, ProgressRow, Screen, format_jobs, update_progress_row
 
 
 class Terminal(io.StringIO):
@@ -19,11 +19,11 @@ def test_numbers_are_the_last_ones(tmp_path):
     assert len(text) > 2 * TAIL_BYTES
     (tmp_path / "metrics.jsonl").write_text(text)
     row = ProgressRow("law", "train", last=10)
-    read_progress(tmp_path, row)
+    update_progress_row(tmp_path, row)
     assert (row.step, row.loss, row.rate, row.perplexity) == (7, 2.5, 1234.5, 12.0)
     assert row.format_cells() == ("law", "train", "7/10", "2.5000", "1,234", "12", "0", "")
     untouched = ProgressRow("med", "waiting")
-    read_progress(tmp_path / "nowhere", untouched)
+    update_progress_row(tmp_path / "nowhere", untouched)
     assert untouched == ProgressRow("med", "waiting")
 
 

@@ -10,7 +10,7 @@ from megamod.dist.hostfile import (
     Host,
     HostfileFaults,
     check_hostfile,
-    find_split_groups,
+    find_groups_on_several_machines,
     read_hostfile,
 )
 from megamod.dist.scope import Sharing
@@ -177,7 +177,7 @@ def test_groups_that_are_split_without_need():
             roomy = any(slots[int(h[1:])] >= size for h in touched)
             if len(touched) > 1 and roomy:
                 naive[name] = touched
-        assert find_split_groups(hosts, groups) == naive
+        assert find_groups_on_several_machines(hosts, groups) == naive
 
 
 SSH = """#!/bin/sh

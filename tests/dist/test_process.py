@@ -21,7 +21,7 @@ def exchange(rank: int) -> dict[str, object]:
         one=process.is_true_on_all_ranks(rank == 0),
         number=process.broadcast_from_rank_0(2**52 + 1 if rank == 0 else 7),
         texts=process.gather_texts(texts[rank]),
-        control=str(process.make_control_tensor([1.0]).dtype),
+        control=str(process.make_tensor_for_collectives([1.0]).dtype),
         backend=torch.distributed.get_backend(),
         patience=group._get_backend(torch.device("cpu")).options._timeout.total_seconds(),
     )

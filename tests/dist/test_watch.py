@@ -133,7 +133,7 @@ def heartbeat(monkeypatch):
 def test_silent_ranks_are_reported_once_and_stacks_before_the_timeout(heartbeat, capfd):
     beat, store = heartbeat
     store.values["failed/3"] = b"1"  # it ended because another one did
-    assert beat.describe_lost() == "no sign of life of rank 1 on node1 (process 101)"
+    assert beat.describe_lost_ranks() == "no sign of life of rank 1 on node1 (process 101)"
     time.sleep(1.5)
     beat.record_step()
     beat.stop()

@@ -21,7 +21,7 @@ import report  # noqa: E402
 import schedule  # noqa: E402
 from cases import CASES, parse_shape  # noqa: E402
 from clock import Clock, MachineSpeed, compute_percentiles  # noqa: E402
-from command import run as run_command  # noqa: E402
+from command import run_benchmark_main  # noqa: E402
 from measure import OUT_OF_TIME, compute_errors, make_variants, measure_case  # noqa: E402
 from overhead import measure_launch_overhead  # noqa: E402
 from schedule import Request, list_all_requests, measure_all, replace_cases  # noqa: E402
@@ -207,7 +207,7 @@ def test_what_is_written_into_a_document(tmp_path):
     }
     page = tmp_path / "page.md"
     page.write_text(f"before\n\n{report.BEGIN}\n\nold\n\n{report.END}\n\nbehind\n")
-    report.write_docs(record, page)
+    report.write_table_into_document(record, page)
     text = page.read_text()
     assert text.startswith("before\n\n<!-- measured -->") and text.endswith("-->\n\nbehind\n")
     assert "old" not in text and "a device, some software: copy 1 GB/s, GEMM 1 TFLOP/s" in text
@@ -219,11 +219,11 @@ def test_what_is_written_into_a_document(tmp_path):
     assert "* rsa_demux base-n5 fwd_bwd x: Error: away" in text
     assert "Not measured, no time left: keyed_linear base-n5 fwd_bwd." in text
     assert "20.0 (multiplex) and 8.0 (mean): MET (12.0 more, at most 15)" in text
-    report.write_docs(record, page)
+    report.write_table_into_document(record, page)
     assert page.read_text() == text
     page.write_text("no markers")
     with pytest.raises(SystemExit, match=r"page\.md: needs <!-- measured -->"):
-        report.write_docs(record, page)
+        report.write_table_into_document(record, page)
     assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
     kernels = (REPOSITORY / "docs" / "kernels.md").read_text()
     assert kernels.count(report.BEGIN) == kernels.count(report.END) == 1
@@ -289,10 +289,10 @@ def test_a_mistake_is_no_missed_floor(capsys):
         raise SystemExit("--op nothing: there are others")
 
     with pytest.raises(SystemExit) as ended:
-        run_command(mistaken)
+        run_benchmark_main(mistaken)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "--op nothing: there are others\n"
     for code in (0, 1):
         with pytest.raises(SystemExit) as ended:
-            run_command(lambda code=code: code)
+            run_benchmark_main(lambda code=code: code)
         assert ended.value.code == code

@@ -18,7 +18,7 @@ from megamod.merging.merge import average_folders
 from megamod.merging.moe.record import read_moe_record
 from megamod.models.lm.load import load_lm
 from megamod.runs.edit_moe import EditArgs, run_edit
-from megamod.runs.pretrain.anchor import check_anchor
+from megamod.runs.pretrain.anchor import check_anchor_flags
 from megamod.runs.to_moe import MoeArgs, run_to_moe
 from megamod.states.weights import read_weights
 
@@ -191,4 +191,4 @@ def test_projects_gpt_is_no_anchor(tmp_path):
     tiny_stock("demix").save_pretrained(tmp_path / "gpt")
     args = ModelArgs(model=str(tmp_path / "gpt"), anchor="bin", untie="feedforward")
     with pytest.raises(UserError, match="only stock models have anchored experts"):
-        check_anchor(args, has_start=True)
+        check_anchor_flags(args, has_start=True)

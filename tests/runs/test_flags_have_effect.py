@@ -17,7 +17,7 @@ from megamod.args import (
     OptimArgs,
     RunArgs,
     SafetyArgs,
-    refuse_unused_flags,
+    refuse_pretraining_flags_without_effect,
 )
 from megamod.data.corpus.binarize import binarize
 from megamod.errors import UserError
@@ -90,7 +90,7 @@ def described(folder: Path, monkeypatch, flags: tuple[str, ...]) -> str:
     fixed += ("--per_device_train_batch_size", "4", "--max_steps", "9")
     parsed = parse_args(*CLASSES, argv=[*fixed, *flags])
     run, safety, model, lora, optim, mux, data = parsed
-    refuse_unused_flags(model, lora, mux, data, optim)
+    refuse_pretraining_flags_without_effect(model, lora, mux, data, optim)
     seen = []
 
     def execute_run(recipe, parsed, **options):
@@ -190,7 +190,7 @@ def test_run_yaml_of_any_mode_is_accepted(folder, monkeypatch):
         argv = ["--data", "bin", "--output_dir", "out", "--max_seq_length", "16", *flags]
         write_run_recipe(folder / "run.yaml", *parse_args(*CLASSES, argv=argv))
         again = parse_args(*CLASSES, argv=[str(folder / "run.yaml")])
-        refuse_unused_flags(*again[2:4], *again[5:], again[4])
+        refuse_pretraining_flags_without_effect(*again[2:4], *again[5:], again[4])
         assert before, mode
 
 
@@ -218,4 +218,4 @@ def test_a_forest_of_one_needs_no_prior(monkeypatch, flag):
     monkeypatch.setattr(adapt_start, "open_forest", lambda path: forest)
     (args,) = parse_args(AdaptArgs, argv=["--forest", "forest", f"--{flag}", "7"])
     with pytest.raises(UserError, match=f"--{flag} 7 has no effect: forest has a single expert"):
-        adapt_start.open_candidates(args)
+        adapt_start.open_forest_of_candidates(args)

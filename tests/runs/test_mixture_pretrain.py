@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megamod.data.corpus.binarize import binarize
 from megamod.errors import UserError
 from megamod.merging.moe.record import read_moe_record
-from megamod.runs.attribution import attribute
+from megamod.runs.attribution import attribute_texts
 from megamod.runs.attribution_args import AttributionArgs
 from megamod.runs.edit_moe import EditArgs, run_edit
 from megamod.runs.to_moe import MoeArgs, run_to_moe
@@ -165,7 +165,7 @@ def test_attribution_names_experts(trained, tmp_path, capsys):
     args = AttributionArgs(
         model=str(trained / "moe"), text=str(text), output_dir=str(tmp_path / "who")
     )
-    attribute(args)
+    attribute_texts(args)
     printed = capsys.readouterr().out
     record = read_moe_record(trained / "moe")
     assert record.experts[0].digest.rpartition(":")[2][:16] in printed
@@ -180,7 +180,7 @@ def test_attribution_names_experts(trained, tmp_path, capsys):
     first = (tmp_path / "who" / "tokens.txt").read_text().splitlines()[0].split()
     assert first == ["document", "token", "law", "med", "first", "text"]
     with pytest.raises(UserError, match=r"there is no moe\.json|is a llama"):
-        attribute(AttributionArgs(model=str(trained / "law"), text=str(text)))
+        attribute_texts(AttributionArgs(model=str(trained / "law"), text=str(text)))
     text.write_text("\n")
     with pytest.raises(UserError, match=r"^--text: .*text\.txt holds no text"):
-        attribute(AttributionArgs(model=str(trained / "moe"), text=str(text)))
+        attribute_texts(AttributionArgs(model=str(trained / "moe"), text=str(text)))

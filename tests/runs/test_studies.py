@@ -391,9 +391,9 @@ def test_processes(workspace, tmp_path, monkeypatch):
     study = read_study(workspace / "tiny.yaml")
     places = running.StudyFolders(workspace / "inputs", tmp_path / "work", tmp_path / "evidence")
     with pytest.raises(UserError, match=r"8 cells are not done, dense\.short\.s1 among them"):
-        running.run_in_processes(study, study.cells, places, ["-c", ""], 2)
+        running.run_cells_in_processes(study, study.cells, places, ["-c", ""], 2)
     words = ["-c", COPY, str(workspace / "evidence"), str(places.evidence)]
-    running.run_in_processes(study, study.cells, places, words, 2)
+    running.run_cells_in_processes(study, study.cells, places, words, 2)
     assert running.format_progress(study, study.cells, places) == (
         "8 of 8 cells of tiny; 0:00 h of work left"
     )

@@ -148,14 +148,14 @@ def parse_json_object(line: str, where: str, key: str | None = None) -> dict[str
         UserError: if the line is not one JSON object, or `key` occurs twice.
     """
 
-    def refuse_doubled_key(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        """Build an object of the line; raise ValueError if `key` occurs twice in it."""
+    def build_object_with_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        """Build an object of the line from its pairs; raise ValueError if `key` occurs twice."""
         if sum(name == key for name, _ in pairs) > 1:
             raise ValueError(f"the key {key!r} occurs twice in one object")
         return dict(pairs)
 
     try:
-        value = json.loads(line, object_pairs_hook=refuse_doubled_key if key else None)
+        value = json.loads(line, object_pairs_hook=build_object_with_key_once if key else None)
     except (ValueError, RecursionError) as error:
         if line.lstrip().startswith("["):
             raise UserError(f"{where}: a JSON list; {ONE_A_LINE}") from error

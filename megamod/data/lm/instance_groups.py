@@ -25,7 +25,7 @@ class InstanceLayout(NamedTuple):
         return logits[torch.from_numpy(self.lines).to(logits.device)].mean(1)
 
 
-def arrange_in_order(row_count: int, instances: int) -> InstanceLayout:
+def arrange_rows_in_order(row_count: int, instances: int) -> InstanceLayout:
     """Arrange every row once, in order, in groups of N = `instances`.
 
     The first rows, repeated, fill the last group.
@@ -34,7 +34,9 @@ def arrange_in_order(row_count: int, instances: int) -> InstanceLayout:
     return InstanceLayout(np.arange(full) % row_count, np.arange(row_count)[:, None])
 
 
-def arrange_ensemble(row_count: int, instances: int, seed: Sequence[int]) -> InstanceLayout:
+def arrange_rows_for_ensemble(
+    row_count: int, instances: int, seed: Sequence[int]
+) -> InstanceLayout:
     """Arrange every row N = `instances` times, on random lines, to average logits over its copies.
 
     Args:

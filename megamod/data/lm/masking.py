@@ -162,11 +162,13 @@ class MaskedBatches(StepBatches):
             "masked": int((labels != IGNORE).sum()),
             "positions": len(retrieved_instances) * (self.block_size - self.prefix),
             "tokens": len(inputs) * (self.block_size - self.prefix),
-            "readable": self._count_readable_positions(inputs, retrieved_instances),
+            "readable": self._count_retrievable_positions(inputs, retrieved_instances),
             "mask_id": self.masking.mask_id,
         }
 
-    def _count_readable_positions(self, inputs: np.ndarray, retrieved_instances: np.ndarray) -> int:
+    def _count_retrievable_positions(
+        self, inputs: np.ndarray, retrieved_instances: np.ndarray
+    ) -> int:
         """Count the positions whose retrieved token is no padding; a prefix is not counted.
 
         Args:

@@ -71,7 +71,7 @@ class LmData:
         """
         return [self._open_blocks(domain, "train") for domain in self.domains]
 
-    def open_splits(self, split: str) -> None:
+    def open_split_of_every_domain(self, split: str) -> None:
         """Open a split of every domain, so that later evaluations cannot fail on missing files.
 
         Raises:

@@ -17,7 +17,11 @@ import torch
 from megamod.data.batches import BatchDivision, StepBatches, check_fills_instance_groups
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.blocks import IGNORE
-from megamod.data.lm.instance_groups import InstanceLayout, arrange_ensemble, arrange_in_order
+from megamod.data.lm.instance_groups import (
+    InstanceLayout,
+    arrange_rows_for_ensemble,
+    arrange_rows_in_order,
+)
 from megamod.data.lm.order import BalancedSampler
 from megamod.data.tasks.iob import are_entity_labels, format_entity_label, parse_entity_label
 from megamod.data.tasks.text_labels import TextSet
@@ -345,9 +349,9 @@ def iterate_held_out_rows(
     for start in range(0, len(encoded), size):
         stop = min(start + size, len(encoded))
         if ensemble:
-            layout = arrange_ensemble(stop - start, instances, (seed, start))
+            layout = arrange_rows_for_ensemble(stop - start, instances, (seed, start))
         else:
-            layout = arrange_in_order(stop - start, instances)
+            layout = arrange_rows_in_order(stop - start, instances)
         yield HeldOutBatch(start, stop, encoded.gather_batch(start + layout.rows, pad_to), layout)
 
 

@@ -32,11 +32,11 @@ class BestModel:
         """
         return max(self.evaluations, key=self.find_value, default=None)
 
-    def load(self, step: int) -> None:
+    def load_evaluations(self, step: int) -> None:
         """Read the evaluations up to `step`, at which the run resumes; later ones are dropped.
 
         Those without a value are dropped, too. At step 0, or if evaluations.json or OUT/model is
-        missing, nothing is read. The file itself is not changed before `save`.
+        missing, nothing is read. The file itself is not changed before `save_evaluations`.
 
         Raises:
             UserError: if evaluations.json is malformed.
@@ -49,12 +49,12 @@ class BestModel:
             ]
             self.evaluations = [item for item in earlier if self.find_value(item) is not None]
 
-    def add(self, evaluation: Record) -> bool:
+    def add_evaluation(self, evaluation: Record) -> bool:
         """Add an evaluation, which must have a value; return True if it is the best one so far."""
         self.evaluations.append(evaluation)
         return self.best is self.evaluations[-1]
 
-    def save(self) -> None:
+    def save_evaluations(self) -> None:
         """Write all evaluations so far to OUT/evaluations.json; one rank alone may call it."""
         write_json(self.folder / EVALUATIONS, self.evaluations)
 

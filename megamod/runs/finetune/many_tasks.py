@@ -152,7 +152,7 @@ class ManyTasksModel(FinetuneModel):
         """Return the training loss: the mean over tasks that --task_loss_reduction selects."""
         return MultiTaskObjective(self.inputs, self.names, device, self.args.task_loss_reduction)
 
-    def make_selection(
+    def make_row_selector(
         self, batches: TaskMixture, device: torch.device
     ) -> UncertaintySelector | None:
         """Return the selection of the least certain rows; None with another --mt_sampling."""
@@ -186,7 +186,7 @@ def prepare_many_tasks_model(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTa
     ca_mtl_config = source if isinstance(source, CaMtlConfig) else None
     rows = [
         _read_task_rows(spec, folders, stage, args, ca_mtl_config)
-        for spec, folders in _list_specs(stage, args, ca_mtl_config)
+        for spec, folders in _list_task_specs(stage, args, ca_mtl_config)
     ]
     specs = [spec for spec, _ in rows]
     tokenizer = load_matching_tokenizer(
@@ -217,7 +217,7 @@ def prepare_many_tasks_model(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTa
     )
 
 
-def _list_specs(
+def _list_task_specs(
     stage: ManyTasksArgs, args: TaskListArgs, ca_mtl_config: CaMtlConfig | None
 ) -> list[tuple[TaskSpec, Sequence[str] | None]]:
     """List the tasks in the order of their ids, each with the folders to look for its files in
@@ -258,8 +258,8 @@ def _read_task_rows(
     the order of its head.
 
     Args:
-        folders: see `_list_specs`.
-        ca_mtl_config: see `_list_specs`.
+        folders: see `_list_task_specs`.
+        ca_mtl_config: see `_list_task_specs`.
     Raises:
         UserError: for splits, files, rows or labels that do not fit.
     """

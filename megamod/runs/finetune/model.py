@@ -87,6 +87,6 @@ class FinetuneModel(Protocol):
         """Return the training loss of a batch."""
         ...
 
-    def make_selection(self, batches: StepBatches, device: torch.device) -> SelectBatches | None:
+    def make_row_selector(self, batches: StepBatches, device: torch.device) -> SelectBatches | None:
         """Return the selection among the rows of a step; None: all rows are trained on."""
         ...

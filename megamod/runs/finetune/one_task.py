@@ -33,7 +33,7 @@ from megamod.runs.finetune.source import (
     read_start_config,
     set_dropout,
 )
-from megamod.runs.finetune.tasks import FinetuneTask, list_splits_to_read, open_task
+from megamod.runs.finetune.tasks import FinetuneTask, list_splits_to_read, read_and_encode_task
 from megamod.train.objectives import ClassificationObjective
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class OneTaskModel(FinetuneModel):
             self.inputs, device, self.task.spec.is_regression, self.retrieved_per_token
         )
 
-    def make_selection(self, batches: TrainRows, device: torch.device) -> None:
+    def make_row_selector(self, batches: TrainRows, device: torch.device) -> None:
         """Return None: all rows are trained on."""
         return None
 
@@ -131,7 +131,7 @@ def prepare_one_task_model(
     Raises:
         UserError: for a task, file, row, model or length that does not fit.
     """
-    spec = _find_spec(args, words)
+    spec = _find_task_spec(args, words)
     splits = list_splits_to_read(spec, stage, args.predict_split)
     config, weights = read_start_config(
         stage,
@@ -150,7 +150,7 @@ def prepare_one_task_model(
             demuxing_variant=stage.demuxing_variant,
         )
     instances = _get_instance_count(config, stage)
-    task = open_task(
+    task = read_and_encode_task(
         spec,
         _find_data_dir(spec, args),
         splits,
@@ -214,7 +214,7 @@ def _load_classifier(kind: type, source: str, complete: bool, **options: object)
     return model
 
 
-def _find_spec(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
+def _find_task_spec(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
     """Return the task of --task_spec or --task.
 
     Args:

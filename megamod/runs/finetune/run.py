@@ -159,7 +159,7 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
         """Make the evaluation on dev; without --do_eval one that does nothing."""
         if not stage.do_eval:
             return lambda step: None
-        best.load(running.state.step)
+        best.load_evaluations(running.state.step)
         return _DevEvaluation(model, run, running, best)
 
     spec = RunSpec(
@@ -176,7 +176,7 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
         make_model=make_module,
         make_objective=model.make_objective,
         make_evaluate=make_evaluate,
-        make_selection=partial(model.make_selection, batches),
+        make_row_selector=partial(model.make_row_selector, batches),
         write_model=best.write_model,
     )
     finished = execute_run(spec, parsed, workers=args.dataloader_num_workers)
@@ -252,10 +252,10 @@ class _DevEvaluation:
         if self.model.has_many_tasks:
             average = {AVERAGE: evaluation["score"]}
             self.running.monitor.log_scores(step, average, "dev", kind="score")
-        if self.best.add(evaluation):
+        if self.best.add_evaluation(evaluation):
             publish_model(self.running.export, self.running.output / "model")
         if dist.get_rank() == 0:
-            self.best.save()
+            self.best.save_evaluations()
 
 
 def _make_evaluation(

@@ -73,7 +73,7 @@ def list_splits_to_read(spec: TaskSpec, stage: StageArgs, predicted: str) -> lis
     return splits
 
 
-def open_task(
+def read_and_encode_task(
     spec: TaskSpec,
     data_dir: str | None,
     splits: Sequence[str],

@@ -32,8 +32,8 @@ from megamod.runs.pretrain.adapt_start import (
     compute_weights_digest,
     estimate_expert_weights,
     make_start_record,
-    open_candidates,
     open_domain_data,
+    open_forest_of_candidates,
     select_start_expert,
 )
 from megamod.runs.pretrain.causal_lm import log_own_perplexity, make_evaluation
@@ -62,7 +62,7 @@ def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -
         PolicyStop, Interrupted: see `megamod.train.loop.train`.
     """
     output = Path(run.output_dir).absolute()
-    forest = open_candidates(args)
+    forest = open_forest_of_candidates(args)
     if args.domain in forest.domains:
         existing = forest.experts[forest.domains.index(args.domain)]
         if existing.path.resolve() != (output / "model").resolve():

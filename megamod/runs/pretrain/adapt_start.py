@@ -76,7 +76,7 @@ class StartRecord(Schema):
     posterior: dict[str, float] | None
 
 
-def open_candidates(args: AdaptArgs) -> Forest:
+def open_forest_of_candidates(args: AdaptArgs) -> Forest:
     """Open the forest of experts to start from; the dense model of --model is a forest of one.
 
     Raises:
@@ -142,7 +142,7 @@ def open_domain_data(args: AdaptArgs, forest: Forest) -> LmData:
         verify=args.verify_data,
     )
     for split in dict.fromkeys(("train", "valid", args.eval_split)):
-        data.open_splits(split)
+        data.open_split_of_every_domain(split)
     return data
 
 

@@ -22,7 +22,7 @@ from megamod.states.dense import make_dense_config
 ROW_TOKENS = 65536  # of each domain's valid split, from the first one, that a row is measured on
 
 
-def check_anchor(model: ModelArgs, has_start: bool) -> None:
+def check_anchor_flags(model: ModelArgs, has_start: bool) -> None:
     """Refuse an anchor that no mixture can hold later; nothing is loaded.
 
     Args:

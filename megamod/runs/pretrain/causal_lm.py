@@ -33,8 +33,8 @@ from megamod.models.lm.flops import compute_flops_per_token
 from megamod.models.lm.load import LanguageModel, build_lm, select_lm_class
 from megamod.models.lm.routing import freeze_all_but_routers, is_mixture
 from megamod.models.presets import SHAPE
-from megamod.runs.pretrain.anchor import check_anchor, set_anchor_rows
-from megamod.runs.pretrain.mixture import check_mixture, read_expert_domains, write_mixture
+from megamod.runs.pretrain.anchor import check_anchor_flags, set_anchor_rows
+from megamod.runs.pretrain.mixture import check_mixture_flags, read_expert_domains, write_mixture
 from megamod.runs.training import ActiveRun, RunSpec, execute_run
 from megamod.states.adapter import compute_seed_digest
 from megamod.states.tokenizer_files import list_tokenizer_files
@@ -90,7 +90,7 @@ def pretrain_causal_lm(
     stock = list_stock_files(model.model, config, data)
     if start is not None:
         check_tokenizer_matches(start[0], data.databin, start[1])
-    lora.check_model(model)
+    lora.check_model_flags(model)
     adapter = None if lora.lora_rank is None else make_adapter_fields(model, lora, config, start)
     if adapter is not None and optim.optim != "adamw":
         raise UserError(
@@ -100,12 +100,12 @@ def pretrain_causal_lm(
     log_start(model, start, config)
     if data_args.mask_documents:
         check_document_masking(config)
-    check_mixture(model, config)
+    check_mixture_flags(model, config)
     if model.anchor is not None:
-        check_anchor(model, start is not None)
+        check_anchor_flags(model, start is not None)
     choose, split = sharing is Sharing.DEMIX, data_args.eval_split
     for name in dict.fromkeys(("train", split)):
-        data.open_splits(name)
+        data.open_split_of_every_domain(name)
 
     def make_model() -> LanguageModel:
         """Build the model or this rank's part of it; weights that the run does not train are

@@ -106,7 +106,7 @@ def pretrain_encoder(
     )
     rows = max(1, run.per_device_eval_batch_size // mux.num_instances) * mux.num_instances
     held_out_rows = batches(split, division=BatchDivision(rows, rows, 0, 1))
-    _check_held_out(held_out_rows, split)
+    _check_held_out_fills_a_pass(held_out_rows, split)
 
     def iterate_held_out(part: int, parts: int) -> Iterator[Batch]:
         """Yield every parts-th held-out batch from number `part` on."""
@@ -245,7 +245,7 @@ def build_encoder_config(
     return config
 
 
-def _check_held_out(batches: MaskedBatches, split: str) -> None:
+def _check_held_out_fills_a_pass(batches: MaskedBatches, split: str) -> None:
     """Check before the first step that the held-out split fills one forward pass.
 
     Args:
@@ -288,14 +288,16 @@ def _read_source_config(source: str, mux: MuxArgs, data: DataBin) -> PreTrainedC
     if mux.num_instances != instances:
         raise UserError(f"--num_instances {mux.num_instances}: the model {source} has {instances}")
     if mux.num_instances > 1:
-        _check_structure(source, config, mux, data)
+        _check_flags_fit_multiplexed_model(source, config, mux, data)
         for name in (*LOSSES, "gen_loss_weight", "disc_loss_weight"):
             if hasattr(config, name):
                 setattr(config, name, getattr(mux, name))
     return config
 
 
-def _check_structure(source: str, config: PreTrainedConfig, mux: MuxArgs, data: DataBin) -> None:
+def _check_flags_fit_multiplexed_model(
+    source: str, config: PreTrainedConfig, mux: MuxArgs, data: DataBin
+) -> None:
     """Check that flags given by the user agree with a multiplexed model and, for replaced_token,
     that its [MASK] is that of the data.
 

@@ -18,7 +18,7 @@ from megamod.models.lm.routing import check_router_training, is_mixture
 from megamod.train.export import ModelExport
 
 
-def check_mixture(model: ModelArgs, config: LmConfig) -> None:
+def check_mixture_flags(model: ModelArgs, config: LmConfig) -> None:
     """Refuse flags of mixtures for another model, and a router that gets no gradient.
 
     Args:

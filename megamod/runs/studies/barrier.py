@@ -60,7 +60,7 @@ from megamod.progress import show_progress
 from megamod.runs.finetune.args import RowArgs
 from megamod.runs.finetune.one_task import select_head_class
 from megamod.runs.finetune.source import load_matching_tokenizer
-from megamod.runs.finetune.tasks import open_task
+from megamod.runs.finetune.tasks import read_and_encode_task
 from megamod.runs.studies.barrier_recipe import (
     CLM,
     MLM,
@@ -219,7 +219,7 @@ def open_held_out(
     tokenizer = load_matching_tokenizer(source.config, first, settings.tokenizer)
     limits = RowArgs(max_seq_length=settings.max_seq_length, max_eval_samples=settings.max_items)
     splits = spec.list_splits("dev")
-    opened = open_task(
+    opened = read_and_encode_task(
         spec, settings.data, (*splits, "train"), source.config, tokenizer, limits, trained=True
     )
     train, inputs = opened.encoded["train"], list_input_fields(source.config)
@@ -236,7 +236,7 @@ def open_held_out(
     items = [
         train.ids[a:b].tolist() for a, b in zip(train.offsets, train.offsets[1:], strict=False)
     ]
-    return HeldOutTask(compute_losses, items, _wrap_tokenizer(tokenizer), train.pad_id)
+    return HeldOutTask(compute_losses, items, _make_tokenize_function(tokenizer), train.pad_id)
 
 
 def _require_positions(model: PreTrainedModel, settings: HeldOutSettings) -> PreTrainedModel:
@@ -262,7 +262,7 @@ def _open_text_task(
         raise UserError(f"data is missing: give a text file to measure the {task} loss on")
     tokenizer = load_tokenizer(settings.tokenizer or first)
     if tokenizer.original is not None:
-        tokenize = _wrap_tokenizer(tokenizer.original)
+        tokenize = _make_tokenize_function(tokenizer.original)
     else:
 
         def tokenize(text: str) -> list[int]:
@@ -315,7 +315,7 @@ def _open_text_task(
     )
 
 
-def _wrap_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> Callable[[str], list[int]]:
+def _make_tokenize_function(tokenizer: "PreTrainedTokenizerFast") -> Callable[[str], list[int]]:
     """Return the function from a text to its ids, special tokens included, uncut."""
     return lambda text: tokenizer(text)["input_ids"]
 

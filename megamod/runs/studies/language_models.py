@@ -142,7 +142,7 @@ def provide_trained_run(
         UserError: as `pretrain_causal_lm`.
     """
     folder = work / f"run-{_compute_value_digest({**flags, 'text': DataBin(databin).digest})}"
-    with _lock_folder(folder):
+    with _wait_for_folder_lock(folder):
         _train_in_folder(flags, databin, folder, stop)
     return folder
 
@@ -172,7 +172,7 @@ def train_forest(
         raise UserError("anchor: true needs a seed: give seed_share above 0")
     seed, strangers = None, None
     if extras["strangers"]:
-        strangers = average_strangers(flags, extras, text, work)
+        strangers = train_and_average_strangers(flags, extras, text, work)
     elif seed_steps:
         seed = provide_trained_run(flags, text.training_bin, work, stop=seed_steps)
     rate = extras["expert_learning_rate"] or flags["learning_rate"]
@@ -198,7 +198,7 @@ def train_forest(
                 "max_steps": flags["max_steps"] - seed_steps,
             }
         folder = work / f"expert-{_compute_value_digest({**expert_flags, **seed_identity})}"
-        with _lock_folder(folder):
+        with _wait_for_folder_lock(folder):
             branched = seed is not None and not extras["anchor"]
             if branched and not list_checkpoints(folder / "checkpoints"):
                 source = find_parent(seed, step=seed_steps)
@@ -208,7 +208,7 @@ def train_forest(
     return runs
 
 
-def average_strangers(
+def train_and_average_strangers(
     flags: Settings, extras: Mapping[str, object], text: StudyText, work: Path
 ) -> Path:
     """Train a model on each domain from a random seed of its own, for the steps of a forest's seed,
@@ -232,7 +232,7 @@ def average_strangers(
     if extras["strangers_refine_steps"]:
         align["refine_steps"] = extras["strangers_refine_steps"]
     folder = work / f"strangers-{_compute_value_digest([[run.name for run in runs], align])}"
-    with _lock_folder(folder):
+    with _wait_for_folder_lock(folder):
         if not folder.exists():
             sources = [(run / "model", None) for run in runs]
             recipe = build_weighted_recipe(sources, [1.0] * len(runs))
@@ -243,7 +243,7 @@ def average_strangers(
 def _train_seed(flags: Settings, extras: Mapping[str, object], text: StudyText, work: Path) -> Path:
     """Return the folder of the model that a forest's experts start from, trained if needed."""
     if extras["strangers"]:
-        return average_strangers(flags, extras, text, work)
+        return train_and_average_strangers(flags, extras, text, work)
     steps = _count_seed_steps(flags, extras)
     return find_parent(
         provide_trained_run(flags, text.training_bin, work, stop=steps), step=steps
@@ -297,7 +297,7 @@ def make_mixture(
     databin, settings = text.training_bin, {k: extras[k] for k in mixtures.SETTINGS}
     identity = {"runs": [folder.name for folder in runs.values()], **settings}
     folder = work / f"mixture-{_compute_value_digest(identity | {'seed': flags['seed']})}"
-    with _lock_folder(folder):
+    with _wait_for_folder_lock(folder):
         start = mixtures.convert_experts(runs, extras, flags["seed"], databin, folder / "model")
         if extras["mixture_train"] is None:
             return folder
@@ -353,7 +353,7 @@ def _compute_losses(
         losses = score_forest(open_forest(models[""]), scored)
     else:
         folder = work / f"forest-{_compute_value_digest([folder.name for folder in runs.values()])}"
-        with _lock_folder(folder):
+        with _wait_for_folder_lock(folder):
             shutil.rmtree(folder, ignore_errors=True)
             with edit_forest(folder) as experts:
                 experts += [make_forest_entry(run, domain) for domain, run in runs.items()]
@@ -429,7 +429,7 @@ def _compute_value_digest(value: object) -> str:
 
 
 @contextmanager
-def _lock_folder(folder: Path) -> Iterator[None]:
+def _wait_for_folder_lock(folder: Path) -> Iterator[None]:
     """Hold a lock file beside the folder for a `with` block; other processes wait for it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:

@@ -92,7 +92,7 @@ def run_cell(study: Study, cell: Cell, folders: StudyFolders) -> Record:
     return make_record(study, cell, figures, digests, *seconds)
 
 
-def run_in_processes(
+def run_cells_in_processes(
     study: Study, cells: Sequence[Cell], folders: StudyFolders, command: Sequence[str], jobs: int
 ) -> None:
     """Start processes that each run cells, and log their progress until all have ended.

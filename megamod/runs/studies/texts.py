@@ -44,12 +44,14 @@ class StudyText:
 
     @cached_property
     def training_bin(self) -> Path:
-        """Write the data-bin of the training domains; return its folder."""
+        """Folder of the data-bin of the training domains, which is written at the first use."""
         return self._make_bin("domains", {name: self._cut_held_out(name) for name in self.domains})
 
     @cached_property
     def random_bin(self) -> Path:
-        """Write the data-bin of a random split of the same training text; return its folder."""
+        """Folder of the data-bin of the same training text, randomly split into as many parts as
+        there are domains; it is written at the first use.
+        """
         count = len(self.domains)
         documents = [
             text for name in self.domains for text in self._iterate_documents(name, "train")
@@ -70,7 +72,7 @@ class StudyText:
 
     @cached_property
     def novel_bin(self) -> Path:
-        """Write the data-bin of the novel domains; return its folder."""
+        """Folder of the data-bin of the novel domains, which is written at the first use."""
         return self._make_bin("novel", {name: self._cut_held_out(name) for name in self.novel})
 
     def write_excerpts(self, limit: int) -> Path:
