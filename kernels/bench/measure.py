@@ -121,6 +121,9 @@ def compute_errors(result: Sequence[Tensor], exact: Sequence[Tensor]) -> Row:
     """Compute the relative errors "error" of the value and "grad_error" of the worst gradient.
 
     They are norms of the difference over norms; "grad_error" is None without gradients.
+
+    Args:
+        result, exact: the value first, then its gradients; of a variant and in float64.
     """
     errors = [
         float((ours.double() - expected).norm() / expected.norm().clamp_min(1e-300))

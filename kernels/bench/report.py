@@ -17,7 +17,7 @@ FIELDS += ("failed",)
 
 
 def format_table(rows: Sequence[Row], header: bool = True) -> str:
-    """Format rows as text, one line per variant."""
+    """Format rows as text, one line per variant, below a line of titles if `header` is True."""
     lines = []
     if header:
         lines.append(
@@ -95,8 +95,11 @@ def list_verdicts(record: Mapping[str, object]) -> list[Verdict]:
 
 
 def replace_between_markers(path: Path, begin: str, end: str, text: str) -> None:
-    """Replace the text between two markers of a document.
+    """Replace the text between two markers of a document, which stay.
 
+    Args:
+        begin, end: the markers.
+        text: new text between them.
     Raises:
         SystemExit: if the document has not each of them once, in this order.
     """
@@ -184,7 +187,7 @@ def plot_times(rows: Sequence[Row], path: Path) -> None:
 
 
 def _assign_colours(rows: Sequence[Row], palette) -> dict[str, object]:
-    """Assign one colour to each variant in all panels; ours is black."""
+    """Assign a colour of `palette` to each variant of the rows, by name; ours is black."""
     others = dict.fromkeys(row["variant"] for row in rows if row["variant"] != "ours")
     return {"ours": "black"} | {name: palette(i % 20) for i, name in enumerate(others)}
 

@@ -275,7 +275,10 @@ def _parse_rounds(
 def _check_known_domains(
     domains: Sequence[str], available: Sequence[str], flag: str, data_folder: str
 ) -> None:
-    """Raise UserError, naming the flag, for a domain that the data-bin does not have."""
+    """Raise UserError, naming the flag, for a domain that the data-bin does not have.
+
+    `available` are its domains; `flag` and `data_folder` are named in the message.
+    """
     for domain in domains:
         if domain not in available:
             raise UserError(

@@ -391,7 +391,7 @@ def describe_waves(
     """Describe tokens, slots and commands of all jobs as text, for --dry_run; start nothing.
 
     Slots are those that the jobs of a wave get at once; 29500 stands for the port that a launcher
-    will get.
+    will get. Arguments as of `plan_waves`, whose result is `waves`, and of `build_command`.
     """
     lines = [campaign.format_token_counts()]
     for tasks, _ in waves:

@@ -66,13 +66,13 @@ def find_parent(
             raise UserError(
                 f"--parents {path}: is a model folder, so --step and --share do not apply"
             )
-        return ParentModel(path, _check_member(path, path, member))
+        return ParentModel(path, _resolve_member(path, path, member))
     faults = find_file_faults(checkpoint)
     if faults:
         raise UserError(f"--parents {checkpoint}: is not a complete checkpoint: {faults[0]}")
     if is_model(checkpoint):
         return ParentModel(
-            checkpoint, _check_member(checkpoint, path, member), _read_resumable_step(checkpoint)
+            checkpoint, _resolve_member(checkpoint, path, member), _read_resumable_step(checkpoint)
         )
     worlds = [folder.name for folder in list_model_folders(checkpoint)]
     if member not in worlds:
@@ -178,6 +178,9 @@ def select_largest_weights(weights: Sequence[float], count: int = 0) -> list[int
 def resolve_parent_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """Return one finite weight per parent; equal weights for None.
 
+    Args:
+        weights: as the user gave them; they need not sum to 1.
+        count: number of parents.
     Raises:
         UserError: for another number of weights, one that is not finite, or a sum of 0.
     """
@@ -190,8 +193,8 @@ def resolve_parent_weights(weights: Sequence[float] | None, count: int) -> list[
     return list(weights)
 
 
-def _check_member(folder: Path, path: Path, member: str | None) -> str | None:
-    """Return `member`, or None for a dense model.
+def _resolve_member(folder: Path, path: Path, member: str | None) -> str | None:
+    """Return `member` if the model has this expert, None for a dense model.
 
     Args:
         folder: folder of the model.

@@ -161,7 +161,7 @@ def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> st
 
 
 def format_databin_summary(header: dict, output: Path) -> str:
-    """Format `header`, the content of databin.json, as a table by domain, with sums below it."""
+    """Format `header`, the content of databin.json in `output`, as a table by domain with sums."""
     rows = [("domain", "train tokens", "valid tokens", "test tokens", "bytes", "replaced")]
     for name, splits in header["domains"].items():
         tokens = [f"{splits[split]['tokens']:,}" for split in ("train", "valid", "test")]

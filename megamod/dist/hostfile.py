@@ -231,6 +231,9 @@ def _parse_lines(content: bytes) -> tuple[list[_HostLine], list[tuple[int, str]]
 def _parse_line(raw: bytes, number: int) -> tuple[_HostLine | None, list[str]]:
     """Parse a line of a hostfile.
 
+    Args:
+        raw: its bytes, without the line feed.
+        number: line number, from 1.
     Returns:
         the machine that it names, None for a comment or a name that is wrong; and its faults.
     """

@@ -35,7 +35,7 @@ class DomainTopology:
     sharing: Sharing
 
     def __post_init__(self) -> None:
-        """Refuse a world size that the sharing does not allow, see the class."""
+        """Raise UserError for a world size that the sharing does not allow, see the class."""
         ranks, experts = self.world_size, len(self.domains)
         if self.sharing is Sharing.DENSE:
             return

@@ -181,6 +181,10 @@ def _check_folder_fits_data(
     """Raise UserError if a folder's model lacks ids or positions that the data need.
 
     The project's GPT needs the vocabulary of the data exactly; a stock model may have more ids.
+
+    Args:
+        model: value of --model, for messages; `config`: configuration in that folder.
+        vocab_size, special_ids, max_positions: those of the data, as of `make_lm_config`.
     """
     ours, limit = config.model_type == DemixConfig.model_type, get_max_sequence_length(config)
     fits = config.vocab_size == vocab_size if ours else config.vocab_size >= vocab_size

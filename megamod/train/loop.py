@@ -259,7 +259,7 @@ def _take_step(
         if (
             plan.spike_factor
             and number == len(micro_batches)
-            and _is_loss_spike(scores, plan, state, group)
+            and _detect_loss_spike(scores, plan, state, group)
         ):
             # A gradient that is not finite makes every rank skip the update.
             loss = loss * float("nan")
@@ -268,12 +268,13 @@ def _take_step(
     return scores, grad_norm
 
 
-def _is_loss_spike(
+def _detect_loss_spike(
     scores: Sequence[BatchScore], plan: LoopPlan, state: TrainState, group: dist.ProcessGroup | None
 ) -> bool:
-    """Return True if a step's loss is a spike or not finite; collective.
+    """Return True if a step's loss is a spike or not finite, else update the mean; collective.
 
-    Any other loss is added to the running mean in `state`.
+    A spike is above `plan.spike_factor` times the running mean in `state`. `scores` are those of
+    this rank's micro-batches; `group` are the ranks whose tokens form one loss, None: all.
     """
     sums = torch.stack([torch.stack((s.total.sum(), s.items.sum())) for s in scores]).sum(0)
     dist.all_reduce(sums, group=group)

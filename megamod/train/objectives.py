@@ -145,7 +145,12 @@ class MixtureLMObjective(CausalLMObjective):
     ) -> dict[str, Tensor]:
         """Count how often each expert was selected for the tokens of each domain.
 
-        `is_target` is [B, T]. Each value is [2]: the count of the expert, and that of all experts.
+        Args:
+            layers: routing of each layer; its experts are [B * T, K].
+            batch: its `domains` [B] are read.
+            is_target: [B, T] bool, tokens that count.
+        Returns:
+            by `load/DOMAIN/EXPERT` [2]: the count of the expert, and that of all experts.
         """
         domains = batch["domains"].to(self.device, non_blocking=True)
         rows = domains[:, None].expand(is_target.shape).flatten()
@@ -195,7 +200,11 @@ class ClassificationObjective:
     def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
-        """Run the model; without retrieval the loss is computed here, from its logits."""
+        """Run the model; without retrieval the loss is computed here, from its logits.
+
+        A batch has the fields of `EncodedRows.gather_batch`; `inputs`, `labels` and `items` are
+        read, with retrieval also `attention_mask`.
+        """
         fields = {
             name: batch[name].to(self.device, non_blocking=True)
             for name in (*self.inputs, "labels")
@@ -257,7 +266,10 @@ class MultiTaskObjective:
     def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
-        """Run the model; further metrics are each task's share of the rows, `share/TASK`."""
+        """Run the model; further metrics are each task's share of the rows, `share/TASK`.
+
+        A batch has the fields of `TaskMixture.gather_batch`.
+        """
         names = (*self.inputs, "task_ids", "labels")
         names += ("token_labels",) if "token_labels" in batch else ()
         fields = {name: batch[name].to(self.device, non_blocking=True) for name in names}

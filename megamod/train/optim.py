@@ -52,6 +52,11 @@ def make_linear_schedule(peak_rate: float, warmup_steps: int, max_steps: int) ->
 
     The value for n finished steps applies to the next step, so with a warm-up the first step has
     rate 0 (fairseq's polynomial_decay with power 1).
+
+    Args:
+        peak_rate: learning rate at the end of the warm-up.
+        warmup_steps: steps of the warm-up; 0: there is none.
+        max_steps: steps of the run.
     """
 
     def compute_rate(finished_steps: int) -> float:
@@ -73,7 +78,10 @@ def make_constant_schedule(peak_rate: float, warmup_steps: int, max_steps: int) 
 
 
 def make_cosine_schedule(peak_rate: float, warmup_steps: int, max_steps: int) -> Schedule:
-    """Make a schedule: a linear warm-up to the peak, then half a cosine to 0 at the end."""
+    """Make a schedule: a linear warm-up to the peak, then half a cosine to 0 at the end.
+
+    Arguments as of `make_linear_schedule`.
+    """
 
     def compute_rate(finished_steps: int) -> float:
         """Compute the learning rate of the step after `finished_steps` steps."""

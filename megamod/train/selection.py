@@ -19,8 +19,11 @@ REGRESSION_RULES = ("borrow", "mean", "release")
 BORROWER, LENDER = "sts-b", "mrpc"  # of the release: both compare two sentences
 
 
-def average_by_task(entropy: Tensor, row_task_ids: Tensor, task_count: int) -> Tensor:
-    """Average over the rows of each task: [B], [B] -> [T]; 0 for a task without rows."""
+def average_entropy_by_task(entropy: Tensor, row_task_ids: Tensor, task_count: int) -> Tensor:
+    """Average the entropy [B] of rows over the rows of each task: [T]; 0 for a task without rows.
+
+    `row_task_ids` [B] int64 are the tasks of the rows, numbers below T = `task_count`.
+    """
     totals = entropy.new_zeros(task_count).index_add_(0, row_task_ids, entropy)
     counts = entropy.new_zeros(task_count).index_add_(0, row_task_ids, torch.ones_like(entropy))
     return totals / counts.clamp(min=1)
@@ -53,7 +56,7 @@ def score_uncertainty(
     Returns:
         [B] float32; all 0 if no row has any entropy.
     """
-    means = average_by_task(entropy, row_task_ids, len(tasks))
+    means = average_entropy_by_task(entropy, row_task_ids, len(tasks))
     largest = means.max()
     factor = means[row_task_ids] if rule == "release" else torch.ones_like(entropy)
     scores = torch.where(largest > 0, entropy * factor / largest.clamp(min=1e-30), 0.0)

@@ -45,13 +45,13 @@ class TensorBoardTracker:
         self.writer = SummaryWriter(str(folder / "tb"), purge_step=first_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """See `Tracker`."""
+        """Add a point to the curve of each name, and flush it to the disk."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
     def close(self) -> None:
-        """See `Tracker`."""
+        """Write what is left and close the files."""
         self.writer.close()
 
 

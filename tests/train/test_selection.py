@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from megamod.nn.task_heads import TaskHeads
 from megamod.train.selection import (
     REGRESSION_RULES,
-    average_by_task,
+    average_entropy_by_task,
     score_uncertainty,
     select_most_uncertain,
 )
@@ -38,7 +38,7 @@ def test_every_recorded_step(case):
                 rows[task_of == task, :size] = of[f"logits.task{task}"]
         entropy = heads.compute_entropy(rows, None, task_of)
         assert (entropy - of["entropy"]).abs().max() <= 1e-6
-        means = average_by_task(entropy, task_of, len(tasks))
+        means = average_entropy_by_task(entropy, task_of, len(tasks))
         assert (means[task_of] - of["entropy_task_mean"]).abs().max() <= 1e-6
         assert abs(means.max() - of["max_task_mean"]) <= 1e-6
         scores = score_uncertainty(entropy, task_of, tasks, kinds, regression="release")

@@ -311,7 +311,12 @@ def _iterate_train_sample(
     sources: Mapping[str, DocumentSource],
     counters_by_domain: Mapping[str, Mapping[str, ItemCounter]],
 ) -> Iterator[str]:
-    """Yield evenly spaced train documents: about `SAMPLE_BYTES`, an equal part from each domain."""
+    """Yield evenly spaced train documents: about `SAMPLE_BYTES`, an equal part from each domain.
+
+    Args:
+        sources: source of each domain.
+        counters_by_domain: counter of each domain and split, for the size of its text.
+    """
     for name, source in sources.items():
         share = min(1.0, SAMPLE_BYTES / len(sources) / counters_by_domain[name]["train"].bytes)
         for number, (_, text) in enumerate(source.iterate_documents("train")):

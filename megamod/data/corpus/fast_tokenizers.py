@@ -103,7 +103,7 @@ def _check_encodes_text(tokenizer: "PreTrainedTokenizerFast", spec: str) -> None
 def _is_encoded_as_unknown(
     backend: "tokenizers.Tokenizer", special_ids: set[int], text: str
 ) -> bool:
-    """Return True if `text` becomes special tokens only, or no token."""
+    """Return True if `text` becomes special tokens (`special_ids`) only, or no token."""
     return special_ids.issuperset(backend.encode(text, add_special_tokens=False).ids)
 
 

@@ -78,7 +78,7 @@ class DataBinHeader(Schema):
 
     @model_validator(mode="after")
     def _check_ids_and_digest(self) -> "DataBinHeader":
-        """Refuse ids outside the vocabulary, and one of `files` and `digest` without the other."""
+        """Raise ValueError for ids outside the vocabulary, or only one of `files` and `digest`."""
         ids = {name: getattr(self, name) for name in ("bos_id", "pad_id", "eos_id", "unk_id")}
         for domain, splits in self.domains.items():
             ids |= {f"domains.{domain}.{name}: max_id": s.max_id for name, s in splits.items()}

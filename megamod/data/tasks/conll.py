@@ -184,7 +184,7 @@ def _detect_layout(
             label = _find_entity_column([_split_cells(line, tabs) for line in lines], word, width)
     where = f"{path}, line {certain[0][0][0]}"
     return _ColumnLayout(
-        width, tabs, numbered, *_normalise_columns(where, width, word, label, is_test)
+        width, tabs, numbered, *_resolve_columns(where, width, word, label, is_test)
     )
 
 
@@ -201,7 +201,10 @@ def _are_word_numbers(first_cells: list[list[str]]) -> bool:
 
 
 def _find_entity_column(rows: list[list[str]], word_column: int, column_count: int) -> int:
-    """Find the first column after the word with entity labels only; without one, -1, the last."""
+    """Find the first column after the word with entity labels only; without one, -1, the last.
+
+    `rows` are cells of lines; lines with another number of cells than `column_count` are ignored.
+    """
     for column in range(word_column % column_count + 1, column_count):
         labels = {row[column].strip(BLANKS) for row in rows if len(row) == column_count}
         if all(label == OUTSIDE or parse_entity_label(label) for label in labels):
@@ -215,10 +218,10 @@ def _read_column_names(blocks: list[list[Numbered]]) -> list[str] | None:
     return match and match[1].split()
 
 
-def _normalise_columns(
+def _resolve_columns(
     where: str, width: int, word: int, label: int, is_test: bool
 ) -> tuple[int, int | None]:
-    """Return the columns of word and label counted from 0; they may be negative before.
+    """Return the columns `word` and `label` of `width` counted from 0; they may be negative before.
 
     With `is_test` the label's is None if it does not exist or is that of the word. Otherwise raise
     UserError if a column does not exist, or both are the same one.

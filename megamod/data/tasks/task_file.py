@@ -58,7 +58,7 @@ class _TaskFile(Schema):
 
     @model_validator(mode="after")
     def _check_keys_fit(self) -> "_TaskFile":
-        """Refuse columns and labels that do not fit the kind, and files together with a hub."""
+        """Raise ValueError for columns or labels that do not fit the kind, and files with a hub."""
         allowed = {"sequence": (1,), "pair": (2,), "regression": (1, 2), "token": (1,)}[self.kind]
         if len(self.text) not in allowed:
             raise ValueError(

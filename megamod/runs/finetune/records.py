@@ -86,6 +86,7 @@ def make_evaluation_record(
     """Return the record of an evaluation of the dev splits, an item of evaluations.json.
 
     Args:
+        scores: by task and split, see `score_splits`.
         step: finished steps.
         instances_per_second: rows per second of the forward passes.
     """

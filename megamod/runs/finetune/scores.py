@@ -72,6 +72,9 @@ def score_split(
     Scores of multiplexed models without an ensemble have `accuracy_by_slot`, a list of N, except
     in a regression; those of entities have `by_type`.
 
+    Args:
+        split: name of a split of `task`.
+        run: its batch size of evaluation and its seed are used.
     Returns:
         scores, None if the labels are hidden; and the logits of rows [R, C] float64, or the labels
         of words of each of R sentences.

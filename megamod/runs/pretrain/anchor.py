@@ -82,7 +82,10 @@ def set_anchor_rows(
     network.set_domain(held[0])  # all experts are the anchor still
 
     def compute_mean_states(databin: DataBin, domain: str) -> Tensor:
-        """Compute the mean inputs [L, D] of the feed-forwards on a domain's valid split."""
+        """Compute the mean inputs [L, D] of the feed-forwards on a domain's valid split.
+
+        Raise UserError if that is shorter than one sequence.
+        """
         ids = read_databin_texts(databin, [domain], ROW_TOKENS, network.config, where)[domain].ids
         sequences = ids[: len(ids) // length * length].view(-1, length)
         if not len(sequences):
