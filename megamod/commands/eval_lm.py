@@ -78,7 +78,7 @@ def main() -> None:
 
     from megamod.data.lm.databin import DataBin
     from megamod.evaluation.held_out_data import HeldOut
-    from megamod.evaluation.model_folders import find_models, score_models
+    from megamod.evaluation.model_folders import find_saved_models, score_models
     from megamod.evaluation.perplexity_report import (
         format_comparison,
         format_score_lines,
@@ -104,7 +104,7 @@ def main() -> None:
         args.mask_documents,
         args.verify_data,
     )
-    folders = {model: find_models(Path(model), held_out) for model in args.model}
+    folders = {model: find_saved_models(Path(model), held_out) for model in args.model}
     models = {model: score_models(parts, held_out, device) for model, parts in folders.items()}
     print(format_comparison(models, held_out.domains, args.split))
     for model, matrix in models.items():

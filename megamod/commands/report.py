@@ -79,7 +79,7 @@ def _serve_page(options: Namespace) -> None:
     server = LiveServer(LivePage(options.runs), bind_socket(HOST, port))
     address = f"http://{HOST}:{server.socket.getsockname()[1]}/"
     print(f"{', '.join(map(str, options.runs))} at {address}; Ctrl-C ends", flush=True)
-    server.run()
+    server.serve_until_stopped()
 
 
 if __name__ == "__main__":

@@ -203,6 +203,10 @@ def _resolve_alias(
     """Resolve a further name of the originals to our name of the tensor; None without one.
 
     `expected` has the names of all tensors of the model.
+
+    Args:
+        key: name in the checkpoint.
+        aliases: see `TensorTable.aliases`.
     """
     for start, target in aliases.items():
         if key.startswith(start) and target + key.removeprefix(start) in expected:

@@ -290,6 +290,11 @@ def _collect_experts(
 
     Raise UserError if the number of domains does not divide the number of ranks, if keys or shapes
     differ between ranks, or if ranks of one domain hold different values.
+
+    Args:
+        ranks: content of the rank files, in rank order.
+        domains: names of the experts in rank order.
+        shared_file: shared file of the checkpoint, for messages.
     """
     where = shared_file.parent
     if not domains or len(ranks) % len(domains):
@@ -407,6 +412,11 @@ def _detect_untie(expert_tensors: Mapping[str, Tensor], layer_count: int, file: 
     """Detect our field `untie`, the layers with experts, from the tensors of one rank file.
 
     Raise UserError if these are not the feed-forwards of all layers, every second or the last.
+
+    Args:
+        expert_tensors: tensors of one expert, or of its rank file, by fairseq's key.
+        layer_count: number of layers of the model.
+        file: weight file of the checkpoint, for messages.
     """
     kinds = {
         "feedforward": range(layer_count),

@@ -56,7 +56,7 @@ def convert(source: Path, options: ConvertOptions = NO_OPTIONS) -> ConvertedMode
     stored = read_checkpoint(file).tensors
     state, used, dropped, foreign = {}, [], {}, []
     for key, tensor in stored.items():
-        name = _normalise_name(key)
+        name = _convert_to_current_name(key)
         if name.endswith("position_ids"):
             dropped[key] = "counts from 0"
         elif name.startswith("cls.seq_relationship."):
@@ -80,12 +80,12 @@ def convert(source: Path, options: ConvertOptions = NO_OPTIONS) -> ConvertedMode
         twin = state.get(name)
         if twin is not None and source_of in state and torch.equal(twin, state[source_of]):
             del state[name]
-            key = next(key for key in used if _normalise_name(key) == name)
+            key = next(key for key in used if _convert_to_current_name(key) == name)
             used.remove(key)
             dropped[key] = f"the same as {source_of}"
     fields = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     return ConvertedModel(
-        {**fields, "model_type": "bert", **_describe_head(state, config)}, state, used, dropped
+        {**fields, "model_type": "bert", **_make_head_fields(state, config)}, state, used, dropped
     )
 
 
@@ -96,7 +96,7 @@ def _is_bert_tensor(name: str) -> bool:
     return re.fullmatch(_ENCODER, name) is not None
 
 
-def _normalise_name(key: str) -> str:
+def _convert_to_current_name(key: str) -> str:
     """Rename a key of any version to the current name, with the prefix "bert." for the encoder."""
     name = key.removeprefix("module.")
     for old, new in _OLD.items():
@@ -104,8 +104,10 @@ def _normalise_name(key: str) -> str:
     return f"bert.{name}" if name.startswith(_INSIDE) else name
 
 
-def _describe_head(state: dict[str, torch.Tensor], config: dict[str, object]) -> dict[str, object]:
-    """Return the fields of config.json for the head in the weights, or for a bare encoder.
+def _make_head_fields(
+    state: dict[str, torch.Tensor], config: dict[str, object]
+) -> dict[str, object]:
+    """Make the fields of config.json for the head in the weights, or for a bare encoder.
 
     Args:
         state: tensors by current names.

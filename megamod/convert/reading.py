@@ -273,8 +273,8 @@ def _read_safetensors(path: Path) -> "dict[str, Tensor]":
         return load_file(path)
 
 
-def _run_child() -> None:
-    """Run the child process: copy a pickle into a folder as tensors.safetensors and settings.json.
+def _copy_pickle_in_child() -> None:
+    """Copy a pickle into a folder as tensors.safetensors and settings.json, in the child process.
 
     The command line names the pickle and the folder. Raise UserError if the pickle names anything
     but tensors, plain values and settings, or as `_load_pickle`.
@@ -416,7 +416,7 @@ def _convert_to_json_value(value: object, depth: int, budget: Iterator[int], pat
     if isinstance(value, _StandIn):
         attributes = vars(value)
         if type(value).__name__ == "scalar":
-            return _unpack_scalar(*attributes["arguments"])
+            return _unpack_numpy_scalar(*attributes["arguments"])
         if "state" not in attributes:  # an enumeration: its value
             return plain(attributes["arguments"][0]) if len(attributes["arguments"]) == 1 else None
         state = attributes["state"]
@@ -429,7 +429,7 @@ def _convert_to_json_value(value: object, depth: int, budget: Iterator[int], pat
     return value if isinstance(value, (str, int, float, bool)) else None
 
 
-def _unpack_scalar(dtype: object, data: object) -> int | float | bool | None:
+def _unpack_numpy_scalar(dtype: object, data: object) -> int | float | bool | None:
     """Unpack a numpy scalar from the stand-in of its element type and its bytes.
 
     Return None for an element type that is no number, or bytes of another length.
@@ -443,4 +443,4 @@ def _unpack_scalar(dtype: object, data: object) -> int | float | bool | None:
 
 
 if __name__ == "__main__":
-    run_main(_run_child)
+    run_main(_copy_pickle_in_child)

@@ -26,7 +26,7 @@ from megamod.models.lm.load import LanguageModel, load_lm
 from megamod.states.adapter import is_adapter, is_model
 from megamod.states.config_file import read_config_file
 from megamod.states.forest import FILE, find_expert_index, open_forest
-from megamod.states.hub import find_folder
+from megamod.states.hub import find_local_or_hub_folder
 from megamod.states.tokenizer_files import find_tokenizer_folder, list_tokenizer_files
 
 
@@ -145,23 +145,33 @@ class TextGenerator:
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                 **settings,
             )
-        return [self._read_continuation(row, prompt_ids.shape[1], sampling.stop) for row in rows]
+        return [self._make_continuation(row, prompt_ids.shape[1], sampling.stop) for row in rows]
 
     def decode_continuation(self, ids: Tensor, prompt_length: int) -> str:
-        """Decode the tokens [L] after the prompt as they continue its text, with their blanks."""
-        text, prompt = self._decode(ids), self._decode(ids[:prompt_length])
-        return text[len(prompt) :] if text.startswith(prompt) else self._decode(ids[prompt_length:])
+        """Decode the continuation in ids [L] of prompt and continuation, with its first blank.
 
-    def _decode(self, ids: Tensor) -> str:
-        """Decode as the tokenizer encodes, without the blanks that it would remove for display."""
+        Decoded alone, the continuation would lose that blank in some tokenizers.
+        """
+        text, prompt = self._decode_ids(ids), self._decode_ids(ids[:prompt_length])
+        return (
+            text[len(prompt) :]
+            if text.startswith(prompt)
+            else self._decode_ids(ids[prompt_length:])
+        )
+
+    def _decode_ids(self, ids: Tensor) -> str:
+        """Decode ids [L] without special tokens, and with every blank.
+
+        A tokenizer may else remove blanks before punctuation, to clean up the text for display.
+        """
         return self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def _read_continuation(
+    def _make_continuation(
         self, ids: Tensor, prompt_length: int, stop: Sequence[str]
     ) -> Continuation:
-        """Decode a row of `generate`, and cut it before a stop text.
+        """Make the `Continuation` of a row of ids, its text cut before a stop text.
 
         Args:
             ids: [L] of prompt and continuation, perhaps with eos and padding after them.
@@ -172,17 +182,17 @@ class TextGenerator:
         if len(ends):
             ids = ids[: prompt_length + int(ends[0])]
         whole = self.decode_continuation(ids, prompt_length)
-        new_text = whole[: _find_stop(whole, stop)]
+        new_text = whole[: _find_stop_text(whole, stop)]
         return Continuation(
-            self._decode(ids[:prompt_length]) + new_text,
+            self._decode_ids(ids[:prompt_length]) + new_text,
             new_text,
-            self._compute_weights(ids),
+            self._compute_expert_weights(ids),
             prompt_length,
             len(ids) - prompt_length,
             len(ends) > 0 or len(new_text) < len(whole),
         )
 
-    def _compute_weights(self, ids: Tensor) -> dict[str, float] | None:
+    def _compute_expert_weights(self, ids: Tensor) -> dict[str, float] | None:
         """Compute `Continuation.weights` after the last of the ids [L]."""
         if not self.domains:
             return None
@@ -217,27 +227,28 @@ class _StopTextCriteria(StoppingCriteria):
         self.stop, self.on_text = stop, on_text
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        """Return for rows [B, L] where to stop, [B] bool."""
+        """Return [B] bool, True for those of the rows [B, L] of ids that are to stop."""
         texts = [
             self.text_generator.decode_continuation(row, self.prompt_length) for row in input_ids
         ]
-        done = [_find_stop(text, self.stop) is not None for text in texts]
+        done = [_find_stop_text(text, self.stop) is not None for text in texts]
         if self.on_text is not None:
             done[0] |= not self.on_text(_cut_unsettled_end(texts[0], self.stop))
         return torch.tensor(done, device=input_ids.device)
 
 
-def _find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Find where the first stop text begins in a text; None if there is none."""
+def _find_stop_text(text: str, stop: Sequence[str]) -> int | None:
+    """Find the index at which the first of the stop texts begins in `text`; None: it has none."""
     return min((text.index(end) for end in stop if end in text), default=None)
 
 
 def _cut_unsettled_end(text: str, stop: Sequence[str]) -> str:
-    """Cut a continuation where later tokens can change it.
+    """Return a continuation without the end that later tokens can still change.
 
-    That is before a stop text, the beginning of one, or a character of which bytes are missing.
+    It is cut before a stop text, and before an end that may be the beginning of one or a character
+    of which bytes are missing.
     """
-    text = text[: _find_stop(text, stop)].rstrip("\N{REPLACEMENT CHARACTER}")
+    text = text[: _find_stop_text(text, stop)].rstrip("\N{REPLACEMENT CHARACTER}")
     beginnings = [end[:size] for end in stop for size in range(1, len(end))]
     held = max((len(start) for start in beginnings if text.endswith(start)), default=0)
     return text[: len(text) - held]
@@ -286,12 +297,16 @@ def load_text_generator(
 
 
 def find_model_folder(model: str) -> Path:
-    """Find the folder of a model, in the hub if there is none; of a run, its model's.
+    """Find the folder of a model: a folder, the model in the folder of a run, or a hub repository.
 
+    A repository of the hub is downloaded if it is not in the cache.
+
+    Args:
+        model: value of --model.
     Raises:
-        UserError: if there is neither.
+        UserError: if there is no such folder or repository.
     """
-    path = find_folder(model, "--model")
+    path = find_local_or_hub_folder(model, "--model")
     is_run = (path / "model").is_dir() and not is_model(path) and not (path / FILE).is_file()
     return path / "model" if is_run else path
 

@@ -187,6 +187,10 @@ def open_held_out_blocks(data: LmData, held_out: HeldOut, domain: str) -> TokenB
 
     Each is shorter than `data.block_size` by the tokens of context.
 
+    Args:
+        data: the data-bin as the model reads it.
+        held_out: gives the split.
+        domain: domain of the text.
     Raises:
         UserError: if the data-bin has no such domain or split, or a file is missing.
     """
@@ -200,6 +204,10 @@ def iterate_held_out_batches(data: LmData, held_out: HeldOut, domain: str) -> It
 
     Batches are those of `iterate_eval_batches`, `held_out.batch_size` sequences each.
 
+    Args:
+        data: the data-bin as the model reads it.
+        held_out: gives split, batch size and tokens of context.
+        domain: domain of the text.
     Raises:
         UserError: as `open_held_out_blocks`.
     """

@@ -89,7 +89,7 @@ def compute_classifier_loss(
 
 
 def _sum_cross_entropy(logits: Tensor, labels: Tensor) -> float:
-    """Return the summed cross entropy of the labels that are not ignored, in nats."""
+    """Sum the cross entropy of logits [..., C], in nats, over labels [...] that are not ignored."""
     return float(
         functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
     )

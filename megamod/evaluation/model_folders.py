@@ -21,7 +21,7 @@ from megamod.models.lm.configuration import LmConfig, get_domains, get_untie, re
 from megamod.models.lm.forest_experts import ModelReader
 from megamod.states.adapter import is_model, list_model_folders
 from megamod.states.forest import FILE, open_forest
-from megamod.states.hub import find_folder
+from megamod.states.hub import find_local_or_hub_folder
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class SavedModel:
     document_end: int | None = None
 
 
-def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
+def find_saved_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
     """Find the models of a folder, and check each against the data; weights are not read.
 
     The first that applies: the experts of `folder` if that is a forest.json or has one; the model
@@ -57,7 +57,7 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
     Raises:
         UserError: if there is no model, or one does not match the data or lacks a requested expert.
     """
-    folder = find_folder(str(folder), "--model")
+    folder = find_local_or_hub_folder(str(folder), "--model")
     members: dict[Path, dict[str, str | None] | None] = {}
     if folder.is_file() or (folder / FILE).exists():
         for expert in open_forest(folder).experts:
@@ -99,6 +99,10 @@ def _select_experts(
 
     A single model without experts is returned as it is, whatever the names.
 
+    Args:
+        folder: folder of all models, for messages.
+        models: models to select from.
+        names: names of the experts, values of --experts.
     Raises:
         UserError: if no model has an expert of one of the names.
     """
@@ -118,10 +122,10 @@ def _select_experts(
 def score_models(
     models: Sequence[SavedModel], held_out: HeldOut, device: torch.device
 ) -> ScoreMatrix:
-    """Score models from `find_models`, loaded one after the other.
+    """Score models from `find_saved_models`, loaded one after the other.
 
     Args:
-        held_out: the settings that `find_models` had.
+        held_out: the settings that `find_saved_models` had.
         device: device that the models run on.
     Returns:
         a matrix with a row `DENSE` for a dense model, or a row per expert for a model with experts

@@ -129,6 +129,10 @@ def compute_word_accuracy_by_instance(gold: Labels, answers: Labels, instances: 
     """Compute the word accuracy of each of the N instances of a multiplexed model.
 
     Sentence r is instance r % N; with fewer sentences than N, only as many numbers as sentences.
+
+    Args:
+        gold, answers: labels of the words of each sentence.
+        instances: N.
     """
     accuracies = []
     for instance in range(min(instances, len(gold))):
@@ -148,6 +152,11 @@ def format_conll(words: Labels, answers: Labels, gold: Labels | None) -> str:
 
     The columns are word, gold label if `gold` is there, and answer; an empty line separates
     sentences.
+
+    Args:
+        words: words of each sentence.
+        answers: predicted label of each word.
+        gold: gold label of each word; None: unknown.
     """
     columns = [words, answers] if gold is None else [words, gold, answers]
     sentences = zip(*columns, strict=True)

@@ -183,6 +183,11 @@ def select_rank_share(batches: Iterable[Batch], part: int, parts: int) -> Iterat
 
     All shares have the same length. A share that would be shorter ends with the first batch of its
     round, with weight 0, because ranks that shard one model (ZeRO 3) must run it equally often.
+
+    Args:
+        batches: the same batches in the same order on every rank.
+        part: number of this rank's share, from 0.
+        parts: number of shares.
     """
     batches = iter(batches)
     while group := list(islice(batches, parts)):

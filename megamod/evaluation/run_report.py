@@ -99,7 +99,7 @@ def write_run_report(paths: Sequence[Path], output: Path) -> list[str]:
 
 
 def format_run_report(paths: Sequence[Path], script: str = "") -> tuple[str, list[str]]:
-    """Return the page and the titles of its sections.
+    """Return the HTML page and the titles of its sections.
 
     Args:
         paths: at least one: folders of runs, campaigns, sweeps or studies of barriers; JSON files
@@ -108,8 +108,11 @@ def format_run_report(paths: Sequence[Path], script: str = "") -> tuple[str, lis
     Raises:
         UserError: if a path is named twice, has nothing to report on, or a file of it is malformed.
     """
-    runs = [_read_run(path, name) for path, name in zip(paths, _name_runs(paths), strict=True)]
-    sections = {title: part for title, part in _make_sections(runs) if part}
+    runs = [
+        _read_run_files(path, name)
+        for path, name in zip(paths, _make_run_names(paths), strict=True)
+    ]
+    sections = {title: part for title, part in _iterate_sections(runs) if part}
     body = "".join(f"<h2>{escape(title)}</h2>\n{part}\n" for title, part in sections.items())
     names = escape(", ".join(run.name for run in runs))
     page = (
@@ -124,8 +127,8 @@ def list_report_files(paths: Sequence[Path]) -> list[Path]:
     return [file for path in paths for file in (path, *(path / name for name in FILES))]
 
 
-def _name_runs(paths: Sequence[Path]) -> list[str]:
-    """Name runs by as many last parts of their paths as tell them apart.
+def _make_run_names(paths: Sequence[Path]) -> list[str]:
+    """Make a distinct name of each run: as many last parts of its path as tell all apart.
 
     Raises:
         UserError: for the first path that is named twice.
@@ -140,9 +143,11 @@ def _name_runs(paths: Sequence[Path]) -> list[str]:
     return ["/".join(path.parts[-count:]) for path in absolute]
 
 
-def _read_run(path: Path, name: str) -> _RunFiles:
-    """Read the files of a run.
+def _read_run_files(path: Path, name: str) -> _RunFiles:
+    """Read the files of a run that exist; a path that is a file is a result of `eval-ensemble`.
 
+    Args:
+        name: name of the run on the page.
     Raises:
         UserError: if there is none, or one is malformed.
     """
@@ -155,14 +160,14 @@ def _read_run(path: Path, name: str) -> _RunFiles:
         name,
         path,
         read_metrics(path / METRICS) if (path / METRICS).is_file() else (),
-        _read_optional(path / "perplexity.json"),
-        _read_optional(path / "results.json"),
+        _read_json_if_exists(path / "perplexity.json"),
+        _read_json_if_exists(path / "results.json"),
         read_checked_file(path / "summary.json", list[_SummaryRow])
         if (path / "summary.json").is_file()
         else (),
-        _read_optional(path / "evaluation" / "mixture.json"),
+        _read_json_if_exists(path / "evaluation" / "mixture.json"),
         read_run_recipe(path),
-        _flatten(_read_optional(path / "env.json")),
+        _flatten_objects(_read_json_if_exists(path / "env.json")),
     )
     if not any((run.metrics, run.scores, run.results, run.sweep, run.mixture)):
         raise UserError(
@@ -172,13 +177,13 @@ def _read_run(path: Path, name: str) -> _RunFiles:
     return run
 
 
-def _read_optional(path: Path) -> dict[str, object]:
+def _read_json_if_exists(path: Path) -> dict[str, object]:
     """Read a JSON object; {} if there is no file. Raise UserError if it is malformed."""
     return read_json_object(path) if path.is_file() else {}
 
 
-def _flatten(record: Mapping) -> dict[str, object]:
-    """Replace objects in a record by their items, named `key.item`."""
+def _flatten_objects(record: Mapping) -> dict[str, object]:
+    """Return a copy of a record with the items of its objects in their place, named `key.item`."""
     flat: dict[str, object] = {}
     for key, value in record.items():
         items = value.items() if isinstance(value, dict) else ()
@@ -186,18 +191,21 @@ def _flatten(record: Mapping) -> dict[str, object]:
     return flat
 
 
-def _make_sections(runs: Sequence[_RunFiles]) -> Iterator[tuple[str, str]]:
+def _iterate_sections(runs: Sequence[_RunFiles]) -> Iterator[tuple[str, str]]:
     """Yield title and HTML of each section; empty HTML if no run has its data."""
-    yield "Scores", _format_columns({run.name: _summarise(run) for run in runs})
+    yield (
+        "Scores",
+        _format_comparison_table({run.name: _select_summary_numbers(run) for run in runs}),
+    )
     losses = {run.name: run.losses for run in runs if run.losses}
     yield (
         "Training loss",
-        _draw("all runs", plot_losses_of_runs, losses) if len(losses) > 1 else "",
+        _format_figure("all runs", plot_losses_of_runs, losses) if len(losses) > 1 else "",
     )
     yield (
         "Loss and perplexity by domain",
         "".join(
-            _draw(run.name, plot_training_curves, run.folder / METRICS)
+            _format_figure(run.name, plot_training_curves, run.folder / METRICS)
             for run in runs
             if run.losses and "loss_by_domain" in run.metrics[0]
         ),
@@ -205,15 +213,17 @@ def _make_sections(runs: Sequence[_RunFiles]) -> Iterator[tuple[str, str]]:
     yield (
         "Perplexity by expert and domain",
         "".join(
-            _draw(run.name, plot_matrix, matrix, title=f"{run.scores.get('split')} perplexity")
+            _format_figure(
+                run.name, plot_matrix, matrix, title=f"{run.scores.get('split')} perplexity"
+            )
             for run in runs
-            if (matrix := _drop_missing(run.scores.get("perplexity", {})))
+            if (matrix := _drop_missing_cells(run.scores.get("perplexity", {})))
         ),
     )
     yield (
         "Posterior of the experts",
         "".join(
-            _draw(run.name, plot_shares, priors, x_label="average weight of each expert")
+            _format_figure(run.name, plot_shares, priors, x_label="average weight of each expert")
             for run in runs
             if (priors := _list_priors(run.mixture))
         ),
@@ -221,31 +231,37 @@ def _make_sections(runs: Sequence[_RunFiles]) -> Iterator[tuple[str, str]]:
     yield (
         "Load of the experts",
         "".join(
-            _draw(run.name, plot_shares, loads, x_label="share of the tokens of a domain")
+            _format_figure(run.name, plot_shares, loads, x_label="share of the tokens of a domain")
             for run in runs
-            if (loads := _list_loads(run.metrics))
+            if (loads := _list_expert_loads(run.metrics))
         ),
     )
-    speeds = _list_speeds(runs)
-    yield "Score and throughput", _draw("dev split", plot_trade_off, speeds) if speeds else ""
+    speeds = _list_speeds_and_scores(runs)
+    yield (
+        "Score and throughput",
+        _format_figure("dev split", plot_trade_off, speeds) if speeds else "",
+    )
     yield (
         "Loss barriers",
         "".join(
-            _draw(run.name, plot_barriers, barriers)
+            _format_figure(run.name, plot_barriers, barriers)
             for run in runs
             if (barriers := _list_barriers(run.results))
         ),
     )
-    yield "Settings", _format_columns({run.name: run.settings for run in runs})
-    yield "Environment", _format_columns({run.name: run.environment for run in runs})
+    yield "Settings", _format_comparison_table({run.name: run.settings for run in runs})
+    yield "Environment", _format_comparison_table({run.name: run.environment for run in runs})
 
 
-def _summarise(run: _RunFiles) -> dict[str, object]:
+def _select_summary_numbers(run: _RunFiles) -> dict[str, object]:
     """Select the numbers that say most about a run, by name; those that it lacks are absent."""
     trained = [record for record in run.metrics if "loss" in record]
     last = trained[-1] if trained else {}
     rates = [r["tokens_per_second"] for r in trained if r.get("tokens_per_second")]
-    mixed = {name: scores.get("perplexity") for name, scores in _get_domains(run.mixture).items()}
+    mixed = {
+        name: scores.get("perplexity")
+        for name, scores in _get_scores_by_domain(run.mixture).items()
+    }
     numbers = {
         "steps": last.get("step"),
         "tokens": last.get("tokens"),
@@ -261,13 +277,13 @@ def _summarise(run: _RunFiles) -> dict[str, object]:
     return {name: number for name, number in numbers.items() if number is not None}
 
 
-def _drop_missing(matrix: Mapping[str, Mapping]) -> dict[str, dict[str, float]]:
+def _drop_missing_cells(matrix: Mapping[str, Mapping]) -> dict[str, dict[str, float]]:
     """Drop cells without a number from a matrix, and empty rows."""
     rows = {name: {k: v for k, v in row.items() if v is not None} for name, row in matrix.items()}
     return {name: row for name, row in rows.items() if row}
 
 
-def _get_domains(mixture: Mapping) -> Mapping[str, Mapping]:
+def _get_scores_by_domain(mixture: Mapping) -> Mapping[str, Mapping]:
     """Return the scores of a mixture by domain of the text; {} if there is no mixture."""
     return mixture.get("domains", {})
 
@@ -276,13 +292,16 @@ def _list_priors(mixture: Mapping) -> dict[str, Mapping[str, float]]:
     """List the prior weights of the experts by domain of the text, where there are any."""
     return {
         name: scores["prior"]
-        for name, scores in _get_domains(mixture).items()
+        for name, scores in _get_scores_by_domain(mixture).items()
         if scores.get("prior")
     }
 
 
-def _list_loads(metrics: Sequence[Mapping]) -> dict[str, dict[str, float]]:
-    """List the shares of a mixture's experts by domain, from the last record that has any."""
+def _list_expert_loads(metrics: Sequence[Mapping]) -> dict[str, dict[str, float]]:
+    """List the shares of tokens that a mixture's experts get, by domain of the text, then expert.
+
+    They are those of the last record of metrics.jsonl that has any; without one the result is {}.
+    """
     loads: dict[str, dict[str, float]] = {}
     for record in reversed(metrics):
         for key, share in record.items():
@@ -294,8 +313,10 @@ def _list_loads(metrics: Sequence[Mapping]) -> dict[str, dict[str, float]]:
     return loads
 
 
-def _list_speeds(runs: Sequence[_RunFiles]) -> dict[str, dict[str, dict[int, tuple[float, float]]]]:
-    """List (instances per second, score) by task, model and N instances."""
+def _list_speeds_and_scores(
+    runs: Sequence[_RunFiles],
+) -> dict[str, dict[str, dict[int, tuple[float, float]]]]:
+    """List (instances per second, task score) of all runs by task, model and N instances."""
     tasks: dict[str, dict[str, dict[int, tuple[float, float]]]] = {}
     for run in runs:
         for row in run.sweep:
@@ -320,10 +341,11 @@ def _list_barriers(results: Mapping) -> dict[str, dict[str, tuple[float, float]]
     }
 
 
-def _draw(caption: str, plot: Callable, data: object, **options: object) -> str:
-    """Return an HTML figure with the SVG that a plot function writes; its text stays text.
+def _format_figure(caption: str, plot: Callable, data: object, **options: object) -> str:
+    """Format an HTML figure with the SVG that a plot function writes; its text stays text.
 
     Args:
+        caption: caption of the figure, plain text.
         plot: function of `plots` or `run_plots`, called with `data`, a path and `options`.
     """
     # Ids follow from the salt, so that those of two figures differ and a page can be repeated.
@@ -338,7 +360,7 @@ def _draw(caption: str, plot: Callable, data: object, **options: object) -> str:
     return f"<figure><figcaption>{escape(caption)}</figcaption>\n{svg}</figure>\n"
 
 
-def _format_columns(columns: Mapping[str, Mapping[str, object]]) -> str:
+def _format_comparison_table(columns: Mapping[str, Mapping[str, object]]) -> str:
     """Format an HTML table with a column per run; rows in which runs differ come first, marked.
 
     Args:
@@ -347,7 +369,7 @@ def _format_columns(columns: Mapping[str, Mapping[str, object]]) -> str:
     names = list(dict.fromkeys(name for values in columns.values() for name in values))
     rows = []
     for name in names:
-        cells = [_format_value(values.get(name)) for values in columns.values()]
+        cells = [_format_cell(values.get(name)) for values in columns.values()]
         rows.append((len({*cells} - {MISSING}) > 1, name, cells))
     rows.sort(key=lambda row: not row[0])
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
@@ -359,7 +381,7 @@ def _format_columns(columns: Mapping[str, Mapping[str, object]]) -> str:
     return "\n".join([*lines, "</table>"]) if rows else ""
 
 
-def _format_value(value: object) -> str:
+def _format_cell(value: object) -> str:
     """Format a value for a cell: floats with five digits, `MISSING` for None."""
     if value is None:
         return MISSING

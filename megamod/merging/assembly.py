@@ -125,6 +125,9 @@ def _iterate_targets_of_whole_models(
 
     Integers and the tensors in `copied` are copied from the template; all others are merged.
 
+    Args:
+        recipe, folders, copied: see `plan_tensors`.
+        parts: all parts of the recipe, one per module.
     Raises:
         UserError: if a merged tensor differs in shape or kind of dtype, or modules do not cover the
             tensors.
@@ -160,6 +163,9 @@ def _map_tensors_to_parts(
     Of modules that begin at the same word the longest counts; a tensor in none belongs to the
     module called `default`. Without modules all belong to part 0.
 
+    Args:
+        parts: all parts of the recipe, one per module.
+        names: names of the tensors.
     Raises:
         UserError: if a tensor is in no module and none is called `default`, or a module has none.
     """
@@ -198,6 +204,9 @@ def _iterate_targets_of_stacked_layers(
     Tensors before the layers come from the first part, those after them from the last. Integers,
     and the tensors in `copied`, are copied from the leading source of their part.
 
+    Args:
+        recipe, folders, copied: see `plan_tensors`.
+        parts: slices of the recipe, from the first layers to the last.
     Raises:
         UserError: if the leading model of a part lacks a layer that its slice names, or the first
             one has no stack of layers or several.

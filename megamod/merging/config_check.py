@@ -42,7 +42,7 @@ def check_config_fits_weights(source: TensorSource) -> None:
     file, fields = source.folder / "config.json", read_model_config(source.folder)
     if "model_type" not in fields or not fields.keys() & {*_WIDTHS, *_DEPTHS, *_OTHER_SIZES}:
         return
-    if _are_plain(fields) and _agree_with_shapes(fields, source):
+    if _have_usual_values(fields) and _sizes_match_tensors(fields, source):
         return
     from megamod.merging.known_models import build_config_strictly, build_meta_model_strictly
 
@@ -55,7 +55,7 @@ def check_config_fits_weights(source: TensorSource) -> None:
     described = {n.removeprefix(prefix): tuple(p.shape) for n, p in model.named_parameters()}
     stored = {n.removeprefix(prefix): tuple(s.shape) for n, s in source.tensors.items()}
     common = described.keys() & stored.keys()
-    ends, stored_ends = _list_ends(described), _list_ends(stored)
+    ends, stored_ends = _list_name_ends(described), _list_name_ends(stored)
     if len(ends & stored_ends) < _LEAST_SHARE * min(len(ends), len(stored_ends)):
         raise UserError(
             f"{file}: model_type is {fields['model_type']!r}, but the weights are those of another "
@@ -73,16 +73,16 @@ def check_config_fits_weights(source: TensorSource) -> None:
     kept = [
         n for n in stored if not any(re.search(p, n) or re.search(p, prefix + n) for p in ignored)
     ]
-    missing, further = _list_layers(described), _list_layers(kept)
+    missing, further = _list_layer_prefixes(described), _list_layer_prefixes(kept)
     for layers, text in (
-        (missing - _list_layers(stored), "describes layers that the weights lack"),
+        (missing - _list_layer_prefixes(stored), "describes layers that the weights lack"),
         (further - missing, "does not describe all layers of the weights"),
     ):
         if layers:
             raise UserError(f"{file}: {text}, such as {min(layers)[:-1]}")
 
 
-def _are_plain(fields: Mapping[str, object]) -> bool:
+def _have_usual_values(fields: Mapping[str, object]) -> bool:
     """Return True if every field of a config.json has a usual type and value."""
     names = fields.get("architectures", []), fields.get("domains", [])
     if not all(type(part) is list and all(type(n) is str for n in part) for part in names):
@@ -93,14 +93,18 @@ def _are_plain(fields: Mapping[str, object]) -> bool:
     if not any(name.lower().startswith(kind) for name in names[0]):
         return False
     return fields.get("untie", "none") in _UNTIED and all(
-        _is_plain(key, value, fields.get("vocab_size"))
+        _is_usual_value(key, value, fields.get("vocab_size"))
         for key, value in fields.items()
         if key not in ("architectures", "domains")
     )
 
 
-def _is_plain(key: str, value: object, vocab_size: object) -> bool:
-    """Return True if a field of a config.json that holds no names has a usual type and value."""
+def _is_usual_value(key: str, value: object, vocab_size: object) -> bool:
+    """Return True if a field of a config.json that holds no names has a usual type and value.
+
+    Args:
+        vocab_size: value of that field, which ids of tokens must be below.
+    """
     if key.endswith("_token_id"):
         in_range = type(value) is int and type(vocab_size) is int and 0 <= value < vocab_size
         return value is None or in_range
@@ -117,13 +121,13 @@ def _is_plain(key: str, value: object, vocab_size: object) -> bool:
     return False
 
 
-def _agree_with_shapes(fields: Mapping[str, object], source: TensorSource) -> bool:
+def _sizes_match_tensors(fields: Mapping[str, object], source: TensorSource) -> bool:
     """Return True if the sizes in a config.json obviously are those of the tensors."""
     shapes = [spec.shape for spec in source.tensors.values()]
     sizes = Counter(size for shape in shapes for size in set(shape))
     layers = Counter(
         match[0].rpartition(".")[0].rpartition(".")[0]
-        for match in map(_LAYER.match, _list_layers(source.tensors))
+        for match in map(_LAYER.match, _list_layer_prefixes(source.tensors))
         if match
     )
     width = next((fields[name] for name in _WIDTHS if type(fields.get(name)) is int), 0)
@@ -143,11 +147,11 @@ def _agree_with_shapes(fields: Mapping[str, object], source: TensorSource) -> bo
     )
 
 
-def _list_ends(names: Iterable[str]) -> set[str]:
+def _list_name_ends(names: Iterable[str]) -> set[str]:
     """List the last two words of names: of a module without children, and of its tensor."""
     return {".".join(name.split(".")[-2:]) for name in names}
 
 
-def _list_layers(names: Iterable[str]) -> set[str]:
-    """List the layers that tensors belong to: their names up to the first number, and a dot."""
+def _list_layer_prefixes(names: Iterable[str]) -> set[str]:
+    """List the prefixes of the layers of tensors: names up to the first number, and a dot."""
     return {match[0] for name in names if (match := _LAYER.match(name))}

@@ -47,7 +47,7 @@ class ExtractedAdapter:
     whole_modules: tuple[str, ...]
     explained_share: float
 
-    def describe(self) -> str:
+    def format_summary(self) -> str:
         """Format the adapted layers, the whole modules and the explained share as one line."""
         stored = f", {len(self.whole_modules)} modules stored whole" if self.whole_modules else ""
         return (
@@ -117,7 +117,7 @@ def _write_adapter(
         if kind in ("linear", "conv1d") and part == "weight":
             difference = after.double() - before.double()
             out_by_in = difference.T if kind == "conv1d" else difference
-            up, down = _factorise(out_by_in, rank)
+            up, down = _compute_low_rank_factors(out_by_in, rank)
             total_square += float(difference.square().sum())
             explained_square += float(
                 difference.square().sum() - (out_by_in - up @ down).square().sum()
@@ -198,7 +198,7 @@ def _iterate_changed_tensors(
                 yield name, before, after
 
 
-def _factorise(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _compute_low_rank_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Approximate a matrix [out, in] by the product of two factors [out, r] and [r, in].
 
     r is `rank`, or less for a smaller matrix. The approximation is the best in squared error; for

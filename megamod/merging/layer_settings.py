@@ -105,7 +105,7 @@ def build_stacked_config(
             break
         moved = {**section, **counts, **dict(choice)}
         new = {**config, key: moved} if key is not None else moved
-        difference = models.find_first_difference(new)
+        difference = models.describe_first_difference(new)
         if difference is None:
             return new
         problem = problem or difference
@@ -161,8 +161,8 @@ class _StackedModels:
         """True if transformers knows the model types, so that layers can be compared."""
         return self.signatures is not None
 
-    def find_first_difference(self, new: Mapping[str, object]) -> str | None:
-        """Compare each layer of a configuration with the layer that it comes from.
+    def describe_first_difference(self, new: Mapping[str, object]) -> str | None:
+        """Describe the first setting of a layer that differs from the layer that it comes from.
 
         Args:
             new: configuration of the stacked model.
@@ -254,8 +254,8 @@ def _iterate_stacked_values(name: str, models: _StackedModels) -> Iterator[objec
 def _parse_layer_list(name: str, value: object, depth: int) -> list | None:
     """Read a list with one entry per layer.
 
-    All readers take the name of a setting, its value and the number of layers. They return one
-    entry per layer, or None if the value is not of their kind.
+    All functions of the name `_parse_...` take the name of a setting, its value and the number of
+    layers, `depth`. They return one entry per layer, or None if the value is not of their kind.
     """
     listed = isinstance(value, list) and len(value) == depth and not _NOT_LAYERS.search(name)
     return value if listed else None

@@ -96,9 +96,9 @@ class AdaptedFolder(TensorView):
                 part = f"{match[2]}.{match[3]}" if match[3] == "bias" else match[2]
                 modules.setdefault(match[1], {})[part] = tensor
         for module, parts in modules.items():
-            self._add_update(module, parts, config)
+            self._record_module_update(module, parts, config)
 
-    def _add_update(
+    def _record_module_update(
         self, module: str, parts: dict[str, Tensor], config: Mapping[str, object]
     ) -> None:
         """Record the update of one module: of its weight, and of its bias if the adapter has one.

@@ -25,7 +25,7 @@ from megamod.merging.methods.table import METHODS
 from megamod.merging.model_folder import (
     RECORD,
     find_commonest_chat_template,
-    has_merge,
+    holds_merge,
     make_merge_record,
     write_files_besides_weights,
     write_merge_record,
@@ -33,7 +33,7 @@ from megamod.merging.model_folder import (
 from megamod.merging.naming import list_tieable_pairs, rename_to_template
 from megamod.merging.plan import MergePlan, make_merge_plan
 from megamod.merging.recipe import InputModel, MergeRecipe, build_weighted_recipe
-from megamod.merging.statistics import check_calibration, provide_statistics
+from megamod.merging.statistics import check_calibration, compute_missing_statistics
 from megamod.merging.tensors import ModelTensor, TensorSource, have_same_bits
 from megamod.merging.vocabulary import Vocabulary, unite_vocabularies
 from megamod.merging.vocabulary_view import view_with_vocabulary
@@ -145,7 +145,7 @@ def check_output(recipe: MergeRecipe, output: Path | None) -> None:
     Raises:
         UserError: as `check_new_folder`.
     """
-    if output is not None and not _may_hold_merge(recipe, output):
+    if output is not None and not _may_hold_result(recipe, output):
         check_new_folder(output)
 
 
@@ -181,14 +181,14 @@ def write_merge(
         tokenizer=tokenizer,
         entries=record or {},
     )
-    if _may_hold_merge(recipe, output):
+    if _may_hold_result(recipe, output):
         content = make_record([folder.compute_digest() for folder in plan.folders])
-        if has_merge(output, content, untie_config_if_needed(plan.specs, plan.config, output)):
+        if holds_merge(output, content, untie_config_if_needed(plan.specs, plan.config, output)):
             delete_leftovers(output)
             return replace(plan, is_written=True)
         check_new_folder(output)
     with ExitStack() as stack:
-        files = provide_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
+        files = compute_missing_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
         statistics = [file and stack.enter_context(ModelFolder(file)) for file in files]
         plan = replace(plan, statistics=statistics)
         folder = stack.enter_context(create_new_folder(output))
@@ -196,7 +196,7 @@ def write_merge(
             folder,
             plan.files,
             plan.specs,
-            partial(compute_merged_tensor, plan, seed),
+            partial(iterate_merged_tensor, plan, seed),
             plan.folders,
             threads=threads,
             quiet=quiet,
@@ -232,7 +232,7 @@ def open_merge_plan(recipe: MergeRecipe, shard_bytes: int, stack: ExitStack) -> 
         paths, allow_cut=recipe.cut_vocabularies, require_same_tokens=vocabulary is None
     )
     common = rename_to_template(folders, recipe.template_model, all_tensors=not recipe.is_stacked)
-    inputs = _view_folders_aligned(recipe, common.folders)
+    inputs = _align_folders_if_requested(recipe, common.folders)
     if vocabulary is not None:
         inputs = view_with_vocabulary(inputs, vocabulary)
     return make_merge_plan(recipe, inputs, shard_bytes, vocabulary, common.copied)
@@ -283,10 +283,11 @@ def write_merged_weights(
         hashing.shutdown(cancel_futures=True)
 
 
-def _may_hold_merge(recipe: MergeRecipe, output: Path) -> bool:
-    """Return True if a folder has a merge.json that tells whether it is the result of a recipe.
+def _may_hold_result(recipe: MergeRecipe, output: Path) -> bool:
+    """Return True if a folder may hold the result of a recipe, and its merge.json can decide that.
 
-    merge.json has digests of the models alone; text and statistics have none.
+    It cannot if the merge read calibration text or statistics: merge.json has digests of the models
+    alone.
     """
     unrecorded = recipe.align or recipe.calibration
     unrecorded = unrecorded or any(m.statistics or m.calibration for m in recipe.inputs)
@@ -354,7 +355,7 @@ def _unite_vocabularies(recipe: MergeRecipe) -> Vocabulary | None:
     return vocabulary
 
 
-def _view_folders_aligned(
+def _align_folders_if_requested(
     recipe: MergeRecipe, folders: Sequence[TensorSource]
 ) -> Sequence[TensorSource]:
     """Return views of all folders with their features in the order of the first.
@@ -396,8 +397,8 @@ def untie_config_if_needed(
     return config
 
 
-def compute_merged_tensor(plan: MergePlan, seed: int, name: str) -> Iterator[Tensor]:
-    """Yield the elements of one tensor of the result in order, in its dtype.
+def iterate_merged_tensor(plan: MergePlan, seed: int, name: str) -> Iterator[Tensor]:
+    """Merge one tensor; yield its elements in order, 1-D in its dtype, in pieces.
 
     A piece may be overwritten when the next one is requested.
 

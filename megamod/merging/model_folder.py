@@ -249,7 +249,7 @@ def make_merge_record(
     return {**record, "megamod": __version__, **entries}
 
 
-def has_merge(folder: Path, record: Mapping[str, object], config: Mapping[str, object]) -> bool:
+def holds_merge(folder: Path, record: Mapping[str, object], config: Mapping[str, object]) -> bool:
     """Return True if a folder holds the whole result of the merge that a record describes.
 
     That is, its merge.json and config.json have this content, and its files are those of its

@@ -65,7 +65,7 @@ def rename_to_template(
         _check_not_packed(folder)
     first = folders[template]
     renamed = [
-        folder if folder is first else _adopt_backbone_prefix(first, folder) for folder in folders
+        folder if folder is first else _match_backbone_prefix(first, folder) for folder in folders
     ]
     added: dict[str, str] = {}
     for folder in renamed:
@@ -161,7 +161,7 @@ def _is_folder_tied(folder: TensorSource) -> bool:
     return ties_output_matrix(read_model_config(folder.folder))
 
 
-def _adopt_backbone_prefix(first: TensorSource, other: TensorSource) -> TensorSource:
+def _match_backbone_prefix(first: TensorSource, other: TensorSource) -> TensorSource:
     """Return a view of `other` with the backbone prefix (such as `bert.`) of `first` added to or
     removed from its names; `other` itself if names agree already, or no prefix makes them agree.
     """
@@ -189,7 +189,7 @@ def _adopt_backbone_prefix(first: TensorSource, other: TensorSource) -> TensorSo
 
 
 def _list_dot_positions(name: str) -> list[int]:
-    """Find the positions of all dots in a name."""
+    """List the positions of all dots in a name."""
     return [position for position, letter in enumerate(name) if letter == "."]
 
 

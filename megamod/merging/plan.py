@@ -48,7 +48,7 @@ class MergePlan:
     vocabulary: Vocabulary | None = None
     is_written: bool = False
 
-    def describe(self) -> str:
+    def format_summary(self) -> str:
         """Format the models with their weights, and the size of the result, one line each."""
         lines = [f"{self.recipe.method} of {len(self.folders)} models"]
         has_base = METHODS[self.recipe.method].base != "none"

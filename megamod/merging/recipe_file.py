@@ -198,6 +198,11 @@ def _read_slices_or_models(
     """Read `slices:` as parts, or append `models:` to the inputs and return no parts.
 
     Models and bases of slices are appended too, unless they are among the inputs already.
+
+    Args:
+        content: a module, or a recipe without modules.
+        folder: see `_read_parts`.
+        inputs: models read so far; changed in place.
     """
     inputs += [_read_input(entry, folder) for entry in content.models or ()]
     parts = []
@@ -212,6 +217,11 @@ def _register_source(entry: _ModelEntry, folder: Path, inputs: list[InputModel])
     """Read a source of a part, and append its model to the inputs unless it is there already.
 
     The parameters of `entry` are the source's, so they do not make it another model.
+
+    Args:
+        entry: a model as a recipe names it.
+        folder: see `_read_parts`.
+        inputs: models read so far; changed in place.
     """
     model = replace(_read_input(entry, folder), parameters={})
     if model not in inputs:

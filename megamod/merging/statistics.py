@@ -208,15 +208,14 @@ def check_calibration(recipe: MergeRecipe) -> None:
             )
 
 
-def provide_statistics(recipe: MergeRecipe, folder: Path) -> list[Path | None]:
-    """Provide a file of statistics for each model: the recipe's own, or one computed now on the
-    model's calibration text.
+def compute_missing_statistics(recipe: MergeRecipe, folder: Path) -> list[Path | None]:
+    """Compute statistics of the models that have calibration text but no file of statistics.
 
     Args:
         folder: to write new files into.
     Returns:
-        the recipe's file, else a new one; None for a model that has neither file nor text, or whose
-        method weights by no statistics.
+        for each model the recipe's file, else the new one; None for a model that has neither file
+        nor text, or whose method weights by no statistics.
     Raises:
         UserError: if a model cannot be loaded or run on its text, or its folder stores no tensor
             under the names of the statistics.
@@ -266,7 +265,7 @@ def _compute_model_statistics(
     calibration = check_against_schema(block, Calibration, str(parent), "calibration")
     model = load_model(str(parent.path))
     batches = (
-        {"input_ids": batch.input_ids, "attention_mask": batch.mask}
+        {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         for batch in read_calibration_batches(str(parent.path), model.config, calibration)
     )
     return _STATISTICS[method](model, show_progress(batches, f"statistics of {parent.path}"))

@@ -157,7 +157,7 @@ def _read_row_origin(
     """
     force, source = entry.force, entry.source
     if not isinstance(source, dict):
-        return RowOrigin(_find_one_model(source, find, f"{where}.source"), None, force)
+        return RowOrigin(_find_model_number(source, find, f"{where}.source"), None, force)
     if source == {"kind": "zero"}:
         return RowOrigin(None, None, force)
     keys = sorted(map(str, source))
@@ -172,11 +172,13 @@ def _read_row_origin(
     token = source.get("token", source.get("token_id"))
     if not isinstance(token, str) if "token" in source else type(token) is not int or token < 0:
         raise UserError(f"{where}.source.{keys[-1]}: {shorten(token)} is not a word or number")
-    return RowOrigin(_find_one_model(source["model"], find, f"{where}.source.model"), token, force)
+    return RowOrigin(
+        _find_model_number(source["model"], find, f"{where}.source.model"), token, force
+    )
 
 
-def _find_one_model(name: object, find: Callable[[object, str], int | None], where: str) -> int:
-    """Return the number of the model of that name.
+def _find_model_number(name: object, find: Callable[[object, str], int | None], where: str) -> int:
+    """Find the number of the model of that name, where a recipe does not allow the union.
 
     Args:
         find, where: see `read_vocabulary_request`.
@@ -300,6 +302,11 @@ def _build_tokenizer_json(
 
     Tokens in `ids` after the first len(holder.ids) are new. A new token has the settings that
     another tokenizer gives it, else those of a plain one.
+
+    Args:
+        holder: tokens of the model whose tokens keep their ids.
+        ids: id of each token of the result, in the order of the ids.
+        known: tokens of all models.
     """
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
     plain |= {"special": False}

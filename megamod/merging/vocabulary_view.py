@@ -89,7 +89,13 @@ class VocabularyView(TensorView):
         buffer.copy_(result.view(-1)[start - first * width :][: len(buffer)])
 
     def _average_donor_rows(self, name: str, donors: Donors, width: int) -> Tensor:
-        """Average rows of the models' tensors `name`, [width] float64; zeros without donors."""
+        """Average rows of the models' tensors `name`, [width] float64; zeros without donors.
+
+        Args:
+            name: common name of the tensors.
+            donors: rows to average, as (number of the model, number of the row).
+            width: elements of a row.
+        """
         total = torch.zeros(width, dtype=torch.float64)
         for model, row in donors:
             source = self._folders[model]

@@ -149,10 +149,10 @@ class Mixture:
         else:
             self.average = (1 - NEW_SHARE) * self.average + NEW_SHARE * posterior
         if self.mode == "updating_prior":
-            self.prior = self._make_prior(self.average)
+            self.prior = self._make_prior_from_average(self.average)
         return MixedBatch(mixed, weights, posterior, self.average)
 
-    def _make_prior(self, average: Tensor) -> Tensor:
+    def _make_prior_from_average(self, average: Tensor) -> Tensor:
         """Make a prior [E] with sum 1 from average posteriors [E].
 
         With the rule "history" no expert whose present prior is above 0 falls to 0, see `LEAST`.

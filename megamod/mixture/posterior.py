@@ -60,13 +60,13 @@ def compute_token_weights(
     if mask is None:
         mask = torch.ones(log_probs.shape[1:], dtype=torch.bool, device=log_probs.device)
     evidence = _compute_evidence(log_probs, prior, mask)
-    has_history = _shift_by_one(mask.cumsum(-1)) > 0
+    has_history = _shift_right(mask.cumsum(-1)) > 0
     if rule == "history":
         summed = _sum_with_decay(evidence, 1 + mask.double() * (forgetting - 1))
-        return _compute_log_weights(_shift_by_one(summed), prior, temperature)
+        return _compute_log_weights(_shift_right(summed), prior, temperature)
     positions = torch.arange(mask.shape[-1], device=mask.device).where(mask, 0)
     latest = positions.cummax(-1).values.expand_as(evidence)
-    evidence = _shift_by_one(evidence.gather(-1, latest))
+    evidence = _shift_right(evidence.gather(-1, latest))
     return _compute_log_weights(evidence, prior, 1.0, has_history, first_over_all)
 
 
@@ -126,7 +126,7 @@ def _sum_with_decay(values: Tensor, decay: Tensor) -> Tensor:
     return values
 
 
-def _shift_by_one(values: Tensor) -> Tensor:
+def _shift_right(values: Tensor) -> Tensor:
     """Shift values [..., T] by one position to the right; the first becomes 0."""
     return pad(values[..., :-1], (1, 0))
 

@@ -1,4 +1,7 @@
-"""Priors over experts: estimated on held-out text, stored as JSON, restricted to the top k."""
+"""Priors over experts: uniform ones, files of estimated ones, and restriction to the top k.
+
+`ensemble.estimate_prior` estimates them on held-out text.
+"""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -18,7 +18,7 @@ from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS
 from megamod.models.lm.load import check_same_family
 from megamod.models.presets import PRESETS
 from megamod.states.adapter import find_seed_folder, is_adapter
-from megamod.states.hub import find_in_hub
+from megamod.states.hub import try_download_from_hub
 from megamod.states.weight_files import has_weights
 
 
@@ -44,7 +44,7 @@ def resolve_model_folder(model: str, flag: str = "--model") -> Path | None:
         )
     if (Path(model) / "config.json").is_file():
         return Path(model)
-    downloaded, reason = find_in_hub(model)
+    downloaded, reason = try_download_from_hub(model)
     if downloaded is not None:
         return downloaded
     reason = reason and f"; {reason}"

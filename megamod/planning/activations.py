@@ -210,6 +210,11 @@ def _count_flops(operation: object, args: tuple, kwargs: dict, result: object) -
     """Count the FLOPs of one call of an operation: matrix products and attention, 0 for others.
 
     Attention counts as if nothing were masked, as in the usual formula.
+
+    Args:
+        operation: operation of torch, as `__torch_dispatch__` gets it.
+        args, kwargs: its arguments.
+        result: its result, whose shape may count.
     """
     packet = getattr(operation, "overloadpacket", None)
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -196,10 +196,12 @@ def _list_campaign_jobs(
     divide its micro-batches.
 
     Args:
+        parsed: all arguments of the plan; not changed.
+        hosts: hosts that the jobs share, with their slots.
         domains: domains of the experts, unless the campaign has rounds that name them.
     Raises:
-        UserError: if domains are missing, the batch is not shared evenly, or a job does not fit the
-            hosts.
+        UserError: for another --untie than "none" and "all", if domains are missing, the batch is
+            not shared evenly, or a job does not fit the hosts.
     Source: Li et al. 2022, section 4.1.
     """
     _, btm, run, _, model, *_ = parsed

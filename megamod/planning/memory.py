@@ -124,12 +124,12 @@ def compute_memory(
     parts = [
         _compute_group_memory(*group, setting, muon)
         for some, muon in ((by_muon, True), (by_adam, False))
-        for group in _group_parameters(some, topology)
+        for group in _group_parameters_by_ranks(some, topology)
         if group[0]
     ]
-    buffers = _compute_buffers({**sizes, **frozen}, setting)
+    buffers = _compute_buffer_bytes({**sizes, **frozen}, setting)
     whole = Memory(0, 0, 0, 0, activations, buffers, 0, 0)
-    for group_sizes, ranks, _ in _group_parameters(frozen, topology):
+    for group_sizes, ranks, _ in _group_parameters_by_ranks(frozen, topology):
         on_device, on_host = _compute_weight_bytes(group_sizes, ranks, setting)
         whole = replace(
             whole,
@@ -155,7 +155,7 @@ def compute_memory(
     return replace(whole, optimizer=0, collected=0, update=0, host=whole.optimizer + MASTER * shard)
 
 
-def _group_parameters(
+def _group_parameters_by_ranks(
     sizes: Mapping[str, int], topology: DomainTopology
 ) -> list[tuple[list[int], int, float]]:
     """Group parameters by the ranks that share them: all ranks, and those of a domain.
@@ -182,7 +182,7 @@ def _compute_group_memory(
     Activations, buffers and offloading of the optimizer are not in it: `compute_memory` adds them.
 
     Args:
-        group_sizes, ranks, limit: see `_group_parameters`.
+        group_sizes, ranks, limit: see `_group_parameters_by_ranks`.
         muon: these parameters are trained by Muon; False: by Adam.
     """
     element, total, offloaded = setting.element_bytes, sum(group_sizes), 0  # bytes, elements, bytes
@@ -231,6 +231,9 @@ def _compute_weight_bytes(
 
     Below stage 3 a rank holds all of them; with stage 3 its shard, and small parameters whole. Only
     shards may be on the host.
+
+    Args:
+        group_sizes, ranks: see `_group_parameters_by_ranks`.
     """
     if setting.stage < 3:
         return setting.element_bytes * sum(group_sizes), 0
@@ -245,7 +248,7 @@ def _count_shard_elements(group_sizes: list[int], ranks: int) -> int:
     return sum(-(-size // ranks) for size in group_sizes)
 
 
-def _compute_buffers(sizes: Mapping[str, int], setting: TrainingSetting) -> int:
+def _compute_buffer_bytes(sizes: Mapping[str, int], setting: TrainingSetting) -> int:
     """Compute the bytes of a rank's buffers: to reduce gradients, and to gather with ZeRO 3.
 
     Args:

@@ -204,9 +204,9 @@ class Network:
 
 
 def build_network(job: Job) -> Network:
-    """Describe the model that a job would train; its weights are not built yet.
+    """Build the `Network` of the model that a job would train: its configuration, no weights yet.
 
-    Its configuration is that of the run: preset or folder in --model, with the job's flags,
+    The configuration is that of the run: preset or folder in --model, with the job's flags,
     vocabulary and domains.
 
     Raises:

@@ -45,7 +45,7 @@ class JobPlan:
     @cached_property
     def memory(self) -> Memory:
         """Memory of a rank with the job's settings."""
-        return self.compute_memory_with(self.job.setting)
+        return self.compute_memory_with_setting(self.job.setting)
 
     @property
     def traffic(self) -> Traffic:
@@ -55,18 +55,19 @@ class JobPlan:
     @property
     def fits(self) -> bool:
         """True if the job fits the memory of a GPU."""
-        return self.can_hold(self.memory)
+        return self.can_gpu_hold(self.memory)
 
-    def can_hold(self, needed: Memory) -> bool:
+    def can_gpu_hold(self, needed: Memory) -> bool:
         """Return True if this memory fits the usable part of a GPU, see `memory.USABLE`."""
         return needed.peak <= USABLE * self.gpu_bytes
 
-    def compute_memory_with(
+    def compute_memory_with_setting(
         self, setting: TrainingSetting, topology: DomainTopology | None = None
     ) -> Memory:
-        """Compute the memory of a rank with another setting, or other ranks.
+        """Compute the memory of a rank with any setting, and any ranks, in place of the job's.
 
         Args:
+            setting: training setting; a pass may be measured, see `_find_peak_activations`.
             topology: None: that of the job. A rank must hold as many experts as in the job.
         """
         passed = self._find_peak_activations(setting.micro_batch, setting.checkpointing)
@@ -81,7 +82,7 @@ class JobPlan:
 
     @cached_property
     def _measured_peaks(self) -> dict[tuple[int, bool], int]:
-        """Peaks measured so far, in bytes, by micro-batch and recomputation."""
+        """Cache of `_find_peak_activations`: peak bytes by (micro-batch, recomputation)."""
         return {}
 
     def _find_peak_activations(self, micro_batch: int, checkpointing: bool) -> int:
@@ -145,7 +146,7 @@ class JobPlan:
         return [
             f"{change}: {needed.peak / 1e9:.2f} GB"
             for change, needed in self._iterate_changes()
-            if self.can_hold(needed)
+            if self.can_gpu_hold(needed)
         ]
 
     def _iterate_changes(self) -> Iterator[tuple[str, Memory]]:
@@ -157,40 +158,40 @@ class JobPlan:
         setting, topology = self.job.setting, self.job.topology
         for micro in sorted(list_micro_batches(self.job), reverse=True):
             if micro < setting.micro_batch:
-                needed = self.compute_memory_with(change_micro_batch(setting, micro))
+                needed = self.compute_memory_with_setting(change_micro_batch(setting, micro))
                 yield f"--per_device_train_batch_size {micro}", needed
-                if self.can_hold(needed):
+                if self.can_gpu_hold(needed):
                     break
         if not setting.checkpointing:
             change = "--gradient_checkpointing true"
-            yield change, self.compute_memory_with(replace(setting, checkpointing=True))
+            yield change, self.compute_memory_with_setting(replace(setting, checkpointing=True))
         for stage in range(setting.stage + 1, 4):
             if is_stage_allowed(stage, self.job):
                 change = f"ZeRO stage {stage}"
-                yield change, self.compute_memory_with(replace(setting, stage=stage))
+                yield change, self.compute_memory_with_setting(replace(setting, stage=stage))
         if setting.stage and setting.bucket > SMALL_BUCKET:
             change = f"reduce_bucket_size {SMALL_BUCKET}"
-            yield change, self.compute_memory_with(replace(setting, bucket=SMALL_BUCKET))
+            yield change, self.compute_memory_with_setting(replace(setting, bucket=SMALL_BUCKET))
         ranks, steps = topology.world_size, setting.micro_steps
         while ranks < MOST_RANKS and steps % 2 == 0:
             ranks, steps = 2 * ranks, steps // 2
             if topology.sharing is Sharing.DEMIX and ranks <= len(topology.domains):
                 continue  # a rank would hold fewer experts than the measured model
             more = replace(topology, world_size=ranks)
-            needed = self.compute_memory_with(replace(setting, micro_steps=steps), more)
+            needed = self.compute_memory_with_setting(replace(setting, micro_steps=steps), more)
             yield f"{ranks} ranks", needed
-            if self.can_hold(needed):
+            if self.can_gpu_hold(needed):
                 break
         if setting.muon:
             return  # it cannot be offloaded
         if setting.stage and setting.offload == "none":
-            needed = self.compute_memory_with(replace(setting, offload="cpu"))
+            needed = self.compute_memory_with_setting(replace(setting, offload="cpu"))
             change = (
                 f"offload_optimizer.device cpu ({needed.host / 1e9:.1f} GB of the host per rank)"
             )
             yield change, needed
         if setting.stage == 3 and setting.offload_param == "none":
-            needed = self.compute_memory_with(replace(setting, offload_param="cpu"))
+            needed = self.compute_memory_with_setting(replace(setting, offload_param="cpu"))
             share = f"{needed.host_weights / 1e9:.1f} GB of the host per rank"
             yield f"offload_param.device cpu ({share})", needed
 

@@ -145,7 +145,15 @@ def plot_scaling_curves(curves: Curves, tokens: int, title: str, path: Path) -> 
 
 
 def compute_gpu_days(gpus: Sequence[int], rates: Sequence[float], tokens: int) -> list[float]:
-    """Compute the GPU days for `tokens` at each number of GPUs and its tokens per second."""
+    """Compute the GPU days for `tokens` at each number of GPUs and its tokens per second.
+
+    Args:
+        gpus: numbers of GPUs.
+        rates: tokens per second at each of them.
+        tokens: tokens of the whole training run.
+    Returns:
+        GPU days at each number of GPUs.
+    """
     return [n * tokens / rate / 86_400 for n, rate in zip(gpus, rates, strict=True)]
 
 
@@ -173,6 +181,10 @@ def _make_topology(gpus: int, domains: tuple[str, ...], kind: Sharing) -> Domain
     """Make the topology of a number of GPUs; None with experts whose number does not divide it.
 
     Fewer or unevenly divided ranks would hold other experts than the model that was measured.
+
+    Args:
+        domains: domains of the job.
+        kind: the sharing of parameters.
     """
     if kind is not Sharing.DENSE and gpus % len(domains):
         return None

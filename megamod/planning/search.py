@@ -69,7 +69,9 @@ def propose_settings(plan: JobPlan, shown: int = SHOWN) -> list[Proposal]:
     small = replace(job_setting, bucket=min(job_setting.bucket, SMALL_BUCKET))
     for base in (job_setting, small, replace(small, offload="cpu")):
         fitting = [
-            p for setting in _list_settings(plan, base) if (p := _make_proposal(plan, setting))
+            p
+            for setting in _list_candidate_settings(plan, base)
+            if (p := _make_proposal(plan, setting))
         ]
         if fitting:
             fitting.sort(key=_make_sort_key)
@@ -77,7 +79,7 @@ def propose_settings(plan: JobPlan, shown: int = SHOWN) -> list[Proposal]:
     return []
 
 
-def _list_settings(plan: JobPlan, base: TrainingSetting) -> list[TrainingSetting]:
+def _list_candidate_settings(plan: JobPlan, base: TrainingSetting) -> list[TrainingSetting]:
     """List the settings to try: stages, micro-batches and checkpointing, all else as in `base`."""
     job = plan.job
     return [
@@ -106,8 +108,8 @@ def _make_sort_key(proposal: Proposal) -> tuple[float, int, int]:
 
 def _make_proposal(plan: JobPlan, setting: TrainingSetting) -> Proposal | None:
     """Make the proposal of a setting; None if its memory exceeds that of a GPU."""
-    needed = plan.compute_memory_with(setting)
-    if not plan.can_hold(needed):
+    needed = plan.compute_memory_with_setting(setting)
+    if not plan.can_gpu_hold(needed):
         return None
     compute = estimate_compute_seconds(plan.network, setting, UTILISATION * plan.flops_per_second)
     traffic = compute_traffic(plan.network, plan.job.topology, setting)
@@ -129,7 +131,7 @@ def _list_reasons(
     free = plan.gpu_bytes - needed.peak
     reasons = [f"{free / 1e9:.1f} GB of {plan.gpu_bytes / 1e9:g} remain free"]
     if setting.checkpointing:
-        plain = plan.compute_memory_with(replace(setting, checkpointing=False))
+        plain = plan.compute_memory_with_setting(replace(setting, checkpointing=False))
         saved = (plain.activations - needed.activations) / 1e9
         reasons.append(f"recomputation costs a third more FLOPs and saves {saved:.1f} GB")
     if setting.stage >= 2 and setting.micro_steps > 1:

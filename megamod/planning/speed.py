@@ -68,8 +68,10 @@ def compute_traffic(
 def estimate_communication_seconds(
     traffic: Traffic, topology: DomainTopology, links: Links
 ) -> float:
-    """Estimate the seconds per step of both rings, of all ranks and of a domain's, one after the
-    other.
+    """Estimate the seconds of communication per step: all ranks' ring, then the domain's ring.
+
+    Args:
+        traffic: bytes that a rank sends over each of the two rings.
     """
     return traffic.world / links.get_world_speed(
         topology

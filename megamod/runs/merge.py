@@ -76,10 +76,10 @@ def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
         from megamod.runs.studies.soup import build_greedy_soup, format_candidates
 
         plan, candidates = build_greedy_soup(recipe, output, **args.make_merge_arguments())
-        lines = [plan.describe(), *([format_candidates(candidates)] if candidates else [])]
+        lines = [plan.format_summary(), *([format_candidates(candidates)] if candidates else [])]
     else:
         plan = merge(recipe, output, seed=args.random_seed, **args.make_merge_arguments())
-        lines = [plan.describe()]
+        lines = [plan.format_summary()]
     args.print_report(*lines, is_new=not plan.is_written)
 
 
@@ -113,7 +113,7 @@ def _extract_lora(args: MergeArgs, recipe_file: Path | None) -> None:
         args.rank,
         args.out_dtype,
     )
-    args.print_report(extracted.describe())
+    args.print_report(extracted.format_summary())
 
 
 def build_recipe_from_flags(args: MergeArgs) -> "MergeRecipe":

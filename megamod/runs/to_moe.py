@@ -144,7 +144,7 @@ def run_to_moe(args: MoeArgs) -> None:
     )
     calibrated = not anchored and args.router_kind == "calibrated" and not args.dry_run
     rows = [_format_calibration(Path(args.output_dir))] if calibrated else []
-    args.print_report(plan.describe(), *rows)
+    args.print_report(plan.format_summary(), *rows)
 
 
 def _format_calibration(folder: Path) -> str:

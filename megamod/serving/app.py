@@ -32,7 +32,7 @@ class Service(Protocol):
         kind: "classification", "tagging" or "completion".
         path: path of its route.
         group_size, max_groups: see `RequestQueue`.
-        run: answers a batch of requests of the queue.
+        answer_batch: answers requests of the queue, in their order, in its worker thread.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Service(Protocol):
     path: str
     group_size: int
     max_groups: int
-    run: Callable[[Sequence], Sequence]
+    answer_batch: Callable[[Sequence], Sequence]
 
-    def describe(self) -> dict[str, object]:
-        """Describe the model for the list of models."""
+    def make_model_entries(self) -> dict[str, object]:
+        """Return the entries of this kind of model for the list of models, /v1/models."""
         ...
 
     def make_router(self, queue: RequestQueue) -> APIRouter:
@@ -59,7 +59,11 @@ def make_app(service: Service, *, max_wait: float, max_queue: int) -> FastAPI:
         max_queue: most waiting inputs.
     """
     queue = RequestQueue(
-        service.run, service.group_size, service.max_groups, max_wait=max_wait, limit=max_queue
+        service.answer_batch,
+        service.group_size,
+        service.max_groups,
+        max_wait=max_wait,
+        limit=max_queue,
     )
     metrics = Metrics(queue)
     if isinstance(service, CompletionService):
@@ -67,6 +71,7 @@ def make_app(service: Service, *, max_wait: float, max_queue: int) -> FastAPI:
 
     @asynccontextmanager
     async def run_queue(_: FastAPI) -> AsyncIterator[None]:
+        """Serve the queue while the application runs; at its end answer what is accepted."""
         worker = asyncio.ensure_future(queue.serve())
         yield
         await queue.drain()
@@ -85,13 +90,14 @@ def make_app(service: Service, *, max_wait: float, max_queue: int) -> FastAPI:
 
 
 def _make_common_router(service: Service, queue: RequestQueue, metrics: Metrics) -> APIRouter:
-    """Make the routes that every model has."""
+    """Make the routes that every model has: page, health, metrics and the list of models."""
     router = APIRouter()
     page = files("megamod.serving").joinpath("page.html").read_text(encoding="utf-8")
     created = int(time.time())
 
     @router.get("/", include_in_schema=False)
     async def show_page() -> Response:
+        """Return the HTML page to try the model."""
         return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
 
     @router.get("/healthz")
@@ -110,6 +116,6 @@ def _make_common_router(service: Service, queue: RequestQueue, metrics: Metrics)
         """List the model that is served."""
         model = {"id": service.name, "object": "model", "created": created, "owned_by": "megamod"}
         model |= {"kind": service.kind, "path": service.path}
-        return {"object": "list", "data": [model | service.describe()]}
+        return {"object": "list", "data": [model | service.make_model_entries()]}
 
     return router

@@ -9,7 +9,7 @@ from megamod.errors import UserError
 from megamod.evaluation.mux_pipeline import Answer, MuxPipeline
 from megamod.evaluation.mux_pipeline import Request as Input
 from megamod.schemas import Schema
-from megamod.serving.exchange import await_unless_abandoned, check_model, read_body
+from megamod.serving.exchange import await_unless_abandoned, check_model_name, read_body
 from megamod.serving.request_queue import RequestQueue
 
 
@@ -41,11 +41,11 @@ class ClassifierService:
         self.path = "/v1/tag" if pipeline.per_token else "/v1/classify"
         self.group_size, self.max_groups = pipeline.num_instances, pipeline.batch_size
 
-    def describe(self) -> dict[str, object]:
-        """Describe the model for the list of models."""
+    def make_model_entries(self) -> dict[str, object]:
+        """Return the entries for the list of models: instances N of a forward pass, and labels."""
         return {"num_instances": self.group_size, "labels": self.pipeline.labels}
 
-    def read_inputs(self, body: ClassificationRequest) -> list[Input]:
+    def parse_inputs(self, body: ClassificationRequest) -> list[Input]:
         """Return the inputs of a request in the form of `MuxPipeline.parse_request`.
 
         Raises:
@@ -65,8 +65,11 @@ class ClassifierService:
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def run(self, inputs: Sequence[Input]) -> list[Answer | list[Answer]]:
-        """Answer inputs in their order; texts and pairs run one after the other."""
+    def answer_batch(self, inputs: Sequence[Input]) -> list[Answer | list[Answer]]:
+        """Classify inputs; return their answers in the same order.
+
+        Texts and pairs, which cannot be in one call of the pipeline, run one after the other.
+        """
         answers: dict[int, Answer | list[Answer]] = {}
         for is_pair in (False, True):
             numbers = [n for n, value in enumerate(inputs) if isinstance(value, tuple) is is_pair]
@@ -78,7 +81,7 @@ class ClassifierService:
         """Make the route of the model.
 
         Args:
-            queue: runs `run`.
+            queue: requests wait in it; it calls `answer_batch`.
         """
         router = APIRouter()
         schema = {
@@ -89,17 +92,20 @@ class ClassifierService:
         async def classify(request: Request) -> dict[str, object]:
             """Return the answer of every input, in their order."""
             body = await read_body(request, ClassificationRequest)
-            check_model(body.model, self.name)
-            inputs = self.read_inputs(body)
+            check_model_name(body.model, self.name)
+            inputs = self.parse_inputs(body)
             if len(inputs) > queue.limit:
                 raise UserError(
                     f"request, input: {len(inputs)} inputs, {queue.limit} at most in a request"
                 )
             answers = await await_unless_abandoned(request, queue.submit(inputs))
-            return {"model": self.name, "results": [self._format(answer) for answer in answers]}
+            return {
+                "model": self.name,
+                "results": [self._format_answer(answer) for answer in answers],
+            }
 
         return router
 
-    def _format(self, answer: Answer | list[Answer]) -> dict[str, object]:
+    def _format_answer(self, answer: Answer | list[Answer]) -> dict[str, object]:
         """Format the answer of an input: label and score, or a list of words with theirs."""
         return {"words": answer} if isinstance(answer, list) else answer

@@ -18,7 +18,7 @@ from megamod.evaluation.generate import Continuation, Sampling, TextGenerator
 from megamod.schemas import Schema
 from megamod.serving.exchange import (
     await_unless_abandoned,
-    check_model,
+    check_model_name,
     describe_fault,
     format_error,
     read_body,
@@ -30,17 +30,24 @@ logger = logging.getLogger(__name__)
 MOST_STOPS = 4
 
 
-def _allow_only(allowed: object) -> object:
-    """Make the type of a field that has one value here, and others elsewhere."""
+def _make_single_value_type(allowed: object) -> object:
+    """Make the type of a field of OpenAI's completions that accepts one value only.
 
-    def check(value: object) -> object:
+    What other values ask for is not supported, so they are refused by a ValueError, for pydantic.
+
+    Args:
+        allowed: the accepted value, such as 1 for `n`.
+    """
+
+    def check_allowed(value: object) -> object:
+        """Return the value; raise ValueError if it is not `allowed`."""
         if type(value) is not type(allowed) or value != allowed:
             raise ValueError(
                 f"{shorten(value)} is not supported; give {json.dumps(allowed)}, or leave it out"
             )
         return value
 
-    return Annotated[Any, AfterValidator(check)]
+    return Annotated[Any, AfterValidator(check_allowed)]
 
 
 def _parse_stop(value: object) -> tuple[str, ...]:
@@ -75,10 +82,10 @@ class CompletionRequest(Schema):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
     stop: Annotated[Any, AfterValidator(_parse_stop)] = ()
     stream: bool = False
-    n: _allow_only(1) = 1
-    best_of: _allow_only(1) = 1
-    echo: _allow_only(False) = False
-    logprobs: _allow_only(None) = None
+    n: _make_single_value_type(1) = 1
+    best_of: _make_single_value_type(1) = 1
+    echo: _make_single_value_type(False) = False
+    logprobs: _make_single_value_type(None) = None
     user: str | None = None
 
 
@@ -97,7 +104,7 @@ class CompletionJob:
     abandoned: bool = False
 
     def report_text(self, text: str) -> bool:
-        """Pass on the text so far; return False to stop."""
+        """Pass the text so far to `on_text`; return False if nobody waits for more of it."""
         if self.on_text is not None:
             self.on_text(text)
         return not self.abandoned
@@ -122,8 +129,8 @@ class CompletionService:
         self.text_generator, self.name, self.max_tokens = text_generator, name, max_tokens
         self.on_tokens: Callable[[int], None] = lambda count: None
 
-    def describe(self) -> dict[str, object]:
-        """Describe the model for the list of models."""
+    def make_model_entries(self) -> dict[str, object]:
+        """Return the entries for the list of models: domains of the experts, and token limit."""
         return {"domains": list(self.text_generator.domains), "max_tokens": self.max_tokens}
 
     def make_job(self, body: CompletionRequest) -> CompletionJob:
@@ -142,8 +149,12 @@ class CompletionService:
         )
         return CompletionJob(body.prompt, sampling)
 
-    def run(self, jobs: Sequence[CompletionJob]) -> list[Continuation]:
-        """Write the texts of jobs, one after the other."""
+    def answer_batch(self, jobs: Sequence[CompletionJob]) -> list[Continuation]:
+        """Generate the texts of jobs, one after the other, and report each length to `on_tokens`.
+
+        Raises:
+            UserError: if a prompt is too long.
+        """
         texts = []
         for job in jobs:
             texts += self.text_generator.generate(job.prompt, job.sampling, job.report_text)
@@ -154,7 +165,7 @@ class CompletionService:
         """Make the route of the model.
 
         Args:
-            queue: runs `run`.
+            queue: requests wait in it; it calls `answer_batch`.
         """
         router = APIRouter()
         schema = CompletionRequest.model_json_schema()
@@ -164,20 +175,24 @@ class CompletionService:
         async def complete(request: Request) -> Response | dict[str, object]:
             """Return the continuation of a prompt, whole or as server-sent events."""
             body = await read_body(request, CompletionRequest)
-            check_model(body.model, self.name)
+            check_model_name(body.model, self.name)
             job = self.make_job(body)
             if body.stream:
-                return await self._stream(job, queue)
+                return await self._stream_completion(job, queue)
             try:
                 (text,) = await await_unless_abandoned(request, queue.submit([job]))
             finally:
                 job.abandoned = True
-            return self._start_response(job) | self._format_end(text, text.new_text)
+            return self._make_common_fields(job) | self._make_final_fields(text, text.new_text)
 
         return router
 
-    async def _stream(self, job: CompletionJob, queue: RequestQueue) -> Response:
-        """Stream a text as server-sent events; an error before its first piece is raised."""
+    async def _stream_completion(self, job: CompletionJob, queue: RequestQueue) -> Response:
+        """Submit a job and stream its text as server-sent events.
+
+        An error before the first piece of text is raised. A later one becomes an event, because the
+        status of the response is sent by then.
+        """
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
         job.on_text = lambda text: loop.call_soon_threadsafe(pieces.put_nowait, text)
         task = asyncio.ensure_future(queue.submit([job]))
@@ -186,8 +201,9 @@ class CompletionService:
         if first is None:
             task.result()
 
-        async def send_events() -> AsyncIterator[str]:
-            head, sent, text = self._start_response(job), "", first
+        async def iterate_events() -> AsyncIterator[str]:
+            """Yield an event per piece of text, the end of the response, and `[DONE]`."""
+            head, sent, text = self._make_common_fields(job), "", first
             try:
                 while text is not None:
                     if len(text) > len(sent):
@@ -195,7 +211,7 @@ class CompletionService:
                         sent = text
                     text = await pieces.get()
                 (end,) = task.result()
-                yield _format_event(head | self._format_end(end, end.new_text[len(sent) :]))
+                yield _format_event(head | self._make_final_fields(end, end.new_text[len(sent) :]))
                 yield "data: [DONE]\n\n"
             except Exception as error:  # the status is sent already
                 logger.exception("a stream failed")
@@ -204,10 +220,10 @@ class CompletionService:
                 job.abandoned = True
                 task.cancel()
 
-        return StreamingResponse(send_events(), media_type="text/event-stream")
+        return StreamingResponse(iterate_events(), media_type="text/event-stream")
 
-    def _start_response(self, job: CompletionJob) -> dict[str, object]:
-        """Return the fields that all parts of a response share; the seed repeats it."""
+    def _make_common_fields(self, job: CompletionJob) -> dict[str, object]:
+        """Make the fields that all parts of a response have, with the seed that was used."""
         return {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -216,11 +232,12 @@ class CompletionService:
             "seed": job.sampling.seed,
         }
 
-    def _format_end(self, end: Continuation, text: str) -> dict[str, object]:
-        """Format the last part of a response.
+    def _make_final_fields(self, end: Continuation, text: str) -> dict[str, object]:
+        """Make the fields of the last part of a response: text, reason of its end, token counts.
 
         Args:
-            text: the continuation, or what of it was not yet sent.
+            end: the whole continuation.
+            text: text of this part: the continuation, or the end of it that was not yet sent.
         """
         choice = _make_choice(text, "stop" if end.finished else "length")
         if end.weights is not None:
@@ -233,10 +250,14 @@ class CompletionService:
 
 
 def _make_choice(text: str, reason: str | None = None) -> dict[str, object]:
-    """Make the only choice of a response; without a reason for its end it goes on."""
+    """Make the one entry of `choices` in a response.
+
+    Args:
+        reason: reason of the end, "stop" or "length"; None: more text follows.
+    """
     return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
 
 
 def _format_event(content: dict[str, object]) -> str:
-    """Format a server-sent event."""
+    """Format JSON content as a server-sent event."""
     return f"data: {json.dumps(content)}\n\n"

@@ -58,8 +58,14 @@ async def read_body(request: Request, schema: type[Checked]) -> Checked:
     return parse_checked_json(bytes(body), schema, "request")
 
 
-def check_model(requested: str | None, served: str) -> None:
-    """Raise RefusedRequestError, status 404, if a request names another model than the served."""
+def check_model_name(requested: str | None, served: str) -> None:
+    """Refuse a request that names another model than the one that is served.
+
+    Args:
+        requested: name in the request; None: it has none, and passes.
+    Raises:
+        RefusedRequestError: with status 404.
+    """
     if requested not in (None, served):
         raise RefusedRequestError(
             404, f"request, model: {requested!r} is not served here; give {served!r}, or none"
@@ -97,33 +103,40 @@ def format_error(status: int, message: str) -> dict[str, object]:
 
 
 def add_error_handlers(app: FastAPI, paths: list[str]) -> None:
-    """Answer every error of a request with a status and one sentence.
+    """Register handlers that answer every error of a request with a status and one sentence.
 
     Args:
-        paths: all paths, named where there is no such page.
+        app: the application, which is changed.
+        paths: all paths of the application, which the answer to an unknown path lists.
     """
 
     def respond(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+        """Make a JSON response with an error, see `format_error`."""
         return JSONResponse(format_error(status, message), status, headers)
 
     @app.exception_handler(UserError)
-    async def refuse(_: Request, error: UserError) -> Response:
+    async def refuse_request(_: Request, error: UserError) -> Response:
+        """Answer with status 400, or with that of a `RefusedRequestError`."""
         return respond(getattr(error, "status", 400), str(error))
 
     @app.exception_handler(QueueFullError)
     async def refuse_for_now(_: Request, error: QueueFullError) -> Response:
+        """Answer with status 429, and the seconds after which to try again."""
         return respond(429, str(error), {"Retry-After": str(error.retry_after)})
 
     @app.exception_handler(DrainingError)
     async def refuse_at_end(_: Request, error: DrainingError) -> Response:
+        """Answer with status 503, as the server is shutting down."""
         return respond(503, str(error), {"Connection": "close"})
 
     @app.exception_handler(ClientDisconnect)
     async def answer_nobody(_: Request, error: ClientDisconnect) -> Response:
+        """Return status 499 for the metrics: the client is gone."""
         return Response(status_code=499)
 
     @app.exception_handler(HTTPException)
     async def refuse_address(request: Request, error: HTTPException) -> Response:
+        """Answer an unknown path, or a method that its path does not have."""
         where = f"{request.method} {request.url.path}"
         if error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "another")
@@ -132,4 +145,5 @@ def add_error_handlers(app: FastAPI, paths: list[str]) -> None:
 
     @app.exception_handler(Exception)
     async def report_fault(request: Request, error: Exception) -> Response:
+        """Answer an unexpected exception with status 500, without its details."""
         return respond(500, describe_fault(error))

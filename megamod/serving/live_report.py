@@ -42,8 +42,8 @@ class LivePage:
         self.lock = threading.Lock()  # matplotlib draws one figure at a time
         self.version, self.text = "", ""
 
-    def read_version(self) -> str:
-        """Digest times and sizes of the files of the runs: equal while nothing has changed."""
+    def compute_version(self) -> str:
+        """Compute a digest of times and sizes of the runs' files: equal while none has changed."""
         digest = sha256()
         for file in list_report_files(self.paths):
             try:
@@ -53,14 +53,17 @@ class LivePage:
                 digest.update(f"{file} is missing\n".encode())
         return digest.hexdigest()
 
-    def format(self) -> str:
-        """Return the page, with a script that loads it again when the version has changed.
+    def format_page(self) -> str:
+        """Return the HTML page, with a script that loads it again when the version has changed.
 
+        It is drawn anew if the version has changed since the last call, in one thread at a time.
         Runs that cannot be reported on, such as one that has not logged a step yet, give a page
         with the reason.
         """
         with self.lock:
-            version = self.read_version()  # before the files are read, so that no change is missed
+            version = (
+                self.compute_version()
+            )  # before the files are read, so that no change is missed
             if version != self.version:
                 script = SCRIPT % json.dumps(version)
                 try:
@@ -92,8 +95,11 @@ class LiveServer(ThreadingHTTPServer):
         self.socket, self.page = bound, page
         self.server_activate()
 
-    def run(self) -> None:
-        """Serve until Ctrl-C or SIGTERM, then return."""
+    def serve_until_stopped(self) -> None:
+        """Serve until Ctrl-C or SIGTERM, then close the socket and return.
+
+        It replaces the handlers of both signals, so it runs in the main thread.
+        """
         # Set for Ctrl-C, too: a shell's job in the background ignores it otherwise.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
@@ -114,14 +120,14 @@ class _Handler(BaseHTTPRequestHandler):
         """Send the page, its version, or status 404."""
         match self.path:
             case "/":
-                self._send(200, "text/html", self.server.page.format())
+                self._send_text(200, "text/html", self.server.page.format_page())
             case "/version":
-                self._send(200, "text/plain", self.server.page.read_version())
+                self._send_text(200, "text/plain", self.server.page.compute_version())
             case _:
-                self._send(404, "text/plain", "there is / and /version\n")
+                self._send_text(404, "text/plain", "there is / and /version\n")
 
-    def _send(self, status: int, kind: str, text: str) -> None:
-        """Send a response."""
+    def _send_text(self, status: int, kind: str, text: str) -> None:
+        """Send a response: status, media type `kind`, and text in UTF-8."""
         body = text.encode()
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")

@@ -95,6 +95,7 @@ class RequestCounter:
         status, started = 500, time.monotonic()
 
         async def send_and_read_status(message: Message) -> None:
+            """Pass on a message of the response; store its status when the response starts."""
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]

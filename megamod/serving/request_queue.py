@@ -70,7 +70,7 @@ class RequestQueue(Generic[Request, Answer]):
     """Queue between the handlers of requests, in an event loop, and a model in a thread.
 
     Attributes:
-        run: answers a batch of requests, in their order, in the worker thread.
+        answer_batch: answers a batch of requests, in their order, in the worker thread.
         group_size: N, requests that share a forward pass.
         max_groups: groups in a batch.
         max_wait: seconds that the first request of an incomplete group waits for others.
@@ -80,7 +80,7 @@ class RequestQueue(Generic[Request, Answer]):
         running: number of requests in the running batch.
     """
 
-    run: Callable[[Sequence[Request]], Sequence[Answer]]
+    answer_batch: Callable[[Sequence[Request]], Sequence[Answer]]
     group_size: int
     max_groups: int
     max_wait: float
@@ -103,19 +103,19 @@ class RequestQueue(Generic[Request, Answer]):
         return not self._waiting and not self.running
 
     async def submit(self, requests: Sequence[Request]) -> list[Answer]:
-        """Wait for the answers of requests, in their order; all are accepted or none.
+        """Queue requests and return their answers, in their order; all are accepted or none.
 
         If the caller is cancelled, those that are not yet running are dropped.
 
         Raises:
             QueueFullError: if there is no room for all of them.
             DrainingError: if the queue is closed.
-            Exception: that of the first request that `run` raised one for.
+            Exception: that of the first request that `answer_batch` raised one for.
         """
         if self.draining:
             raise DrainingError
         if len(self._waiting) + len(requests) > self.limit:
-            raise QueueFullError(len(self._waiting), self.limit, self._estimate_wait())
+            raise QueueFullError(len(self._waiting), self.limit, self._estimate_wait_seconds())
         loop = asyncio.get_running_loop()
         entries = [_Entry(request, loop.create_future(), loop.time()) for request in requests]
         self._waiting.extend(entries)
@@ -134,7 +134,10 @@ class RequestQueue(Generic[Request, Answer]):
         return outcomes
 
     async def serve(self) -> None:
-        """Answer requests until the task is cancelled."""
+        """Answer batches of requests as they become due, until the task is cancelled.
+
+        The model runs in one worker thread, so that the event loop goes on meanwhile.
+        """
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, "model") as worker:
             while True:
@@ -143,7 +146,9 @@ class RequestQueue(Generic[Request, Answer]):
                 self.running = count
                 requests = [entry.request for entry in batch]
                 try:
-                    outcomes, seconds = await loop.run_in_executor(worker, self._answer, requests)
+                    outcomes, seconds = await loop.run_in_executor(
+                        worker, self._answer_or_fail_each, requests
+                    )
                 finally:
                     self.running = 0
                 for entry, outcome in zip(batch, outcomes, strict=True):
@@ -163,7 +168,7 @@ class RequestQueue(Generic[Request, Answer]):
     async def _wait_until_due(self) -> int:
         """Wait until a batch is due; return the number of its requests."""
         loop = asyncio.get_running_loop()
-        while not (count := self._count_due(loop.time())):
+        while not (count := self._count_due_requests(loop.time())):
             self._arrival.clear()
             first = self._waiting[0].arrived if self._waiting else math.inf
             timeout = None if math.isinf(first) else first + self.max_wait - loop.time()
@@ -173,8 +178,11 @@ class RequestQueue(Generic[Request, Answer]):
                 continue
         return count
 
-    def _count_due(self, now: float) -> int:
-        """Count the requests to run now, the oldest ones; 0 to wait.
+    def _count_due_requests(self, now: float) -> int:
+        """Count the oldest requests that are to run now; 0: wait for more.
+
+        Args:
+            now: time of the event loop, in seconds.
 
         Full groups run at once, as many as a batch holds. The requests left over run too if the
         oldest of them has waited long enough and there is room in the batch.
@@ -187,23 +195,26 @@ class RequestQueue(Generic[Request, Answer]):
         is_late = self._waiting[full].arrived + self.max_wait <= now
         return count if is_late or self.draining else full
 
-    def _answer(self, requests: Sequence[Request]) -> tuple[list[Answer | Exception], float]:
-        """Run a batch; return the answers, exceptions in place of some, and the seconds.
+    def _answer_or_fail_each(
+        self, requests: Sequence[Request]
+    ) -> tuple[list[Answer | Exception], float]:
+        """Answer a batch in the worker thread; return its outcomes and the seconds that it took.
 
-        If a batch fails, each of its requests runs again alone, so that one harms no other.
+        An outcome is an answer, or the exception of its request. If a batch fails, each of its
+        requests runs again alone, so that one harms no other.
         """
         started = time.monotonic()
         try:
-            outcomes = list(self.run(requests))
+            outcomes = list(self.answer_batch(requests))
         except Exception as error:
             if len(requests) == 1:
                 outcomes = [error]
             else:
                 logger.warning("a batch of %d requests failed: %s", len(requests), error)
-                outcomes = [self._answer([request])[0][0] for request in requests]
+                outcomes = [self._answer_or_fail_each([request])[0][0] for request in requests]
         return outcomes, time.monotonic() - started
 
-    def _estimate_wait(self) -> int:
+    def _estimate_wait_seconds(self) -> int:
         """Estimate the seconds, 1 or more, until the waiting requests are answered."""
         waiting = len(self._waiting) + self.running
         return max(1, math.ceil(waiting * self._seconds_per_request))

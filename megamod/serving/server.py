@@ -33,17 +33,17 @@ class DrainingServer(uvicorn.Server):
         self.queue, self.greeting = app.state.queue, greeting
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
+        """Start to listen, then print the greeting; overrides the method of uvicorn."""
         await super().startup(sockets)
         print(self.greeting, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Start to drain; at the second signal, exit. Runs in the handler of the signal."""
+        """Start to drain; at the second signal, exit. uvicorn calls it in the signal handler."""
         if self.queue.draining:
             super().handle_exit(sig, frame)
         self.queue.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Return True when the server is to end; called ten times a second."""
+        """Return True when the server is to end; uvicorn calls it ten times a second."""
         self.should_exit |= self.queue.draining and self.queue.idle
         return await super().on_tick(counter)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from megamod.errors import UserError
 from megamod.schemas import read_json_object
-from megamod.states.hub import find_in_hub
+from megamod.states.hub import try_download_from_hub
 from megamod.states.weight_files import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -73,7 +73,7 @@ def find_seed_folder(folder: Path) -> Path:
     for seed in (Path(name), folder / name):
         if (seed / "config.json").is_file():
             return seed.resolve()  # one path for one seed, however adapters spell it
-    downloaded, reason = find_in_hub(name)
+    downloaded, reason = try_download_from_hub(name)
     if downloaded is not None:
         return downloaded
     reason = reason and f" ({reason})"

@@ -63,8 +63,8 @@ class TrainState:
     mean_loss: float | None = None
     nonfinite_steps: list[int] = field(default_factory=list)
 
-    def add_nonfinite(self) -> int:
-        """Record that the last data step was not finite.
+    def record_nonfinite_step(self) -> int:
+        """Record that the loss or gradient of the last data step was not finite.
 
         Returns:
             number of the last `WINDOW` data steps that were not finite, this one included.

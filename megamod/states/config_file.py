@@ -74,12 +74,15 @@ def check_model_fits_files(fields: Mapping[str, object], folder: Path) -> None:
     if not size:
         return
 
-    def read(names: Sequence[str], default: int) -> int:
+    def get_first_size(names: Sequence[str], default: int) -> int:
+        """Return the first of these fields that is a whole number, else `default`."""
         return next((fields[name] for name in names if type(fields.get(name)) is int), default)
 
-    layers, width = read(_DEPTHS, 0), read(_WIDTHS, 1)
-    inner, words = read(("intermediate_size",), 0), read(("vocab_size",), 0)
-    elements = layers * width * (1 + inner) + words * min(width, read(_EMBEDDING_WIDTHS, width))
+    layers, width = get_first_size(_DEPTHS, 0), get_first_size(_WIDTHS, 1)
+    inner, words = get_first_size(("intermediate_size",), 0), get_first_size(("vocab_size",), 0)
+    elements = layers * width * (1 + inner) + words * min(
+        width, get_first_size(_EMBEDDING_WIDTHS, width)
+    )
     if elements > _ELEMENTS_PER_BYTE * size:
         raise UserError(
             f"{folder / 'config.json'}: {layers} layers of width {width} and intermediate size "

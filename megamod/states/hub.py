@@ -15,8 +15,8 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
-def find_in_hub(name: str) -> tuple[Path | None, str]:
-    """Find the local folder of a repository of the hub, which is downloaded if needed.
+def try_download_from_hub(name: str) -> tuple[Path | None, str]:
+    """Download a repository of the hub, if it is not in the cache; no error if there is none.
 
     Returns:
         the folder and ""; or None and the reason, which is empty if `is_hub_name` is False.
@@ -29,18 +29,18 @@ def find_in_hub(name: str) -> tuple[Path | None, str]:
         return None, str(error)
 
 
-def find_folder(name: str, flag: str) -> Path:
-    """Find the path that a flag names, in the hub if there is none here.
+def find_local_or_hub_folder(name: str, flag: str) -> Path:
+    """Return the path that a flag names; download the hub's repository if no such path exists.
 
     Args:
         name: path or repository of the hub.
-        flag: of the command line, for messages.
+        flag: flag of the command line that named it, for messages.
     Raises:
         UserError: if there is neither; without a network, if it is not in the cache.
     """
     if Path(name).exists():
         return Path(name)
-    downloaded, reason = find_in_hub(name)
+    downloaded, reason = try_download_from_hub(name)
     if downloaded is None:
         reason = reason and f"; {reason}"
         raise UserError(f"{flag} {name}: is no folder and no repository of the hub{reason}")

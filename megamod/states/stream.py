@@ -285,7 +285,11 @@ def write_streamed_tensors(
         failed = threading.Event()
 
         def write_tensor(descriptor: int, offset: int, name: str) -> None:
-            """Produce a tensor and write it at `offset`; stop early if another thread failed."""
+            """Produce a tensor and write it at byte `offset`; stop early if another thread failed.
+
+            Raises:
+                ValueError: if `produce` returns fewer or more elements than specified.
+            """
             left = specs[name].nbytes
             for piece in produce(name):
                 if failed.is_set():

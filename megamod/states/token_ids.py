@@ -27,7 +27,7 @@ def _read_token_ids(folder: Path) -> dict[str, int]:
     for name, read in _READERS.items():
         if (folder / name).is_file():
             try:
-                ids |= dict(read(_read_content(folder / name)))
+                ids |= dict(read(_read_vocabulary_content(folder / name)))
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(
                     f"{folder / name}: is not the file of a tokenizer: {error!r}"
@@ -98,7 +98,7 @@ def _read_bytes(file: Path) -> bytes:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def _read_content(file: Path) -> object:
+def _read_vocabulary_content(file: Path) -> object:
     """Read a file as parsed JSON, or as a list of lines if its name does not end in .json.
 
     Raise UserError if it cannot be read, is not UTF-8 or is not JSON.

@@ -227,7 +227,7 @@ def extract_expert_weights(state: Mapping[str, Tensor], domain: str) -> dict[str
     }
 
 
-def copy_to_experts(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+def assign_to_experts(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
     """Assign the weights of a dense model to the parameters of a model with experts.
 
     Every expert gets the same weights. The tensors themselves are shared and not copied.

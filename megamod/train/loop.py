@@ -297,7 +297,7 @@ def _apply_skip_policy(plan: LoopPlan, state: TrainState, saver: "_Saver") -> St
         state.step,
         plan.nonfinite,
     )
-    if state.add_nonfinite() > plan.max_nonfinite_steps or plan.nonfinite == "stop":
+    if state.record_nonfinite_step() > plan.max_nonfinite_steps or plan.nonfinite == "stop":
         return Stop.NONFINITE
     if plan.nonfinite == "rollback":
         # The weights that this step began with are no start: if they are a checkpoint's, an older

@@ -23,7 +23,7 @@ from megamod.evaluation.expert_scores import (
     list_expert_files,
 )
 from megamod.evaluation.held_out_data import HeldOut, find_document_end
-from megamod.evaluation.model_folders import find_models, score_models
+from megamod.evaluation.model_folders import find_saved_models, score_models
 from megamod.mixture.ensemble import PosteriorRule
 from megamod.mixture.prior import Prior
 from megamod.models.lm.demix import DemixForCausalLM
@@ -200,7 +200,7 @@ def test_experts_alone_score_as_they_do_without_a_forest(root, fields):
     output = held_out(root, **fields)
     if "block_size" not in fields:
         output = replace(output, block_size=LENGTH)
-    matrix = score_models(find_models(root / "forest.json", output), output, CPU)
+    matrix = score_models(find_saved_models(root / "forest.json", output), output, CPU)
     for domain, result in results.items():
         assert result.prior is None and "cached_prior" not in result.modes
         for expert, score in result.single.items():
@@ -335,7 +335,7 @@ def test_domain_tokens_must_be_there_for_all_or_none(root, tmp_path):
     )["law"]
     assert result.modes["uniform_prior"].tokens == TOKENS["law"]
     output = replace(held_out(root), block_size=LENGTH)
-    matrix = score_models(find_models(tmp_path, output), output, CPU)
+    matrix = score_models(find_saved_models(tmp_path, output), output, CPU)
     assert result.single["code"].nll == pytest.approx(matrix["code"]["law"].nll, rel=1e-6)
 
 

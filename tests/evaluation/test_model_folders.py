@@ -19,7 +19,7 @@ from saved_models import (
 from megamod.data.corpus.indexed import IndexedDataset, format_split_prefix
 from megamod.errors import UserError
 from megamod.evaluation.held_out_data import HeldOut
-from megamod.evaluation.model_folders import find_models, score_models
+from megamod.evaluation.model_folders import find_saved_models, score_models
 from megamod.evaluation.perplexity import DENSE, compute_perplexities
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.states.weights import read_weights, write_weights
@@ -55,7 +55,7 @@ def held_out(root: Path, **changes) -> HeldOut:
 
 def scores(root: Path, kind: str, **changes):
     expected = held_out(root, **changes)
-    return score_models(find_models(root / kind, expected), expected, torch.device("cpu"))
+    return score_models(find_saved_models(root / kind, expected), expected, torch.device("cpu"))
 
 
 def model_in(folder: Path) -> DemixForCausalLM:
@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_refused(root, kind, changes, message):
 def test_a_vocabulary_of_other_data_is_refused(root, tmp_path):
     make_model(tmp_path / "model", vocab_size=VOCAB + 1)
     with pytest.raises(UserError, match=r"vocabulary of 24; .* needs 23, or 26 with a token"):
-        find_models(tmp_path / "model", held_out(root))
+        find_saved_models(tmp_path / "model", held_out(root))
 
 
 def test_a_tokenizer_with_other_ids_of_the_same_number_is_refused(root, tmp_path):
@@ -237,19 +237,19 @@ def test_a_tokenizer_with_other_ids_of_the_same_number_is_refused(root, tmp_path
 
     words = [f"w{number}" for number in range(VOCAB - 1)]
     write_ids(data / "tokenizer", words, {"[PAD]": VOCAB - 1})
-    find_models(tmp_path / "model", held_out(tmp_path))  # a model without tokenizer
+    find_saved_models(tmp_path / "model", held_out(tmp_path))  # a model without tokenizer
     write_ids(tmp_path / "model", words, {"[PAD]": VOCAB - 1})
-    find_models(tmp_path / "model", held_out(tmp_path))
+    find_saved_models(tmp_path / "model", held_out(tmp_path))
     for content in ((words[::-1], {"[PAD]": VOCAB - 1}), (words, {"<|im_start|>": VOCAB - 1})):
         write_ids(tmp_path / "model", *content)
         with pytest.raises(UserError, match=r"tokenizers differ: .* preprocess the text with"):
-            find_models(tmp_path / "model", held_out(tmp_path))
+            find_saved_models(tmp_path / "model", held_out(tmp_path))
 
 
 def test_a_domain_without_token_is_refused(root, tmp_path):
     make_model(tmp_path / "model", vocab_size=VOCAB + 2, domains=["law", "art"])
     with pytest.raises(UserError, match="has no token for 'code'; it has law, art"):
-        find_models(tmp_path / "model", held_out(root))
+        find_saved_models(tmp_path / "model", held_out(root))
 
 
 @pytest.mark.parametrize("kind", ["folders", "experts"])
@@ -261,7 +261,7 @@ def test_an_expert_named_like_the_row_of_dense_models_is_refused(root, tmp_path,
     else:
         make_model(tmp_path, untie="feedforward", domains=names)
     with pytest.raises(UserError, match="has an expert named 'dense'"):
-        find_models(tmp_path, held_out(root))
+        find_saved_models(tmp_path, held_out(root))
 
 
 @pytest.mark.parametrize("weights", [None, b"half a file", "nan"])
@@ -276,7 +276,7 @@ def test_weights_that_cannot_be_scored_are_refused(root, tmp_path, weights):
     elif weights is not None:
         file.write_bytes(weights)
     with pytest.raises(UserError, match=message):
-        score_models(find_models(folder, held_out(root)), held_out(root), torch.device("cpu"))
+        score_models(find_saved_models(folder, held_out(root)), held_out(root), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -295,4 +295,4 @@ def test_weights_that_cannot_be_scored_are_refused(root, tmp_path, weights):
 def test_other_models_are_refused(root, tmp_path, content, message):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        find_models(tmp_path, held_out(root))
+        find_saved_models(tmp_path, held_out(root))

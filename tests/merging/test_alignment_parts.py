@@ -140,7 +140,7 @@ def test_tokens_that_count():
         [False] * 5,
         [False, True, True, False, False],
     ]
-    assert batch.mask.tolist() == batch.mask_counted_tokens(True).long().tolist()
+    assert batch.attention_mask.tolist() == batch.mask_counted_tokens(True).long().tolist()
 
 
 def test_batches_go_on_until_enough_was_seen():

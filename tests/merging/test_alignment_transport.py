@@ -15,7 +15,11 @@ from megamod.merging.alignment.align import align_models, collect_float_shapes
 from megamod.merging.alignment.calibration import iterate_whole_batches
 from megamod.merging.alignment.folder import PermutedFolder
 from megamod.merging.alignment.groups import PermutationGroup, TensorAxis
-from megamod.merging.alignment.matching import assign_features, assign_queries, transport_features
+from megamod.merging.alignment.matching import (
+    assign_features,
+    assign_query_heads,
+    transport_features,
+)
 from megamod.merging.alignment.options import AlignmentOptions, CompatOptions
 from megamod.merging.alignment.permute import AxisChange, apply_changes, permute_state
 from megamod.merging.alignment.record import load_alignment
@@ -174,7 +178,7 @@ def test_parts_of_grouped_heads(part):
         assert torch.equal(index, torch.cat([4 + order[0] % 4, order[3] % 4]))
     products = torch.rand(len(index), len(index), generator=generator, dtype=torch.float64)
     pairs = products[torch.arange(len(index)), index].sum()
-    spread = GROUP.spread_products(axis, products)[torch.arange(24), permutation].sum()
+    spread = GROUP.expand_products_to_features(axis, products)[torch.arange(24), permutation].sum()
     assert float(spread) == pytest.approx(float(pairs))
 
 
@@ -187,7 +191,7 @@ def test_heads_that_share_keys_are_matched_together():
         for heads in every
         for within in every
     }
-    match = assign_queries(similarity, 3, "head_perm")
+    match = assign_query_heads(similarity, 3, "head_perm")
     heads = tuple(match.heads.tolist())
     within = tuple((match.permutation[:3] % 3).tolist())
     assert match.value == pytest.approx(values[heads, within])
@@ -195,7 +199,7 @@ def test_heads_that_share_keys_are_matched_together():
     # No change of either alone is better.
     assert match.value >= max(values[heads, other] for other in every) - 1e-12
     assert match.value >= max(values[other, within] for other in every) - 1e-12
-    still = assign_queries(similarity, 3, "monotonic")
+    still = assign_query_heads(similarity, 3, "monotonic")
     assert still.heads.tolist() == [0, 1, 2]
     assert still.value == pytest.approx(max(values[(0, 1, 2), other] for other in every))
 

@@ -256,7 +256,7 @@ def test_products_of_the_stream_are_those_of_the_folded_model():
     folded = []
     for model in (first, second):
         state = model.state_dict()
-        new = {n: folding.fold(n, state.__getitem__) for n in state}
+        new = {n: folding.compute_folded_tensor(n, state.__getitem__) for n in state}
         folded.append(copy_of(model, new, untie=True))
     again = measure_covariances(*folded, stream, (), batches_of(), options)
     for group in stream:
@@ -290,23 +290,23 @@ def test_refinement_lowers_the_loss_and_goes_on_after_a_kill(tmp_path, monkeypat
 
     whole = refinement()
     before = whole._make_initial_state().best_loss
-    expected = whole.run(22)
+    expected = whole.refine_maps(22)
     file = tmp_path / "progress.safetensors"
-    killed, step = refinement(file), Refinement._take_step
+    killed, step = refinement(file), Refinement._take_adam_step
 
     def kill(self, state):
         if state.step == 21:
             raise KeyboardInterrupt
         step(self, state)
 
-    monkeypatch.setattr(Refinement, "_take_step", kill)
+    monkeypatch.setattr(Refinement, "_take_adam_step", kill)
     with pytest.raises(KeyboardInterrupt):
-        killed.run(22)
-    monkeypatch.setattr(Refinement, "_take_step", step)
+        killed.refine_maps(22)
+    monkeypatch.setattr(Refinement, "_take_adam_step", step)
     resumed = refinement(file)
     state = resumed._make_initial_state()
     assert state.step == 20 and state.best_loss < before
-    again = resumed.run(22)
+    again = resumed.refine_maps(22)
     for name, maps in expected.maps.items():
         for role, blocks in maps.items():
             assert torch.equal(blocks, again.maps[name][role])
@@ -317,7 +317,7 @@ def test_refinement_lowers_the_loss_and_goes_on_after_a_kill(tmp_path, monkeypat
     assert_same_function(second, state, untied=True)
     file.write_bytes(b"damaged")
     with pytest.raises(UserError, match="is damaged, remove it to start again"):
-        refinement(file).run(1)
+        refinement(file).refine_maps(1)
 
 
 def test_maps_are_kept_and_used_again(tmp_path, monkeypatch):
@@ -327,7 +327,7 @@ def test_maps_are_kept_and_used_again(tmp_path, monkeypatch):
     (folder,) = (tmp_path / "maps").iterdir()
     record = json.loads((folder / "alignment.json").read_text())
     assert (record["format"], record["residual"]) == (2, "rotation")
-    monkeypatch.setattr(Refinement, "run", None)
+    monkeypatch.setattr(Refinement, "refine_maps", None)
     again = align_models(first, second, batches_of(), options)
     for name, maps in first_time.maps.items():
         assert all(torch.equal(blocks, again.maps[name][role]) for role, blocks in maps.items())

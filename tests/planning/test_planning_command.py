@@ -110,7 +110,7 @@ def test_the_best_proposal_is_the_fastest_and_all_fit():
     result = propose_settings(plan, shown=100)
     seconds = [proposal.step_seconds for proposal in result]
     assert all(later >= 0.98 * seconds[0] for later in seconds)
-    assert all(plan.can_hold(proposal.memory) for proposal in result)
+    assert all(plan.can_gpu_hold(proposal.memory) for proposal in result)
     assert {proposal.setting.stage for proposal in result} <= {1, 2}  # experts
     steps = {p.setting.micro_batch * p.setting.micro_steps for p in result}
     assert steps == {plan.job.setting.micro_batch * plan.job.setting.micro_steps}
@@ -150,7 +150,9 @@ def test_large_micro_batches_lie_on_a_line():
     sizes = ("--world_size", "1", "--hidden_size", "64", "--vocab_size", "8192")
     (plan,) = planned(*sizes, "--global_batch_size", "32", "--per_device_train_batch_size", "1")
     (large,) = planned(*sizes, "--global_batch_size", "32", "--per_device_train_batch_size", "32")
-    guessed = plan.compute_memory_with(replace(plan.job.setting, micro_batch=32)).activations
+    guessed = plan.compute_memory_with_setting(
+        replace(plan.job.setting, micro_batch=32)
+    ).activations
     assert guessed == pytest.approx(large.memory.activations, rel=0.01)
 
 

@@ -17,7 +17,7 @@ from megamod.data.corpus.indexed import IndexedWriter, format_split_prefix
 from megamod.data.lm.pretraining import LmData
 from megamod.errors import UserError
 from megamod.evaluation.held_out_data import HeldOut
-from megamod.evaluation.model_folders import find_models, score_models
+from megamod.evaluation.model_folders import find_saved_models, score_models
 from megamod.evaluation.perplexity import DENSE
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.runs.pretrain import causal_lm
@@ -90,7 +90,7 @@ def make_place(root: Path) -> Path:
 
 def scores(root: Path, model: Path):
     held_out = HeldOut(str(root / "bin"), DOMAINS, "test", None, 2, "auto", False)
-    return score_models(find_models(model, held_out), held_out, torch.device("cpu"))
+    return score_models(find_saved_models(model, held_out), held_out, torch.device("cpu"))
 
 
 def changed(first: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:

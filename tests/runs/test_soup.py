@@ -135,7 +135,7 @@ def test_a_soup_is_that_of_the_plain_recipe(folder, tmp_path):
     assert [Path(item["path"]).name for item in record["parents"]] == [str(n) for n in sorted(kept)]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "A merge (greedy_soup)" in card and card.count("left out") == COUNT - len(kept)
-    assert f"{len(kept)} models" in plan.describe()
+    assert f"{len(kept)} models" in plan.format_summary()
     # A folder of something else is left as it is.
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x").write_text("")
@@ -273,7 +273,7 @@ def test_a_dry_run_runs_no_model(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(soup_module, "load_aligned_model", None)
     recipe = read_recipe(build_recipe_from_flags(folder, tmp_path))
     plan, candidates = build_greedy_soup(recipe, None, dry_run=True)
-    assert "5 models" in plan.describe() and candidates == []
+    assert "5 models" in plan.format_summary() and candidates == []
     assert [path.name for path in tmp_path.iterdir()] == ["soup.yaml"]
 
 

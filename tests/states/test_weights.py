@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from megamod.errors import UserError
 from megamod.states.checkpoint_folder import KINDS, read_fragments, write_fragments
 from megamod.states.weights import (
-    copy_to_experts,
+    assign_to_experts,
     extract_expert_weights,
     read_weights,
     select_weight_file,
@@ -70,12 +70,12 @@ def test_one_expert_with_the_shared_weights_is_a_dense_model():
 
 def test_spreading_a_dense_model_gives_every_expert_its_weights():
     dense = {"norm.weight": torch.ones(3), "x.fc1": torch.zeros(2, 2)}
-    filled = copy_to_experts(dense, DEMIX)
+    filled = assign_to_experts(dense, DEMIX)
     assert filled.keys() == DEMIX.keys()
     assert filled["x.experts.law.fc1"] is filled["x.experts.med.fc1"] is dense["x.fc1"]
     assert extract_expert_weights(filled, "law").keys() == dense.keys()
     with pytest.raises(UserError, match=r"lack x\.fc1 \(and 1 more\)"):
-        copy_to_experts({"norm.weight": torch.ones(3)}, DEMIX)
+        assign_to_experts({"norm.weight": torch.ones(3)}, DEMIX)
 
 
 def test_copies_of_optimizer_fragments_are_equal_bit_for_bit(tmp_path):

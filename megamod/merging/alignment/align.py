@@ -30,7 +30,7 @@ from megamod.merging.alignment.matching import (
     FeatureMatch,
     assign_features,
     assign_heads,
-    score_identity_match,
+    make_identity_feature_match,
     select_solver,
     transport_features,
     transport_heads,
@@ -117,6 +117,11 @@ def _align_by_maps(
 
     With `options.maps` they are read from that folder if they are there, else stored in it.
 
+    Args:
+        first, second: the reference, and the model to align; weights are not changed.
+        symmetry: permutation groups of both models.
+        batches: calibration text.
+        descent_rounds: rounds of descent on the weights after the text.
     Raises:
         UserError: if the text does not fit the models, or they cannot be refined.
     """
@@ -128,7 +133,7 @@ def _align_by_maps(
             return alignment
         models, seed = (first, second), options.seed
         refinement = Refinement(*models, symmetry, alignment, batches, seed, progress_file)
-        return refinement.run(options.refine_steps)
+        return refinement.refine_maps(options.refine_steps)
 
     states = (first.state_dict(), second.state_dict())
     return compute_cached_alignment(options, states, batches, compute_alignment, descent_rounds)
@@ -191,6 +196,9 @@ def _find_common_symmetry(
 ) -> Symmetry:
     """Find the permutation groups of both models, after a check that the models and options fit.
 
+    Args:
+        config, other_config: configurations of the two, as in config.json.
+        shapes, other_shapes: shapes of their floating-point tensors by name.
     Raises:
         UserError: if the models do not fit each other or the options.
     """
@@ -317,7 +325,8 @@ def _match_groups(
 
     if options.method == "identity":
         return {
-            group.name: score_identity_match(compute_similarity(group.name)) for group in groups
+            group.name: make_identity_feature_match(compute_similarity(group.name))
+            for group in groups
         }
     soft = options.method == "ot"
     solve = (

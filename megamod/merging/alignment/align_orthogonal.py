@@ -31,7 +31,7 @@ from megamod.merging.alignment.record import (
     list_aligned_groups,
 )
 from megamod.merging.alignment.symmetry import Symmetry
-from megamod.merging.alignment.weight_descent import WeightDescent, make_identity_match
+from megamod.merging.alignment.weight_descent import WeightDescent, make_identity_group_match
 from megamod.states.weights import is_finite
 
 DESCENT_ROUNDS = 2
@@ -96,7 +96,7 @@ def align_by_maps(
         UserError: if a weight is not finite, or the text is too short or does not fit the models.
     """
     states = (first.state_dict(), second.state_dict())
-    _refuse_non_finite(*states)
+    _refuse_non_finite_weights(*states)
     matches = _match_by_text(first, second, symmetry, batches, options)
     return _improve_by_descent(*states, symmetry, options, matches, descent_rounds)
 
@@ -115,13 +115,13 @@ def align_weights_by_maps(
     Raises:
         UserError: if a weight is not finite.
     """
-    _refuse_non_finite(first, second)
+    _refuse_non_finite_weights(first, second)
     groups = list_aligned_groups(symmetry, options)
-    start = {group.name: make_identity_match(group) for group in groups}
+    start = {group.name: make_identity_group_match(group) for group in groups}
     return _improve_by_descent(first, second, symmetry, options, start, _MOST_ROUNDS)
 
 
-def _refuse_non_finite(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+def _refuse_non_finite_weights(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
     """Refuse weights with a NaN or an infinity, which have no singular value decomposition.
 
     Raises:
@@ -144,6 +144,12 @@ def _match_by_text(
 
     Groups of the residual stream, and a head that follows it, share one match.
 
+    Args:
+        first, second: the reference, and the model to align.
+        symmetry: permutation groups of both models.
+        batches: calibration text.
+    Returns:
+        match of each aligned group by name.
     Raises:
         UserError: if the text is too short or does not fit the models.
     """
@@ -230,8 +236,8 @@ def _improve_by_descent(
     # A tied matrix counts besides its original only if it has a norm or features of its own.
     untied_readers = {a.tensor for (g, *_) in units if g.family == "head" for a in g.reading_axes}
     descent = WeightDescent(
-        _make_reader(first, symmetry, folding),
-        _make_reader(second, symmetry, folding),
+        _make_weight_reader(first, symmetry, folding),
+        _make_weight_reader(second, symmetry, folding),
         units,
         lambda name: name not in symmetry.tied or folding is not None or name in untied_readers,
         folded=rotates,
@@ -239,7 +245,7 @@ def _improve_by_descent(
         kind=select_head_map_kind(symmetry.family),
         mode=options.attention,
     )
-    matches = descent.descend(start, rounds)
+    matches = descent.descend_on_weights(start, rounds)
     permutations, maps, costs = {}, {}, {}
     for name, group in groups.items():
         match = matches[name]
@@ -251,18 +257,23 @@ def _improve_by_descent(
     return Alignment(permutations, costs, options, maps)
 
 
-def _make_reader(
+def _make_weight_reader(
     state: Mapping[str, Tensor], symmetry: Symmetry, folding: Folding | None
 ) -> ReadTensor:
-    """Make a function that reads tensors in float64 on the CPU, norms folded if `folding` says so.
+    """Make a function that reads tensors in float64 on the CPU, with norms folded.
 
     Tied matrices are read by either name.
+
+    Args:
+        state: weights of a model by name.
+        symmetry: permutation groups of the model, which know its tied matrices.
+        folding: None: norms stay as they are.
     """
 
-    def read(name: str) -> Tensor:
+    def read_stored(name: str) -> Tensor:
         """Return the stored tensor of that name, on the CPU."""
         return state[name if name in state else symmetry.tied[name]].cpu()
 
     if folding is None:
-        return lambda name: read(name).double()
-    return lambda name: folding.fold(name, read)
+        return lambda name: read_stored(name).double()
+    return lambda name: folding.compute_folded_tensor(name, read_stored)

@@ -29,8 +29,8 @@ class CalibrationBatch:
     domain: str | None = None
 
     @property
-    def mask(self) -> Tensor:
-        """[B, T] int64, 1 at tokens and 0 at padding."""
+    def attention_mask(self) -> Tensor:
+        """Mask [B, T] int64, 1 at tokens and 0 at padding."""
         positions = torch.arange(self.input_ids.shape[1])
         return (positions < self.lengths[:, None]).long()
 
@@ -120,7 +120,12 @@ def iterate_whole_batches(
 
 
 def _pad_items(items: Sequence[Sequence[int]], pad_id: int, domain: str | None) -> CalibrationBatch:
-    """Make a batch of items of token ids, padded at the end with `pad_id` to the longest."""
+    """Make a batch of items of token ids, padded at the end with `pad_id` to the longest.
+
+    Args:
+        items: token ids of each item.
+        domain: domain of all items; None: no domain.
+    """
     lengths = torch.tensor([len(item) for item in items])
     ids = torch.full((len(items), int(lengths.max())), pad_id)
     for row, item in zip(ids, items, strict=True):

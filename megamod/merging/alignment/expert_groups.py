@@ -10,7 +10,7 @@ from megamod.merging.alignment.groups import Hook, PermutationGroup, TensorAxis
 def expand_groups_over_experts(
     groups: Sequence[PermutationGroup], tied: dict[str, str], shapes: Mapping[str, Sequence[int]]
 ) -> list[PermutationGroup]:
-    """Return the groups under the names of a model with experts.
+    """Expand the groups of a dense model to those of a model with experts, under its names.
 
     Features inside an expert are a group per expert, named GROUP.DOMAIN; features that experts
     share stay one group. Groups of a model without experts are returned as they are.

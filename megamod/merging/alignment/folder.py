@@ -13,12 +13,12 @@ from megamod.merging.alignment.permute import (
     AxisChange,
     apply_changes,
     combine_axis_index,
+    compute_aligned_tensor,
     compute_axis_changes,
     find_alignment_folding,
     find_scaled_spans,
     find_untied_by_changes,
     scale_features,
-    transform_tensor,
 )
 from megamod.merging.alignment.record import Alignment
 from megamod.merging.alignment.symmetry import Symmetry, find_symmetry
@@ -108,7 +108,10 @@ class PermutedFolder(TensorView):
         cached = getattr(self._cached, "tensor", None)
         if cached is None or cached[0] != name:
             changes = self._changes.get(name, [])
-            cached = name, transform_tensor(name, self._read_stored_tensor, self._folding, changes)
+            cached = (
+                name,
+                compute_aligned_tensor(name, self._read_stored_tensor, self._folding, changes),
+            )
             self._cached.tensor = cached
         return cached[1]
 

@@ -56,7 +56,7 @@ class Folding:
     writers: Mapping[str, int]
     rms: bool
 
-    def fold(self, name: str, read: ReadTensor) -> Tensor:
+    def compute_folded_tensor(self, name: str, read: ReadTensor) -> Tensor:
         """Compute a tensor of the folded model, in float64; one that no norm touches is unchanged.
 
         Args:
@@ -71,7 +71,9 @@ class Folding:
                 return tensor.new_full((len(tensor),), float(norm.ones))
         if name in self.readers:
             norm, axis = self.readers[name]
-            return self._fold_reader(tensor.movedim(axis, -1), norm, read).movedim(-1, axis)
+            return self._fold_gain_into_reader(tensor.movedim(axis, -1), norm, read).movedim(
+                -1, axis
+            )
         if name in self.biases:
             matrix = self.biases[name]
             norm, axis = self.readers[matrix]
@@ -83,9 +85,14 @@ class Folding:
             return tensor - tensor.mean(axis, keepdim=True)
         return tensor
 
-    def _fold_reader(self, matrix: Tensor, norm: Norm, read: ReadTensor) -> Tensor:
-        """Fold the gain of a norm, and with `norm.ones` its bias, into a matrix [..., d] that reads
-        it; otherwise the bias is folded into the reader's own bias.
+    def _fold_gain_into_reader(self, matrix: Tensor, norm: Norm, read: ReadTensor) -> Tensor:
+        """Return a matrix [..., d] that reads a norm, multiplied by the norm's gain.
+
+        With `norm.ones` the norm's bias is folded into it, too; otherwise it is folded into the
+        bias of the reader, see `biases`.
+
+        Args:
+            read: reads a stored tensor of the model by its name.
         """
         scaled = matrix * read(norm.gain).double()
         if self.rms:

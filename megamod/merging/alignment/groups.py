@@ -107,7 +107,7 @@ class PermutationGroup:
             features_within = torch.arange(self.head_width)
         return (head_order * self.head_width + features_within).flatten()
 
-    def spread_blocks(self, axis: TensorAxis, blocks: Tensor) -> Tensor:
+    def repeat_blocks_for_entries(self, axis: TensorAxis, blocks: Tensor) -> Tensor:
         """Repeat matrices for all entries of the group along a tensor axis.
 
         Args:
@@ -118,8 +118,8 @@ class PermutationGroup:
         count, width = blocks.shape[:2]
         return blocks.repeat_interleave(self.count_entries(axis) // (count * width), 0)
 
-    def spread_products(self, axis: TensorAxis, products: Tensor) -> Tensor:
-        """Spread inner products of the entries of a tensor axis over pairs of features.
+    def expand_products_to_features(self, axis: TensorAxis, products: Tensor) -> Tensor:
+        """Expand inner products of the entries of a tensor axis to pairs of features.
 
         For every permutation, the sum of `products` over pairs (i, index[i]) of
         `make_entry_index` equals the sum of the result over pairs (r, permutation[r]).

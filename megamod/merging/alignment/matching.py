@@ -167,7 +167,7 @@ def transport_heads(
     return FeatureMatch(whole, value, hard.heads)
 
 
-def assign_queries(similarity: Tensor, queries_per_key: int, mode: str) -> FeatureMatch:
+def assign_query_heads(similarity: Tensor, queries_per_key: int, mode: str) -> FeatureMatch:
     """Find a permutation where several query heads share one key and value head.
 
     Query heads may be reordered, and all have one permutation of features, that of the values. The
@@ -200,24 +200,28 @@ def assign_queries(similarity: Tensor, queries_per_key: int, mode: str) -> Featu
 def select_solver(queries_per_key: int, mode: str) -> Solver:
     """Return the solver for features within a pair of key heads.
 
-    It is `assign_queries` where several query heads share a key head, else `assign_features`.
+    It is `assign_query_heads` where several query heads share a key head, else `assign_features`.
 
     Args:
-        mode: see `assign_queries`.
+        mode: see `assign_query_heads`.
     """
     return (
         assign_features
         if queries_per_key == 1
-        else partial(assign_queries, queries_per_key=queries_per_key, mode=mode)
+        else partial(assign_query_heads, queries_per_key=queries_per_key, mode=mode)
     )
 
 
 def _select_block(similarity: Tensor, j: int, k: int, size: int) -> Tensor:
-    """Select block (j, k) of a matrix in blocks of `size` x `size`, as a view."""
+    """Select block (j, k) of a matrix in blocks of `size` x `size`, as a view.
+
+    Args:
+        j, k: row and column of the block, counted in blocks.
+    """
     return similarity[j * size : (j + 1) * size, k * size : (k + 1) * size]
 
 
-def score_identity_match(similarity: Tensor) -> FeatureMatch:
+def make_identity_feature_match(similarity: Tensor) -> FeatureMatch:
     """Make the match that leaves every feature at its index, with its summed similarity."""
     return FeatureMatch(torch.arange(len(similarity)), float(similarity.trace()))
 

@@ -252,7 +252,7 @@ def _run_with_hooks(
                 stack.callback(_register_hook(module, group, hook, observe).remove)
         model(
             input_ids=batch.input_ids.to(model.device),
-            attention_mask=batch.mask.to(model.device),
+            attention_mask=batch.attention_mask.to(model.device),
             **arguments,
         )
 
@@ -265,6 +265,10 @@ def _register_hook(
 ) -> torch.utils.hooks.RemovableHandle:
     """Register a hook that calls `observe` with the group's columns of a module's input or output.
 
+    Args:
+        module: module with this hook.
+        group, hook: the group, and its hook at the module; the first arguments of `observe`.
+        observe: takes a group, a hook, and features [..., C].
     Returns:
         a handle whose `remove` unregisters it.
     """

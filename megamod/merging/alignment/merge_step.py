@@ -76,6 +76,9 @@ def _align_two_folders(
 ) -> Alignment:
     """Align the second folder to the first: by text if the options need it, else by weights.
 
+    Args:
+        first, second: the folders; the first is the reference.
+        origin: file of the recipe, for messages.
     Raises:
         UserError: if there is no such text, the models cannot be run on it, or do not fit each
             other.

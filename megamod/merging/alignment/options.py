@@ -130,10 +130,13 @@ class AlignmentOptions(Schema):
 
 
 def _list_unused_keys(options: AlignmentOptions) -> list[tuple[str, str]]:
-    """List keys, dotted, with a value other than the default that have no effect with the others;
-    each with the values that it needs.
+    """List the options that differ from their defaults but have no effect with the others.
 
     A record of an alignment holds all keys, so only documents that people write are checked.
+
+    Returns:
+        (dotted key, the options that it would need to have an effect), such as
+        ("regularisation", "method ot").
     """
     by_correlation, permuting = options.method in BY_TEXT, options.method != "identity"
     maps, by_text = options.method == BY_TEXT_OR_WEIGHTS, options.reads_text
@@ -197,7 +200,7 @@ def _list_unused_keys(options: AlignmentOptions) -> list[tuple[str, str]]:
     return unused
 
 
-def _refuse_unused(options: AlignmentOptions) -> AlignmentOptions:
+def _refuse_unused_keys(options: AlignmentOptions) -> AlignmentOptions:
     """Return the options; raise ValueError naming the first key without effect, and its needs."""
     if options.refine_steps and options.method == BY_TEXT_OR_WEIGHTS and not options.reads_text:
         raise ValueError("refine_steps: needs calibration.path, text to refine the maps on")
@@ -207,5 +210,5 @@ def _refuse_unused(options: AlignmentOptions) -> AlignmentOptions:
     return options
 
 
-EffectiveAlignmentOptions = Annotated[AlignmentOptions, AfterValidator(_refuse_unused)]
+EffectiveAlignmentOptions = Annotated[AlignmentOptions, AfterValidator(_refuse_unused_keys)]
 """The schema for what people write: keys without effect are refused, too."""

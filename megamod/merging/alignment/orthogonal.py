@@ -100,7 +100,7 @@ def solve_head_maps(products: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """
     if kind == FREE:
         return solve_procrustes(products)
-    real, imaginary = _sum_over_planes(products)
+    real, imaginary = _extract_plane_products(products)
     if kind == SIGNS:
         cosine = torch.where(real < 0, -1.0, 1.0).to(real)
         return make_plane_rotations(cosine, torch.zeros_like(cosine)), real.abs().sum(-1)
@@ -108,18 +108,23 @@ def solve_head_maps(products: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return make_plane_rotations(angle.cos(), angle.sin()), torch.hypot(real, imaginary).sum(-1)
 
 
-def _score_head_maps(products: Tensor, kind: str) -> Tensor:
-    """Compute the values of `solve_head_maps` alone, [...]."""
+def _compute_head_map_values(products: Tensor, kind: str) -> Tensor:
+    """Compute the values [...] of `solve_head_maps` without the maps, which takes less time."""
     if kind == FREE:
         return torch.linalg.svdvals(products).sum(-1)
     return solve_head_maps(products, kind)[1]
 
 
-def _sum_over_planes(products: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute real and imaginary part of Σ a conj(b) in each plane, [..., h / 2].
+def _extract_plane_products(products: Tensor) -> tuple[Tensor, Tensor]:
+    """Extract the complex inner product of each plane from products of pairs of features.
+
+    A plane is made of the features p and p + h / 2, read as one complex number. A rotation by an
+    angle in it multiplies that number, so all that matters of the products is Σ a conj(b).
 
     Args:
-        products: [..., h, h]; a plane is made of the entries p and p + h / 2.
+        products: [..., h, h].
+    Returns:
+        real and imaginary part of Σ a conj(b), [..., h / 2] each.
     """
     half = products.shape[-1] // 2
     top, bottom = products[..., :half, :], products[..., half:, :]
@@ -149,7 +154,12 @@ class HeadProducts:
     per_key: Tensor
 
     def sum_in_query_order(self, first: int, second: int, order: Tensor) -> Tensor:
-        """Sum the products [h, h] of a pair of key heads, whose query heads have an order [n]."""
+        """Sum the products [h, h] of a pair of key heads over their query heads.
+
+        Args:
+            first, second: number of the key head in the first model, and in the second.
+            order: [n] number of the second model's query head for each of the first.
+        """
         by_head = self.per_query[first, torch.arange(len(order)), second, order]
         return by_head.sum(0) + self.per_key[first, second]
 
@@ -157,8 +167,12 @@ class HeadProducts:
 def split_head_products(
     group: PermutationGroup, per_query: Tensor, per_key: Tensor | None
 ) -> HeadProducts:
-    """Split products of query heads [H h, H h] and of key heads [G h, G h] (None: zero) by pairs of
-    heads.
+    """Split products of the features of all heads by pairs of heads.
+
+    Args:
+        group: group of attention with G key heads, H query heads and heads of width h.
+        per_query: [H h, H h] products of features that query heads have.
+        per_key: [G h, G h] products of features that key heads have; None: zero.
     """
     heads, times, width = group.heads, group.queries_per_key, group.head_width
     queries = per_query.view(heads, times, width, heads, times, width).permute(0, 1, 3, 4, 2, 5)
@@ -187,7 +201,7 @@ def match_heads(
     orders = torch.arange(times).expand(heads, heads, times).clone()
     if times == 1:
         both = [part.per_query[:, 0, :, 0] + part.per_key for part in (qk, values)]
-        scores = _score_head_maps(both[0], kind) + _score_head_maps(both[1], FREE)
+        scores = _compute_head_map_values(both[0], kind) + _compute_head_map_values(both[1], FREE)
     else:
         scores = torch.zeros(heads, heads, dtype=torch.float64)
         for j in range(heads):
@@ -212,13 +226,22 @@ def match_heads(
 def _find_query_order(
     qk: HeadProducts, values: HeadProducts, kind: str, mode: str, pair: tuple[int, int]
 ) -> tuple[Tensor, float]:
-    """Find the order [n] of the query heads of a pair of key heads, and the value of the pair."""
+    """Find the order of the query heads of a pair of key heads, in turn with the maps of the pair.
+
+    Args:
+        qk, values, kind, mode: see `match_heads`.
+        pair: number of the key head in the first model, and in the second.
+    Returns:
+        order [n]: number of the second model's query head for each of the first; and the largest
+        inner product of the pair.
+    """
     j, k = pair
     per_pair = [part.per_query[j, :, k] for part in (qk, values)]
     order = torch.arange(len(per_pair[0]))
     if mode != "monotonic":
         order = assign_features(
-            _score_head_maps(per_pair[0], kind) + _score_head_maps(per_pair[1], FREE)
+            _compute_head_map_values(per_pair[0], kind)
+            + _compute_head_map_values(per_pair[1], FREE)
         ).permutation
     best, best_order = -torch.inf, order
     for _ in range(_QUERY_ROUNDS):

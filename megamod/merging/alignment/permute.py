@@ -78,6 +78,7 @@ def make_axis_change(
     """Make the change of a group's entries along one tensor axis.
 
     Args:
+        group: permutation group with the features.
         axis: one of the group's.
         permutation: [C] of the features, or a soft assignment [C, C]; None: they stay in order.
         maps: maps of the group by role; the change has blocks if one has the role of `axis`.
@@ -85,7 +86,7 @@ def make_axis_change(
     index = None if permutation is None else group.make_entry_index(axis, permutation)
     blocks = maps.get(axis.role)
     if blocks is not None:
-        blocks = group.spread_blocks(axis, blocks)
+        blocks = group.repeat_blocks_for_entries(axis, blocks)
     return AxisChange(axis.dim, axis.start, index, blocks)
 
 
@@ -201,7 +202,7 @@ def _are_equal_tensors(first: Tensor | None, second: Tensor | None) -> bool:
 
 
 def _list_tied_matrices(symmetry: Symmetry) -> set[str]:
-    """Return the names of tied tensors that belong to a permutation group."""
+    """List the names of tied tensors that belong to a permutation group."""
     axes = (axis for group in symmetry.groups.values() for axis in group.axes)
     return {axis.tensor for axis in axes} & symmetry.tied.keys()
 
@@ -214,18 +215,18 @@ def apply_changes(tensor: Tensor, tensor_changes: list[AxisChange]) -> Tensor:
     """
     for change in tensor_changes:
         if change.is_soft:
-            tensor = _mix_entries(tensor, change)
+            tensor = _apply_soft_assignment(tensor, change)
     hard = [c for c in tensor_changes if c.index is not None and not c.is_soft]
     for axis in dict.fromkeys(change.axis for change in hard):
         index = combine_axis_index(tensor.shape[axis], axis, hard)
         tensor = tensor.index_select(axis, index.to(tensor.device))
     for change in tensor_changes:
         if change.blocks is not None:
-            tensor = _multiply_blocks(tensor, change)
+            tensor = _multiply_by_blocks(tensor, change)
     return tensor
 
 
-def _multiply_blocks(tensor: Tensor, change: AxisChange) -> Tensor:
+def _multiply_by_blocks(tensor: Tensor, change: AxisChange) -> Tensor:
     """Return a tensor with entries along an axis multiplied by the matrices of a change.
 
     The dtype is that of the tensor. Entries of no matrix are unchanged; gradients reach tensor and
@@ -239,7 +240,7 @@ def _multiply_blocks(tensor: Tensor, change: AxisChange) -> Tensor:
     return torch.cat([before, mixed, after]).movedim(0, change.axis)
 
 
-def transform_tensor(
+def compute_aligned_tensor(
     name: str, read: ReadTensor, folding: Folding | None, tensor_changes: list[AxisChange]
 ) -> Tensor:
     """Compute a tensor of the aligned model, in the dtype of the tensor.
@@ -257,11 +258,11 @@ def transform_tensor(
         return tensor
     if folding is None and all(change.blocks is None for change in tensor_changes):
         return apply_changes(tensor, tensor_changes)
-    whole = tensor.double() if folding is None else folding.fold(name, read)
+    whole = tensor.double() if folding is None else folding.compute_folded_tensor(name, read)
     return apply_changes(whole, tensor_changes).to(tensor.dtype).contiguous()
 
 
-def _mix_entries(tensor: Tensor, change: AxisChange) -> Tensor:
+def _apply_soft_assignment(tensor: Tensor, change: AxisChange) -> Tensor:
     """Return a tensor with entries along an axis mixed by a soft assignment, in float64.
 
     Weights that produce features are multiplied by the matrix from the left, those that read them
@@ -280,6 +281,10 @@ def combine_axis_index(length: int, axis: int, tensor_changes: list[AxisChange])
     """Combine the orders of all changes along an axis into one index vector [length].
 
     Changes of other axes, and soft ones, are skipped; entries of no change stay.
+
+    Args:
+        length: entries along the axis.
+        tensor_changes: changes of the tensor, see `AxisChange`.
     """
     index = torch.arange(length)
     for change in tensor_changes:
@@ -302,7 +307,7 @@ def permute_state(state: State, symmetry: Symmetry, alignment: Alignment) -> dic
         UserError: if the alignment does not fit the model.
     """
     all_changes = compute_axis_changes(symmetry, alignment)
-    return _transform_state(state, symmetry, alignment, all_changes, all_changes)
+    return _compute_transformed_state(state, symmetry, alignment, all_changes, all_changes)
 
 
 def compute_reference_state(
@@ -319,14 +324,15 @@ def compute_reference_state(
         UserError: if the alignment does not fit the model.
     """
     all_changes = compute_axis_changes(symmetry, alignment)
-    return _transform_state(state, symmetry, alignment, all_changes, {})
+    return _compute_transformed_state(state, symmetry, alignment, all_changes, {})
 
 
 def apply_alignment(
     model: PreTrainedModel, symmetry: Symmetry, alignment: Alignment, *, reference: bool = False
 ) -> None:
-    """Give a model in memory the weights of `permute_state`, or of `compute_reference_state`.
+    """Overwrite the weights of a model in memory by those of the aligned model.
 
+    These are the result of `permute_state`, or with `reference` of `compute_reference_state`.
     An output matrix that the alignment unties becomes one of its own.
 
     Args:
@@ -410,7 +416,7 @@ def merge_keeping_heads(
     )
 
 
-def _transform_state(
+def _compute_transformed_state(
     state: State,
     symmetry: Symmetry,
     alignment: Alignment,
@@ -432,6 +438,6 @@ def _transform_state(
         if alias in prepared or alias in needed:
             prepared[alias] = prepared[source]
     return {
-        name: transform_tensor(name, prepared.__getitem__, folding, applied.get(name, []))
+        name: compute_aligned_tensor(name, prepared.__getitem__, folding, applied.get(name, []))
         for name in prepared
     }

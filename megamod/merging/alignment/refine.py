@@ -112,7 +112,7 @@ class Refinement:
         self._model, self._symmetry, self._alignment = first.eval(), symmetry, alignment
         self._kind = select_head_map_kind(symmetry.family)
         self._seed, self._file = seed, progress_file
-        self._rows, self._held_out = _split_rows(batches, symmetry.domains)
+        self._rows, self._held_out = _split_calibration_rows(batches, symmetry.domains)
         states = (
             compute_reference_state(first.state_dict(), symmetry, alignment),
             permute_state(second.state_dict(), symmetry, alignment),
@@ -120,8 +120,8 @@ class Refinement:
         _warn_of_low_memory(states[0])
         self._reference, self._aligned = states
 
-    def run(self, steps: int) -> Alignment:
-        """Refine, and return the alignment with the maps of the smallest held-out loss.
+    def refine_maps(self, steps: int) -> Alignment:
+        """Refine the maps by Adam; return the alignment with those of the smallest held-out loss.
 
         The maps of the start count too, so the loss never rises. Resumes from the progress file if
         there is one, and writes it every `EVERY` steps.
@@ -135,11 +135,11 @@ class Refinement:
         with show_progress(total=steps, title="refining maps", unit="step") as bar:
             bar.update(state.step)
             while state.step < steps:
-                self._take_step(state)
+                self._take_adam_step(state)
                 bar.update(1)
                 if state.step % EVERY == 0 or state.step == steps:
                     self._measure_held_out_loss(state)
-                    self._write_state(state)
+                    self._write_progress_file(state)
         return self._compose_alignment(state.best)
 
     def _make_initial_state(self) -> _RefinementState:
@@ -151,7 +151,7 @@ class Refinement:
         """
         zeros = self._make_zero_parameters()
         if self._file is not None and self._file.exists():
-            return _read_state(self._file, list(zeros))
+            return _read_progress_file(self._file, list(zeros))
         copies = [{key: tensor.clone() for key, tensor in zeros.items()} for _ in range(4)]
         state = _RefinementState(0, copies[0], copies[1], math.inf, copies[2], copies[3])
         self._measure_held_out_loss(state)
@@ -173,8 +173,8 @@ class Refinement:
                     zeros[name, role] = torch.zeros(blocks.shape)
         return {key: tensor.to(self._model.device) for key, tensor in zeros.items()}
 
-    def _take_step(self, state: _RefinementState) -> None:
-        """Make one step of Adam: advance `state.step`, its parameters and moments.
+    def _take_adam_step(self, state: _RefinementState) -> None:
+        """Take one step of Adam: advance the step, parameters and moments of `state`.
 
         Raises:
             UserError: if the loss is not finite.
@@ -183,7 +183,7 @@ class Refinement:
         share = LOWEST + (HIGHEST - LOWEST) * float(torch.rand((), generator=generator))
         drawn = torch.randperm(len(self._rows), generator=generator)[:ROWS].tolist()
         parameters = {key: t.detach().requires_grad_() for key, t in state.parameters.items()}
-        loss = self._compute_loss(parameters, share, [self._rows[i] for i in drawn])
+        loss = self._compute_loss_of_parameters(parameters, share, [self._rows[i] for i in drawn])
         if not bool(loss.isfinite()):
             raise UserError(f"align.refine_steps: the loss is {float(loss)} at step {state.step}")
         gradients = torch.autograd.grad(loss, list(parameters.values()))
@@ -205,7 +205,7 @@ class Refinement:
             UserError: if the loss is not finite.
         """
         total, tokens = 0.0, 0
-        mixed = self._mix_states(state.parameters, 0.5)
+        mixed = self._interpolate_models(state.parameters, 0.5)
         for start in range(0, len(self._held_out), ROWS):
             rows = self._held_out[start : start + ROWS]
             count = sum(len(ids) - 1 for ids, _ in rows)
@@ -217,19 +217,25 @@ class Refinement:
         if loss < state.best_loss:
             state.best_loss, state.best = loss, dict(state.parameters)
 
-    def _compute_loss(
+    def _compute_loss_of_parameters(
         self, parameters: Mapping[MapKey, Tensor], share: float, rows: "Sequence[_Row]"
     ) -> Tensor:
-        """Compute the loss of `_compute_mixed_loss` of the models mixed with `share` of the mapped
-        one; gradients reach the parameters.
-        """
-        return self._compute_mixed_loss(self._mix_states(parameters, share), rows)
+        """Compute the loss of an interpolation of the models; gradients reach the parameters.
 
-    def _mix_states(self, parameters: Mapping[MapKey, Tensor], share: float) -> dict[str, Tensor]:
+        Args:
+            parameters: parameters of the maps, by group and role.
+            share: share of the mapped model.
+            rows: rows of text, see `_compute_mixed_loss`.
+        """
+        return self._compute_mixed_loss(self._interpolate_models(parameters, share), rows)
+
+    def _interpolate_models(
+        self, parameters: Mapping[MapKey, Tensor], share: float
+    ) -> dict[str, Tensor]:
         """Compute (1 - share) * reference + share * mapped model, by name; integers come from the
         reference.
         """
-        changes = self._make_changes(self._make_blocks(parameters))
+        changes = self._make_changes(self._make_orthogonal_matrices(parameters))
         return {
             name: torch.lerp(tensor, apply_changes(self._aligned[name], changes[name]), share)
             if name in changes
@@ -239,7 +245,9 @@ class Refinement:
             for name, tensor in self._reference.items()
         }
 
-    def _make_blocks(self, parameters: Mapping[MapKey, Tensor]) -> dict[MapKey, Tensor]:
+    def _make_orthogonal_matrices(
+        self, parameters: Mapping[MapKey, Tensor]
+    ) -> dict[MapKey, Tensor]:
         """Make the orthogonal matrices [m, h, h] of all maps from their parameters.
 
         Parameters [m, h / 2] are angles of planes; [m, h, h] make skew matrices, whose exponentials
@@ -284,7 +292,7 @@ class Refinement:
         for domain in dict.fromkeys(domain for _, domain in rows):
             ids = [ids for ids, part in rows if part == domain]
             (batch,) = iterate_whole_batches(ids, len(ids))
-            inputs, mask = batch.input_ids.to(self._model.device), batch.mask
+            inputs, mask = batch.input_ids.to(self._model.device), batch.attention_mask
             arguments = {} if domain is None else {"domain": domain}
             arguments |= {"input_ids": inputs, "attention_mask": mask.to(inputs.device)}
             arguments["use_cache"] = False
@@ -307,7 +315,7 @@ class Refinement:
         """
         exact = {key: tensor.double().cpu() for key, tensor in parameters.items()}
         maps = {name: dict(roles) for name, roles in self._alignment.maps.items()}
-        for (name, role), blocks in self._make_blocks(exact).items():
+        for (name, role), blocks in self._make_orthogonal_matrices(exact).items():
             combined = blocks @ maps[name][role]
             if role == "stream":
                 matrix, _ = solve_stream_map(combined[0], not self._symmetry.family.rms)
@@ -318,7 +326,7 @@ class Refinement:
                 maps[name][role] = solve_procrustes(combined)[0]
         return replace(self._alignment, maps=maps)
 
-    def _write_state(self, state: _RefinementState) -> None:
+    def _write_progress_file(self, state: _RefinementState) -> None:
         """Write the state to the progress file, atomically; do nothing if there is none."""
         if self._file is None:
             return
@@ -337,7 +345,7 @@ def _find_map_name(group: PermutationGroup) -> str:
     return "res.emb" if group.family == "res" else group.name
 
 
-def _read_state(path: Path, keys: Sequence[MapKey]) -> _RefinementState:
+def _read_progress_file(path: Path, keys: Sequence[MapKey]) -> _RefinementState:
     """Read a progress file that `Refinement` wrote.
 
     Args:
@@ -363,7 +371,7 @@ _Row = tuple[list[int], str | None]
 """Token ids, and the domain of a model with experts."""
 
 
-def _split_rows(
+def _split_calibration_rows(
     batches: Sequence[CalibrationBatch], domains: Sequence[str]
 ) -> tuple[list[_Row], list[_Row]]:
     """Split calibration text into rows to train on and held-out rows, which come first in the text.

@@ -63,7 +63,11 @@ def _compute_input_digest(
     batches: Sequence[CalibrationBatch],
     descent_rounds: int,
 ) -> str:
-    """Compute a SHA-256, in hexadecimal, of everything that the alignment depends on."""
+    """Compute a SHA-256, in hexadecimal, of everything that the alignment depends on.
+
+    Args:
+        options, states, batches, descent_rounds: see `compute_cached_alignment`.
+    """
     # The text itself counts, not where it lies.
     settings = options.model_dump(exclude={"maps": True, "calibration": {"path"}})
     digest = hashlib.sha256(

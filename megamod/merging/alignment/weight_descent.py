@@ -63,8 +63,10 @@ class WeightDescent:
                 if counted(axis.tensor) and not (folded and axis.role in ("gain", "shift")):
                     self._groups_by_tensor.setdefault(axis.tensor, []).append((axis, group))
 
-    def descend(self, start: Mapping[str, GroupMatch], rounds: int) -> dict[str, GroupMatch]:
-        """Improve a solution round by round, until a round gains next to nothing.
+    def descend_on_weights(
+        self, start: Mapping[str, GroupMatch], rounds: int
+    ) -> dict[str, GroupMatch]:
+        """Improve the matches of all units round by round, until a round gains next to nothing.
 
         Args:
             start: match of each group by name; not changed.
@@ -92,7 +94,7 @@ class WeightDescent:
     def _compute_products(
         self, unit: Sequence[PermutationGroup], solution: Mapping[str, GroupMatch]
     ) -> Products:
-        """Compute the products of a unit's weights in both models.
+        """Compute the inner products of a unit's features in the weights of both models.
 
         The second model's are mapped by the matches of all other groups, so the products tell the
         best match of this unit.
@@ -117,14 +119,14 @@ class WeightDescent:
     def _compute_axis_products(
         self, group: PermutationGroup, axis: TensorAxis, changes: list[AxisChange]
     ) -> Tensor:
-        """Compute the products of a tensor along one axis, the second model's with other axes
-        changed.
+        """Compute the inner products [n, n] of a tensor's n entries along one axis in both models.
 
-        Those of tables and output matrices, which no other group changes, are kept: they are the
+        Those of tables and output matrices, which no other group changes, are cached: they are the
         largest tensors.
 
         Args:
             group: any one of those that share the axis.
+            changes: of the other axes of the tensor, made in the second model before.
         """
         if axis in self._table_products:
             return self._table_products[axis]
@@ -190,7 +192,7 @@ def _compute_inner_product(group: PermutationGroup, products: Products, match: G
     return total
 
 
-def make_identity_match(group: PermutationGroup) -> GroupMatch:
+def make_identity_group_match(group: PermutationGroup) -> GroupMatch:
     """Make the match of a group that changes nothing.
 
     Of the residual stream its permutation is None, which keeps the order too: the stream may get a

@@ -130,5 +130,5 @@ def _compute_weight_similarity(
             tensor.narrow(axis.dim, axis.start, length).movedim(axis.dim, 0).reshape(length, -1)
             for tensor in (first[axis.tensor].float(), other)
         )
-        total += groups[0].spread_products(axis, rows @ other_rows.T)
+        total += groups[0].expand_products_to_features(axis, rows @ other_rows.T)
     return total

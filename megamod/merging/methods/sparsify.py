@@ -113,19 +113,19 @@ def drop_at_random(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop
     chances = round(density * 2**_DIGIT)  # of as many random numbers, those that keep an entry
     factor = 2**_DIGIT / chances if target.values["rescale_by_density"] and chances else 1.0
 
-    def start() -> Drop:
+    def start_pass() -> Drop:
         """Start a pass over the pieces."""
         draw = _make_integer_source(target, model)
 
-        def drop(piece: Tensor) -> None:
+        def drop_entries(piece: Tensor) -> None:
             """Drop entries of the next piece at random."""
             piece.mul_(draw(len(piece)) < chances - 2 ** (_DIGIT - 1))
             if factor != 1:
                 piece.mul_(factor)
 
-        return drop
+        return drop_entries
 
-    return start
+    return start_pass
 
 
 def drop_by_rank(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
@@ -152,11 +152,11 @@ def drop_by_rank(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
         )
     width = max(1, target.shape[-1] if target.shape else 1)
 
-    def start() -> Drop:
+    def start_pass() -> Drop:
         """Start a pass over the pieces."""
         draw = _make_integer_source(target, model)
 
-        def drop(piece: Tensor) -> None:
+        def drop_entries(piece: Tensor) -> None:
             """Drop entries of the next piece, whole rows, at random by rank."""
             rows = piece.view(-1, width)
             order = rows.abs().argsort(dim=1, stable=True)
@@ -168,9 +168,9 @@ def drop_by_rank(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
             if target.values["rescale_by_density"]:
                 rows.div_(chances)
 
-        return drop
+        return drop_entries
 
-    return start
+    return start_pass
 
 
 def compute_norm_scale(
@@ -238,6 +238,12 @@ def _keep_ranks(vector: TaskVector, low: int, high: int) -> Callable[[], Drop]:
 
     Of equal magnitudes the first has the highest rank. The vector is read here, several times for
     each limit that is neither 0 nor the number of entries.
+
+    Args:
+        vector: task vector of one model.
+        low, high: first rank to keep, and the rank after the last.
+    Returns:
+        a function that starts a pass over the pieces, see `Drop`.
     """
     count = vector.target.numel
     least, below, equal = (
@@ -251,11 +257,11 @@ def _keep_ranks(vector: TaskVector, low: int, high: int) -> Callable[[], Drop]:
     # Of the entries equal to a limit, number first to last - 1 are kept.
     split = {value: span for value, span in numbers.items() if low > 0 or value == most}
 
-    def start() -> Drop:
+    def start_pass() -> Drop:
         """Start a pass over the pieces."""
         seen = dict.fromkeys(split, 0)
 
-        def drop(piece: Tensor) -> None:
+        def drop_entries(piece: Tensor) -> None:
             """Drop entries of the next piece whose ranks are outside of the limits."""
             sizes = piece.abs()
             stay = sizes >= least
@@ -268,9 +274,9 @@ def _keep_ranks(vector: TaskVector, low: int, high: int) -> Callable[[], Drop]:
                 seen[value] += len(equal_ones)
             piece.mul_(stay)
 
-        return drop
+        return drop_entries
 
-    return start
+    return start_pass
 
 
 def _make_integer_source(target: MergeTensor, model: ModelTensor) -> Callable[[int], Tensor]:
@@ -281,10 +287,10 @@ def _make_integer_source(target: MergeTensor, model: ModelTensor) -> Callable[[i
     """
     generator = target.make_generator(model)
 
-    def draw(count: int) -> Tensor:
+    def draw_integers(count: int) -> Tensor:
         """Draw the next numbers, [count] int16."""
         raw = torch.empty(-(-count // 4), dtype=torch.int64)
         raw.random_(-(2**63), None, generator=generator)
         return raw.view(torch.int16)[:count]
 
-    return draw
+    return draw_integers

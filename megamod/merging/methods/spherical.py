@@ -104,7 +104,11 @@ def _interpolate_whole_tensor(
 def _interpolate_rows(
     target: MergeTensor, left: ModelTensor, right: ModelTensor, t: float
 ) -> Iterator[Tensor]:
-    """Interpolate every row along the last axis, in one pass over whole rows; see `nuslerp`."""
+    """Interpolate every row along the last axis, in one pass over whole rows; see `nuslerp`.
+
+    Args:
+        t: share of `right`; 0 gives `left`.
+    """
     step, width = target.count_row_piece_elements(), max(1, target.shape[-1])
     first, second, base_buffer = target.allocate_buffers(3, step)
     for start, stop in target.iterate_row_pieces():
@@ -123,7 +127,11 @@ def _interpolate_rows(
 def _interpolate_along_first_axis(
     target: MergeTensor, left: ModelTensor, right: ModelTensor, t: float
 ) -> Iterator[Tensor]:
-    """Interpolate every vector along the first axis, in two passes; a 1-D tensor is one vector."""
+    """Interpolate every vector along the first axis, in two passes; a 1-D tensor is one vector.
+
+    Args:
+        t: share of `right`; 0 gives `left`.
+    """
     width = target.numel // max(1, target.shape[0])
     if len(target.shape) < 2:
         yield from _interpolate_whole_tensor(target, left, right, t)

@@ -122,7 +122,12 @@ def _list_declared_fields(kind: type[PreTrainedConfig]) -> list[str]:
 
 
 def _raise_unsupported_field(folder: Path, kind: str, name: str, value: object) -> None:
-    """Raise UserError for a field of the dense model that a mixture of type `kind` cannot have."""
+    """Raise UserError for a field of the dense model that a mixture of type `kind` cannot have.
+
+    Args:
+        folder: folder of the dense model, for the message.
+        name, value: the field.
+    """
     raise UserError(
         f"{folder}: {name} is {value!r}, which a {kind} cannot have, so its layers would not "
         "compute the same"

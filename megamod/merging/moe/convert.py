@@ -80,7 +80,7 @@ def convert_to_moe(
         experts = tuple(
             ExpertRecord(
                 domain=model.domain,
-                path=_format_path(model),
+                path=_format_model_path(model),
                 member=model.member,
                 weight=share,
                 digest=digest,
@@ -118,6 +118,6 @@ def check_disk_space(output: Path, size: int) -> None:
         )
 
 
-def _format_path(model: InputModel) -> str:
+def _format_model_path(model: InputModel) -> str:
     """Format the folder of a model as FOLDER or FOLDER+ADAPTER."""
     return str(model.path) if model.adapter is None else f"{model.path}+{model.adapter}"

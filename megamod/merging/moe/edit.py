@@ -99,7 +99,7 @@ def drop_expert(
             raise UserError(f"--drop {domain}: is the only expert of {folder}")
         if record.shared == "asserted" and number == 0:
             raise UserError(f"--drop {domain}: is the anchor of the other experts of {folder}")
-        influence = _explain_influence(record)
+        influence = _explain_expert_influence(record)
         if influence and not keep_influence:
             raise UserError(
                 f"--drop {domain}: {influence}; remove it from the forest and convert again, or "
@@ -120,7 +120,7 @@ def drop_expert(
     return influence
 
 
-def _explain_influence(record: MoeRecord) -> str:
+def _explain_expert_influence(record: MoeRecord) -> str:
     """Explain why weights other than an expert's own depend on it; "": they do not."""
     if record.router.get("trained"):
         return f"it was trained with the others ({record.router['trained']})"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megamod.errors import UserError
-from megamod.merging.merge import compute_merged_tensor, iterate_stored_pieces
+from megamod.merging.merge import iterate_merged_tensor, iterate_stored_pieces
 from megamod.merging.moe.configuration import build_moe_config, find_moe_family
 from megamod.merging.plan import MergePlan
 from megamod.merging.tensors import describe_source, have_same_bits
@@ -77,7 +77,7 @@ class MoePlan:
         """Bytes of the weights to write."""
         return sum(spec.nbytes for spec in self.specs.values())
 
-    def describe(self) -> str:
+    def format_summary(self) -> str:
         """Format type, experts and size of the mixture, one line each."""
         lines = [
             f"{self.kind} of {self.experts} experts, {self.config[self.family.chosen]} per token; "
@@ -242,7 +242,7 @@ def compute_moe_tensor(plan: MoePlan, rows: Tensor, name: str) -> Iterator[Tenso
     """
     tensor, spec = plan.tensors[name], plan.specs[name]
     if tensor.shared is not None:
-        yield from compute_merged_tensor(plan.dense, 0, tensor.shared)
+        yield from iterate_merged_tensor(plan.dense, 0, tensor.shared)
     elif tensor.copies:
         for expert, stored in tensor.copies:
             for piece in iterate_stored_pieces(plan.dense.folders[expert], stored):

@@ -27,7 +27,7 @@ from megamod.models.lm.demix import (
 from megamod.models.lm.host import find_stock_class, make_dense_class, make_host_classes
 from megamod.states.adapter import find_seed_folder, is_adapter
 from megamod.states.weight_files import has_weights
-from megamod.states.weights import check_finite, copy_to_experts, read_weights
+from megamod.states.weights import assign_to_experts, check_finite, read_weights
 
 
 class LanguageModel(Protocol):
@@ -122,7 +122,7 @@ def build_lm(
     state = read_weights(Path(init_from))
     parameters = dict(model.named_parameters())
     if not all(name in state for name in parameters):
-        state = copy_to_experts(state, parameters)
+        state = assign_to_experts(state, parameters)
     for name, parameter in parameters.items():
         if state[name].shape != parameter.shape:
             raise UserError(

@@ -9,7 +9,7 @@ import torch
 from megamod.evaluation.ensemble import MixingProtocol, estimate_priors
 from megamod.evaluation.expert_scores import Experts, SequentialScores, TextSelection
 from megamod.evaluation.held_out_data import HeldOut
-from megamod.evaluation.model_folders import find_models, score_models
+from megamod.evaluation.model_folders import find_saved_models, score_models
 from megamod.evaluation.perplexity import DENSE
 from megamod.mixture.ensemble import Mixture, PerplexityCounter, PosteriorRule
 from megamod.mixture.prior import Prior, restrict_to_top_k
@@ -72,7 +72,7 @@ def score_expert(model: Path, expert: str, text: ScoredText) -> dict[str, float]
     held_out = text.make_held_out()
     if expert != DENSE:
         held_out = replace(held_out, experts=(expert,))
-    scores = score_models(find_models(model, held_out), held_out, CPU)[expert]
+    scores = score_models(find_saved_models(model, held_out), held_out, CPU)[expert]
     return {domain: _compute_loss(score.nll, score.tokens) for domain, score in scores.items()}
 
 
