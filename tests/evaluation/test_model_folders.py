@@ -195,7 +195,8 @@ def test_sequence_length_cuts_the_context(root):
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("nowhere", {}, "no config.json in it or in its subfolders"),
+        ("nowhere", {}, "nowhere: is no folder and no repository of the hub"),
+        ("bin", {}, "no config.json in it or in its subfolders"),
         ("dense", {"block_size": 9}, "--max_seq_length 9: the model in .* has 8 positions"),
         ("dense", {"domain_token": "true"}, "has no domain tokens"),
         ("dense", {"context_window": 8}, "sequences of 8 tokens leave room for 7 at most"),
@@ -274,7 +275,7 @@ def test_weights_that_cannot_be_scored_are_refused(root, tmp_path, weights):
         message = "holds values that are not finite"
         write_weights(folder, {k: t.fill_(torch.nan) for k, t in state.items()}, has_experts=False)
     elif weights is not None:
-        file.write_bytes(weights)
+        file.write_bytes(weights * 1000)  # large enough for what config.json describes
     with pytest.raises(UserError, match=message):
         score_models(find_saved_models(folder, held_out(root)), held_out(root), torch.device("cpu"))
 
