@@ -378,8 +378,14 @@ def test_package_folders(tmp_path, monkeypatch):
 
 
 COPY = """
-import shutil, sys
-shutil.copytree(sys.argv[1], sys.argv[2], dirs_exist_ok=True)
+import os, shutil, sys
+from pathlib import Path
+source, output = map(Path, sys.argv[1:3])
+output.mkdir(parents=True, exist_ok=True)
+for file in source.iterdir():
+    partial = output / f".{os.getpid()}-{file.name}"
+    shutil.copyfile(file, partial)
+    os.replace(partial, output / file.name)  # the study reads meanwhile
 """
 
 
