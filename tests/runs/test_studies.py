@@ -379,13 +379,9 @@ def test_package_folders(tmp_path, monkeypatch):
 
 COPY = """
 import os, shutil, sys
-from pathlib import Path
-source, output = map(Path, sys.argv[1:3])
-output.mkdir(parents=True, exist_ok=True)
-for file in source.iterdir():
-    partial = output / f".{os.getpid()}-{file.name}"
-    shutil.copyfile(file, partial)
-    os.replace(partial, output / file.name)  # the study reads meanwhile
+def copy_whole(source, target):  # the study reads meanwhile
+    os.replace(shutil.copyfile(source, f"{target}.{os.getpid()}"), target)
+shutil.copytree(*sys.argv[1:3], dirs_exist_ok=True, copy_function=copy_whole)
 """
 
 
