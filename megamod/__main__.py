@@ -65,7 +65,8 @@ def _complete_verb() -> list[str]:
     """Print completions of the verb for the shell and end the process.
 
     If the line of the shell has a verb already, return its words after `megamod` instead, for the
-    verb's command to complete the rest. Raise UserError if no shell asks.
+    verb's command to complete the rest, and add one to _ARGCOMPLETE, the number of words that its
+    parser skips. Raise UserError if no shell asks.
     """
     if not {"COMP_LINE", "COMP_POINT"} <= os.environ.keys():
         raise UserError("_ARGCOMPLETE is set, but no shell asks for completions (no COMP_LINE)")

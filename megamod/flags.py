@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from megamod.command_line import CommandParser, make_unknown_word_error, set_completions
 from megamod.errors import UserError
-from megamod.schemas import read_yaml_lines
+from megamod.schemas import read_yaml_with_line_numbers
 
 
 def option(
@@ -201,7 +201,7 @@ def _read_recipe(path: Path, fields_by_name: dict[str, Field]) -> dict[str, tupl
             f"{origin} cannot be read: there is no such file; `megamod recipes` lists those that "
             "come along"
         )
-    for key, (value, line) in read_yaml_lines(path, origin).items():
+    for key, (value, line) in read_yaml_with_line_numbers(path, origin).items():
         where = f"{origin}, line {line}"
         if key not in fields_by_name:
             raise make_unknown_word_error(f"{where}: unknown key", key, fields_by_name)

@@ -98,7 +98,7 @@ def parse_checked_json(data: bytes, schema: type[Checked], origin: str) -> Check
     return check_against_schema(value, schema, origin)
 
 
-def read_yaml_lines(path: str | Path, origin: str) -> dict[str, tuple[object, int]]:
+def read_yaml_with_line_numbers(path: str | Path, origin: str) -> dict[str, tuple[object, int]]:
     """Read the `key: value` lines of a YAML file: value and line number, from 1, by key.
 
     Args:

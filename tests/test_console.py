@@ -11,7 +11,7 @@ import pytest
 import megamod
 from megamod import shipped_files
 from megamod.commands import GROUPS, read_command_summary
-from megamod.commands.recipes import read_first_comment
+from megamod.commands.recipes import read_recipe_summary
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODULES = [name for names in GROUPS.values() for name in names]
@@ -125,7 +125,7 @@ def test_recipes_are_listed_and_copied(tmp_path):
             if path.is_file()
         }
     for name, path in files.items():
-        assert read_first_comment(path) if path.suffix == ".yaml" else True, name
+        assert read_recipe_summary(path) if path.suffix == ".yaml" else True, name
     listed = megamod_command("recipes").stdout
     assert [line.split()[0] for line in listed.splitlines()] == list(files)
     names = ("launchers/recipes/mux", "ds_configs/zero0.json")

@@ -36,7 +36,7 @@ def main() -> None:
     if options.output_dir is None:
         width = max(map(len, selected))
         for name, path in selected.items():
-            print(f"{name:{width}}  {read_first_comment(path)}".rstrip())
+            print(f"{name:{width}}  {read_recipe_summary(path)}".rstrip())
     else:
         copy_files(selected, options.output_dir)
         print(f"{options.output_dir}: {len(selected)} files")
@@ -61,7 +61,7 @@ def select_files(files: dict[str, Path], names: list[str]) -> dict[str, Path]:
     return selected
 
 
-def read_first_comment(path: Path) -> str:
+def read_recipe_summary(path: Path) -> str:
     """Read the first sentence of the comment at the top of a recipe; "" for a file without one."""
     if path.suffix != ".yaml":
         return ""

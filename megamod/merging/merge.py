@@ -33,7 +33,7 @@ from megamod.merging.model_folder import (
 from megamod.merging.naming import list_tieable_pairs, rename_to_template
 from megamod.merging.plan import MergePlan, make_merge_plan
 from megamod.merging.recipe import InputModel, MergeRecipe, build_weighted_recipe
-from megamod.merging.statistics import check_calibration, compute_missing_statistics
+from megamod.merging.statistics import check_statistics_settings, compute_missing_statistics
 from megamod.merging.tensors import ModelTensor, TensorSource, have_same_bits
 from megamod.merging.vocabulary import Vocabulary, unite_vocabularies
 from megamod.merging.vocabulary_view import view_with_vocabulary
@@ -225,7 +225,7 @@ def open_merge_plan(recipe: MergeRecipe, shard_bytes: int, stack: ExitStack) -> 
     folders = [_open_input_model(model, recipe.origin, stack) for model in recipe.inputs]
     for folder in {source.folder: source for source in folders}.values():
         check_config_fits_weights(folder)
-    check_calibration(recipe)
+    check_statistics_settings(recipe)
     vocabulary = _unite_vocabularies(recipe)
     paths = [folders[recipe.template_model].folder, *(folder.folder for folder in folders)]
     check_configs_match(

@@ -173,7 +173,7 @@ _STATISTICS: dict[str, Callable[[nn.Module, Iterable[Mapping[str, Tensor]]], dic
 }
 
 
-def check_calibration(recipe: MergeRecipe) -> None:
+def check_statistics_settings(recipe: MergeRecipe) -> None:
     """Refuse settings and calibration text with which statistics cannot be used, before any work.
 
     A recipe whose method needs no statistics passes.

@@ -48,7 +48,8 @@ class TrainState:
 
     Attributes:
         step: finished optimizer steps, skipped ones included.
-        data_step: steps' worth of data taken; ahead of `step` after a rollback.
+        data_step: steps' worth of data taken; ahead of `step` after a rollback, and from 0 again
+            in a branch.
         tokens: target tokens trained on, per domain.
         skipped: steps whose update was left out because a loss or gradient was not finite.
         mean_loss: running mean of the loss, in nats per token, for spike detection.
@@ -95,8 +96,6 @@ class _TrainStateEntry(Schema):
     @model_validator(mode="after")
     def _check_counts(self) -> "_TrainStateEntry":
         """Return the entry. Raise ValueError for counts that contradict each other."""
-        if self.data_step < self.step:
-            raise ValueError(f"data_step is {self.data_step}, less than step, {self.step}")
         if self.skipped > self.data_step:
             raise ValueError(f"skipped is {self.skipped}, more than data_step, {self.data_step}")
         if max(self.nonfinite_steps, default=0) > self.data_step:

@@ -49,8 +49,9 @@ def find_local_or_hub_folder(name: str, flag: str) -> Path:
 
 @cache
 def download_from_hub(name: str) -> Path:
-    """Download a repository of the hub into the cache of huggingface_hub; return its local folder.
+    """Download the files of a model from the hub; return their folder in its cache.
 
+    These are `HUB_FILES`: configuration, weights and tokenizer.
     Files that are in the cache are not downloaded again. Within a process the hub is asked once for
     each name.
 

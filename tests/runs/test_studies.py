@@ -379,9 +379,8 @@ def test_package_folders(tmp_path, monkeypatch):
 
 COPY = """
 import os, shutil, sys
-def copy_whole(source, target):  # the study reads meanwhile
-    os.replace(shutil.copyfile(source, f"{target}.{os.getpid()}"), target)
-shutil.copytree(*sys.argv[1:3], dirs_exist_ok=True, copy_function=copy_whole)
+copy = lambda file, target: os.replace(shutil.copyfile(file, f"{target}.{os.getpid()}"), target)
+shutil.copytree(*sys.argv[1:3], dirs_exist_ok=True, copy_function=copy)
 """
 
 

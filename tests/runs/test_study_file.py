@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from megamod.errors import UserError
-from megamod.runs.studies.study_file import read_study
+from megamod.runs.studies.finetuning import run_finetuning_cell
+from megamod.runs.studies.study_file import Cell, read_study
 
 STUDIES = Path(__file__).resolve().parents[2] / "launchers" / "recipes" / "studies"
 GOOD = {
@@ -77,3 +78,18 @@ def test_not_a_study(tmp_path, content):
 def test_shipped_studies(path):
     study = read_study(path)
     assert len({cell.name for cell in study.cells}) == len(study.cells)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"launcher": "mtl"}, "x.all.s1: the launcher mtl needs the setting tasks"),
+        ({"launcher": "bert"}, "launcher 'bert' is none of glue, ner, mtl"),
+        ({"launcher": "ner", "one_model_a_task": True}, "is for the launcher mtl, not ner"),
+    ],
+)
+def test_refused_settings_of_finetuning(tmp_path, settings, message):
+    cell = Cell("x", "all", 1, settings)
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_finetuning_cell(None, cell, tmp_path, tmp_path)
+    assert not list(tmp_path.iterdir())

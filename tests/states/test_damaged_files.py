@@ -164,7 +164,6 @@ STATES = [
     '{"state": {"step": 4, "data_step": 4, "tokens": {}}, "world_size": 0}',
     '{"state": {"step": 4, "data_step": 4, "tokens": {"law": 1.5}}}',
     '{"state": {"step": 4, "data_step": 4, "tokens": {}}, "setings": {}}',
-    '{"state": {"step": 4, "data_step": 3, "tokens": {}}}',
     '{"state": {"step": 4, "data_step": 4, "tokens": {}, "skipped": 5}}',
     '{"state": {"step": 4, "data_step": 4, "tokens": {}, "nonfinite_steps": [5]}}',
     '{"state": {"step": 4, "data_step": 4, "tokens": {}}, "optimizer_steps": 5}',

@@ -20,9 +20,10 @@ WORD = (1 << 64) - 1  # mask that makes negative integers uint64
 
 @np.errstate(over="ignore")
 def make_random_key(*parts: int | np.ndarray) -> np.ndarray:
-    """Make uint64 keys from integers, or from integer arrays that broadcast.
+    """Hash integers, or integer arrays that broadcast, to uint64 keys of their common shape.
 
-    Equal parts in the same order give equal keys. The result has the common shape of the parts.
+    Nothing is drawn: equal parts in the same order give equal keys, in another order others. Keys
+    seed permutations and generators. The hash is the mixing function of SplitMix64.
     """
     key = np.zeros((), dtype=np.uint64)
     for part in parts:

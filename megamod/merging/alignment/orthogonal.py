@@ -366,8 +366,12 @@ def match_signed_features(signed: Tensor, plain: Tensor | None = None) -> GroupM
     """Find the permutation of gated features, and the sign of each factor that the gate multiplies.
 
     Args:
-        signed: similarity [C, C] that changes its sign with the feature.
+        signed: similarity [C, C] of the first model's features (rows) and the second's, which
+            changes its sign with the feature.
         plain: similarity that does not, of the gates; None: 0.
+    Returns:
+        the match, with the map "sign" [C, 1, 1], float64 of -1 and 1, that acts after the
+        permutation.
     """
     similarity = signed.abs() if plain is None else signed.abs() + plain
     match: FeatureMatch = assign_features(similarity)

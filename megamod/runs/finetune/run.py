@@ -112,10 +112,13 @@ def _train_with_seeds(
 ) -> dict[int, Record] | None:
     """Train once with --seed, or once for each of --seeds in OUT/seed-S; collective.
 
+    Args:
+        parsed: see `finetune`; not changed.
     Returns:
         the entries of results.json by seed; None with --print_groups.
     """
-    run, seeds = parsed[0], parsed[3].seeds
+    run, _, _, stage, *_ = parsed
+    seeds = stage.seeds
     records = {}
     for seed in map(int, seeds or [run.seed]):
         folder = Path(run.output_dir) / f"seed-{seed}" if seeds else Path(run.output_dir)

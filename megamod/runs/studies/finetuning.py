@@ -50,13 +50,18 @@ def run_finetuning_cell(
         the figures, with a row per task and `mean`, and the digest of the model's weights if the
         model lies in a package.
     Raises:
-        UserError: for an unknown launcher, or settings that the launcher refuses.
+        UserError: for an unknown launcher, settings that the launcher refuses, or a setting that
+            the launcher mtl needs or another cannot have.
     """
     settings = dict(cell.settings)
     launcher = settings.pop("launcher", "glue")
     if launcher not in CLASSES:
         raise UserError(f"launcher {launcher!r} is none of {', '.join(CLASSES)}")
     several = settings.pop("one_model_a_task", False)
+    if launcher == "mtl" and "tasks" not in settings:
+        raise UserError(f"{cell.name}: the launcher mtl needs the setting tasks")
+    if launcher != "mtl" and several:
+        raise UserError(f"{cell.name}: one_model_a_task is for the launcher mtl, not {launcher}")
     tasks = settings["tasks"] if launcher == "mtl" else [None]
     runs = [[task] for task in tasks] if several else [tasks]
     figures, digests = Figures({}), {}
