@@ -219,7 +219,7 @@ def _list_columns(matrix: Mapping[str, Mapping[str, object]]) -> list[str]:
 def format_matrix(
     matrix: Mapping[str, Mapping[str, float]], corner: str = "expert \\ text", digits: int = 2
 ) -> str:
-    """Format a table of numbers; a star marks the smallest of each column.
+    """Format a table of numbers; of several rows a star marks the smallest of each column.
 
     Args:
         matrix: numbers by row, then column; cells may be missing.

@@ -81,12 +81,12 @@ def extract_lora(
         modules = map_modules_to_kinds(read_model_config(Path(base)))
         if modules is None:
             raise UserError(f"{base}: is of a type that transformers does not know, nor does peft")
-        return _write_adapter(
+        return _extract_adapter(
             first, second, modules, Path(output), rank, getattr(torch, dtype or "float32")
         )
 
 
-def _write_adapter(
+def _extract_adapter(
     base: TensorSource,
     finetuned: TensorSource,
     modules: Mapping[str, ModuleKind],
@@ -94,10 +94,13 @@ def _write_adapter(
     rank: int,
     dtype: torch.dtype,
 ) -> ExtractedAdapter:
-    """Write the adapter folder, with the factors of all changed linear layers; see `extract_lora`.
+    """Factorise the changes of all linear layers, and write them as an adapter folder; see
+    `extract_lora`.
 
     Args:
         modules: kinds of the base's modules by name, see `map_modules_to_kinds`.
+    Returns:
+        numbers of modules and the share of the changes that the factors explain.
     Raises:
         UserError: if a changed tensor is in none of `modules`, has two shapes, or nothing differs.
     """
@@ -146,7 +149,7 @@ def _write_adapter(
                         dtype
                     )
     for module in ranks:
-        # Of an adapted module, peft calls what it had before base_layer.
+        # peft has the original parameters of an adapted module under `base_layer`.
         key = f"{PREFIX}{module}.bias"
         if key in tensors:
             tensors[f"{PREFIX}{module}.base_layer.bias"] = tensors.pop(key)

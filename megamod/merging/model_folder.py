@@ -175,8 +175,9 @@ def find_commonest_chat_template(folders: Sequence[Path]) -> str | None:
 
 
 def _read_chat_template(folder: Path) -> str | None:
-    """Read the chat template from its own file, else from tokenizer_config.json; None if
-    neither has one.
+    """Read the chat template from its own file, else from tokenizer_config.json.
+
+    None if neither has one, or it is a list of several named ones.
 
     Raises:
         UserError: if tokenizer_config.json is not JSON.

@@ -120,7 +120,7 @@ def run_to_moe(args: MoeArgs) -> None:
     """
     if not args.dry_run:
         require_values(args, "output_dir")
-    from megamod.merging.moe.anchored import NAME, read_trained_rows
+    from megamod.merging.moe.anchored import NAME, read_trained_router_rows
     from megamod.merging.moe.convert import convert_to_moe
     from megamod.states.forest import Expert
 
@@ -136,7 +136,7 @@ def run_to_moe(args: MoeArgs) -> None:
     plan = convert_to_moe(
         recipe,
         None if args.output_dir is None else Path(args.output_dir),
-        read_trained_rows if anchored else _make_rows_function(args, recipe),
+        read_trained_router_rows if anchored else _make_rows_function(args, recipe),
         [expert.data_digest for expert in experts],
         experts_per_token=experts_per_token,
         anchor=args.anchor or anchored,

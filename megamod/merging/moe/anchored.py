@@ -24,7 +24,7 @@ def is_anchored(folder: Path) -> bool:
     return bool(read_model_config(folder).get("anchored"))
 
 
-def read_trained_rows(plan: MoePlan) -> RouterRows:
+def read_trained_router_rows(plan: MoePlan) -> RouterRows:
     """Read the router rows of anchored experts and of their anchor, in the order of the experts.
 
     Args:

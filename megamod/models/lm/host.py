@@ -91,8 +91,10 @@ class HostMixin:
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """Return the stock class's answer: transformers reads it in the source of a class's module,
-        and so would run mixtures expert by expert.
+        """Return the stock class's answer.
+
+        transformers looks for `@use_experts_implementation` in the source of a class's module, and
+        would not find it in this one: mixtures would run expert by expert.
         """
         stock = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
         return stock._can_set_experts_implementation()

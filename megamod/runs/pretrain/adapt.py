@@ -208,12 +208,14 @@ def write_model_with_new_expert(
 def add_to_forest(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, output: Path) -> str:
     """Add the new expert to its forest, for rank 0 alone; return a sentence for the console.
 
-    With --model there is no forest, and nothing is written. If --forest names a forest.json, or a
-    folder with one, that file is edited; entries of the model with experts to whose copy the new
-    expert was added then point to the copy, which holds the same experts. Without forest.json, such
-    a copy is the forest itself, and nothing is written; for any other new expert OUT/forest.json is
-    written with the experts of --forest and the new one. An entry that an earlier attempt of this
-    run made is replaced.
+    * --model: there is no forest, and nothing is written.
+    * --forest names a forest.json, or a folder with one: the file is edited. If the new expert is
+      in a copy of a model with experts, entries of that model become entries of the copy.
+    * no forest.json, and the new expert is in such a copy: the copy is the forest, and nothing is
+      written.
+    * otherwise OUT/forest.json is written with the experts of --forest and the new one.
+
+    An entry that an earlier attempt of this run made is replaced.
 
     Args:
         forest: opened from --forest before the training.

@@ -204,10 +204,14 @@ def run_sweep(
 def _make_jobs(task: str, model: str, file: SweepFile, where: str) -> Iterator[SweepJob]:
     """Yield a job for each number of instances and each seed of a task and a model.
 
+    Its flags are those of `common`, the task, the model and the number of instances, where a later
+    one replaces an earlier one; {N} in texts becomes that number. The launcher is glue by default.
+
     Args:
         where: the file, for messages.
     Raises:
-        UserError: for a launcher or a number of instances that is not allowed.
+        UserError: for a launcher or a number of instances that is not allowed, or flags of a number
+            of instances that are none.
     """
     flags = {**file.common, **file.tasks[task], **file.models[model]}
     launcher = flags.pop("launcher", "glue")
