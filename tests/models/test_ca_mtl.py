@@ -131,6 +131,7 @@ def test_a_checkpoint_without_the_matrix_of_its_length_is_refused(tmp_path):
     fields = {name: SMALL[name] for name in names} | {"type_vocab_size": 2}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     tensors = {
+        "bert.embeddings.word_embeddings.weight": torch.zeros(50, 32),
         "bert.task_type_embeddings.weight": torch.zeros(1, 32),
         "decoders.0.model.weight": torch.zeros(2, 32),
         "decoders.0.model.bias": torch.zeros(2),
