@@ -87,7 +87,8 @@ async def measure_delays(
 ) -> list[float]:
     """Send requests at a rate; return their delays in seconds, sorted.
 
-    It ends early, with an endless delay, as soon as a request waits for more than 3 times `limit`.
+    It ends early, with an endless delay, as soon as a request waits for more than 3 times `limit`
+    or the server refuses it as one too many (status 429).
     """
     count = max(LEAST_REQUESTS, round(LEAST_SECONDS * rate))
     settings = httpx.Limits(max_connections=None, max_keepalive_connections=200)
@@ -102,6 +103,9 @@ async def measure_delays(
             except httpx.TimeoutException:
                 late.set()
                 return float("inf")
+            if response.status_code == httpx.codes.TOO_MANY_REQUESTS:
+                late.set()
+                return float("inf")
             response.raise_for_status()
             return time.monotonic() - started
 
@@ -110,15 +114,19 @@ async def measure_delays(
             due += generator.expovariate(rate)
             await asyncio.sleep(max(0, due - time.monotonic()))
             tasks.append(asyncio.ensure_future(send()))
+        answers = asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.wait(
-            [asyncio.gather(*tasks), asyncio.ensure_future(late.wait())],
-            return_when=asyncio.FIRST_COMPLETED,
+            [answers, asyncio.ensure_future(late.wait())], return_when=asyncio.FIRST_COMPLETED
         )
-        if not late.is_set():
-            return sorted(task.result() for task in tasks)
         for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            task.cancel()  # those that are not done
+        delays = await answers
+    for delay in delays:
+        # A request whose time is over may end as cancelled instead of timed out.
+        if isinstance(delay, Exception):
+            raise delay
+    if not late.is_set() and all(isinstance(delay, float) for delay in delays):
+        return sorted(delays)
     return [float("inf")]
 
 
