@@ -180,7 +180,7 @@ def test_the_container_agrees_with_the_package():
                     assert word != "-c" or value in copied
                 else:
                     check_requirement(word)
-    # What setup.py reads and packs is in both images.
+    # Both images contain all files that setup.py reads and packs.
     packed = {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
     packed |= {"megamod", "kernels", "launchers", "ds_configs"}
     for target in ("cpu", "cuda"):

@@ -61,9 +61,8 @@ class LivePage:
         with the reason.
         """
         with self.lock:
-            version = (
-                self.compute_version()
-            )  # before the files are read, so that no change is missed
+            # Computed before the files are read, so that no change is missed.
+            version = self.compute_version()
             if version != self.version:
                 script = SCRIPT % json.dumps(version)
                 try:
