@@ -1,6 +1,8 @@
 """Benchmark cases: each operation, its competitors, and lower bounds of its bytes and FLOPs.
 
-Bytes and FLOPs are derived in docs/kernels.md. P is the number of mixed positions.
+A function `make_..._case(shape, dtype, device)` makes the case of an operation from the shape of
+its inputs, a name in `DTYPES`, and "cuda" or "cpu". Bytes and FLOPs are derived in docs/kernels.md.
+P is the number of mixed positions.
 """
 
 import re
@@ -11,12 +13,12 @@ from functools import partial
 import flex
 import torch
 from megamod_kernels.demux import Chain, rsa_demux, rsa_demux_reference, split_projection
+from megamod_kernels.instance_attention import instance_attention, instance_attention_reference
 from megamod_kernels.keyed_linear import keyed_linear, keyed_linear_reference
 from megamod_kernels.mux import multiplex
 from megamod_kernels.mux_attention import mux_attention, mux_attention_reference
 from megamod_kernels.mux_embed import Tables, mux_embed, mux_embed_reference
 from megamod_kernels.norm_linear import Norm, norm_linear, norm_linear_reference
-from megamod_kernels.slot_attention import slot_attention, slot_attention_reference
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -83,6 +85,8 @@ class Case:
 def parse_shape(text: str) -> Shape:
     """Parse SIZE-nN[-sLENGTH][-gGROUPS]; 128 tokens and 32 groups where they are missing.
 
+    Args:
+        text: such as "base-n5-s512"; SIZE is a name in `SIZES`.
     Raises:
         SystemExit: for anything else, with a message that names --shape.
     """
@@ -101,12 +105,18 @@ def _draw_parameter(device: str, dtype: torch.dtype, *shape: int, scale: float =
 
 
 def _make_bounds_by_mode(forward: float, backward: float) -> dict[str, float]:
-    """Make the lower bounds by mode: forward, backward, and their sum."""
+    """Make the lower bounds by mode, "fwd", "bwd" and their sum "fwd_bwd".
+
+    `forward` and `backward` are numbers of bytes or of FLOPs.
+    """
     return {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}
 
 
 def make_multiplex_case(shape: Shape, dtype: str, device: str) -> Case:
-    """Make the case of the multiplexer: the keyed mean of N instances, keys frozen."""
+    """Make the case of the multiplexer: the keyed mean of N instances, keys frozen.
+
+    Arguments: see the top of the file.
+    """
     kind = DTYPES[dtype]
     N, D, unit = shape.instances, shape.size, shape.positions * shape.size * kind.itemsize
     key = torch.randn(N, D, device=device)
@@ -132,7 +142,12 @@ def make_multiplex_case(shape: Shape, dtype: str, device: str) -> Case:
 
 
 def make_rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) -> Case:
-    """Make the case of RSA demultiplexing of all positions, with L layers."""
+    """Make the case of RSA demultiplexing of all positions, with L layers.
+
+    Args:
+        shape, dtype, device: as of every case.
+        layers: L, the split layer included.
+    """
     kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
     draw = partial(_draw_parameter, device, kind)
     inputs = {
@@ -149,7 +164,7 @@ def make_rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) 
         inputs |= {f"dense_{layer}": draw(D, D, scale=D**-0.5), f"dense_{layer}_bias": draw(D)}
 
     def make_chain(weights: Mapping[str, Tensor]) -> Chain:
-        """Make the chain of the layers after the first from the inputs of that name."""
+        """Make the chain of the layers after the first from the inputs of their names."""
         names = (*(f"dense_{layer}" for layer in range(2, layers)), "last", "norm")
         *dense, last, norm = ((weights[name], weights[f"{name}_bias"]) for name in names)
         return Chain(dense, last, norm, EPS)
@@ -157,7 +172,11 @@ def make_rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) 
     def demux_concatenated(
         hidden: Tensor, key: Tensor, first: Tensor, first_bias: Tensor, **weights: Tensor
     ) -> Tensor:
-        """Demultiplex in plain torch, with the concatenation of keys and states, as published."""
+        """Demultiplex in plain torch, with the concatenation of keys and states, as published.
+
+        `hidden` [B, L, D], `key` [N, D], `first` [D, 2 D] and `first_bias` [D] of the first layer;
+        `weights` are those of the others by name. Returns [B, N, L, D].
+        """
         chain = make_chain(weights)
         keys = key[None, :, None].expand(len(hidden), -1, hidden.shape[1], -1)
         repeated = hidden[:, None].expand(-1, len(key), -1, -1)
@@ -174,7 +193,10 @@ def make_rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) 
         first_bias: Tensor,
         **weights: Tensor,
     ) -> Tensor:
-        """Demultiplex by `demux`, with the first layer split into two parts."""
+        """Demultiplex by `demux`, with the first layer split into two parts.
+
+        `demux` is `rsa_demux` or its reference; other arguments as of `demux_concatenated`.
+        """
         return demux(*split_projection(hidden, key, first, first_bias), make_chain(weights))
 
     variants = {"ours": partial(demux_split, rsa_demux)}
@@ -199,12 +221,18 @@ def make_rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) 
 
 
 def make_rsa_demux_l3_case(shape: Shape, dtype: str, device: str) -> Case:
-    """Make the case of RSA demultiplexing with L = 3, as in the published models."""
+    """Make the case of RSA demultiplexing with L = 3, as in the published models.
+
+    Arguments: see the top of the file.
+    """
     return make_rsa_demux_case(shape, dtype, device, layers=3)
 
 
 def _draw_embedding_inputs(shape: Shape, dtype: str, device: str) -> dict[str, Tensor]:
-    """Draw ids, keys, and all parameters of `Tables`, by name."""
+    """Draw ids [B * N, L], keys [N, D], and all parameters of `Tables`, by name.
+
+    Arguments: see the top of the file.
+    """
     kind, D = DTYPES[dtype], shape.size
     draw = partial(_draw_parameter, device, kind)
     key = torch.randn(shape.instances, D, device=device)
@@ -221,7 +249,10 @@ def _draw_embedding_inputs(shape: Shape, dtype: str, device: str) -> dict[str, T
 
 
 def make_mux_embed_case(shape: Shape, dtype: str, device: str) -> Case:
-    """Make the case from token ids to the encoder's input: embedding, keyed mean, embedding."""
+    """Make the case from token ids to the encoder's input: embedding, keyed mean, embedding.
+
+    Arguments: see the top of the file.
+    """
     N, D, P = shape.instances, shape.size, shape.positions
     inputs = _draw_embedding_inputs(shape, dtype, device)
 
@@ -249,7 +280,8 @@ def make_mux_embed_case(shape: Shape, dtype: str, device: str) -> Case:
 def make_mux_attention_case(shape: Shape, dtype: str, device: str) -> Case:
     """Make the case from token ids to the first block's attention, with the residual added.
 
-    "ours" is what "auto" does; "ours fused" embeds and projects in one kernel.
+    "ours" is what "auto" does; "ours fused" embeds and projects in one kernel. Arguments: see the
+    top of the file.
     """
     kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
     inputs = _draw_embedding_inputs(shape, dtype, device)
@@ -264,7 +296,11 @@ def make_mux_attention_case(shape: Shape, dtype: str, device: str) -> Case:
         key: Tensor,
         **arguments: Tensor,
     ) -> Tensor:
-        """Return the sum of both results of `attention`, as a case has one result."""
+        """Return the sum [B, L, D] of both results of `attention`, as a case has one result.
+
+        `attention` is `mux_attention` or its reference; `arguments` are the tables and projections
+        by name.
+        """
         flat = [arguments.pop(f"to_{name}") for name in names]
         projections = list(zip(flat[::2], flat[1::2], strict=True))
         tables = Tables(**arguments, word_padding=0)
@@ -292,7 +328,10 @@ def make_mux_attention_case(shape: Shape, dtype: str, device: str) -> Case:
 
 
 def make_norm_linear_case(shape: Shape, dtype: str, device: str) -> Case:
-    """Make the case of the encoder's last norm and half of the demultiplexer's first layer."""
+    """Make the case of the encoder's last norm and half of the demultiplexer's first layer.
+
+    Arguments: see the top of the file.
+    """
     kind, D, P = DTYPES[dtype], shape.size, shape.positions
     draw = partial(_draw_parameter, device, kind)
     inputs = {
@@ -324,10 +363,10 @@ def make_norm_linear_case(shape: Shape, dtype: str, device: str) -> Case:
     )
 
 
-def make_slot_attention_case(shape: Shape, dtype: str, device: str) -> Case:
+def make_instance_attention_case(shape: Shape, dtype: str, device: str) -> Case:
     """Make the case of attention among the N instances of each position.
 
-    The competitor is stock attention on B * L sequences of N.
+    The competitor is stock attention on B * L sequences of N. Arguments: see the top of the file.
     """
     kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
     sizes = (shape.groups, N, shape.length, D)
@@ -337,12 +376,12 @@ def make_slot_attention_case(shape: Shape, dtype: str, device: str) -> Case:
         device,
         inputs,
         {
-            "ours": partial(slot_attention, heads=shape.heads),
-            "eager sdpa": partial(slot_attention_reference, heads=shape.heads),
+            "ours": partial(instance_attention, heads=shape.heads),
+            "eager sdpa": partial(instance_attention_reference, heads=shape.heads),
         },
         ("eager sdpa",),
         ("q", "k", "v"),
-        partial(slot_attention_reference, heads=shape.heads),
+        partial(instance_attention_reference, heads=shape.heads),
         _make_bounds_by_mode(4 * N * unit, 7 * N * unit),
         _make_bounds_by_mode(4 * N * N * D * P, 10 * N * N * D * P),
         flex.make_flex_variants(N, shape.length, shape.heads, device),
@@ -350,7 +389,10 @@ def make_slot_attention_case(shape: Shape, dtype: str, device: str) -> Case:
 
 
 def make_keyed_linear_case(shape: Shape, dtype: str, device: str) -> Case:
-    """Make the case of query, key and value projections of instances times their keys."""
+    """Make the case of query, key and value projections of instances times their keys.
+
+    Arguments: see the top of the file.
+    """
     kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
     key = torch.randn(N, D, device=device)
     inputs = {
@@ -377,7 +419,7 @@ CASES: dict[str, Callable[[Shape, str, str], Case]] = {
     "multiplex": make_multiplex_case,
     "mux_embed": make_mux_embed_case,
     "mux_attention": make_mux_attention_case,
-    "slot_attention": make_slot_attention_case,
+    "instance_attention": make_instance_attention_case,
     "keyed_linear": make_keyed_linear_case,
     "norm_linear": make_norm_linear_case,
     "rsa_demux": make_rsa_demux_case,

@@ -82,7 +82,10 @@ def synchronise(cuda: bool) -> None:
 
 
 def measure_machine_speed(device: str) -> MachineSpeed:
-    """Measure copy bandwidth (bytes read and written) and rate of a large GEMM, the best of ten."""
+    """Measure copy bandwidth (bytes read and written) and rate of a large GEMM, the best of ten.
+
+    `device` is "cuda" or "cpu".
+    """
     clock = Clock(device)
     cuda = device == "cuda"
     source = torch.empty(1 << 30 if cuda else 1 << 25, dtype=torch.int8, device=device)

@@ -47,7 +47,10 @@ def main() -> int:
 
 
 def run_under_checker(device: str) -> int:
-    """Run this program under compute-sanitizer and return the exit code; 0 if that is missing."""
+    """Run this program under compute-sanitizer and return the exit code; 0 if that is missing.
+
+    `device` is passed on as --device.
+    """
     checker = shutil.which("compute-sanitizer")
     if checker is None:
         print("compute-sanitizer is not on the PATH: memory accesses were not checked")

@@ -1,4 +1,4 @@
-"""FlexAttention in place of `slot_attention`: the same attention as a mask, or as small batches."""
+"""FlexAttention in place of `instance_attention`, with a mask or with small batches."""
 
 from collections.abc import Callable
 
@@ -10,10 +10,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 def make_block_diagonal_attention(
     instances: int, length: int, heads: int, device: str
 ) -> Callable[..., Tensor]:
-    """Make attention over one sequence of L * N tokens, in which a token attends to the N tokens of
-    its own position only.
+    """Make attention over one sequence of L * N tokens, within the N tokens of each position.
 
-    q, k, v [B, N, L, D] -> [B, N, L, D]. The mask is made here, once.
+    Args:
+        instances, length, heads: N, L and the number of heads.
+        device: of the mask, which is made here, once.
+    Returns:
+        a function of q, k, v [B, N, L, D] that returns [B, N, L, D].
     Source: Dong et al. 2024 (Flex Attention), document masking.
     """
 
@@ -25,6 +28,7 @@ def make_block_diagonal_attention(
     mask = create_block_mask(have_same_position, None, None, size, size, device=device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend among all tokens of a group with the mask; q, k, v and result [B, N, L, D]."""
         q, k, v = (_transpose_positions_first(x).flatten(1, 2) for x in (q, k, v))  # [B, L * N, D]
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
         mixed = flex_attention(q, k, v, block_mask=mask).transpose(1, 2).flatten(2)
@@ -34,9 +38,14 @@ def make_block_diagonal_attention(
 
 
 def make_small_batch_attention(heads: int) -> Callable[..., Tensor]:
-    """Make attention over B * L sequences of N tokens: q, k, v [B, N, L, D] -> [B, N, L, D]."""
+    """Make attention over B * L sequences of N tokens, with some number of heads.
+
+    Returns:
+        a function of q, k, v [B, N, L, D] that returns [B, N, L, D].
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend among the instances of each position; q, k, v and result [B, N, L, D]."""
         groups, length = q.shape[0], q.shape[2]
         q, k, v = (
             _transpose_positions_first(x).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -56,7 +65,12 @@ def _transpose_positions_first(x: Tensor) -> Tensor:
 def make_flex_variants(
     instances: int, length: int, heads: int, device: str
 ) -> dict[str, Callable[..., Tensor]]:
-    """Make the FlexAttention variants by name; none for a CPU, where they have no backward pass."""
+    """Make the FlexAttention variants by name; none for a CPU, where they have no backward pass.
+
+    Args:
+        instances, length, heads: N, L and the number of heads.
+        device: "cuda" or "cpu".
+    """
     if torch.device(device).type != "cuda":
         return {}
     return {

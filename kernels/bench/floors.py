@@ -88,7 +88,7 @@ FLOORS = (
     Floor("best compile of the concatenated form / ours", DEMUX[:1], BOTH, CONCAT, 1.6, (2, 4)),
     Floor("best compile of the concatenated form / ours", DEMUX[1:], BOTH, CONCAT, 1.5, (5, 64)),
     Floor("best compile of the split form / ours", DEMUX, BOTH, SPLIT, 1.15),
-    Floor("best of SDPA and FlexAttention / ours", ("slot_attention",), BOTH, ATTENTION, 3.0),
+    Floor("best of SDPA and FlexAttention / ours", ("instance_attention",), BOTH, ATTENTION, 3.0),
     Floor("best compile / ours", ("mux_embed",), BOTH, COMPILED, 1.5, (5, 64)),
     Floor("best compile / ours", ("multiplex",), MODES, COMPILED, 0.97),
     Floor("share of copy bandwidth", ("multiplex",), ("fwd",), (), 0.85, least_bytes=LARGE),
@@ -126,7 +126,10 @@ def judge_overhead(overhead: Mapping[str, float]) -> Verdict:
 
 
 def _compute_limited_value(floor: Floor, variants: Mapping[str, Row]) -> float | None:
-    """Compute the value that a floor limits; 0 if ours failed, None without a competitor's time."""
+    """Compute the value that a floor limits; 0 if ours failed, None without a competitor's time.
+
+    `variants` are the rows of one case by variant.
+    """
     ours = variants["ours"]
     if "failed" in ours:
         return 0.0

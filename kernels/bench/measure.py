@@ -17,9 +17,10 @@ Row = dict[str, object]
 
 
 def make_variants(case: Case, compiled: str) -> dict[str, Variant]:
-    """Make the variants by name: ours, plain torch, and torch compiled.
+    """Make the functions to measure by name: ours, plain torch, and torch compiled.
 
     Args:
+        case: gives the variants, and the names of those to compile.
         compiled: "none", "default", or "all" for max-autotune too.
     """
     # A variant is compiled for every shape anew, as if it were the only one of a program.
@@ -48,11 +49,16 @@ def measure_case(
     A variant that raises an error, or that is not run for lack of time, has a row with "failed".
 
     Args:
+        case: operation, inputs, and least bytes and FLOPs.
         mode: "fwd", "bwd" or "fwd_bwd".
         variants: result of `make_variants`.
+        machine_speed: converts bytes and FLOPs to the floor, the least possible time.
         rounds: timed calls of each variant.
         deadline: time of `time.monotonic` after which only "ours" is run if it has not been yet;
             variants that have been run are timed all the same.
+    Returns:
+        rows with times in microseconds ("us" the median, "us_p20", "us_p80"), errors, and
+        "share_of_floor", the floor over the median.
     """
     clock = Clock(case.device)
     exact = compute_exact_results(case, mode)
@@ -139,7 +145,10 @@ def format_error(error: BaseException) -> str:
 
 
 def _compute_results(case: Case, variant: Variant, upstream: Tensor | None) -> list[Tensor]:
-    """Run a variant and return its value, and the gradients if there is an upstream gradient."""
+    """Run a variant on the inputs of a case and return its value and its gradients.
+
+    `upstream` is the gradient of the value; None: only the value is returned.
+    """
     if upstream is None:
         with torch.no_grad():
             result = [variant(**case.inputs)]
@@ -154,12 +163,17 @@ def _compute_results(case: Case, variant: Variant, upstream: Tensor | None) -> l
 def _make_call(
     case: Case, variant: Variant, mode: str, upstream: Tensor | None
 ) -> Callable[[], object]:
-    """Make the call that is timed in a mode; for "bwd" the forward pass runs here, once."""
+    """Make the call without arguments that is timed in a mode, "fwd", "bwd" or "fwd_bwd".
+
+    It runs `variant` on the inputs of the case; for "bwd" the forward pass runs here, once.
+    `upstream` is the gradient of the value, None for "fwd".
+    """
     inputs, leaves = case.inputs, [case.inputs[name] for name in case.differentiable]
 
     if mode == "fwd":
 
         def forward() -> Tensor:
+            """Run the forward pass, without a graph for gradients."""
             with torch.no_grad():
                 return variant(**inputs)
 

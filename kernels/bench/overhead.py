@@ -40,7 +40,7 @@ def measure_launch_overhead(
 
 
 def _time_calls(call: Callable[[], Tensor], calls: int, cuda: bool) -> float:
-    """Return the host's seconds per call, averaged over `calls` calls."""
+    """Return the host's seconds per call, averaged over `calls` calls; `cuda`: on a GPU."""
     synchronise(cuda)
     start = time.perf_counter()
     for _ in range(calls):

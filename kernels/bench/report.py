@@ -98,6 +98,7 @@ def replace_between_markers(path: Path, begin: str, end: str, text: str) -> None
     """Replace the text between two markers of a document, which stay.
 
     Args:
+        path: the document.
         begin, end: the markers.
         text: new text between them.
     Raises:
@@ -112,7 +113,7 @@ def replace_between_markers(path: Path, begin: str, end: str, text: str) -> None
 
 
 def write_table_into_document(record: Mapping[str, object], path: Path) -> None:
-    """Write a record's table between the markers BEGIN and END of a document.
+    """Write the table of a record between the markers BEGIN and END of the document `path`.
 
     Raises:
         SystemExit: as `replace_between_markers`.
@@ -121,7 +122,7 @@ def write_table_into_document(record: Mapping[str, object], path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically; the folder is made if it is missing."""
+    """Write `text` to the file `path` atomically; the folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(text, encoding="utf-8")
@@ -134,7 +135,7 @@ def write_json(record: Mapping[str, object], path: Path) -> None:
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows as CSV; missing fields are empty."""
+    """Write rows to the file `path` as CSV with the columns FIELDS; missing fields are empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
@@ -145,7 +146,9 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 def plot_times(rows: Sequence[Row], path: Path) -> None:
     """Plot times and shares of the floor of every variant: a panel per operation and mode.
 
-    Without matplotlib, or without times, nothing is written.
+    Args:
+        rows: as `measure.measure_case` returns them, with "op" and "shape".
+        path: image file; without matplotlib, or without times, nothing is written.
     """
     try:
         import matplotlib

@@ -81,6 +81,9 @@ def main() -> int:
 def measure_requests(args: argparse.Namespace, requests: list) -> dict[str, object]:
     """Measure all requests and return the record, which is written to --json after every request.
 
+    Args:
+        args: result of `parse_arguments`.
+        requests: of class `schedule.Request`, the most important first.
     Returns:
         "yard", the speed of the machine; "overhead" of a launch; "rows", a row per variant and
         mode; "not_measured", requests that there was no time for.
@@ -117,7 +120,7 @@ def measure_requests(args: argparse.Namespace, requests: list) -> dict[str, obje
 
 
 def write_json_table_into_document(source: Path, document: Path) -> int:
-    """Write the table of an earlier run's --json file into a document; return the exit code 0."""
+    """Write the table of `source`, a --json file of an earlier run, into a document; return 0."""
     from report import write_table_into_document
 
     write_table_into_document(json.loads(source.read_text(encoding="utf-8")), document)

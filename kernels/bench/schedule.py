@@ -36,7 +36,7 @@ FIRST = (  # operations with a floor, at the shapes that matter most
     Request("rsa_demux_l3", "base-n5"),
     Request("mux_embed", "base-n5", ("fwd_bwd", "fwd")),
     Request("multiplex", "base-n5-g512", ("fwd", "fwd_bwd")),
-    Request("slot_attention", "base-n5"),
+    Request("instance_attention", "base-n5"),
     Request("rsa_demux", "base-n2"),
     Request("rsa_demux", "base-n10"),
     Request("mux_embed", "base-n10"),
@@ -46,7 +46,10 @@ FIRST = (  # operations with a floor, at the shapes that matter most
 
 
 def list_all_requests(ops: Iterable[str]) -> list[Request]:
-    """List all measurements, the most important first: floors, each operation once, all shapes."""
+    """List all measurements of the operations `ops`, the most important first.
+
+    Floors come first, then each operation once, then all shapes.
+    """
     names = list(ops)
     rest = [Request(op, shape) for shape in ("base-n5", *SHAPES) for op in names]
     named = list(FIRST)
@@ -69,6 +72,8 @@ def measure_all(
     """Yield each request with its rows; None for those that there is no time for.
 
     Args:
+        requests: in the order in which they are measured.
+        device, dtype: "cuda" or "cpu", and a name in `cases.DTYPES`.
         compiled: "none", "default", "all", or "floors": "all" for requests that are `tuned`, else
             "default".
         rounds, machine_speed: see `measure_case`.

@@ -12,6 +12,7 @@ from itertools import product
 from megamod_kernels import (
     demux,
     demux_kernels,
+    instance_attention,
     mux,
     mux_attention,
     mux_attention_kernels,
@@ -20,10 +21,9 @@ from megamod_kernels import (
     mux_kernels,
     norm_linear,
     norm_linear_kernels,
-    slot_attention,
 )
+from megamod_kernels import instance_attention_kernels as instance_kernels
 from megamod_kernels import keyed_linear_kernels as keyed_kernels
-from megamod_kernels import slot_attention_kernels as slot_kernels
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,20 @@ def list_mux_builds() -> Iterator[Build]:
 
 
 def _make_mux_embed_flags(size: int, dropout: bool) -> dict[str, object]:
-    """Make the compile-time arguments of embedding kernels with every optional input passed."""
+    """Make the compile-time arguments of embedding kernels with every optional input passed.
+
+    `size` is the hidden size D; `dropout`: with dropout.
+    """
     flags = {"TYPES": 1, "FIRSTS": True, "SECONDS": True, "POSITIONS": True, "KEEP": True}
     flags |= {"MIXED": False, "SECOND": False, "DROPOUT": dropout}
     return flags | {"CHUNK": mux_embed.CHUNK, **mux_embed.make_width_arguments(size)}
 
 
 def _list_mux_embed_types(names: Iterable[str], dtype: str) -> dict[str, str]:
-    """List the types of arguments by name, as in `Build.signature`; most tensors are of `dtype`."""
+    """Map argument names to types, as in `Build.signature`; most tensors are of `dtype`.
+
+    `dtype` is "bf16" or "fp32".
+    """
     kinds = dict.fromkeys(names, f"*{dtype}")
     kinds |= dict.fromkeys(
         ("stats", "second_stats", "partial", "head", "tail", "sums", "second_sums"), "*fp32"
@@ -177,8 +183,8 @@ def list_mux_attention_builds() -> Iterator[Build]:
         )
 
 
-def list_slot_attention_builds() -> list[Build]:
-    """List the builds of `slot_attention`, with N = 5 and, with dropout, N = 12.
+def list_instance_attention_builds() -> list[Build]:
+    """List the builds of `instance_attention`, with N = 5 and, with dropout, N = 12.
 
     In bf16 these select the tiles of 32 and of 64 rows.
     """
@@ -186,13 +192,15 @@ def list_slot_attention_builds() -> list[Build]:
     types = {"mask": "*i1", "seed": "*i64", "scale": "fp32", "dropout": "fp32"}
     for size, dtype, instances in product((768, 1024, 2048), ("bf16", "fp32"), (5, 12)):
         head, drops = 128 if size == 2048 else 64, instances == 12
-        rows, warps = slot_kernels.select_tile(instances, head, 2 if dtype == "bf16" else 4)
-        constants = slot_kernels.make_compile_time_arguments(
-            instances, size // head, head, rows, slot_attention.MASKED, drops
+        rows, warps = instance_kernels.select_rows_and_warps(
+            instances, head, 2 if dtype == "bf16" else 4
+        )
+        constants = instance_kernels.make_compile_time_arguments(
+            instances, size // head, head, rows, instance_attention.MASKED, drops
         )
         for kernel in (
-            slot_kernels.slot_attention_fwd_kernel,
-            slot_kernels.slot_attention_bwd_kernel,
+            instance_kernels.instance_attention_fwd_kernel,
+            instance_kernels.instance_attention_bwd_kernel,
         ):
             names = [name for name in kernel.arg_names if name not in constants]
             tensors = (
@@ -331,7 +339,7 @@ def list_demux_builds() -> Iterator[Build]:
                 flags = (
                     demux.select_whole_row_launch
                     if "TILES" in kernel.arg_names
-                    else demux.select_tile_launch
+                    else demux.select_column_tile_launch
                 )(size, itemsize) | layers
             warps, stages = flags.pop("num_warps"), flags.pop("num_stages", 3)
             flags |= {"PAIRS": size == 1024, "DROPOUT": size == 768}
@@ -359,7 +367,7 @@ BUILDS: dict[str, Callable[[], Iterable[Build]]] = {
     "mux": list_mux_builds,
     "mux_embed": list_mux_embed_builds,
     "mux_attention": list_mux_attention_builds,
-    "slot_attention": list_slot_attention_builds,
+    "instance_attention": list_instance_attention_builds,
     "keyed_linear": list_keyed_linear_builds,
     "norm_linear": list_norm_linear_builds,
     "demux": list_demux_builds,

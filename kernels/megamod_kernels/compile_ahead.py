@@ -75,7 +75,8 @@ def measure_resources(build: Build, capability: int) -> dict[str, int]:
 def compute_digest(build: Build, capability: int) -> str:
     """Compute a digest of all that decides the machine code of a build: source, settings, Triton.
 
-    Triton's key of a kernel covers the functions it calls, and its line number.
+    `capability` is the compute capability, such as 90. Triton's key of a kernel covers the
+    functions it calls, and its line number.
     """
     settings = (build.signature, build.constants, build.aligned, build.num_warps, build.num_stages)
     text = f"{triton.__version__} {capability} {build.kernel.cache_key} {settings}"
@@ -83,7 +84,7 @@ def compute_digest(build: Build, capability: int) -> str:
 
 
 def find_refused_arguments(build: Build) -> list[str]:
-    """List the integer arguments for which the kernel does not compile when they are 1.
+    """List the integer arguments of `build` for which its kernel does not compile when they are 1.
 
     A launch turns the value 1 into a constant, which lacks some methods of other integers. Only
     Triton's first stage is run, for sm_90.
@@ -119,6 +120,7 @@ def list_faults(usage: Mapping[str, int], capability: int) -> list[str]:
 
     Args:
         usage: result of `measure_resources` for this capability.
+        capability: compute capability, such as 90.
     """
     listed = [f"{usage[name]} bytes of {name}" for name in ("stack", "spills") if usage[name]]
     limit = SHARED_LIMIT[capability]

@@ -1,8 +1,9 @@
 """RSA demultiplexing: from a mixed sequence back to its N instances, by a key for each.
 
-The first layer sees [key ; hidden]. Its matrix is split, W = [W_key | W_hidden], so that the hidden
-part is computed once per mixed position and the key part once per instance: 2 N times fewer FLOPs
-than with the concatenation, which is never built.
+B, N, L, D: groups, instances of a group, tokens of a sequence, hidden size; R: rows of the output,
+R = B * N * L unless pairs are selected. The first layer sees [key ; hidden]. Its matrix is split, W
+= [W_key | W_hidden], so that the hidden part is computed once per mixed position and the key part
+once per instance: 2 N times fewer FLOPs than with the concatenation, which is never built.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,8 @@ def select_whole_row_launch(size: int, itemsize: int) -> dict[str, int | bool]:
     Backward holds six such tensors, so the number of rows is limited by elements per thread.
 
     Args:
-        size: D; `itemsize`: bytes of an element, also in the next two functions.
+        size: hidden size D.
+        itemsize: bytes of an element.
     """
     warps = 4 if size <= 2048 else 8
     share = size / (32 * warps)  # columns of a row per thread
@@ -52,19 +54,23 @@ def select_whole_row_launch(size: int, itemsize: int) -> dict[str, int | bool]:
 
 
 def make_width_arguments(size: int) -> dict[str, int | bool]:
-    """Return WIDTH, the columns of a tile, and WHOLE: it divides `size`, so none is masked."""
+    """Return WIDTH, the columns of a tile, and WHOLE: it divides `size`, so no column is masked."""
     return {"WIDTH": WIDTH, "WHOLE": size % WIDTH == 0}
 
 
-def select_tile_launch(size: int, itemsize: int) -> dict[str, int | bool]:
-    """Return the launch settings of kernels whose programs compute one tile of WIDTH columns."""
+def select_column_tile_launch(size: int, itemsize: int) -> dict[str, int | bool]:
+    """Return the launch settings of kernels whose programs compute one tile of WIDTH columns.
+
+    `size` is the hidden size D, `itemsize` the bytes of an element.
+    """
     return {"ROWS": 32 // itemsize, **make_width_arguments(size), "num_warps": 4}
 
 
 def select_matmul_launch(rows: int, size: int, itemsize: int) -> dict[str, int | bool]:
-    """Return the launch settings of the fused product, which computes the states it reads.
+    """Return the launch settings of `rsa_demux_matmul_kernel`, which computes the states it reads.
 
-    Each column tile recomputes the states of its rows, so tiles are wide from 4,096 rows on.
+    Each column tile recomputes the states of its rows, so tiles are wide from 4,096 rows on. The
+    product is [rows, size]; `itemsize` is the bytes of an element.
     """
     names = ("ROWS", "COLUMNS", "INNER", "num_warps", "num_stages")
     chosen = (32, 64, 32, 8, 2)
@@ -88,9 +94,11 @@ def _rsa_demux(
     """Return the output [R, D], and the input of every GELU but the first, [layers, R, D].
 
     Args:
+        hidden_part, key_part: [B, L, D] and [N, D].
         weights: as `_flatten_chain` lists them.
         pair_position, pair_instance: [R] int64 indices into [B * L] and [N]; None for all.
         seed: [1] int64; None without dropout.
+        dropout, eps: dropout probability, epsilon of the norm.
         own_matmul: see `rsa_demux_triton`.
     """
     from megamod_kernels import demux_kernels as kernels
@@ -115,32 +123,14 @@ def _rsa_demux(
     for layer, (weight, bias) in enumerate(layers):
         if own_matmul:
             kernels.rsa_demux_matmul_kernel[tiles](
-                hidden_part,
-                key_part,
-                pre_gelu,
-                output,
-                weight,
-                bias,
-                pre_gelu[layer],
-                *indices,
-                *counts,
-                LAYERS=layer,
-                LAST=layer == len(layers) - 1,
-                **flags,
-                **tile,
-            )
+                hidden_part, key_part, pre_gelu, output, weight, bias, pre_gelu[layer], *indices,
+                *counts, LAYERS=layer, LAST=layer == len(layers) - 1, **flags, **tile,
+            )  # fmt: skip
             continue
         kernels.rsa_demux_state_kernel[grid](
-            hidden_part,
-            key_part,
-            pre_gelu,
-            output,
-            *indices,
-            *counts,
-            LAYERS=layer,
-            **flags,
+            hidden_part, key_part, pre_gelu, output, *indices, *counts, LAYERS=layer, **flags,
             **launch,
-        )
+        )  # fmt: skip
         torch.addmm(bias, output, weight.T, out=pre_gelu[layer])
     kernels.rsa_demux_finish_kernel[grid](pre_gelu[-1], *norm, output, rows, size, eps, **launch)
     return output, pre_gelu
@@ -158,13 +148,17 @@ def _(
     eps: float,
     own_matmul: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Return empty results of `_rsa_demux`, for tracing by torch.compile."""
     return _allocate_outputs(hidden_part, key_part, weights, pair_position)
 
 
 def _allocate_outputs(
     hidden_part: Tensor, key_part: Tensor, weights: Sequence[Tensor], pair_position: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Allocate the output [R, D] and the GELU inputs [layers, R, D]."""
+    """Allocate the output [R, D] and the GELU inputs [layers, R, D] of `_rsa_demux`.
+
+    Arguments as there.
+    """
     groups, length, size = hidden_part.shape
     rows = groups * len(key_part) * length if pair_position is None else pair_position.shape[0]
     return hidden_part.new_empty(rows, size), hidden_part.new_empty(
@@ -188,8 +182,8 @@ def _rsa_demux_backward(
     """Return the gradients of hidden_part, key_part and all weights, in their shapes.
 
     `upstream` [R, D] is the gradient of the output, `pre_gelu` the second result of `_rsa_demux`;
-    other arguments as there. Weight gradients are the vendor's products;
-    sums over rows are accumulated in float32.
+    other arguments as there. Weight gradients are the vendor's products; sums over rows are
+    accumulated in float32.
     """
     from megamod_kernels import demux_kernels as kernels
 
@@ -206,7 +200,7 @@ def _rsa_demux_backward(
     dropout_flag, itemsize = {"DROPOUT": seed is not None}, hidden_part.element_size()
     launch, tile = (
         select_whole_row_launch(size, itemsize) | dropout_flag,
-        select_tile_launch(size, itemsize) | dropout_flag,
+        select_column_tile_launch(size, itemsize) | dropout_flag,
     )
     column_tiles = -(-size // WIDTH)
     pairs = {"PAIRS": pair_position is not None}
@@ -222,27 +216,9 @@ def _rsa_demux_backward(
         last = layer == len(layers) - 1
         partial = hidden_part.new_empty((programs, 3 if last else 1, size), dtype=torch.float32)
         kernels.rsa_demux_layer_bwd_kernel[(programs,)](
-            hidden_part,
-            key_part,
-            pre_gelu,
-            upstream,
-            norm[0],
-            grad,
-            state,
-            partial,
-            *indices,
-            rows,
-            length,
-            size,
-            N,
-            dropout,
-            eps,
-            blocks,
-            LAYER=layer,
-            NORM=last,
-            **pairs,
-            **launch,
-        )
+            hidden_part, key_part, pre_gelu, upstream, norm[0], grad, state, partial, *indices,
+            rows, length, size, N, dropout, eps, blocks, LAYER=layer, NORM=last, **pairs, **launch,
+        )  # fmt: skip
         sums = (part.to(key_part.dtype, copy=True) for part in partial.sum(0))
         grads[:0] = [grad.T @ state, *sums]
         upstream = torch.addmm(upstream, grad, layers[layer][0])
@@ -266,19 +242,9 @@ def _rsa_demux_backward(
     grad_hidden = torch.empty_like(hidden_part)
     partial = hidden_part.new_empty((programs, N, size), dtype=torch.float32)
     kernels.rsa_demux_sums_bwd_kernel[(programs, column_tiles)](
-        hidden_part,
-        key_part,
-        upstream,
-        grad_hidden,
-        partial,
-        indices[2],
-        positions,
-        length,
-        size,
-        N,
-        dropout,
-        **tile,
-    )
+        hidden_part, key_part, upstream, grad_hidden, partial, indices[2], positions, length, size,
+        N, dropout, **tile,
+    )  # fmt: skip
     return [grad_hidden, partial.sum(0).to(key_part.dtype), *grads]
 
 
@@ -295,6 +261,7 @@ def _(
     dropout: float,
     eps: float,
 ) -> list[Tensor]:
+    """Return empty results of `_rsa_demux_backward`, for tracing by torch.compile."""
     return [torch.empty_like(tensor) for tensor in (hidden_part, key_part, *weights)]
 
 
@@ -303,7 +270,7 @@ def _setup_context(
     inputs: tuple[object, ...],
     output: tuple[Tensor, Tensor],
 ) -> None:
-    """Save for `_backward` the arguments of `_rsa_demux` and the GELU inputs."""
+    """Save in `ctx` what `_backward` reads: the arguments of `_rsa_demux` and the GELU inputs."""
     hidden_part, key_part, weights, pair_position, pair_instance, seed, ctx.dropout, ctx.eps, _ = (
         inputs
     )
@@ -316,7 +283,10 @@ def _setup_context(
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor, _: Tensor
 ) -> tuple[object, ...]:
-    """Return the gradients of the arguments of `_rsa_demux`; None for indices, seed and numbers."""
+    """Return the gradients of the arguments of `_rsa_demux`; None for indices, seed and numbers.
+
+    `upstream` [R, D] is the gradient of the output.
+    """
     hidden_part, key_part, pre_gelu, pair_position, pair_instance, seed, *weights = (
         ctx.saved_tensors
     )
@@ -347,7 +317,10 @@ def _count_flops(
     *args: object,
     **kwargs: object,
 ) -> int:
-    """Count the FLOPs of the D x D products of all layers after the first, for all output rows."""
+    """Count the FLOPs of the D x D products of all layers after the first, for all output rows.
+
+    The arguments are the shapes of those of `_rsa_demux`.
+    """
     rows = (
         hidden_part[0] * key_part[0] * hidden_part[1] if pair_position is None else pair_position[0]
     )
@@ -363,7 +336,10 @@ def _count_backward_flops(
     *args: object,
     **kwargs: object,
 ) -> int:
-    """Count the FLOPs of two products per layer, for the gradients of its input and its weight."""
+    """Count the FLOPs of two products per layer, for the gradients of its input and its weight.
+
+    The arguments are the shapes of those of `_rsa_demux_backward`.
+    """
     return 4 * upstream[0] * hidden_part[2] ** 2 * (len(weights) // 2 - 1)
 
 
@@ -419,7 +395,14 @@ def rsa_demux_triton(
     dropout: float,
     own_matmul: bool,
 ) -> Tensor:
-    """Run `rsa_demux` with Triton kernels; own_matmul: by the fused products, not the vendor's."""
+    """Run `rsa_demux` with Triton kernels.
+
+    Args:
+        hidden_part, key_part, chain, pairs, dropout: as of `rsa_demux`.
+        own_matmul: multiply by the fused products, not by the vendor's.
+    Returns:
+        [R, D] for pairs, else [B, N, L, D].
+    """
     indices = (None, None)
     if pairs is not None:
         indices = (pairs.group * hidden_part.shape[1] + pairs.position, pairs.instance)

@@ -1,9 +1,11 @@
 """Triton kernels of `rsa_demux`: the steps between its matrix products, and a fused product.
 
 Row r of the output is one instance at one mixed position: without pairs, r enumerates [B, N, L];
-with pairs, both indices are loaded. Only the GELU inputs of the layers (`pre_gelu`) are stored;
-states are recomputed from them and from the two parts of the first layer. GELU is the expensive
-step, so each row is held whole, as a tuple of TILES tiles of WIDTH columns.
+with PAIRS, both indices are loaded. Only the GELU inputs of the layers (`pre_gelu`, [layers, rows,
+D]) are stored; states are recomputed from them and from the two parts of the first layer,
+hidden_part [B * L, D] and key_part [N, D]. GELU is the expensive step, so each row is held whole,
+as a tuple of TILES tiles of WIDTH columns. `rows` is the number of output rows, `length` L; all
+tensors are contiguous.
 """
 
 # ruff: noqa: RUF005, B007 (Triton knows neither starred tuples nor a loop variable `_`)
@@ -25,8 +27,8 @@ from megamod_kernels.rows import (
 def _find_row_indices(row, pair_position, pair_instance, valid, N, length, PAIRS: tl.constexpr):
     """Return the mixed position (int64) and the instance of each output row [ROWS].
 
-    With PAIRS both are loaded from the pairs; without, they follow from the order [B, N, L] of
-    rows.
+    With PAIRS both are loaded from pair_position and pair_instance; without, they follow from the
+    order [B, N, L] of rows. `valid` [ROWS] is False for rows that do not exist.
     """
     if PAIRS:
         position = tl.load(pair_position + row, mask=valid, other=0)
@@ -40,7 +42,8 @@ def _find_row_indices(row, pair_position, pair_instance, valid, N, length, PAIRS
 def _load_tile(source, row, first_column, D, valid, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
     """Load a tile [ROWS, WIDTH] of `source` [rows, D] in float32, with 0 outside of it.
 
-    WHOLE: D is a multiple of WIDTH, so that only rows are masked.
+    `row` [ROWS] are row indices, of which `valid` exist; the tile starts at `first_column`. WHOLE:
+    D is a multiple of WIDTH, so that only rows are masked.
     """
     column = first_column + tl.arange(0, WIDTH)
     pointers = source + row[:, None] * D + column[None, :]
@@ -53,9 +56,9 @@ def _load_tile(source, row, first_column, D, valid, WIDTH: tl.constexpr, WHOLE: 
 def _store_tile(
     target, row, first_column, D, valid, value, WIDTH: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Store a tile [ROWS, WIDTH] into `target` [rows, D], rounded to its dtype.
+    """Store a tile `value` [ROWS, WIDTH] into `target` [rows, D], rounded to its dtype.
 
-    Elements outside of the target are not written.
+    Elements outside of the target are not written; arguments as of `_load_tile`.
     """
     column = first_column + tl.arange(0, WIDTH)
     pointers = target + row[:, None] * D + column[None, :]
@@ -66,24 +69,14 @@ def _store_tile(
 
 @triton.jit
 def _compute_state_tile(
-    hidden_part,
-    key_part,
-    pre_gelu,
-    seed,
-    row,
-    position,
-    instance,
-    first_column,
-    valid,
-    rows,
-    D,
-    dropout,
-    LAYERS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """Compute a tile of the state after LAYERS residual layers, in float32, with 0 outside."""
+    hidden_part, key_part, pre_gelu, seed, row, position, instance, first_column, valid, rows, D,
+    dropout, LAYERS: tl.constexpr, DROPOUT: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Compute a tile [ROWS, WIDTH] of the state after LAYERS residual layers, in float32.
+
+    Elements outside of the matrix [rows, D] are 0. `position` and `instance` [ROWS] are the results
+    of `_find_row_indices`; `row` and `valid` as of `_load_tile`.
+    """
     hidden_tile = _load_tile(hidden_part, position, first_column, D, valid, WIDTH, WHOLE)
     x = gelu(hidden_tile + _load_tile(key_part, instance, first_column, D, valid, WIDTH, WHOLE))
     x *= draw_dropout_factors(seed, 0, row, first_column, dropout, DROPOUT, WIDTH)
@@ -99,29 +92,14 @@ def _compute_state_tile(
 
 @triton.jit
 def rsa_demux_state_kernel(
-    hidden_part,
-    key_part,
-    pre_gelu,
-    state,
-    pair_position,
-    pair_instance,
-    seed,
-    rows,
-    length,
-    D,
-    N,
-    dropout,
-    LAYERS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    hidden_part, key_part, pre_gelu, state, pair_position, pair_instance, seed, rows, length, D, N,
+    dropout, LAYERS: tl.constexpr, PAIRS: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """Write the states [rows, D] after LAYERS residual layers, ROWS rows per program.
 
     They are the input of the next layer's matrix product, which the vendor's kernel computes.
+    Arguments: see the top of the file.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
@@ -131,55 +109,23 @@ def rsa_demux_state_kernel(
     row = row.to(tl.int64)
     for tile in tl.static_range(TILES):
         x = _compute_state_tile(
-            hidden_part,
-            key_part,
-            pre_gelu,
-            seed,
-            row,
-            position,
-            instance,
-            tile * WIDTH,
-            valid,
-            rows,
-            D,
-            dropout,
-            LAYERS,
-            DROPOUT,
-            WIDTH,
-            WHOLE,
-        )
+            hidden_part, key_part, pre_gelu, seed, row, position, instance, tile * WIDTH, valid,
+            rows, D, dropout, LAYERS, DROPOUT, WIDTH, WHOLE,
+        )  # fmt: skip
         _store_tile(state, row, tile * WIDTH, D, valid, x, WIDTH, WHOLE)
 
 
 @triton.jit
 def rsa_demux_matmul_kernel(
-    hidden_part,
-    key_part,
-    pre_gelu,
-    state,
-    weight,
-    bias,
-    output,
-    pair_position,
-    pair_instance,
-    seed,
-    rows,
-    length,
-    D,
-    N,
-    dropout,
-    LAYERS: tl.constexpr,
-    LAST: tl.constexpr,
-    PAIRS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    hidden_part, key_part, pre_gelu, state, weight, bias, output, pair_position, pair_instance,
+    seed, rows, length, D, N, dropout, LAYERS: tl.constexpr, LAST: tl.constexpr,
+    PAIRS: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    INNER: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """Compute output = state weight^T + bias; the prologue of the product computes the state.
 
-    LAST: also write the state, for the final residual. WHOLE: D is a multiple of INNER.
+    weight [D, D], bias [D]; output and state [rows, D]. LAST: also write the state, for the final
+    residual. WHOLE: D is a multiple of INNER. Arguments: see the top of the file.
     """
     # Neighbouring programs read the same rows, which then come from the cache.
     column_tiles = tl.cdiv(D, COLUMNS)
@@ -193,23 +139,9 @@ def rsa_demux_matmul_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, D, INNER):
         state_tile = _compute_state_tile(
-            hidden_part,
-            key_part,
-            pre_gelu,
-            seed,
-            row,
-            position,
-            instance,
-            start,
-            valid,
-            rows,
-            D,
-            dropout,
-            LAYERS,
-            DROPOUT,
-            INNER,
-            WHOLE,
-        )
+            hidden_part, key_part, pre_gelu, seed, row, position, instance, start, valid, rows, D,
+            dropout, LAYERS, DROPOUT, INNER, WHOLE,
+        )  # fmt: skip
         if LAST:
             writes_state = valid & (tl.program_id(0) % column_tiles == 0)
             _store_tile(state, row, start, D, writes_state, state_tile, INNER, WHOLE)
@@ -233,7 +165,10 @@ def rsa_demux_finish_kernel(
     last_pre_gelu, norm_weight, norm_bias, output, rows, D, eps,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Add LN(gelu(last_pre_gelu)) to `output` [rows, D], which holds the state, in place."""
+    """Add LN(gelu(last_pre_gelu)) to `output` [rows, D], which holds the state, in place.
+
+    last_pre_gelu [rows, D] is that of the last layer; norm_weight and norm_bias [D].
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     x = ()
@@ -251,38 +186,18 @@ def rsa_demux_finish_kernel(
 
 @triton.jit
 def rsa_demux_layer_bwd_kernel(
-    hidden_part,
-    key_part,
-    pre_gelu,
-    upstream,
-    norm_weight,
-    grad,
-    state,
-    partial,
-    pair_position,
-    pair_instance,
-    seed,
-    rows,
-    length,
-    D,
-    N,
-    dropout,
-    eps,
-    blocks,
-    LAYER: tl.constexpr,
-    NORM: tl.constexpr,
-    PAIRS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    hidden_part, key_part, pre_gelu, upstream, norm_weight, grad, state, partial, pair_position,
+    pair_instance, seed, rows, length, D, N, dropout, eps, blocks, LAYER: tl.constexpr,
+    NORM: tl.constexpr, PAIRS: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """Backward of gelu(pre_gelu[LAYER]); with NORM, of the LayerNorm after it first.
 
-    Also writes the state that product LAYER read, for the gradient of its weight, and partial sums
-    over blocks of rows: partial [programs, 1, D] float32 for the product's bias; with NORM
-    [programs, 3, D], also for weight and bias of the norm.
+    `upstream` [rows, D] is the gradient of the result, `grad` [rows, D] that of the GELU's input.
+    Also writes the `state` [rows, D] that product LAYER read, for the gradient of its weight, and
+    partial sums over `blocks` of ROWS rows: partial [programs, 1, D] float32 for the product's
+    bias; with NORM [programs, 3, D], also for weight and bias of the norm. Arguments: see the top
+    of the file.
     """
     bias_sum, gain_sum, shift_sum = (), (), ()
     for tile in tl.static_range(TILES):
@@ -335,23 +250,9 @@ def rsa_demux_layer_bwd_kernel(
             _store_tile(grad, row, tile * WIDTH, D, valid, grad_tile, WIDTH, WHOLE)
             biases = biases + (bias_sum[tile] + grad_tile,)
             recomputed = _compute_state_tile(
-                hidden_part,
-                key_part,
-                pre_gelu,
-                seed,
-                row,
-                position,
-                instance,
-                tile * WIDTH,
-                valid,
-                rows,
-                D,
-                dropout,
-                LAYER,
-                DROPOUT,
-                WIDTH,
-                WHOLE,
-            )
+                hidden_part, key_part, pre_gelu, seed, row, position, instance, tile * WIDTH, valid,
+                rows, D, dropout, LAYER, DROPOUT, WIDTH, WHOLE,
+            )  # fmt: skip
             _store_tile(state, row, tile * WIDTH, D, valid, recomputed, WIDTH, WHOLE)
         bias_sum = biases
         if NORM:
@@ -372,7 +273,8 @@ def _compute_first_gelu_grad(
 ):  # fmt: skip
     """Compute a tile [ROWS, WIDTH] of the gradient of the first GELU's input, in float32.
 
-    `upstream` is the gradient of the state before any residual layer, after the first dropout.
+    `upstream` [rows, D] is the gradient of the state before any residual layer, after the first
+    dropout; other arguments as of `_compute_state_tile`.
     """
     hidden_tile = _load_tile(hidden_part, position, first_column, D, valid, WIDTH, WHOLE)
     _, slope = gelu_and_slope(
@@ -393,28 +295,17 @@ def rsa_demux_first_bwd_kernel(
 ):  # fmt: skip
     """Write `grad` [rows, D], the gradient of the first GELU's input, for pairs.
 
-    The caller adds its rows up by position and by instance, since pairs come in any order.
+    `upstream` [rows, D] is the gradient of the first state. The caller adds up the rows by position
+    and by instance, since pairs come in any order. Arguments: see the top of the file.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     position, instance = _find_row_indices(row, pair_position, pair_instance, valid, 1, 1, True)
     start = tl.program_id(1) * WIDTH
     value = _compute_first_gelu_grad(
-        hidden_part,
-        key_part,
-        upstream,
-        seed,
-        row,
-        position,
-        instance,
-        start,
-        valid,
-        D,
-        dropout,
-        DROPOUT,
-        WIDTH,
-        WHOLE,
-    )
+        hidden_part, key_part, upstream, seed, row, position, instance, start, valid, D, dropout,
+        DROPOUT, WIDTH, WHOLE,
+    )  # fmt: skip
     _store_tile(grad, row, start, D, valid, value, WIDTH, WHOLE)
 
 
@@ -425,7 +316,9 @@ def rsa_demux_sums_bwd_kernel(
 ):  # fmt: skip
     """Backward of the first GELU for all instances, summed over instances and over positions.
 
-    partial [programs, N, D] float32: the key's gradient from one block of positions.
+    `upstream` [B * N * L, D] is the gradient of the first state. Written are grad_hidden [B * L, D]
+    and partial [programs, N, D] float32, the key's gradient from one block of positions. Arguments:
+    see the top of the file.
     """
     position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = position < positions

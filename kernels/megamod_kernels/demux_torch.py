@@ -98,7 +98,7 @@ def rsa_demux_reference(
     pairs: Pairs | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute `rsa_demux` in plain torch; arguments and result are the same."""
+    """Compute `rsa_demux` in plain torch; arguments and result as there."""
     x = F.dropout(F.gelu(add_pairs(hidden_part, key_part, pairs)), dropout)
     for weight, bias in chain.dense:
         x = F.dropout(F.gelu(F.linear(x, weight, bias)), dropout) + x
@@ -107,11 +107,11 @@ def rsa_demux_reference(
 
 
 class RsaDemuxFunction(torch.autograd.Function):
-    """`rsa_demux` in plain torch, which saves the two parts, the inputs of later GELUs, and masks.
+    """Autograd function of `rsa_demux` in plain torch that saves little for backward.
 
-    Everything in between is element-wise and recomputed in backward. The plain form saves five
-    times as much: input and output of every GELU, and the concatenation. `weights` of `apply` are
-    a weight and a bias for each layer of the chain, the norm last.
+    Saved are the two parts, the inputs of later GELUs, and dropout masks. Everything in between is
+    element-wise and recomputed in backward. The reference saves five times as much: input and
+    output of every GELU, and the concatenation.
     """
 
     @staticmethod
@@ -124,7 +124,13 @@ class RsaDemuxFunction(torch.autograd.Function):
         eps: float,
         *weights: Tensor,
     ) -> Tensor:
-        """Compute `rsa_demux`; arguments and result are the same, see the class for `weights`."""
+        """Compute `rsa_demux`, [R, D] or [B, N, L, D].
+
+        Args:
+            hidden_part, key_part, pairs, dropout: as of `rsa_demux`.
+            eps: of the norm.
+            weights: a weight and a bias for each layer of the chain, the norm last.
+        """
         *dense, last, norm = weight_bias_pairs(weights)
         first = add_pairs(hidden_part, key_part, pairs)
         masks = [
@@ -149,7 +155,10 @@ class RsaDemuxFunction(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the two parts and of all weights; None for other arguments."""
+        """Return the gradients of the two parts and of all weights; None for other arguments.
+
+        `upstream` is the gradient of the output, of its shape.
+        """
         hidden_part, key_part, *rest = ctx.saved_tensors
         pairs, weights, pre_gelu, masks = _split_by_counts(rest, ctx.counts)
         pairs = Pairs(*pairs) if pairs else None
@@ -178,7 +187,7 @@ def weight_bias_pairs(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def _split_by_counts(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
-    """Split a list into parts of these lengths, and a last part with the rest."""
+    """Split `tensors` into parts of `counts` tensors, in order, and a last part with the rest."""
     parts, start = [], 0
     for count in (*counts, len(tensors) - sum(counts)):
         parts.append(list(tensors[start : start + count]))
@@ -187,7 +196,12 @@ def _split_by_counts(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[l
 
 
 def _apply_dropout(x: Tensor, mask: Tensor | None, dropout: float, keep: bool = False) -> Tensor:
-    """Apply a dropout mask, scaled by 1 / (1 - dropout), in place unless `keep`; None: return x."""
+    """Apply a dropout mask of x's shape, scaled by 1 / (1 - dropout).
+
+    Args:
+        mask: True for elements that stay; None: return x.
+        keep: leave x as it is; else it is changed in place.
+    """
     if mask is None:
         return x
     return (x * mask if keep else x.mul_(mask)).mul_(1 / (1 - dropout))
@@ -205,7 +219,12 @@ def _compute_linear_grads(grad: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]
 def _compute_norm_grads(
     upstream: Tensor, inputs: Tensor, norm: tuple[Tensor, Tensor], eps: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return the gradients of a LayerNorm's inputs [..., D], and of its weight and bias [D]."""
+    """Return the gradients of a LayerNorm's inputs [..., D], and of its weight and bias [D].
+
+    Args:
+        upstream: gradient of the output, [..., D].
+        norm, eps: weight and bias [D], epsilon.
+    """
     shape = list(inputs.shape[-1:])
     _, mean, rstd = torch.ops.aten.native_layer_norm(inputs, shape, *norm, eps)
     grad, *weights = torch.ops.aten.native_layer_norm_backward(
@@ -217,7 +236,10 @@ def _compute_norm_grads(
 def _split_grad_of_pairs(
     grad: Tensor, hidden_part: Tensor, key_part: Tensor, pairs: Pairs | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of hidden_part and key_part from that of `add_pairs`' result."""
+    """Return the gradients of hidden_part and key_part from that of `add_pairs`' result.
+
+    `grad` is [R, D] for pairs, else [B, N, L, D]; other arguments as of `add_pairs`.
+    """
     if pairs is None:
         return grad.sum(1), grad.sum((0, 2))
     index = pairs.group * hidden_part.shape[1] + pairs.position

@@ -19,6 +19,9 @@ def uses_triton(implementation: str, tensor: Tensor) -> bool:
 
     Tensors on the meta device count as on a GPU with "triton", and as not on one with "auto".
 
+    Args:
+        implementation: "auto", "triton" or "reference", see above.
+        tensor: an argument of the operation; its device decides.
     Raises:
         ValueError: for an unknown implementation, or "triton" where it cannot run.
     """
@@ -39,6 +42,8 @@ def uses_own_matmul(implementation: str, tensor: Tensor) -> bool:
 
     With "auto" it does so on a GPU in bfloat16 and float16, whose products use tensor cores.
 
+    Args:
+        implementation, tensor: as of `uses_triton`; the dtype of the tensor decides too.
     Raises:
         ValueError: as `uses_triton`.
     """

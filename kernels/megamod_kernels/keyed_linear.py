@@ -1,9 +1,10 @@
 """A linear layer over instances multiplied by their keys, fused into one product.
 
-The product of instances and keys, as large as the instances, exists in registers only. Backward
-saves the instances alone: with C_n = dy_n^T x_n over the rows of instance n, the gradient of the
-weight is the sum of C_n * key_n over instances, and that of key_n the sum of weight * C_n over the
-outputs of the layer.
+B, N, L, D, E: groups, instances of a group, tokens, columns of the input and of the output. The
+product of instances and keys, as large as the instances, exists in registers only. Backward saves
+the instances alone: with C_n = dy_n^T x_n over the rows of instance n, the gradient of the weight
+is the sum of C_n * key_n over instances, and that of key_n the sum of weight * C_n over the outputs
+of the layer.
 """
 
 import torch
@@ -19,13 +20,17 @@ SPLIT_ROWS = 1024  # smallest number of rows of an instance for a separate parti
 def keyed_linear_reference(
     x: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Compute (x * key) weight^T + bias in plain torch."""
+    """Compute (x * key) weight^T + bias, [B, N, L, E], in plain torch.
+
+    Args:
+        x, key, weight, bias: [B, N, L, D], [N, D], [E, D] and [E], as of `keyed_linear`.
+    """
     return F.linear(x * key[:, None].to(x.dtype), weight, bias)
 
 
 @torch.library.custom_op("megamod::keyed_linear", mutates_args=())
 def _keyed_linear(x: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute (x * key) weight^T + bias with the kernel, [B, N, L, E]."""
+    """Compute `keyed_linear`, [B, N, L, E], with the kernel; arguments as there."""
     output = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
     _launch_matmul(x, weight, key, bias, output, forward=True)
     return output
@@ -33,12 +38,16 @@ def _keyed_linear(x: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None) -
 
 @_keyed_linear.register_fake
 def _(x: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return an empty result of `_keyed_linear`, for tracing by torch.compile."""
     return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 
 @torch.library.custom_op("megamod::keyed_linear_grad_input", mutates_args=())
 def _compute_input_grad(upstream: Tensor, key: Tensor, weight: Tensor) -> Tensor:
-    """Compute the gradient of x, [B, N, L, D], from that of the output, `upstream` [B, N, L, E]."""
+    """Compute the gradient of x, [B, N, L, D], from that of the output, `upstream` [B, N, L, E].
+
+    `key` and `weight` are those of `keyed_linear`.
+    """
     output = torch.empty(
         (*upstream.shape[:-1], weight.shape[1]), dtype=upstream.dtype, device=upstream.device
     )
@@ -48,6 +57,7 @@ def _compute_input_grad(upstream: Tensor, key: Tensor, weight: Tensor) -> Tensor
 
 @_compute_input_grad.register_fake
 def _(upstream: Tensor, key: Tensor, weight: Tensor) -> Tensor:
+    """Return an empty result of `_compute_input_grad`, for tracing by torch.compile."""
     shape = (*upstream.shape[:-1], weight.shape[1])
     return torch.empty(shape, dtype=upstream.dtype, device=upstream.device)
 
@@ -59,6 +69,7 @@ def _compute_weight_grads(
     """Compute the gradients of the weight [E, D] and of the keys [N, D], empty unless `needs_key`.
 
     `upstream` [B, N, L, E] is the gradient of the output; other arguments as of `keyed_linear`.
+    Positions are split into parts, whose partial sums are added in float32.
     """
     from megamod_kernels import keyed_linear_kernels as kernels
 
@@ -105,6 +116,7 @@ def _compute_weight_grads(
 def _(
     upstream: Tensor, x: Tensor, key: Tensor, weight: Tensor, needs_key: bool
 ) -> tuple[Tensor, Tensor]:
+    """Return empty results of `_compute_weight_grads`, for tracing by torch.compile."""
     return (
         torch.empty(weight.shape, dtype=weight.dtype, device=weight.device),
         key.new_empty((key.shape[0] if needs_key else 0, key.shape[1])),
@@ -112,7 +124,10 @@ def _(
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    """Save key and weight for `_backward`, and x if a gradient of either is needed."""
+    """Save in `ctx` what `_backward` reads: key, weight, and x if a gradient of either is needed.
+
+    `inputs` are the arguments of `_keyed_linear`.
+    """
     x, key, weight, _ = inputs
     ctx.save_for_backward(x if any(ctx.needs_input_grad[1:3]) else None, key, weight)
 
@@ -120,7 +135,10 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, key, weight and bias; None for those that are not needed."""
+    """Return the gradients of x, key, weight and bias; None for those that are not needed.
+
+    `upstream` [B, N, L, E] is the gradient of the output.
+    """
     x, key, weight = ctx.saved_tensors
     needs_x, needs_key, needs_weight, needs_bias = ctx.needs_input_grad
     grad_x = grad_key = grad_weight = grad_bias = None
@@ -146,7 +164,11 @@ _keyed_linear.register_autograd(_backward, setup_context=_setup_context)
 def _count_flops(
     first: tuple[int, ...], *rest: tuple[int, ...], out_shape: object = None, **_: object
 ) -> int:
-    """Count the FLOPs of one matrix product of the size of the layer, which each operation is."""
+    """Count the FLOPs of one matrix product of the size of the layer, which each operation is.
+
+    Args:
+        first, rest: shapes of the arguments of the operation; `first` is [B, N, L, columns].
+    """
     weight = rest[2] if len(rest) > 3 else rest[1]
     rows = first[0] * first[1] * first[2]
     return 2 * rows * weight[0] * weight[1]
@@ -198,10 +220,14 @@ def keyed_linear(
 def _launch_matmul(
     source: Tensor, weight: Tensor, key: Tensor, bias: Tensor | None, output: Tensor, forward: bool
 ) -> None:
-    """Fill `output` by the kernel, in place.
+    """Run the product kernel, which fills `output`.
 
-    Forward with (source * key) weight^T + bias; otherwise with the gradient of the input,
-    (source weight) * key, where `source` is that of the output.
+    Args:
+        source: forward: x [B, N, L, D]; else the gradient of the output [B, N, L, E].
+        weight, key, bias: as of `keyed_linear`; no bias unless `forward`.
+        output: forward: (source * key) weight^T + bias, [B, N, L, E]; else the gradient of x,
+            (source weight) * key, [B, N, L, D].
+        forward: compute the forward pass, else the gradient of the input.
     """
     from megamod_kernels import keyed_linear_kernels as kernels
 

@@ -1,6 +1,7 @@
 """Triton kernels of `keyed_linear`: a product of keyed rows, and the gradient of its weight.
 
-Row r of x is token r % L of instance r // L % N.
+Row r of x is token r % L of instance r // L % N. IN and OUT are the columns that a kernel sums over
+and those of its result.
 """
 
 import triton
@@ -35,7 +36,9 @@ def keyed_matmul_kernel(
     """Compute a tile of (source * key) weight^T + bias, or of the gradient of the input.
 
     The latter, unless FORWARD, is (source weight) * key, where `source` is the gradient of the
-    output. ONE_KEY: all rows of a tile belong to one instance.
+    output. source [rows, IN], key [N, IN] (unless FORWARD [N, OUT]), bias [OUT], read with BIAS,
+    and output [rows, OUT] are contiguous; the weight is addressed by its strides. ONE_KEY: all rows
+    of a tile belong to one instance.
     """
     row_tile, column_tile = find_program_tile(rows, OUT, ROWS, COLUMNS)
     row = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -100,8 +103,10 @@ def keyed_weight_kernel(
 ):
     """Compute partial gradients of the weight and of the keys, from one part of the positions.
 
-    weight_partial [parts, OUT, IN] and, if GRAD_KEY, key_partial [parts, N, IN], both float32; the
-    caller sums over the parts.
+    upstream [B, N, L, OUT], x [B, N, L, IN], key [N, IN] and weight [OUT, IN] are contiguous; a
+    part is `part_positions` of the B * L `positions`. Written are weight_partial [parts, OUT, IN]
+    and, if GRAD_KEY, key_partial [parts * output tiles, N, IN], both float32; the caller sums over
+    the first dimension.
     """
     inner_tiles = tl.cdiv(IN, INNER)
     output_tile = tl.program_id(0) // inner_tiles
@@ -148,7 +153,7 @@ def select_matmul_tile(
     """Return ROWS, COLUMNS, INNER, warps and stages of a product [rows, outputs].
 
     Tiles are large only where they are at least one per multiprocessor of an H100. float32, which
-    uses no tensor cores, has one tile.
+    uses no tensor cores, has one tile. `element_size` is in bytes.
     """
     if element_size == 4:
         return 64, 64, 32, 8, 3
@@ -160,8 +165,8 @@ def select_matmul_tile(
 def select_weight_tile(element_size: int, needs_key: bool) -> tuple[int, int, int, int, int]:
     """Return COLUMNS, INNER, ROWS, warps and stages of `keyed_weight_kernel`.
 
-    A program holds two accumulators, and with `needs_key` also its tile of the weight, so tiles are
-    smaller then.
+    A program holds two accumulators, and with `needs_key` (the gradient of the keys) also its tile
+    of the weight, so tiles are smaller then. `element_size` is in bytes.
     """
     if element_size == 4:
         return 64, 32 if needs_key else 64, 32, 8, 3

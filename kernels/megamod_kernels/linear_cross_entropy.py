@@ -22,7 +22,11 @@ def linear_cross_entropy_reference(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Sum -log softmax(z)[label] over rows, in float32; z as in `linear_cross_entropy`."""
+    """Sum -log softmax(z)[label] over rows with a label, a float32 scalar in nats.
+
+    z is that of `linear_cross_entropy`, and so are the arguments, but for one leading dimension:
+    hidden [rows, D] and labels [rows].
+    """
     logits = F.linear(hidden, weight, bias).float() * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -30,11 +34,11 @@ def linear_cross_entropy_reference(
 
 
 class _LinearCrossEntropyFunction(torch.autograd.Function):
-    """Gradients are made in the forward pass, while a chunk's probabilities are at hand.
+    """Autograd function that computes the gradients in the forward pass, chunk by chunk.
 
-    The loss is a sum, so the gradient with respect to hidden and weight is known up to one scalar,
-    which backward multiplies in: three matrix products in all, as without chunks, and nothing of
-    size [rows, V] is saved or recomputed.
+    The loss is a sum, so the gradients with respect to hidden, weight and bias are known up to one
+    scalar, which backward multiplies in: three matrix products in all, as without chunks, and
+    nothing of size [rows, V] is saved or recomputed.
     """
 
     @staticmethod
@@ -47,7 +51,12 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
-        """Compute `linear_cross_entropy` of hidden [rows, D] and labels [rows]; save gradients."""
+        """Return the loss and the log-probabilities [rows] of `linear_cross_entropy`.
+
+        Args:
+            ctx: gets the gradients of hidden, weight and bias, of those that are needed.
+            hidden, labels: [rows, D] and [rows]; other arguments as of `linear_cross_entropy`.
+        """
         needs_hidden, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
@@ -56,7 +65,7 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         differentiate = needs_hidden or needs_weight or needs_bias
         for rows in _split_rows(hidden, weight):
             logits = F.linear(hidden[rows], weight, bias).float()
-            gradient, log_probs[rows] = _score_rows(
+            gradient, log_probs[rows] = _compute_loss_gradient(
                 logits, labels[rows], scale, softcap, differentiate
             )
             if needs_bias:
@@ -78,7 +87,10 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Return the saved gradients of hidden, weight and bias, times that of the sum."""
+        """Return the saved gradients of hidden, weight and bias, times `upstream`; else None.
+
+        `upstream` is the gradient of the loss, a scalar.
+        """
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * upstream).to(grad_hidden.dtype)
@@ -126,13 +138,19 @@ def linear_cross_entropy(
     return total, log_probs.view(labels.shape)
 
 
-def _score_rows(
+def _compute_loss_gradient(
     logits: Tensor, labels: Tensor, scale: float, softcap: float | None, differentiate: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Return d(-log p)/d logits [rows, V] and log p of the label [rows], float32, 0 where ignored.
+    """Compute log-probabilities of the labels and, if asked, the gradient of the loss of a chunk.
 
-    The first is None unless `differentiate`. Overwrites `logits` (float32), which are those before
-    scale and softcap.
+    Args:
+        logits: [rows, V] float32, before scale and softcap; overwritten.
+        labels: [rows] int64, -100 where nothing is predicted.
+        scale, softcap: as of `linear_cross_entropy`.
+        differentiate: compute the gradient.
+    Returns:
+        d(-sum of log p) / d logits [rows, V], None unless `differentiate`; and log p of each label
+        [rows]. Both are float32 and 0 where nothing is predicted.
     """
     slope = None
     if scale != 1.0:
@@ -158,7 +176,10 @@ def _score_rows(
 
 
 def _split_rows(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Split the rows into chunks whose logits fit LOGITS_BYTES, or the cache of a CPU."""
+    """Split the rows of `hidden` [rows, D] into chunks, as slices.
+
+    The logits of a chunk, [chunk, V] for `weight` [V, D], fit LOGITS_BYTES or the cache of a CPU.
+    """
     row_bytes = 4 * weight.shape[0]
     chunk_rows = max(16, LOGITS_BYTES // row_bytes)
     if hidden.device.type == "cpu":

@@ -17,16 +17,22 @@ PARTIALS = 128  # rows of the buffer of partial sums of the key's gradient
 
 
 def multiplex_reference(x: Tensor, key: Tensor) -> Tensor:
-    """Compute `multiplex` in plain torch, in float32 (float64 for float64)."""
+    """Compute `multiplex` in plain torch, in float32 (float64 for float64), as its definition.
+
+    Args:
+        x, key: [B, N, L, D] and [N, D].
+    Returns:
+        [B, L, D], in x's dtype.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) * key.to(wide)[:, None]).mean(1).to(x.dtype)
 
 
 class _MultiplexFunction(torch.autograd.Function):
-    """`multiplex` in plain torch: adds instances one at a time, without a tensor [B, N, L, D].
+    """Autograd function of `multiplex` in plain torch, without a tensor [B, N, L, D].
 
-    Backward needs the instances only for the gradient of the key: with a frozen key only the key
-    is saved.
+    Instances are added one at a time. Backward needs them only for the gradient of the key: with a
+    frozen key only the key is saved.
     """
 
     @staticmethod
@@ -48,7 +54,10 @@ class _MultiplexFunction(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of x and key; None for one that is not needed."""
+        """Return the gradients of x and key; None for one that is not needed.
+
+        `upstream` [B, L, D] is the gradient of the result.
+        """
         x, key = ctx.saved_tensors
         wide = torch.promote_types(upstream.dtype, torch.float32)
         shared = upstream.to(wide) / key.shape[0]
@@ -81,6 +90,7 @@ def _multiplex(x: Tensor, key: Tensor) -> Tensor:
 
 @_multiplex.register_fake
 def _(x: Tensor, key: Tensor) -> Tensor:
+    """Return an empty result of `_multiplex`, for tracing by torch.compile."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[3])
 
 
@@ -88,7 +98,14 @@ def _(x: Tensor, key: Tensor) -> Tensor:
 def _multiplex_backward(
     upstream: Tensor, x: Tensor | None, key: Tensor, needs_x: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x (empty unless needs_x) and of the key (empty if x is None)."""
+    """Compute the gradients of x [B, N, L, D] and of the key [N, D] with the kernel.
+
+    Args:
+        upstream: [B, L, D], gradient of the result.
+        x: [B, N, L, D]; None: the gradient of the key is not needed, and is returned empty.
+        key: [N, D].
+        needs_x: compute the gradient of x; else it is returned empty.
+    """
     from megamod_kernels.mux_kernels import multiplex_bwd_kernel
 
     groups, length, size = upstream.shape
@@ -123,6 +140,7 @@ def _multiplex_backward(
 
 @_multiplex_backward.register_fake
 def _(upstream: Tensor, x: Tensor | None, key: Tensor, needs_x: bool) -> tuple[Tensor, Tensor]:
+    """Return empty results of `_multiplex_backward`, for tracing by torch.compile."""
     groups, length, size = upstream.shape
     grad_x = upstream.new_empty((groups, len(key), length, size) if needs_x else 0)
     return grad_x, torch.empty_like(key) if x is not None else key.new_empty(0)
@@ -131,7 +149,7 @@ def _(upstream: Tensor, x: Tensor | None, key: Tensor, needs_x: bool) -> tuple[T
 def _setup_context(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor
 ) -> None:
-    """Save the key for `_backward`, and x if the gradient of the key is needed."""
+    """Save in `ctx` what `_backward` reads: the key, and x if the gradient of the key is needed."""
     x, key = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, key)
 
@@ -139,7 +157,10 @@ def _setup_context(
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of x and key; None for one that is not needed."""
+    """Return the gradients of x and key; None for one that is not needed.
+
+    `upstream` [B, L, D] is the gradient of the result.
+    """
     needs_x, needs_key = ctx.needs_input_grad
     grad_x, grad_key = _multiplex_backward(upstream, *ctx.saved_tensors, needs_x)
     return grad_x if needs_x else None, grad_key if needs_key else None

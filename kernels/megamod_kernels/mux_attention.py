@@ -34,7 +34,7 @@ def mux_attention_reference(
     dropout: float = 0.0,
     attention_dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `mux_attention` in plain torch; arguments and result are the same."""
+    """Compute `mux_attention` in plain torch; arguments and the two results [B, T, D] as there."""
     optional = (token_type_ids, first_positions, second_positions)
     x = mux_embed_reference(ids, key, tables, *optional, dropout)
     projected = [F.linear(x, *projection) for projection in projections]
@@ -63,7 +63,7 @@ def select_matmul_tile(rows: int, itemsize: int) -> tuple[int, int, int, int, in
     is. float32, whose products use no tensor cores, has one tile.
 
     Args:
-        rows: of the product: mixed positions B * T.
+        rows: mixed positions B * T, the rows of the product.
         itemsize: bytes of an element.
     """
     if itemsize == 4:
@@ -75,7 +75,8 @@ def select_matmul_tile(rows: int, itemsize: int) -> tuple[int, int, int, int, in
 def count_embedded_rows(size: int) -> int:
     """Return the number of mixed rows of `size` columns that a program embeds at once.
 
-    It embeds the rows of its tile in several rounds, as it holds the rows of one in registers.
+    A program embeds the rows of its tile in several rounds, because it holds the rows of one round
+    in registers.
     """
     return 8 if size <= 1024 else 4
 
@@ -90,7 +91,8 @@ def _mux_qkv(
     """Compute the encoder's input [B, T, D], qkv [3, B, T, D], and the mixed rows for backward.
 
     Arguments as of `mux_embed.make_embedding_arguments`; `projections` are weight and bias of
-    queries, keys and values, flat. The mixed rows [B, T, D] are empty unless `keep`.
+    queries, keys and values, six tensors; the two paddings are read by backward alone, -1: none.
+    The mixed rows [B, T, D] are empty unless `keep`.
     """
     from megamod_kernels import mux_attention_kernels as kernels
 
@@ -119,13 +121,17 @@ def _(
     seed: Tensor | None, projections: Sequence[Tensor], eps: float, start: int, dropout: float,
     word_padding: int, position_padding: int, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return empty results of `_mux_qkv`, for tracing by torch.compile."""
     return _allocate_outputs(ids, word, key, keep)
 
 
 def _allocate_outputs(
     ids: Tensor, word: Tensor, key: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate the results of `_mux_qkv`."""
+    """Allocate the results of `_mux_qkv`: [B, T, D], [3, B, T, D], and [B, T, D] or empty.
+
+    Arguments as there.
+    """
     shape = (ids.shape[0] // key.shape[0], ids.shape[1], key.shape[1])
     return word.new_empty(shape), word.new_empty(3, *shape), word.new_empty(shape if keep else 0)
 
@@ -133,7 +139,7 @@ def _allocate_outputs(
 def _setup_context(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]
 ) -> None:
-    """Save for `_backward` the arguments of `_mux_qkv`, the encoder's input and the mixed rows."""
+    """Save in `ctx` what `_backward` reads: arguments and first and last result of `_mux_qkv`."""
     *tensors, projections, eps, start, dropout, word_padding, position_padding, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[0], output[2], *projections, *tensors)
@@ -148,8 +154,9 @@ def _backward(
 ) -> tuple[object, ...]:
     """Return the gradients of `_mux_qkv`'s arguments; None for ids, seed and numbers.
 
-    Those of the projections are the vendor's products. Their input gradient is added to that of the
-    residual and goes on through `mux_embed_backward`.
+    `residual_grad` [B, T, D] and `qkv_grad` [3, B, T, D] are those of its first two results, None
+    if the loss does not depend on one. Those of the projections are the vendor's products. Their
+    input gradient is added to that of the residual and goes on through `mux_embed_backward`.
     """
     residual, mixed, *rest = ctx.saved_tensors
     projections, tensors = rest[:6], rest[6:]
@@ -183,7 +190,10 @@ _mux_qkv.register_autograd(_backward, setup_context=_setup_context)
 def _count_flops(
     ids: Sequence[int], *arguments: object, out_shape: object = None, **_: object
 ) -> int:
-    """Count the FLOPs of the three projections, from the shapes of the arguments of `_mux_qkv`."""
+    """Count the FLOPs of the three projections, from the shapes of the arguments of `_mux_qkv`.
+
+    `ids` is that of the first argument, [B * N, T].
+    """
     instances, size = arguments[5]
     return 3 * 2 * ids[0] // instances * ids[1] * size * size
 
@@ -245,7 +255,7 @@ def mux_attention(
         projected = [F.linear(x, *projection) for projection in projections]
     else:
         learned = (*tables[:5], key)
-        seed, numbers = embedding.make_number_arguments(ids, learned, tables, dropout)
+        seed, numbers = embedding.make_seed_and_scalars(ids, learned, tables, dropout)
         flat = [tensor for projection in projections for tensor in projection]
         x, qkv, _ = _mux_qkv(ids, *learned, *optional, seed, flat, *numbers)
         projected = qkv.unbind()

@@ -17,7 +17,11 @@ def mux_qkv_kernel(
     KEEP: tl.constexpr, TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):  # fmt: skip
-    """Compute TILE_ROWS mixed rows from ids into `residual`; project them to qkv [3, rows, D]."""
+    """Compute TILE_ROWS mixed rows from ids into `residual`; project them to qkv [3, rows, D].
+
+    residual [rows, D]; weights `query`, `key_weight` and `value` [D, D] and their biases [D],
+    contiguous. Other arguments as of `embed_rows`, which embeds ROWS rows at once.
+    """
     first_row = tl.program_id(0) * TILE_ROWS
     for step in range(0, TILE_ROWS, ROWS):
         mixed_row = first_row + step + tl.arange(0, ROWS)
@@ -41,7 +45,11 @@ def _project(
     source, row, rows, weight, bias, target, D,
     TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Compute target = source weight^T + bias for TILE_ROWS rows and all columns."""
+    """Compute target = source weight^T + bias for TILE_ROWS rows and all columns.
+
+    source and target [rows, D], weight [D, D], bias [D]; `row` [TILE_ROWS] are the indices of the
+    rows.
+    """
     valid = row < rows
     for first_column in range(0, D, COLUMNS):
         column = first_column + tl.arange(0, COLUMNS)

@@ -1,8 +1,9 @@
 """Token ids of N instances to the input of a multiplexed encoder, in one kernel.
 
-Word, position and segment embeddings are added and normed, N instances are multiplexed, and the
-result is embedded again by the same tables and norm. The embeddings of all instances, [B, N, T, D],
-are never stored: forward and backward recompute them from the ids.
+B, N, T, D: groups, instances of a group, tokens of a sequence, hidden size. Word, position and
+segment embeddings are added and normed, N instances are multiplexed, and the result is embedded
+again by the same tables and norm. The embeddings of all instances, [B, N, T, D], are never stored:
+forward and backward recompute them from the ids.
 """
 
 import torch
@@ -44,8 +45,8 @@ def count_warps(size: int) -> int:
 def _make_optional_argument(tensor: Tensor | None, instead: Tensor) -> tuple[Tensor, int, bool]:
     """Return a contiguous tensor of rows, its row stride (0 for one row of all), and True.
 
-    If there is none, return the placeholder `instead`, which kernels do not read, 1, by which they
-    count positions then, and False.
+    If `tensor` is None, return the placeholder `instead`, which kernels do not read, the stride 1,
+    by which they count positions then, and False.
     """
     if tensor is None:
         return instead, 1, False
@@ -91,10 +92,12 @@ def make_embedding_arguments(
     Args:
         ids: [B * N, T]; word, position, token_type, weight, bias: fields of `Tables`.
         key: [N, D].
-        types, firsts, seconds: token types and positions as in `mux_embed`, or None.
+        types, firsts, seconds: token types and positions of the first and second embedding, as in
+            `mux_embed`, or None.
         seed: [1] int64; None without dropout.
         output, mixed: [B, T, D], which the kernel fills; `mixed` only with `keep`.
         eps, start: `eps` and `first_position` of `Tables`.
+        dropout: probability.
     """
     types, _, has_types = _make_optional_argument(types, ids)
     firsts, first_stride, has_firsts = _make_optional_argument(firsts, ids)
@@ -136,6 +139,7 @@ def _(
     position_padding: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Return empty results of `_mux_embed`, for tracing by torch.compile."""
     shape = (ids.shape[0] // key.shape[0], ids.shape[1], key.shape[1])
     return word.new_empty(shape), word.new_empty(shape if keep else 0)
 
@@ -149,11 +153,10 @@ def mux_embed_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of word, position, token_type, weight, bias and key, of their shapes.
 
-    `upstream` [B, T, D] is that of the output; `mixed` [B, T, D] was kept by the forward pass; the
-    two paddings are rows without gradient, -1: none; other arguments as of
-    `make_embedding_arguments`.
-    Gradients of tables are sums over rows in the order of the rows that own them, so that every run
-    adds in the same order.
+    `upstream` [B, T, D] is the gradient of the output; `mixed` [B, T, D] are the mixed rows of the
+    forward pass; the two paddings are rows without gradient, -1: none; other arguments as of
+    `make_embedding_arguments`. Gradients of tables are sums over tokens, sorted by the row of the
+    table, so that every run adds in the same order.
     """
     from megamod_kernels import mux_embed_kernels as kernels
 
@@ -234,13 +237,13 @@ def mux_embed_backward(
     def add_to_table(
         owner: Tensor, order: Tensor, grad: Tensor, padding: int, of_mixed: bool
     ) -> Tensor:
-        """Add gradients of rows to the row of `grad` [rows, D] that owns them; return `grad`.
+        """Add gradients of tokens to the rows of the table that embedded them; return `grad`.
 
         Args:
             owner, order: result of `_sort_by_owner`.
-            grad: zeros, changed in place.
+            grad: [rows of the table, D] zeros, changed in place.
             padding: row of `grad` that stays zero; -1: none.
-            of_mixed: rows are those of the second embedding.
+            of_mixed: tokens are those of the second embedding.
         """
         count = len(order)
         grid = (_ceil_divide(count, CHUNK), column_tiles)
@@ -304,25 +307,43 @@ def _(
     firsts: Tensor | None, seconds: Tensor | None, seed: Tensor | None, eps: float, start: int,
     dropout: float, word_padding: int, position_padding: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return empty results of `mux_embed_backward`, for tracing by torch.compile."""
     return tuple(torch.empty_like(t) for t in (word, position, token_type, weight, bias, key))
 
 
 def _find_position_rows(
     positions: Tensor | None, rows: int, length: int, start: int, like: Tensor
 ) -> Tensor:
-    """Return indices into the position table, [rows, length]; None: consecutive from `start`."""
+    """Return indices into the position table, [rows, length].
+
+    Args:
+        positions: [rows, length] or [1, length]; None: consecutive from `start`.
+        like: tensor on the device of the result.
+    """
     if positions is None:
         positions = torch.arange(start, start + length, device=like.device)[None]
     return positions.expand(rows, length)
 
 
 def _sort_by_owner(owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sorted owners of rows and their row indices; int32 sorts in half the time of int64."""
+    """Sort tokens by owner, the row of the table that embeds them.
+
+    Args:
+        owner: [...] owner of each token.
+    Returns:
+        sorted owners, int32, which sorts in half the time of int64; and the token at each place of
+        that order. Both have one dimension.
+    """
     return owner.flatten().to(torch.int32).sort(stable=True)
 
 
 def _order_by_column(rows: int, length: int, start: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the result of `_sort_by_owner` for rows [rows, length] of consecutive indices."""
+    """Return the result of `_sort_by_owner` for consecutive positions, without sorting.
+
+    Args:
+        rows, length: shape of the tokens; column t is owned by row start + t of the position table.
+        like: tensor on the device of the result.
+    """
     numbers = torch.arange(rows * length, device=like.device).view(rows, length)
     owner = torch.arange(start, start + length, dtype=torch.int32, device=like.device)
     return owner.repeat_interleave(rows), numbers.T.flatten()
@@ -331,7 +352,7 @@ def _order_by_column(rows: int, length: int, start: int, like: Tensor) -> tuple[
 def _setup_context(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]
 ) -> None:
-    """Save for `_backward` the arguments of `_mux_embed` and the mixed rows."""
+    """Save in `ctx` what `_backward` reads: the arguments of `_mux_embed` and the mixed rows."""
     *tensors, eps, start, dropout, word_padding, position_padding, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], *tensors)
@@ -341,7 +362,11 @@ def _setup_context(
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the six parameters that are needed; None for all other arguments."""
+    """Return the gradients of the six parameters that are needed; None for all other arguments.
+
+    `upstream` [B, T, D] is the gradient of the encoder's input; None: the loss does not depend on
+    it.
+    """
     needed, no_grads = ctx.needs_input_grad[1:7], (None,) * 10
     if upstream is None:
         return (None,) * 17
@@ -389,17 +414,23 @@ def mux_embed(
     if not uses_triton(implementation, ids) or tables.word.dtype == torch.float64:
         return mux_embed_reference(ids, key, tables, *optional, dropout)
     learned = (*tables[:5], key)
-    seed, numbers = make_number_arguments(ids, learned, tables, dropout)
+    seed, numbers = make_seed_and_scalars(ids, learned, tables, dropout)
     return _mux_embed(ids, *learned, *optional, seed, *numbers)[0]
 
 
-def make_number_arguments(
+def make_seed_and_scalars(
     ids: Tensor, learned: tuple[Tensor, ...], tables: Tables, dropout: float
 ) -> tuple[Tensor | None, tuple[float | int, ...]]:
-    """Return the dropout seed [1] int64 or None, and the last arguments of `_mux_embed`.
+    """Return the dropout seed [1] int64 or None, and the scalars at the end of `_mux_embed`.
 
-    The seed is drawn from torch's generator. The numbers are eps, first position, dropout, the two
-    padding rows (-1: none), and True if backward will need the mixed rows.
+    Args:
+        ids: [B * N, T]; the seed is drawn from torch's generator on its device.
+        learned: the six parameters, first five fields of `tables` and keys.
+        tables: see `mux_embed`.
+        dropout: probability; 0: no seed.
+    Returns:
+        the seed; and eps, first position, dropout, the padding rows of words and positions (-1:
+        none), and True if backward will need the mixed rows.
     """
     seed = torch.randint(2**62, (1,), device=ids.device) if dropout else None
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)

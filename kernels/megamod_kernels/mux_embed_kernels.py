@@ -1,7 +1,11 @@
-"""Triton kernels of `mux_embed`, whose docstring describes the arguments.
+"""Triton kernels of `mux_embed`.
 
-A row is one token of one instance, r = (group * N + instance) * T + t; a mixed row is m = group * T
-+ t. Rows are held as tuples of tiles of WIDTH columns, so widths need not be powers of two.
+A row is one token of one instance, r = (group * N + instance) * T + t; a mixed row, the mean over
+instances, is m = group * T + t. Rows are held as tuples of tiles of WIDTH columns, so widths need
+not be powers of two. Arguments of all kernels, contiguous: ids [B * N, T]; tables word, position,
+token_type [rows, D]; norm weight and bias [D]; key [N, D]; types, firsts, seconds: token types and
+positions of both embeddings, read with TYPES, FIRSTS, SECONDS; `length` is T, `start` the first row
+of the position table.
 """
 
 # ruff: noqa: RUF005, B007 (Triton knows neither starred tuples nor a loop variable `_`)
@@ -18,7 +22,11 @@ def _load_embedding_sum(
 ):
     """Return a tile [ROWS, WIDTH] of source + position + segment rows, in float32.
 
-    The three indices [ROWS] select rows of tables with D columns.
+    Args:
+        source, position, token_type: tables with D columns.
+        source_row, position_row, type_row: [ROWS] indices of their rows.
+        column: [WIDTH] indices of columns.
+        inside: [ROWS, WIDTH] mask.
     """
     loaded = tl.load(source + source_row[:, None] * D + column[None, :], mask=inside, other=0.0)
     added = tl.load(position + position_row[:, None] * D + column[None, :], mask=inside, other=0.0)
@@ -30,7 +38,8 @@ def _load_embedding_sum(
 def _find_table_rows(ids, group, t, length, start, stride, inside, PASSED: tl.constexpr):
     """Return an index into a table for each row [ROWS], int64.
 
-    It is loaded from `ids` at row `group` and column t if PASSED, else start + t * stride.
+    If PASSED it is loaded from `ids` at row `group` and column t, with a row stride of `stride`;
+    else it is start + t * stride. `inside` [ROWS] masks rows that do not exist.
     """
     if PASSED:
         return tl.load(ids + group * stride + t, mask=inside, other=0).to(tl.int64)
@@ -49,7 +58,8 @@ def embed_rows(
     """Compute ROWS rows of the encoder's input from ids and write them to `output` [B * T, D].
 
     KEEP: also write the mean over instances to `mixed` [B * T, D]. `mixed_row` [ROWS] is int32 for
-    fast division; `valid` [ROWS] is False for rows that do not exist.
+    fast division; `valid` [ROWS] is False for rows that do not exist. Other arguments: see the top
+    of the file.
     """
     group, t = (mixed_row // length).to(tl.int64), mixed_row % length
     mixed_row = mixed_row.to(tl.int64)
@@ -117,7 +127,7 @@ def mux_embed_fwd_kernel(
     FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Run `embed_rows` for all B * T rows of the output, ROWS per program."""
+    """Run `embed_rows` for all `rows` = B * T rows of the output, ROWS per program."""
     mixed_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     embed_rows(
         mixed_row, mixed_row < rows, ids, word, position, token_type, weight, bias, key, types,
@@ -135,9 +145,10 @@ def mux_embed_bwd_kernel(
 ):  # fmt: skip
     """Compute the gradients of ROWS mixed rows, and row statistics for the other kernels.
 
-    stats [4, R * T] of the first norm: mean, reciprocal standard deviation, and the means of the
-    gradient and of its product with the normed row. second_stats [2, B * T]: the first two of the
-    second norm.
+    `upstream` [B * T, D] is the gradient of the output; that of the mixed rows `mixed` is written
+    to grad_mixed [B * T, D]. stats [4, B * N * T] of the first norm: mean, reciprocal standard
+    deviation, and the means of the gradient and of its product with the normed row. second_stats
+    [2, B * T]: the first two of the second norm. Other arguments: see the top of the file.
     """
     mixed_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = mixed_row < rows
@@ -225,8 +236,10 @@ def mux_embed_columns_kernel(
     """Sum columns of v and of v * normed row, for one instance: partial [programs, N, 2, D].
 
     v (`grad`) is the gradient of the norm's output before multiplication by the key. All gradients
-    of norm and keys follow from these sums. SECOND: the source is the mixed rows, with one
-    instance.
+    of norm and keys follow from these sums. `upstream` [B * T, D] is the gradient of the mixed
+    rows, `source` the word table, `stats` those of `mux_embed_bwd_kernel`. SECOND: all are those of
+    the second embedding, `source` is the mixed rows, and there is one instance. Other arguments:
+    see the top of the file.
     """
     instance = tl.program_id(2)
     first_column = tl.program_id(1) * WIDTH
@@ -272,12 +285,14 @@ def mux_embed_table_kernel(
     CHUNK: tl.constexpr, WIDTH: tl.constexpr, TYPES: tl.constexpr, FIRSTS: tl.constexpr,
     DROPOUT: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Sum the gradients of CHUNK rows by the table row that owns them.
+    """Sum the gradients of CHUNK tokens by the table row that owns (embeds) them.
 
-    `order` sorts the rows by `owner`, which is sorted. A sum whose rows are all in the chunk is
-    written to the table; of a sum that starts in an earlier chunk, this part is written to `head`;
-    of one that continues in the next chunk, to `tail`. MIXED: rows are mixed rows, whose gradient
-    is already computed.
+    `order` [count] are tokens sorted by `owner` [count], their rows of the table, which is sorted
+    too. A sum whose tokens are all in the chunk is written to `grad`, the gradient of the table; of
+    a sum that starts in an earlier chunk, this part is written to `head`; of one that continues in
+    the next chunk, to `tail`; both [chunks, D] float32. `padding` is the row without gradient, -1:
+    none. MIXED: tokens are mixed rows, whose gradient grad_mixed is already computed. Other
+    arguments: see the top of the file.
     """
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -349,8 +364,8 @@ def mux_embed_join_kernel(
 ):
     """Complete the table rows whose gradients were summed in several chunks.
 
-    `head` and `tail` hold their parts, see `mux_embed_table_kernel`; the program of the first chunk
-    of a sum adds the others, so each row is written once.
+    `head` and `tail` hold their parts; arguments as of `mux_embed_table_kernel`. The program of the
+    first chunk of a sum adds the others, so each row is written once.
     """
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -382,7 +397,8 @@ def mux_embed_finish_kernel(
 ):  # fmt: skip
     """Compute the gradients of norm weight and bias [D] and of the keys [N, D].
 
-    `sums` [N, 2, D] and `second_sums` [1, 2, D] are those of `mux_embed_columns_kernel`.
+    `sums` [N, 2, D] and `second_sums` [1, 2, D] are those of `mux_embed_columns_kernel` for the
+    first and the second embedding. Other arguments: see the top of the file.
     """
     column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     valid = column < D

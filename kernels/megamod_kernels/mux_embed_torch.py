@@ -41,14 +41,18 @@ def mux_embed_reference(
     dropout: float = 0.0,
     masks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Compute `mux_embed` in plain torch; arguments and result are the same.
+    """Compute `mux_embed` in plain torch; arguments and result [B, T, D] as there.
 
     Args:
         masks: factors of both dropouts, [B, N, T, D] and [B, T, D], for tests; None to draw them.
     """
 
     def embed(x: Tensor, types: Tensor | None, positions: Tensor | None) -> Tensor:
-        """Add position and segment embeddings to x and norm the sum."""
+        """Add position and segment embeddings to x [rows, T, D] and norm the sum.
+
+        `types` and `positions` are indices [rows, T] or [1, T]; None: segment 0, consecutive
+        positions.
+        """
         if positions is None:
             start = tables.first_position
             added = tables.position[start : start + x.shape[1]]
@@ -75,6 +79,8 @@ def check_shapes(
 ) -> None:
     """Check the shapes of the arguments of `mux_embed`, in its order.
 
+    Args:
+        types, firsts, seconds: `token_type_ids`, `first_positions` and `second_positions`.
     Raises:
         ValueError: naming the tensor, its shape and the one that is needed.
     """

@@ -10,7 +10,7 @@ def multiplex_fwd_kernel(
 ):
     """Compute a tile [ROWS, WIDTH] of `mixed` [B * L, D], the mean of key * x over all instances.
 
-    x [B, N, L, D] and key [N, D]; sums are accumulated in float32.
+    x [B, N, L, D] and key [N, D]; `rows` is B * L and `length` L. Sums are accumulated in float32.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -52,9 +52,11 @@ def multiplex_bwd_kernel(
 ):
     """Compute the gradients of x and key for some blocks of rows and WIDTH columns.
 
-    grad_x [B, N, L, D] is written if GRAD_X; `partial` [programs, N, D] float32, the key's gradient
-    from this program's blocks, if GRAD_KEY. Instances are the outer loop: the upstream gradient
-    stays in the cache from one to the next, and a program holds the sum of a single instance.
+    `upstream` [B, L, D] is the gradient of the result; its `rows` = B * L are `blocks` blocks of
+    ROWS. grad_x [B, N, L, D] is written if GRAD_X; `partial` [programs, N, D] float32, the key's
+    gradient from this program's blocks, if GRAD_KEY. Instances are the outer loop: the upstream
+    gradient stays in the cache from one to the next, and a program holds the sum of a single
+    instance.
     """
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     weight_of_instance = 1.0 / N

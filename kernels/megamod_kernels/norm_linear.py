@@ -27,7 +27,11 @@ class Norm(NamedTuple):
 def norm_linear_reference(
     x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Compute `norm_linear` in plain torch; arguments and result are the same."""
+    """Compute LN(x) weight^T + bias, [..., E], in plain torch.
+
+    Args:
+        x, norm, weight, bias: as of `norm_linear`.
+    """
     return F.linear(F.layer_norm(x, x.shape[-1:], *norm), weight, bias)
 
 
@@ -35,7 +39,11 @@ def norm_linear_reference(
 def _norm_linear(
     x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """Compute LN(x) weight^T + bias, [..., E], by one kernel for moments and one for products."""
+    """Compute LN(x) weight^T + bias, [..., E], by one kernel for moments and one for products.
+
+    `gain` and `shift` [D] are weight and bias of the norm, `eps` its epsilon; others as of
+    `norm_linear`.
+    """
     from megamod_kernels import norm_linear_kernels as kernels
     from megamod_kernels.keyed_linear_kernels import select_matmul_tile
 
@@ -65,11 +73,12 @@ def _norm_linear(
 def _(
     x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> Tensor:
+    """Return an empty result of `_norm_linear`, for tracing by torch.compile."""
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    """Save for `_backward` all tensors but the bias, and eps."""
+    """Save in `ctx` what `_backward` reads: the arguments of `_norm_linear` but for the bias."""
     *tensors, _, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
@@ -77,7 +86,10 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, gain, shift, weight and bias; the normed rows are recomputed."""
+    """Return the gradients of x, gain, shift, weight and bias, None for those not needed.
+
+    `upstream` [..., E] is the gradient of the output; the normed rows are recomputed.
+    """
     x, gain, shift, weight = ctx.saved_tensors
     needed = ctx.needs_input_grad
     flat, upstream = x.flatten(0, -2), upstream.flatten(0, -2)
@@ -106,7 +118,10 @@ def _count_flops(
     *_: object,
     **__: object,
 ) -> int:
-    """Count the FLOPs of the matrix product; those of the norm are not counted."""
+    """Count the FLOPs of the matrix product, from the shapes of the arguments of `_norm_linear`.
+
+    Those of the norm are not counted.
+    """
     rows = 1
     for count in x[:-1]:
         rows *= count
@@ -114,8 +129,10 @@ def _count_flops(
 
 
 def uses_kernels(implementation: str, x: Tensor) -> bool:
-    """Return True if `norm_linear` of x runs its kernel.
+    """Return True if `norm_linear` of x runs its kernels: float64 and autocast never do.
 
+    Args:
+        implementation: "auto", "triton" or "reference".
     Raises:
         ValueError: as in `uses_triton`.
     """

@@ -9,7 +9,10 @@ from megamod_kernels.rows import compute_moments
 
 @triton.jit
 def norm_moments_kernel(x, stats, rows, D, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Write `stats` [2, rows] float32 of x [rows, D]: mean and reciprocal standard deviation."""
+    """Write `stats` [2, rows] float32 of x [rows, D]: mean and reciprocal standard deviation.
+
+    A program does ROWS rows; `eps` is added to the variance.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     mean, rstd = compute_moments(x, row, valid, D, eps, ROWS, WIDTH)
@@ -37,8 +40,9 @@ def norm_matmul_kernel(
 ):
     """Compute a tile of output [rows, OUT] = (gain (x - mean) / std + shift) weight^T + bias.
 
-    The norm is applied to each tile of x as it is loaded; `stats` are those of
-    `norm_moments_kernel`.
+    x [rows, D] is normed as its tiles are loaded, with the `stats` of `norm_moments_kernel`; gain
+    and shift [D]; weight [OUT, D] with the row stride `weight_out_stride`; bias [OUT], read with
+    BIAS.
     """
     row_tile, column_tile = find_program_tile(rows, OUT, ROWS, COLUMNS)
     row = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)

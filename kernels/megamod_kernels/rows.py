@@ -43,7 +43,7 @@ def _compute_upper_tail(distance):
 
 @triton.jit
 def gelu(x):
-    """Compute the exact GELU: x times the normal distribution function at x."""
+    """Compute the exact GELU of a float32 tile: x times the normal distribution function at x."""
     distance = tl.abs(x)
     tail, _ = _compute_upper_tail(distance)
     return tl.maximum(x, 0.0) - distance * tail
@@ -51,7 +51,7 @@ def gelu(x):
 
 @triton.jit
 def gelu_and_slope(x):
-    """Return gelu(x) and its derivative at x; one exponential serves both."""
+    """Return gelu(x) and its derivative at x, for a float32 tile; one exponential serves both."""
     distance = tl.abs(x)
     tail, bell = _compute_upper_tail(distance)
     slope = tl.where(x > 0.0, 1.0 - tail, tail) + _DENSITY * x * bell
@@ -62,7 +62,8 @@ def gelu_and_slope(x):
 def make_valid_mask(valid, column, D, WHOLE: tl.constexpr):
     """Return the mask [ROWS, WIDTH] of elements inside of a matrix with D columns.
 
-    WHOLE: D is a multiple of WIDTH, so that the mask has one column, of the valid rows.
+    `valid` [ROWS] is True for rows of the matrix; `column` [WIDTH] are column indices. WHOLE: D is
+    a multiple of WIDTH, so that the mask has one column, of the valid rows.
     """
     if WHOLE:
         return valid[:, None]
@@ -74,8 +75,9 @@ def make_valid_mask(valid, column, D, WHOLE: tl.constexpr):
 def compute_moments(source, row, valid, D, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Return mean and reciprocal standard deviation [ROWS] of rows of `source` [rows, D].
 
-    Rows are read tile by tile and the moments of tiles combined (Chan et al. 1979), which loses no
-    digits where the mean is far from zero.
+    `row` [ROWS] are the row indices, `valid` [ROWS] is False for those that do not exist; `eps` is
+    added to the variance. Rows are read tile by tile and the moments of tiles combined (Chan et al.
+    1979), which loses no digits where the mean is far from zero.
     """
     mean = tl.zeros([ROWS], tl.float32)
     square_sum = tl.zeros([ROWS], tl.float32)
@@ -97,7 +99,8 @@ def compute_moments(source, row, valid, D, eps, ROWS: tl.constexpr, WIDTH: tl.co
 def compute_tile_moments(x, D, eps, TILES: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
     """Return mean and reciprocal standard deviation [ROWS] of rows that are held in registers.
 
-    x is a tuple of TILES tiles [ROWS, WIDTH] in float32, with zeros beyond column D.
+    x is a tuple of TILES tiles [ROWS, WIDTH] in float32, with zeros beyond column D; `eps` is added
+    to the variance. WHOLE: D is a multiple of WIDTH.
     """
     # Add the tiles first, because the sum over threads is the expensive part.
     total = x[0]
@@ -118,10 +121,11 @@ def compute_tile_moments(x, D, eps, TILES: tl.constexpr, WIDTH: tl.constexpr, WH
 def draw_dropout_factors(
     seed, stream, row, first_column, dropout, DROPOUT: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Draw the dropout factors of a tile [rows, WIDTH]: 0 or 1 / (1 - dropout); 1 unless DROPOUT.
+    """Draw the dropout factors of a tile [ROWS, WIDTH]: 0 or 1 / (1 - dropout); 1 unless DROPOUT.
 
-    They follow from the seed and Philox's counter (row, column // 4, stream), so that backward
-    draws the same ones; `stream` numbers the dropouts of an operation.
+    They follow from `seed` (pointer to one int64) and Philox's counter (row, column // 4, stream),
+    so that backward draws the same ones. `row` [ROWS] are row indices, `first_column` is that of
+    the tile, a multiple of 4; `stream` numbers the dropouts of an operation.
     """
     if DROPOUT:
         quad = first_column // 4 + tl.arange(0, WIDTH // 4)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from megamod_kernels.instance_attention import instance_attention_packed, uses_kernels
 from megamod_kernels.keyed_linear import keyed_linear
 from megamod_kernels.mux import multiplex
-from megamod_kernels.slot_attention import slot_attention_packed, uses_kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,7 +74,7 @@ def multiplexer(
     def register_multiplexer(
         draw: Callable[[KeySettings], Tensor],
     ) -> Callable[[KeySettings], Tensor]:
-        """Enter a function into `MULTIPLEXERS`, and return it unchanged."""
+        """Enter `draw`, from settings to keys, into `MULTIPLEXERS`; return it unchanged."""
         MULTIPLEXERS[name] = Multiplexer(draw, mix, matrices, divides_features)
         return draw
 
@@ -84,6 +84,9 @@ def multiplexer(
 def compute_key_shape(variant: str, instances: int, size: int) -> tuple[int, ...]:
     """Return the shape of the keys: [N, D], a vector per instance, or [N, D, D], a matrix.
 
+    Args:
+        variant: a key of `MULTIPLEXERS`.
+        instances, size: N and D.
     Raises:
         KeyError: if `variant` is not in `MULTIPLEXERS`.
     """
@@ -95,7 +98,8 @@ def draw_keys(variant: str, instances: int, size: int, **settings: object) -> Te
 
     Args:
         variant: a key of `MULTIPLEXERS`.
-        settings: further ones of `KeySettings`.
+        instances, size: N and D.
+        settings: further fields of `KeySettings`.
     Returns:
         [N, D] or [N, D, D], see `compute_key_shape`.
     Source: Murahari et al. 2022 (DataMUX), section 3.1; 2023 (MUX-PLM), section 3.1 and release.
@@ -136,7 +140,7 @@ def multiplex_contextual(
         token_block, instance_block: the blocks that attend over tokens, and over instances.
         attention_mask: [B * N, L], nonzero at real tokens; None if all are.
         mask_instances: mask padding in the second attention too.
-        implementation: implementation of the attention over instances, see `slot_attention`.
+        implementation: implementation of the attention over instances, see `instance_attention`.
     Returns:
         [B, L, D].
     Source: Murahari et al. 2023, section 3.1, contextual multiplexer; `gaussian_attention_v2`.
@@ -174,13 +178,14 @@ def _attend_over_instances(
         x: [B, N, L, D].
         key: [N, D].
         instance_mask: [B, N, L], 0 where an instance is masked; None: no mask.
+        implementation: "auto", "triton" or "reference", of both kernels.
     Returns:
         [B, N, L, D].
     """
     projections = [block.attention["self"][name] for name in ("query", "key", "value")]
     weight = torch.cat([projection.weight for projection in projections])
     bias = torch.cat([projection.bias for projection in projections])
-    mixed = slot_attention_packed(
+    mixed = instance_attention_packed(
         keyed_linear(x, key, weight, bias, implementation),
         block.heads,
         instance_mask if instance_mask is None else instance_mask != 0,
@@ -228,7 +233,8 @@ def draw_gaussian_keys(keys: KeySettings) -> Tensor:
 def make_chunk_keys(keys: KeySettings) -> Tensor:
     """Make binary vectors [N, D], each 1 in its own chunk of D // N features, 0 elsewhere.
 
-    Each chunk is extended by `epsilon` / 2 of its width to both sides, and the last one to the end.
+    Each chunk is extended by `keys.epsilon` / 2 of its width to both sides, and the last one to the
+    end.
     """
     instances, size = keys.instances, keys.size
     width = size // instances

@@ -81,7 +81,7 @@ def test_a_variant_that_fails_is_told_and_ends_nothing():
 
 
 def test_what_is_compiled():
-    case = CASES["slot_attention"](parse_shape("tiny-n2-s2-g1"), "fp32", "cpu")
+    case = CASES["instance_attention"](parse_shape("tiny-n2-s2-g1"), "fp32", "cpu")
     case = replace(case, compiled_only={"flex": case.variants["ours"]})
     assert list(make_variants(case, "default")) == [
         *("ours", "eager sdpa", "compile eager sdpa", "compile flex")
@@ -90,7 +90,7 @@ def test_what_is_compiled():
 
 
 def test_flex_attention_is_the_same_attention():
-    case = CASES["slot_attention"](parse_shape("tiny-n3-s5-g2"), "fp32", "cpu")
+    case = CASES["instance_attention"](parse_shape("tiny-n3-s5-g2"), "fp32", "cpu")
     arguments = {name: tensor.detach() for name, tensor in case.inputs.items()}
     expected = case.reference(**arguments)
     assert flex.make_flex_variants(3, 5, 2, "cpu") == {}  # it has no backward pass there
@@ -105,7 +105,7 @@ def test_the_important_comes_first_and_nothing_is_forgotten():
     requests = list_all_requests([*CASES, "new_op"])
     assert str(requests[0]) == "rsa_demux base-n5 fwd_bwd"
     assert [w.op for w in requests[:5]] == [
-        *("rsa_demux", "rsa_demux_l3", "mux_embed", "multiplex", "slot_attention")
+        *("rsa_demux", "rsa_demux_l3", "mux_embed", "multiplex", "instance_attention")
     ]
     pairs = {(request.op, request.shape) for request in requests}
     assert all((op, shape) in pairs for op in (*CASES, "new_op") for shape in schedule.SHAPES)

@@ -36,7 +36,7 @@ def test_every_tuned_build_fits_a_gpu(tmp_path):
     rows = json.loads((tmp_path / "builds.json").read_text())
     assert {row["capability"] for row in rows} == set(SHARED_LIMIT)
     names = {row["build"] for row in rows}
-    starts = ("multiplex_", "mux_embed_", "mux_qkv_", "slot_attention_", "keyed_", "norm_")
+    starts = ("multiplex_", "mux_embed_", "mux_qkv_", "instance_attention_", "keyed_", "norm_")
     for start in (*starts, "rsa_demux_"):
         assert any(name.startswith(start) for name in names), start
     for row in rows:

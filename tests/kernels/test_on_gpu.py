@@ -13,13 +13,18 @@ from dataclasses import dataclass
 
 import pytest
 import test_demux
+import test_instance_attention
 import test_keyed_linear
 import test_mux
 import test_norm_linear
-import test_slot_attention
 import torch
 from megamod_kernels.demux import rsa_demux, rsa_demux_reference
 from megamod_kernels.dispatch import INTERPRETED
+from megamod_kernels.instance_attention import (
+    instance_attention,
+    instance_attention_packed,
+    instance_attention_reference,
+)
 from megamod_kernels.keyed_linear import keyed_linear, keyed_linear_reference
 from megamod_kernels.linear_cross_entropy import (
     linear_cross_entropy,
@@ -29,11 +34,6 @@ from megamod_kernels.mux import multiplex, multiplex_reference
 from megamod_kernels.mux_attention import mux_attention, mux_attention_reference
 from megamod_kernels.mux_embed import Tables, mux_embed, mux_embed_reference
 from megamod_kernels.norm_linear import Norm, norm_linear, norm_linear_reference
-from megamod_kernels.slot_attention import (
-    slot_attention,
-    slot_attention_packed,
-    slot_attention_reference,
-)
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -148,7 +148,7 @@ def ids_and_types(shape: Sizes) -> list[Tensor]:
     return below(WORDS, 2, size=(B * N, L))
 
 
-def slots_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def by_heads(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **more: float) -> Tensor:
         return function(q, k, v, heads_of(q.shape[-1]), mask, **more)
 
@@ -157,17 +157,17 @@ def slots_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def seen(shape: Sizes) -> list[Tensor]:
     """Somebody is seen at every position, so that no shift spoils plain torch's float32."""
-    mask = test_slot_attention.some_seen(shape, anywhere=True)
+    mask = test_instance_attention.some_seen(shape, anywhere=True)
     mask[:, 0] = True
     return [mask]
 
 
 def packed(qkv: Tensor, **more: float) -> Tensor:
-    return slot_attention_packed(qkv, heads_of(qkv.shape[-1] // 3), **more)
+    return instance_attention_packed(qkv, heads_of(qkv.shape[-1] // 3), **more)
 
 
 def plain_packed(qkv: Tensor) -> Tensor:
-    return slot_attention_reference(*qkv.chunk(3, -1), heads_of(qkv.shape[-1] // 3))
+    return instance_attention_reference(*qkv.chunk(3, -1), heads_of(qkv.shape[-1] // 3))
 
 
 def keyed_leaves(shape: Sizes) -> list[Tensor]:
@@ -266,15 +266,15 @@ OPS = {
         pairs_of,
         drops=True,
     ),
-    "slot_attention": Op(
-        lambda shape: test_slot_attention.case(shape)[:3],
-        slots_by(slot_attention),
-        slots_by(slot_attention_reference),
+    "instance_attention": Op(
+        lambda shape: test_instance_attention.case(shape)[:3],
+        by_heads(instance_attention),
+        by_heads(instance_attention_reference),
         seen,
         drops=True,
     ),
-    "slot_attention_packed": Op(
-        lambda shape: [torch.cat(test_slot_attention.case(shape)[:3], -1)],
+    "instance_attention_packed": Op(
+        lambda shape: [torch.cat(test_instance_attention.case(shape)[:3], -1)],
         packed,
         plain_packed,
         drops=True,

@@ -1,11 +1,10 @@
 """Attention among the N instances of each position, for contextual multiplexing.
 
-A slot is the place of an instance among N; this is not the Slot Attention of Locatello et al. 2020.
-
-Stock attention treats this as B * L sequences of length N: it permutes every tensor and runs nearly
-empty tiles. Here a tile holds all instances of as many positions as fit, row r being instance r % N
-of the tile's position r // N. One matrix product computes all scores, and scores between different
-positions are masked. Tensors keep the layout that the projections wrote.
+B, N, L, D: groups, instances of a group, tokens of a sequence, hidden size. Stock attention treats
+this as B * L sequences of length N: it permutes every tensor and runs nearly empty tiles. Here a
+tile holds all instances of as many positions as fit, row r being instance r % N of the tile's
+position r // N. One matrix product computes all scores, and scores between different positions are
+masked. Tensors keep the layout that the projections wrote.
 """
 
 import torch
@@ -21,7 +20,7 @@ LARGEST_N = 64  # instances of a position share a tile
 LARGEST_HEAD = 256  # columns of a head
 
 
-def slot_attention_reference(
+def instance_attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -29,7 +28,13 @@ def slot_attention_reference(
     mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute `slot_attention` in plain torch: stock attention over B * L sequences."""
+    """Compute `instance_attention` in plain torch: stock attention over B * L sequences.
+
+    Args:
+        q, k, v: [B, N, L, D]; other arguments as of `instance_attention`.
+    Returns:
+        [B, N, L, D].
+    """
     groups, _, length, _ = q.shape
     q, k, v = (
         x.transpose(1, 2).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -43,19 +48,19 @@ def slot_attention_reference(
     return mixed.transpose(1, 2).flatten(2).unflatten(0, (groups, length)).transpose(1, 2)
 
 
-@torch.library.custom_op("megamod::slot_attention", mutates_args=())
-def _slot_attention(
+@torch.library.custom_op("megamod::instance_attention", mutates_args=())
+def _instance_attention(
     projected: list[Tensor], heads: int, mask: Tensor | None, dropout: float, seed: Tensor | None
 ) -> Tensor:
     """Run the forward kernel: [B, N, L, D].
 
     Args:
         projected: q, k and v [B, N, L, D], or one tensor [B, N, L, 3 D] with the three.
-        heads, dropout: as of `slot_attention`.
+        heads, dropout: as of `instance_attention`.
         mask: [B, N, L] bool, or None.
         seed: [1] int64; None without dropout.
     """
-    from megamod_kernels import slot_attention_kernels as kernels
+    from megamod_kernels import instance_attention_kernels as kernels
 
     q, k, v = (_ensure_unit_stride(x) for x in _split_qkv(projected))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -63,22 +68,23 @@ def _slot_attention(
         return out
     arguments, constants = _make_launch_arguments(q, heads, mask, dropout)
     strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
-    kernels.slot_attention_fwd_kernel[_make_grid(q, constants)](
+    kernels.instance_attention_fwd_kernel[_make_grid(q, constants)](
         q, k, v, out, *_replace_missing_tensors(mask, seed, q), *arguments, *strides, **constants
     )
     return out
 
 
-@_slot_attention.register_fake
+@_instance_attention.register_fake
 def _(
     projected: list[Tensor], heads: int, mask: Tensor | None, dropout: float, seed: Tensor | None
 ) -> Tensor:
+    """Return an empty result of `_instance_attention`, for tracing by torch.compile."""
     q = _split_qkv(projected)[0]
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-@torch.library.custom_op("megamod::slot_attention_backward", mutates_args=())
-def _slot_attention_backward(
+@torch.library.custom_op("megamod::instance_attention_backward", mutates_args=())
+def _instance_attention_backward(
     upstream: Tensor,
     projected: list[Tensor],
     heads: int,
@@ -88,9 +94,10 @@ def _slot_attention_backward(
 ) -> list[Tensor]:
     """Return a contiguous gradient for each tensor of `projected`, of its shape.
 
-    `upstream` [B, N, L, D] is the gradient of the output; other arguments as of `_slot_attention`.
+    `upstream` [B, N, L, D] is the gradient of the output; other arguments as of
+    `_instance_attention`.
     """
-    from megamod_kernels import slot_attention_kernels as kernels
+    from megamod_kernels import instance_attention_kernels as kernels
 
     up, q, k, v = (_ensure_unit_stride(x) for x in (upstream, *_split_qkv(projected)))
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in projected]
@@ -98,7 +105,7 @@ def _slot_attention_backward(
         return grads
     arguments, constants = _make_launch_arguments(q, heads, mask, dropout)
     strides = [stride for x in (up, q, k, v) for stride in x.stride()[:3]]
-    kernels.slot_attention_bwd_kernel[_make_grid(q, constants)](
+    kernels.instance_attention_bwd_kernel[_make_grid(q, constants)](
         up,
         q,
         k,
@@ -113,7 +120,7 @@ def _slot_attention_backward(
     return grads
 
 
-@_slot_attention_backward.register_fake
+@_instance_attention_backward.register_fake
 def _(
     upstream: Tensor,
     projected: list[Tensor],
@@ -122,11 +129,12 @@ def _(
     dropout: float,
     seed: Tensor | None,
 ) -> list[Tensor]:
+    """Return empty results of `_instance_attention_backward`, for tracing by torch.compile."""
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in projected]
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    """Save for `_backward` the arguments of `_slot_attention`; no scores."""
+    """Save in `ctx` what `_backward` reads, the arguments of `_instance_attention`; no scores."""
     projected, ctx.heads, mask, ctx.dropout, seed = inputs
     ctx.save_for_backward(*projected, mask, seed)
 
@@ -134,34 +142,46 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
 ) -> tuple[list[Tensor], None, None, None, None]:
-    """Return the gradients of `projected`; None for the other arguments."""
+    """Return the gradients of `projected`; None for the other arguments.
+
+    `upstream` [B, N, L, D] is the gradient of the output.
+    """
     *projected, mask, seed = ctx.saved_tensors
-    grads = _slot_attention_backward(upstream, projected, ctx.heads, mask, ctx.dropout, seed)
+    grads = _instance_attention_backward(upstream, projected, ctx.heads, mask, ctx.dropout, seed)
     return grads, None, None, None, None
 
 
-_slot_attention.register_autograd(_backward, setup_context=_setup_context)
+_instance_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.megamod.slot_attention)
+@register_flop_formula(torch.ops.megamod.instance_attention)
 def _count_flops(projected: list[tuple[int, ...]], *_: object, **__: object) -> int:
-    """Count the FLOPs of both products within positions; masked scores are not counted."""
+    """Count the FLOPs of both products within positions; masked scores are not counted.
+
+    `projected` are the shapes of the tensors of that name in `_instance_attention`.
+    """
     groups, instances, length, columns = projected[0]
     size = columns // (1 if len(projected) == 3 else 3)
     return 4 * groups * length * instances**2 * size
 
 
-@register_flop_formula(torch.ops.megamod.slot_attention_backward)
+@register_flop_formula(torch.ops.megamod.instance_attention_backward)
 def _count_backward_flops(
     _: object, projected: list[tuple[int, ...]], *__: object, **___: object
 ) -> int:
-    """Count the FLOPs of five products, one of which recomputes the scores."""
+    """Count the FLOPs of five products, one of which recomputes the scores.
+
+    `projected` are the shapes of the tensors of that name in `_instance_attention`.
+    """
     return _count_flops(projected) // 2 * 5
 
 
 def uses_kernels(x: Tensor, heads: int, implementation: str = "auto") -> bool:
-    """Return True if `slot_attention` of tensors like x [B, N, L, D] runs its kernels.
+    """Return True if `instance_attention` of tensors like x [B, N, L, D] runs its kernels.
 
+    Args:
+        heads: number of heads.
+        implementation: "auto", "triton" or "reference".
     Raises:
         ValueError: if "triton" is requested for unsupported shapes, or cannot run.
     """
@@ -178,7 +198,7 @@ def uses_kernels(x: Tensor, heads: int, implementation: str = "auto") -> bool:
     return fits
 
 
-def slot_attention(
+def instance_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -211,33 +231,40 @@ def slot_attention(
         )
     _check_arguments(q.shape, heads, mask, dropout)
     if not uses_kernels(q, heads, implementation):
-        return slot_attention_reference(q, k, v, heads, mask, dropout)
-    return _slot_attention([q, k, v], heads, mask, dropout, _draw_seed(q, dropout))
+        return instance_attention_reference(q, k, v, heads, mask, dropout)
+    return _instance_attention([q, k, v], heads, mask, dropout, _draw_seed(q, dropout))
 
 
-def slot_attention_packed(
+def instance_attention_packed(
     qkv: Tensor,
     heads: int,
     mask: Tensor | None = None,
     dropout: float = 0.0,
     implementation: str = "auto",
 ) -> Tensor:
-    """Compute `slot_attention` of [B, N, L, 3 D], the concatenation of queries, keys and values.
+    """Compute `instance_attention` of queries, keys and values in one tensor.
 
-    The gradient is one tensor too, so nothing is copied between this and a fused projection. Other
-    arguments, result and errors as of `slot_attention`.
+    The gradient is one tensor too, so nothing is copied between this and a fused projection.
+
+    Args:
+        qkv: [B, N, L, 3 D], the three side by side in the last dimension.
+        heads, mask, dropout, implementation: as of `instance_attention`.
+    Returns:
+        [B, N, L, D].
+    Raises:
+        ValueError: as `instance_attention`, and if 3 does not divide the last dimension.
     """
     if qkv.dim() != 4 or qkv.shape[-1] % 3:
         raise ValueError(f"qkv {tuple(qkv.shape)} does not fit: expected [B, N, L, 3 * D]")
     q, k, v = qkv.chunk(3, -1)
     _check_arguments(q.shape, heads, mask, dropout)
     if not uses_kernels(q, heads, implementation):
-        return slot_attention_reference(q, k, v, heads, mask, dropout)
-    return _slot_attention([qkv], heads, mask, dropout, _draw_seed(q, dropout))
+        return instance_attention_reference(q, k, v, heads, mask, dropout)
+    return _instance_attention([qkv], heads, mask, dropout, _draw_seed(q, dropout))
 
 
 def _check_arguments(shape: torch.Size, heads: int, mask: Tensor | None, dropout: float) -> None:
-    """Raise ValueError unless heads, mask and dropout fit tensors of this shape."""
+    """Raise ValueError unless heads, mask and dropout fit tensors of `shape`, (B, N, L, D)."""
     if heads < 1 or shape[-1] % heads:
         raise ValueError(f"{heads} heads do not divide {shape[-1]} columns")
     if mask is not None and (mask.shape != shape[:-1] or mask.dtype != torch.bool):
@@ -266,7 +293,7 @@ def _split_qkv(projected: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _ensure_unit_stride(x: Tensor) -> Tensor:
-    """Return x, copied unless its columns are adjacent and offsets of instances fit 32 bits."""
+    """Return x [B, N, L, D], copied unless its columns are adjacent and its offsets fit 32 bits."""
     adjacent = x.stride(-1) == 1 or x.shape[-1] == 1
     return x if adjacent and x.stride(1) * x.shape[1] < 2**31 else x.contiguous()
 
@@ -287,15 +314,19 @@ def _replace_missing_tensors(
 def _make_launch_arguments(
     q: Tensor, heads: int, mask: Tensor | None, dropout: float
 ) -> tuple[tuple[int | float, ...], dict[str, float]]:
-    """Return the arguments of a launch: numbers by position, and compile-time ones by name.
+    """Return the arguments of a launch after the tensors, by position and by name.
 
-    The numbers are positions B * L, L, scale of the scores, and dropout.
+    Args:
+        q: [B, N, L, D]; heads, mask, dropout: as of `instance_attention`.
+    Returns:
+        (B * L, L, scale of the scores, dropout); and those of `make_compile_time_arguments` with
+        "num_warps".
     """
-    from megamod_kernels import slot_attention_kernels as kernels
+    from megamod_kernels import instance_attention_kernels as kernels
 
     groups, instances, length, size = q.shape
     head = size // heads
-    rows, warps = kernels.select_tile(instances, head, q.element_size())
+    rows, warps = kernels.select_rows_and_warps(instances, head, q.element_size())
     shift = 0.0 if mask is None else MASKED
     constants = kernels.make_compile_time_arguments(
         instances, heads, head, rows, shift, dropout > 0
@@ -304,6 +335,9 @@ def _make_launch_arguments(
 
 
 def _make_grid(q: Tensor, constants: dict[str, float]) -> tuple[int]:
-    """Return the launch grid: one program per head and block of positions."""
+    """Return the launch grid of q [B, N, L, D]: one program per head and block of positions.
+
+    `constants` are the compile-time arguments of `_make_launch_arguments`.
+    """
     blocks = -(-q.shape[0] * q.shape[2] // (constants["ROWS"] // constants["N"]))
     return (blocks * constants["HEADS"],)

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from megamod_kernels.slot_attention import (
-    slot_attention,
-    slot_attention_packed,
-    slot_attention_reference,
+from megamod_kernels.instance_attention import (
+    instance_attention,
+    instance_attention_packed,
+    instance_attention_reference,
 )
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig
@@ -97,9 +97,11 @@ def test_value_and_gradients_against_loops(shape, heads, dtype, masked, poisoned
     inputs = case(shape, dtype)
     mask = some_seen(shape) if masked else None
     exact = results(lambda q, k, v: loops(q, k, v, heads, mask), inputs, torch.float64)
-    eager = results(lambda q, k, v: slot_attention_reference(q, k, v, heads, mask), inputs, dtype)
+    eager = results(
+        lambda q, k, v: instance_attention_reference(q, k, v, heads, mask), inputs, dtype
+    )
     result = results(
-        lambda q, k, v: slot_attention(q, k, v, heads, mask, 0.0, "triton"), inputs, dtype
+        lambda q, k, v: instance_attention(q, k, v, heads, mask, 0.0, "triton"), inputs, dtype
     )
     for name, ours, plain, expected in zip(
         ("out", "q", "k", "v"), result, eager, exact, strict=True
@@ -122,7 +124,9 @@ def test_the_reference_against_loops(heads):
         exact = results(lambda q, k, v, m=seen: loops(q, k, v, heads, m), inputs, torch.float64)
         for implementation in ("auto", "reference"):
             result = results(
-                lambda q, k, v, m=seen, i=implementation: slot_attention(q, k, v, heads, m, 0.0, i),
+                lambda q, k, v, m=seen, i=implementation: instance_attention(
+                    q, k, v, heads, m, 0.0, i
+                ),
                 inputs,
                 torch.float64,
             )
@@ -137,10 +141,10 @@ def test_dropout_is_replayed_in_backward():
 
     def dropped(values):
         torch.manual_seed(3)
-        return lambda q, k, v: slot_attention(q, k, v, heads, None, dropout, "triton")
+        return lambda q, k, v: instance_attention(q, k, v, heads, None, dropout, "triton")
 
     probabilities = results(dropped(units), (q, k, units, upstream), torch.float32)[0]
-    plain = slot_attention(q, k, units, heads, implementation="triton")
+    plain = instance_attention(q, k, units, heads, implementation="triton")
     kept = probabilities / plain
     scaled = torch.tensor(1 / (1 - dropout))
     assert torch.isclose(kept, scaled).logical_or(kept == 0).all()
@@ -154,7 +158,7 @@ def test_dropout_is_replayed_in_backward():
     result = results(dropped(inputs[2]), inputs, torch.float32)
     for name, ours, expected in zip(("out", "q", "k", "v"), result, exact, strict=True):
         assert row_error(ours, expected, name in ("q", "k")) <= 2e-6
-    other = slot_attention(*inputs[:3], heads, None, dropout, "triton")
+    other = instance_attention(*inputs[:3], heads, None, dropout, "triton")
     assert not torch.equal(other, result[0])  # the generator has moved on
 
 
@@ -164,13 +168,13 @@ def test_side_by_side_and_other_strides():
     *inputs, upstream = case(shape)
     mask = some_seen(shape, anywhere=True)
     straight = results(
-        lambda q, k, v: slot_attention(q, k, v, heads, mask, 0.0, "triton"),
+        lambda q, k, v: instance_attention(q, k, v, heads, mask, 0.0, "triton"),
         (*inputs, upstream),
         torch.float32,
     )
     qkv = torch.cat(inputs, -1).requires_grad_()
     for implementation in ("triton", "auto"):
-        packed = slot_attention_packed(qkv, heads, mask, 0.0, implementation)
+        packed = instance_attention_packed(qkv, heads, mask, 0.0, implementation)
         grad = torch.autograd.grad(packed, qkv, upstream)[0]
         result = (packed.detach(), *grad.chunk(3, -1))
         torch.testing.assert_close(result, straight, atol=1e-6, rtol=1e-5)
@@ -182,7 +186,7 @@ def test_side_by_side_and_other_strides():
     assert not any(x.is_contiguous() for x in turned)
     leaves = [x.detach().requires_grad_() for x in turned]
     by_token = mask.transpose(1, 2).contiguous().transpose(1, 2)
-    out = slot_attention(*leaves, heads, by_token, 0.0, "triton")
+    out = instance_attention(*leaves, heads, by_token, 0.0, "triton")
     grads = torch.autograd.grad(out, leaves, upstream.transpose(1, 2).contiguous().transpose(1, 2))
     assert all(torch.equal(a, b) for a, b in zip((out, *grads), straight, strict=True))
 
@@ -192,7 +196,7 @@ def test_side_by_side_and_other_strides():
 def test_nothing_to_attend_to(shape, implementation):
     mask = torch.ones(shape[:3], dtype=torch.bool)
     result = results(
-        lambda q, k, v: slot_attention(q, k, v, 2, mask, 0.0, implementation),
+        lambda q, k, v: instance_attention(q, k, v, 2, mask, 0.0, implementation),
         case(shape),
         torch.float32,
     )
@@ -203,7 +207,7 @@ def test_gradcheck_of_the_reference():
     q, k, v, _ = (x.double().requires_grad_() for x in case((1, 3, 2, 4)))
     mask = some_seen((1, 3, 2))
     assert torch.autograd.gradcheck(
-        lambda *inputs: slot_attention_reference(*inputs, 2, mask), (q, k, v)
+        lambda *inputs: instance_attention_reference(*inputs, 2, mask), (q, k, v)
     )
 
 
@@ -212,16 +216,16 @@ def test_the_operation_is_known_to_torch():
     q, k, v, upstream = case(shape)
     mask, seed = some_seen(shape, anywhere=True), torch.tensor([5])
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(torch.ops.megamod.slot_attention, (leaves, heads, mask, 0.0, None))
+    torch.library.opcheck(torch.ops.megamod.instance_attention, (leaves, heads, mask, 0.0, None))
     inputs = [torch.cat([q, k, v], -1).detach()]
     torch.library.opcheck(
-        torch.ops.megamod.slot_attention_backward,
+        torch.ops.megamod.instance_attention_backward,
         (upstream, inputs, heads, None, 0.5, seed),
         test_utils=("test_schema", "test_faketensor"),
     )
 
     def twice(*inputs):
-        return slot_attention(*inputs, heads, mask, 0.0, "triton") * 2
+        return instance_attention(*inputs, heads, mask, 0.0, "triton") * 2
 
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     for function in (compiled, twice):
@@ -230,7 +234,7 @@ def test_the_operation_is_known_to_torch():
             results(lambda *x: loops(*x, heads, mask) * 2, (q, k, v, upstream), torch.float32),
         )
     meta = [x.detach().to("meta").requires_grad_() for x in (q, k, v)]
-    out = slot_attention(*meta, heads, mask.to("meta"), 0.1, "triton")
+    out = instance_attention(*meta, heads, mask.to("meta"), 0.1, "triton")
     out.sum().backward()
     assert out.shape == meta[0].grad.shape == shape and out.is_meta
 
@@ -241,7 +245,7 @@ def test_flops_and_what_is_saved():
     saved = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
     with FlopCounterMode(display=False) as counter, hooks:
-        slot_attention_packed(qkv, 2, None, 0.0, "triton").sum().backward()
+        instance_attention_packed(qkv, 2, None, 0.0, "triton").sum().backward()
     # Two products forward and five backward, each of 2 N^2 D per position.
     assert counter.get_total_flops() == 7 * 2 * instances**2 * size * groups * length
     assert sum(t.numel() for t in saved) == qkv.numel()
@@ -251,19 +255,22 @@ def test_what_does_not_fit_is_refused():
     q, k, v, _ = case((2, 3, 4, 8))
     mask = torch.ones(2, 3, 4)
     for message, call in (
-        ("do not fit: expected", lambda: slot_attention(q, k[:1], v, 2)),
-        ("3 heads do not divide 8", lambda: slot_attention(q, k, v, 3)),
-        ("of torch.float32 does not fit: expected bool", lambda: slot_attention(q, k, v, 2, mask)),
-        ("dropout 1.0 is not in", lambda: slot_attention(q, k, v, 2, None, 1.0)),
-        (r"expected \[B, N, L, 3", lambda: slot_attention_packed(q, 2)),
-        ("implementation 'best'", lambda: slot_attention(q, k, v, 2, implementation="best")),
+        ("do not fit: expected", lambda: instance_attention(q, k[:1], v, 2)),
+        ("3 heads do not divide 8", lambda: instance_attention(q, k, v, 3)),
+        (
+            "of torch.float32 does not fit: expected bool",
+            lambda: instance_attention(q, k, v, 2, mask),
+        ),
+        ("dropout 1.0 is not in", lambda: instance_attention(q, k, v, 2, None, 1.0)),
+        (r"expected \[B, N, L, 3", lambda: instance_attention_packed(q, 2)),
+        ("implementation 'best'", lambda: instance_attention(q, k, v, 2, implementation="best")),
         (
             "kernels support N <= 64",
-            lambda: slot_attention(*[q.double()] * 3, 2, implementation="triton"),
+            lambda: instance_attention(*[q.double()] * 3, 2, implementation="triton"),
         ),
         (
             "N is 65",
-            lambda: slot_attention(*[torch.zeros(1, 65, 1, 4)] * 3, 2, implementation="triton"),
+            lambda: instance_attention(*[torch.zeros(1, 65, 1, 4)] * 3, 2, implementation="triton"),
         ),
     ):
         with pytest.raises(ValueError, match=message):

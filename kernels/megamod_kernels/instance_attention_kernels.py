@@ -1,7 +1,8 @@
-"""Triton kernels of `slot_attention`: one tile holds all instances of several positions.
+"""Triton kernels of `instance_attention`: one tile holds all instances of several positions.
 
 Row r of a tile is instance r % N of its position r // N, for one head. Leftover rows form a
-position of zeros, which is never stored.
+position of zeros, which is never stored. K is the width of a head, COLUMNS the power of two that it
+is padded to.
 """
 
 import triton
@@ -14,10 +15,11 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _dot_unrounded(wide, narrow):
-    """Multiply a float32 tile by a possibly narrower one, without rounding the first.
+    """Multiply a float32 tile [M, K] by a tile [K, N] of any dtype, without rounding the first.
 
-    Rounding the probabilities would cause half of the error. The second product, of the rounding
-    remainder, costs no time because the kernel is limited by memory.
+    Rounding the probabilities would cause half of the error. So `wide` is split into a part in the
+    dtype of `narrow` and the rounding remainder; the second product costs no time because the
+    kernel is limited by memory.
     """
     if narrow.dtype == tl.float32:
         return dot(wide, narrow)
@@ -31,7 +33,9 @@ def _dot_unrounded(wide, narrow):
 def _compute_probabilities(q, k, mask, mask_rows, valid, tile_position, scale, SHIFT: tl.constexpr):
     """Compute softmax(q k^T * scale) of a tile's rows among those of one position, [ROWS, ROWS].
 
-    SHIFT is added to the scores of masked instances; 0 if there is no mask.
+    q and k [ROWS, COLUMNS]; `mask_rows` [ROWS] are the offsets of the rows in `mask`, `valid`
+    [ROWS] is False for rows that do not exist, and `tile_position` [ROWS] is the position of each
+    row within the tile. SHIFT is added to the scores of masked instances; 0 if there is no mask.
     """
     scores = dot(q, tl.trans(k)) * (scale * _LOG2_E)
     same = tile_position[:, None] == tile_position[None, :]
@@ -50,14 +54,18 @@ def _compute_probabilities(q, k, mask, mask_rows, valid, tile_position, scale, S
 def _draw_dropout_mask(
     seed, position, head, instance, dropout, HEADS: tl.constexpr, N: tl.constexpr
 ):
-    """Draw the dropout mask of a tile's probabilities: Philox counter (position, head, pair)."""
+    """Draw the mask [ROWS, ROWS] of the probabilities that dropout keeps.
+
+    `seed` points to one int64. The Philox counter numbers (position, head, pair of instances), so
+    that backward draws the same mask. `position` and `instance` [ROWS] are those of the rows.
+    """
     first = (position.to(tl.int64) * HEADS + head) * (N * N) + instance * N
     uniform = tl.rand(tl.load(seed), first[:, None] + instance[None, :])
     return uniform >= dropout
 
 
 @triton.jit
-def slot_attention_fwd_kernel(
+def instance_attention_fwd_kernel(
     q,
     k,
     v,
@@ -87,9 +95,9 @@ def slot_attention_fwd_kernel(
 ):
     """Compute softmax(scale q k^T) v over the instances of each position, for one head and tile.
 
-    q, k, v: [groups, N, length, HEADS * K], addressed by strides, the last axis contiguous;
-    output as they are, contiguous; mask [groups, N, length], contiguous, read if SHIFT is not 0.
-    K is the width of a head. With DROPOUT the probabilities are dropped as `seed` draws them.
+    q, k, v: [B, N, L, HEADS * K], addressed by strides, the last axis contiguous; `output`, of
+    their shape, and `mask` [B, N, L], read if SHIFT is not 0, are contiguous. `positions` is B * L,
+    `length` L. With DROPOUT the probabilities are dropped as `seed` draws them.
     """
     head = tl.program_id(0) % HEADS
     rows = tl.arange(0, ROWS)
@@ -122,7 +130,7 @@ def slot_attention_fwd_kernel(
 
 
 @triton.jit
-def slot_attention_bwd_kernel(
+def instance_attention_bwd_kernel(
     upstream,
     q,
     k,
@@ -159,9 +167,9 @@ def slot_attention_bwd_kernel(
 ):
     """Write the gradients of q, k and v for one head and tile; probabilities are recomputed.
 
-    `upstream` is the gradient of the output. All are [groups, N, length, HEADS * K], addressed by
-    strides, and the three gradients have one stride between tokens; other arguments as of
-    `slot_attention_fwd_kernel`.
+    `upstream` is the gradient of the output. All are [B, N, L, HEADS * K], addressed by strides,
+    and the three gradients have one stride between tokens; other arguments as of
+    `instance_attention_fwd_kernel`.
     """
     head = tl.program_id(0) % HEADS
     rows = tl.arange(0, ROWS)
@@ -221,12 +229,16 @@ def slot_attention_bwd_kernel(
     )
 
 
-def select_tile(instances: int, head_width: int, element_size: int) -> tuple[int, int]:
-    """Return ROWS of a tile, and warps.
+def select_rows_and_warps(instances: int, head_width: int, element_size: int) -> tuple[int, int]:
+    """Return ROWS of a tile, and the number of warps of its program.
 
     More rows waste more scores between positions, so 64 only if 32 rows leave clearly more rows
     unused, as for N = 12 (24 used). float32 products run without tensor cores, where wasted scores
     cost more than unused rows.
+
+    Args:
+        instances, head_width: N and K.
+        element_size: bytes of an element.
     """
     if element_size == 4:
         rows = max(16, triton.next_power_of_2(instances))
@@ -243,7 +255,10 @@ def make_compile_time_arguments(
     """Return the compile-time arguments of both kernels, by name.
 
     Args:
+        instances, heads, head_width: N, number of heads, columns of a head.
+        rows: of a tile, see `select_rows_and_warps`.
         shift: added to the scores of masked instances; 0 if there is no mask.
+        has_dropout: draw a dropout mask.
     """
     return {
         "N": instances,
