@@ -196,7 +196,7 @@ def _check_offload(zero: Mapping[str, object]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, object]:
-    """Read the JSON object in a file.
+    """Read the JSON object in the file `path`.
 
     Raise UserError if it cannot be read, for doubled keys, for constants such as NaN, and for
     content that is no object.
@@ -266,7 +266,10 @@ def _check_keys(name: str, block: dict, known: dict, allow_unknown: bool, parent
 
 
 def _check_refused_keys(name: str, config: dict) -> None:
-    """Raise UserError for a key of `REFUSED` that is not off, or a wrong value of `REQUIRED`."""
+    """Raise UserError for a key of `REFUSED` that is not off, or a wrong value of `REQUIRED`.
+
+    `name` is the DeepSpeed file, for messages, and `config` its content.
+    """
     for where, advice in REFUSED.items():
         value = get_by_key_path(config, where)
         if isinstance(value, dict) and value.get("enabled", value.get("device")) in (False, "none"):
@@ -282,7 +285,8 @@ def _check_refused_keys(name: str, config: dict) -> None:
 def _check_scalars(name: str, config: dict) -> None:
     """Raise UserError for a top-level value of a wrong type or range, or any huge integer.
 
-    Huge is an absolute value of 2^62 or more, at any depth.
+    Huge is an absolute value of 2^62 or more, at any depth of `config`, the content of the
+    DeepSpeed file `name`.
     """
     for key, value in iterate_values_by_key_path(config):
         if type(value) is int and abs(value) >= 2**62:
@@ -394,7 +398,8 @@ def _resolve_batch_sizes(
 def _check_optimizer(name: str, block: dict) -> None:
     """Raise UserError for an optimizer other than AdamW, or hyperparameters out of range.
 
-    The run constructs AdamW itself, with the values of the block; "Adam" counts as AdamW.
+    The run constructs AdamW itself, with the values of `block`, the content of "optimizer" in the
+    DeepSpeed file `name`; "Adam" counts as AdamW.
     """
     kind = block.get("type", "AdamW")
     if str(kind).lower() not in ("adam", "adamw"):
@@ -416,7 +421,8 @@ def _check_optimizer(name: str, block: dict) -> None:
 def _check_block_types(name: str, config: dict) -> None:
     """Raise UserError for a block that DeepSpeed's pydantic model refuses.
 
-    Stage and `enabled`, which these models would convert, must have the exact type.
+    Stage and `enabled`, which these models would convert, must have the exact type. `config` is the
+    content of the DeepSpeed file `name`.
     """
     exact = {"zero_optimization.stage": int, "bf16.enabled": bool, "fp16.enabled": bool}
     for where, kind in exact.items():

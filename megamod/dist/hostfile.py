@@ -271,7 +271,7 @@ def _parse_line(raw: bytes, number: int) -> tuple[_HostLine | None, list[str]]:
 
 
 def _is_reachable_name(name: str) -> bool:
-    """Return True for names that ssh accepts: NAME or USER@NAME; NAME may be an IPv6 address."""
+    """Return True if ssh accepts `name`: NAME or USER@NAME; NAME may be an IPv6 address."""
     user, _, host = name.rpartition("@")
     if "@" in name and not NAME.fullmatch(user):
         return False
@@ -279,7 +279,7 @@ def _is_reachable_name(name: str) -> bool:
 
 
 def _normalise_ipv6(host: str) -> str | None:
-    """Return the shortest form of an IPv6 address; None for other text."""
+    """Return the shortest form of `host`, an IPv6 address; None for other text."""
     try:
         return str(ipaddress.IPv6Address(host))
     except ValueError:
@@ -347,7 +347,7 @@ def _raise_faults(path: str | Path, faults: Sequence[tuple[int, str]]) -> None:
 
 
 def _probe_ssh(name: str, port: int | None) -> tuple[float, str]:
-    """Log in to a machine by ssh without a password, and run `true` there.
+    """Log in to the machine `name` by ssh without a password, and run `true` there.
 
     Args:
         port: port of ssh; None: as ssh is configured.

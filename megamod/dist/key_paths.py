@@ -32,7 +32,7 @@ def iterate_values_by_key_path(value: object, where: str = "") -> Iterator[tuple
 
 
 def get_by_key_path(config: Mapping, key_path: str) -> object:
-    """Return the value at a dotted key path; `MISSING` if there is none."""
+    """Return the value of `config` at a key path such as "optimizer.params.lr"; else `MISSING`."""
     for key in key_path.split("."):
         if not isinstance(config, Mapping) or key not in config:
             return MISSING
@@ -41,7 +41,10 @@ def get_by_key_path(config: Mapping, key_path: str) -> object:
 
 
 def set_by_key_path(config: dict, key_path: str, value: object) -> None:
-    """Set the value at a dotted key path of `config`, in place; missing blocks are created."""
+    """Set the value of `config` at a key path such as "optimizer.params.lr", in place.
+
+    Missing blocks are created.
+    """
     *parents, key = key_path.split(".")
     for parent in parents:
         config = config.setdefault(parent, {})

@@ -90,10 +90,11 @@ def set_rank_variables() -> None:
 
 
 def _read_rank_numbers(starter: _ProcessStarter) -> tuple[int, int, int] | None:
-    """Read rank, world size and local rank from a program's variables.
+    """Read rank, world size and local rank from the environment variables of a program.
 
-    Return None if the program is not active; raise UserError for numbers that are missing or wrong.
-    LOCAL_RANK alone may be missing and counts as 0.
+    `starter` names the variables of one program that starts ranks. Return None if that program is
+    not active; raise UserError for numbers that are missing or wrong. LOCAL_RANK alone may be
+    missing and counts as 0.
     """
     if starter.presence_variable not in os.environ:
         return None

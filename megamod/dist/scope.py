@@ -37,10 +37,12 @@ def find_scopes(
 ) -> dict[str, Scope]:
     """Find the scope of every parameter by name.
 
-    It is the same for all parameters of dense training (WORLD) and of BTM (DOMAIN), but for
-    `experts`. In DEMix that of an expert's parameters is DOMAIN, and that of all others WORLD.
+    Dense training gives all parameters WORLD, BTM gives them DOMAIN, but for `experts`. In DEMix an
+    expert's parameters are DOMAIN, and all others WORLD.
 
     Args:
+        names: names of parameters.
+        sharing: dense, DEMix or BTM.
         experts: parameters with a rank's share of the experts of a mixture; their scope is EXPERT.
             Without effect in DEMix, which trains no such mixtures.
     """

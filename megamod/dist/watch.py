@@ -157,7 +157,7 @@ class Heartbeat:
         self._writer.set(f"beat/{self.rank}", f"{count} {os.uname().nodename} {os.getpid()}")
 
     def _read_signs_of_life(self, ranks: Iterable[int]) -> list[str]:
-        """Read the last sign of life of each rank, "" for none.
+        """Read the last sign of life of each of `ranks` from the store, a text; "" for none.
 
         Raise RuntimeError if the store does not answer.
         """

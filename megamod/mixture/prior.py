@@ -67,7 +67,7 @@ def restrict_to_top_k(prior: Prior, k: int) -> Prior:
 
 
 def write_prior(path: Path, prior: Prior) -> None:
-    """Write a prior as JSON, atomically; `read_prior` reads it back in any order of domains."""
+    """Write a prior to a JSON file, atomically; `read_prior` reads it in any order of domains."""
     write_json(
         Path(path),
         {
@@ -105,10 +105,13 @@ class _PriorFile(Schema):
 
 
 def read_prior(path: Path, domains: Sequence[str]) -> Prior:
-    """Read a prior file; its weights are put into the order of `domains` and scaled to sum 1.
+    """Read a prior from a JSON file; its weights are put into the order of `domains`.
 
     Args:
+        path: a file that `write_prior` wrote.
         domains: domains of the experts, exactly those that the file must name.
+    Returns:
+        the prior, with weights scaled to sum 1.
     Raises:
         UserError: if the file cannot be read, names other domains, or has invalid weights.
     """

@@ -61,7 +61,13 @@ class SelfAttention(nn.Module):
 def _attend_sdpa(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> Tensor:
-    """Attend with torch's fused kernel: [B, H, L, K] -> [B, H, L, K]; causal without a mask."""
+    """Attend with torch's fused kernel; returns [B, H, L, K].
+
+    Args:
+        query, key, value: [B, H, L, K], and twice [B, H, S, K].
+        mask: bool [B, 1, L, S], True where a query sees a key; None: causal.
+        dropout: rate at which attention weights are dropped.
+    """
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
     )
@@ -70,7 +76,11 @@ def _attend_sdpa(
 def _attend_eager(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> Tensor:
-    """Attend in plain torch: [B, H, L, K] -> [B, H, L, K]; causal without a mask."""
+    """Attend in plain torch; arguments and result as of `_attend_sdpa`.
+
+    `query` [B, H, L, K], `key` and `value` [B, H, S, K], `mask` [B, 1, L, S] or None (causal),
+    `dropout` of the weights.
+    """
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         mask = mask.tril()

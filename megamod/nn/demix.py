@@ -35,6 +35,8 @@ class DomainExperts(nn.Module):
 
         With gradients, the experts that are not selected receive gradients of zero.
 
+        Args:
+            args, kwargs: passed to the expert, such as states [B, L, D].
         Raises:
             UserError: if several experts are held and none is selected.
         """
@@ -73,11 +75,13 @@ class _ZeroGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, *idle: Tensor) -> Tensor:
+        """Return x unchanged; `idle` are the parameters of the experts that are not selected."""
         ctx.like = [(p.shape, p.dtype, p.device) for p in idle]
         return x.clone()  # not a view: layers may add to it in place
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
+        """Return `grad` for x, and zeros in the shape of each idle parameter."""
         zeros = (
             torch.zeros((), dtype=dtype, device=device).expand(shape)
             for shape, dtype, device in ctx.like

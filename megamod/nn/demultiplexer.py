@@ -122,6 +122,8 @@ class RsaDemultiplexer(nn.Module):
         Args:
             key: [N, D].
             hidden: [B, L, D], the encoder's last norm applied.
+            first_layer: linear layer over [key ; hidden], from 2 D to D features.
+            middle_layers: residual layers from D to D features.
             pairs: positions and instances to compute; None for all.
         Returns:
             [R, D] for pairs, else [B, N, L, D].

@@ -123,9 +123,10 @@ class EncoderEmbeddings(nn.Module):
         """Run `embed_multiplexed` and the attention of the first block as one operation.
 
         Args:
+            ids, key, token_type_ids, instance_positions, mixed_positions, implementation: as of
+                `embed_multiplexed`.
             block: the first block.
             mask: as of `EncoderLayer.attend`.
-            ids, key, ...: as of `embed_multiplexed`.
         Returns:
             the result of `embed_multiplexed`, and `attended` for the block; both [B, T, D].
         """
@@ -253,11 +254,13 @@ class EncoderLayer(nn.Module):
     def apply_feed_forward(
         self, x: Tensor, conditions: tuple[Tensor, ...] = (), norm: bool = True
     ) -> Tensor:
-        """Apply feed-forward, residual and norm: [B, L, D] -> [B, L, D].
+        """Apply feed-forward, residual and norm, the second half of the block, to x [B, L, D].
 
         Args:
             conditions: further arguments of the norm.
             norm: False leaves the norm to the caller.
+        Returns:
+            [B, L, D].
         """
         update = F.gelu(self.intermediate["dense"](x))
         return self._apply_output_layers(self.output, update, x, conditions, norm)
@@ -299,10 +302,10 @@ class Encoder(nn.Module):
         attended: Tensor | None = None,
         norm: bool = True,
     ) -> Tensor:
-        """Apply all blocks: [B, L, D] -> [B, queries or L, D].
+        """Apply all blocks: x [B, L, D] -> [B, queries or L, D].
 
-        Arguments as of `EncoderLayer.forward`: `attended` of the first block, `queries` and `norm`
-        of the last.
+        Arguments as of `EncoderLayer.forward`: `mask` of all blocks, `attended` of the first block,
+        `queries` and `norm` of the last.
         """
         for number, layer in enumerate(self.layer):
             last = number == len(self.layer) - 1
@@ -351,17 +354,17 @@ class EncoderModel(nn.Module):
 
 
 def make_key_mask(attention_mask: Tensor) -> Tensor:
-    """Make an additive mask of attention scores.
+    """Make an additive mask of attention scores, float [R, 1, 1, L]: -10000 at padding, else 0.
 
-    [R, L], nonzero at real tokens -> float [R, 1, 1, L].
+    `attention_mask` [R, L] is nonzero at real tokens.
     """
     return (attention_mask == 0)[:, None, None, :] * MASKED
 
 
 def compute_padding_aware_positions(input_ids: Tensor, pad_token_id: int) -> Tensor:
-    """Compute rows of RoBERTa's position table, padding not counted: ids [R, T] -> [R, T].
+    """Compute rows of RoBERTa's position table, [R, T], not counting padding.
 
-    The first token has row pad_token_id + 1, padding has row pad_token_id.
+    The first token of `input_ids` [R, T] has row pad_token_id + 1, padding has row pad_token_id.
     """
     is_token = (input_ids != pad_token_id).long()
     return is_token.cumsum(1) * is_token + pad_token_id
@@ -370,8 +373,7 @@ def compute_padding_aware_positions(input_ids: Tensor, pad_token_id: int) -> Ten
 def initialise_weights(module: nn.Module, standard_deviation: float) -> None:
     """Initialise one module in place as BERT does, without its children.
 
-    Random weights are normal with mean 0, from torch's global generator.
-
+    Random weights are normal with mean 0 and `standard_deviation`, from torch's global generator.
     Layers of `mark_default_initialisation` keep torch's own initialisation. The embedding of
     padding is 0. Within `from_pretrained`, weights loaded from a file do not change.
     """
@@ -391,10 +393,10 @@ def initialise_weights(module: nn.Module, standard_deviation: float) -> None:
 
 
 def mark_default_initialisation(linear: nn.Linear) -> nn.Linear:
-    """Mark a layer, in place, so that `initialise_weights` keeps torch's initialisation; return it.
+    """Mark the layer `linear`, in place, to keep torch's initialisation; return it.
 
-    Sets the attribute `default_initialisation`. MUX-ELECTRA marks the layers that its release
-    leaves at torch's initialisation.
+    Sets the attribute `default_initialisation`, which `initialise_weights` reads. MUX-ELECTRA marks
+    the layers that its release leaves at torch's initialisation.
     """
     linear.default_initialisation = True
     return linear

@@ -21,7 +21,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer: [..., in] -> [..., out]."""
+        """Apply the layer to `input` [..., in_features]; returns [..., out_features]."""
         if (
             not USES_ONEDNN
             or torch.is_grad_enabled()

@@ -28,7 +28,7 @@ class Router(nn.Module):
         self.experts_per_token = experts_per_token
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Select the experts of tokens [N, D].
+        """Select the experts of tokens, from their states `hidden` [N, D].
 
         Returns:
             logits [N, E], weights [N, K] float32 that sum to one, and numbers of experts [N, K].
@@ -54,10 +54,10 @@ class SparseFeedForward(nn.Module):
         self.gate = Router(hidden_size, experts, experts_per_token)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the selected experts to states: [..., D] -> [..., D].
+        """Apply the selected experts to states x [..., D]; returns [..., D].
 
-        An expert without tokens runs on none of them, so that its gradients are zero, not absent:
-        a ZeRO engine reduces the gradients that its hooks receive.
+        An expert without tokens runs on none of them, so that its gradients are zero, not absent: a
+        ZeRO engine reduces the gradients that its hooks receive.
         """
         states = x.reshape(-1, x.shape[-1])
         _, weights, experts = self.gate(states)

@@ -71,7 +71,7 @@ class TaskHeads(nn.Module):
     def compute_token_logits(self, states: Tensor, row_task_ids: Tensor) -> Tensor | None:
         """Compute logits [B, L, C] of token states [B, L, D], padded as by `compute_row_logits`.
 
-        Returns None if there is no token task.
+        `row_task_ids` [B] is the task of each row. Returns None if there is no token task.
         """
         if "token" not in self.kinds:
             return None
@@ -156,7 +156,10 @@ class TaskHeads(nn.Module):
         return relative
 
     def _mask_unused_outputs(self, logits: Tensor, row_task_ids: Tensor) -> Tensor:
-        """Replace logits [B, ..., C] beyond the labels of a row's task by the dtype's minimum."""
+        """Replace logits [B, ..., C] beyond the labels of a row's task by the dtype's minimum.
+
+        `row_task_ids` [B] is the task of each row.
+        """
         sizes = torch.tensor(self.sizes, device=logits.device)[row_task_ids]
         used = torch.arange(logits.shape[-1], device=logits.device) < sizes[:, None]
         if logits.dim() == 3:

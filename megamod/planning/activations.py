@@ -49,7 +49,7 @@ def measure_pass(
     *,
     precision: str,
     checkpointing: bool,
-    selected_share: float = 1.0,
+    mask_density: float = 1.0,
 ) -> PassCost:
     """Measure one forward and backward pass of a model, without weights in memory.
 
@@ -62,7 +62,7 @@ def measure_pass(
         loss: computes a scalar from the module; called on fake tensors.
         precision: "fp32", "bf16" or "fp16".
         checkpointing: recompute blocks in the backward pass.
-        selected_share: fraction of elements that a boolean mask selects, where a shape depends on
+        mask_density: assumed fraction of True elements of a boolean mask, where a shape depends on
             it.
     """
     passes = []
@@ -72,7 +72,7 @@ def measure_pass(
         shallow = type(config).from_dict(config.to_dict() | changed)
         passes.append(
             _measure_shallow_pass(
-                shallow, build, loss, DTYPES[precision], checkpointing, selected_share
+                shallow, build, loss, DTYPES[precision], checkpointing, mask_density
             )
         )
     (low, high), more_layers = passes, config.num_hidden_layers - DEPTHS[0]
@@ -88,12 +88,17 @@ def _measure_shallow_pass(
     loss: Loss,
     dtype: torch.dtype,
     checkpointing: bool,
-    selected_share: float,
+    mask_density: float,
 ) -> PassCost:
     """Measure one pass of a model of few layers, all of whose operations run on fake tensors.
 
-    The module is in training mode, and each gradient is dropped once it is finished. Arguments as
-    `measure_pass`; torch's default dtype is restored.
+    The module is in training mode, and each gradient is dropped once it is finished. torch's
+    default dtype is restored.
+
+    Args:
+        config: configuration of the shallow model.
+        dtype: torch's default dtype while it is built.
+        build, loss, checkpointing, mask_density: as of `measure_pass`.
     """
     default_dtype = torch.get_default_dtype()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -108,7 +113,7 @@ def _measure_shallow_pass(
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_free_gradient)
-        live = _LiveMemoryCounter(module, selected_share)
+        live = _LiveMemoryCounter(module, mask_density)
         with live:
             loss(module).backward()
     return PassCost(live.peak, live.flops)
@@ -126,15 +131,15 @@ class _LiveMemoryCounter(TorchDispatchMode):
 
     Args:
         module: its parameters and buffers are not counted.
-        selected_share: see `measure_pass`.
+        mask_density: see `measure_pass`.
     Attributes:
         live_bytes, peak: bytes that are live now, and the most so far.
         flops: FLOPs so far, see `_count_flops`.
     """
 
-    def __init__(self, module: nn.Module, selected_share: float):
+    def __init__(self, module: nn.Module, mask_density: float):
         super().__init__()
-        self.selected_share = selected_share
+        self.mask_density = mask_density
         self.live_bytes = self.peak = self.flops = 0
         weights = [*module.parameters(), *module.buffers()]
         self.weight_storages = [tensor.untyped_storage() for tensor in weights]
@@ -142,6 +147,10 @@ class _LiveMemoryCounter(TorchDispatchMode):
         self.tracked: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        """Run an operation of torch, or make its result where fake tensors lack it; count both.
+
+        Its storages are added to the live bytes, and its FLOPs to `flops`.
+        """
         result = self._make_masked_selection(operation, args)
         if result is None:
             result = _make_grouped_product(operation, args)
@@ -176,7 +185,8 @@ class _LiveMemoryCounter(TorchDispatchMode):
     def _make_masked_selection(self, operation: object, args: tuple) -> Tensor | None:
         """Make the result of a selection by a boolean mask, whose size fake tensors do not know.
 
-        `selected_share` gives the size. None for any other operation, which must be run.
+        `mask_density` gives the size. `args` are those of the operation. None for any other
+        operation, which must be run.
         """
         aten = torch.ops.aten
         if operation is aten.nonzero.default:
@@ -189,15 +199,16 @@ class _LiveMemoryCounter(TorchDispatchMode):
         return None
 
     def _count_selected(self, mask: Tensor) -> int:
-        """Return the assumed number of True elements of a mask, by `selected_share`; at least 1."""
-        return max(1, round(mask.numel() * self.selected_share))
+        """Return the assumed number of True elements of a mask, by `mask_density`; at least 1."""
+        return max(1, round(mask.numel() * self.mask_density))
 
 
 def _make_grouped_product(operation: object, args: tuple) -> Tensor | None:
     """Make the result of a grouped product, whose fake form torch has for bfloat16 alone.
 
     With a group per expert, of E: [S, K] by [E, K, N] is [S, N], and, for the gradients of weights,
-    [K, S] by [S, N] is [E, K, N]. None for any other operation, which must be run.
+    [K, S] by [S, N] is [E, K, N]. `args` are those of the operation. None for any other operation,
+    which must be run.
     """
     if operation is not torch.ops.aten._grouped_mm.default:
         return None

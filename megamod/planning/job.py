@@ -135,6 +135,8 @@ def _list_hosts(plan: PlanArgs, btm: BtmArgs) -> HostSlots:
     Without one, --world_size ranks fill made-up hosts node-1, node-2, ... of --ranks_per_node
     slots, the last with the rest.
 
+    Args:
+        plan, btm: flags; `btm` has --hostfile.
     Raises:
         UserError: if both are missing, --world_size contradicts --hostfile, or the hostfile cannot
             be read.
@@ -162,6 +164,8 @@ def _read_vocabulary(
     --vocab_size overrides the size in both cases. A data-bin's size includes a token per domain
     with --domain_token.
 
+    Args:
+        plan, mux, data: flags: --vocab_size, --objective, and those of the data-bin.
     Returns:
         the vocabulary, and the domains of the data-bin; () without one.
     Raises:
@@ -199,6 +203,7 @@ def _list_campaign_jobs(
         parsed: all arguments of the plan; not changed.
         hosts: hosts that the jobs share, with their slots.
         domains: domains of the experts, unless the campaign has rounds that name them.
+        vocabulary: result of `_read_vocabulary`, the same for all jobs.
     Raises:
         UserError: for another --untie than "none" and "all", if domains are missing, the batch is
             not shared evenly, or a job does not fit the hosts.
@@ -269,9 +274,12 @@ def _make_job(
     The arguments in `parsed` are copied, not changed.
 
     Args:
+        parsed: all arguments of the plan.
         name, job_names, steps, placements: see `Job`.
+        sharing: parameters that domains share.
         domains: domains of the topology; empty: one called "text".
         ranks: number of ranks of the topology.
+        vocabulary: result of `_read_vocabulary`.
     Raises:
         UserError: where a run raises it.
     """
@@ -325,6 +333,8 @@ def _read_hidden_size(model: ModelArgs, mux: MuxArgs) -> int:
     The first that exists: --hidden_size, the configuration of the folder (or, for a causal language
     model, the hub repository) in --model, the preset that --model names.
 
+    Args:
+        model, mux: flags: --model and --hidden_size, and --objective.
     Raises:
         UserError: if there is none of these, or the configuration has no such field.
     """

@@ -160,6 +160,9 @@ def _group_parameters_by_ranks(
 ) -> list[tuple[list[int], int, float]]:
     """Group parameters by the ranks that share them: all ranks, and those of a domain.
 
+    Args:
+        sizes: elements of each parameter, by name.
+        topology: ranks, domains and sharing of the job.
     Returns:
         for each of the two (elements of each of its parameters, number of ranks, largest number of
         elements that DeepSpeed updates together); the first may be empty.
@@ -183,6 +186,7 @@ def _compute_group_memory(
 
     Args:
         group_sizes, ranks, limit: see `_group_parameters_by_ranks`.
+        setting: ZeRO stage, precision and micro-batches.
         muon: these parameters are trained by Muon; False: by Adam.
     """
     element, total, offloaded = setting.element_bytes, sum(group_sizes), 0  # bytes, elements, bytes
@@ -234,6 +238,7 @@ def _compute_weight_bytes(
 
     Args:
         group_sizes, ranks: see `_group_parameters_by_ranks`.
+        setting: its stage, precision and offloading of parameters count.
     """
     if setting.stage < 3:
         return setting.element_bytes * sum(group_sizes), 0
@@ -252,8 +257,8 @@ def _compute_buffer_bytes(sizes: Mapping[str, int], setting: TrainingSetting) ->
     """Compute the bytes of a rank's buffers: to reduce gradients, and to gather with ZeRO 3.
 
     Args:
-        sizes: elements of every parameter of the rank, trained or frozen. Without ZeRO the result
-            is 0.
+        sizes: elements of every parameter of the rank, trained or frozen.
+        setting: its stage, precision and sizes of buffers count; without ZeRO the result is 0.
     """
     if setting.stage == 0:
         return 0

@@ -136,14 +136,14 @@ class Network:
             partial(self._compute_loss, micro_batch),
             precision=self.job.setting.precision,
             checkpointing=checkpointing,
-            selected_share=self.selected_share,
+            mask_density=self.mask_density,
         )
 
     def build_rank_module(self, config: PreTrainedConfig) -> nn.Module:
-        """Build the part that rank 0 holds of a model with this configuration.
+        """Build the part that rank 0 holds of a model with the configuration `config`.
 
-        That is the whole model, except experts of other ranks. A blank adapter is added if
-        the job trains one. Weights are on torch's default device.
+        That is the whole model, except experts of other ranks. A blank adapter is added if the job
+        trains one. Weights are on torch's default device.
         """
         if self.job.mux.objective == "causal_lm":
             demix = self.job.topology.sharing is Sharing.DEMIX
@@ -169,16 +169,21 @@ class Network:
         return 1.0 if every else mux.mlm_probability
 
     @property
-    def selected_share(self) -> float:
-        """Share of the elements that boolean masks select in a pass: tokens that the head scores,
-        and in a mixture of the project's own GPT choices of one expert, evenly loaded.
+    def mask_density(self) -> float:
+        """Fraction of True elements of the boolean masks that select rows in a pass.
+
+        The masks select tokens that the head scores, and in a mixture of the project's own GPT the
+        tokens of one expert, evenly loaded.
         """
         if self.config.model_type == "demix_moe":
             return 1 / self.config.num_experts
         return self.scored_share
 
     def _compute_loss(self, micro_batch: int, module: nn.Module) -> Tensor:
-        """Compute the job's training loss of `module` on a micro-batch whose token ids are 0."""
+        """Compute the job's training loss, a scalar, on a micro-batch whose token ids are 0.
+
+        `micro_batch` is its number of sequences; `module` is a result of `build_rank_module`.
+        """
         length, mux = self.job.data.max_seq_length, self.job.mux
         ids = torch.zeros(micro_batch, length, dtype=torch.int64)
         if mux.objective == "causal_lm":

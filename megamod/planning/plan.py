@@ -90,6 +90,10 @@ class JobPlan:
 
         They are measured, once for each pair of arguments; large micro-batches other than the job's
         are extrapolated linearly from two that are measured.
+
+        Args:
+            micro_batch: number of sequences.
+            checkpointing: blocks are recomputed in the backward pass.
         """
         group, length = self.job.mux.num_instances, self.job.data.max_seq_length
         # The head works in chunks; below one full chunk its memory grows at another rate.
@@ -231,7 +235,7 @@ class JobPlan:
 
 
 def plan_job(job: Job, args: PlanArgs) -> JobPlan:
-    """Plan a job on the GPUs and links of the flags.
+    """Plan a job on the GPUs and links of the flags `args`.
 
     Quantities of the plan are computed on first use, on the meta device.
 
@@ -255,6 +259,7 @@ def _count_ranks_per_host(job: Job, args: PlanArgs) -> int:
 
     Args:
         job: job whose first placement counts; it must not be empty.
+        args: flags; --ranks_per_node is read.
     """
     placement = job.placements[0]
     return (
@@ -265,7 +270,7 @@ def _count_ranks_per_host(job: Job, args: PlanArgs) -> int:
 
 
 def list_micro_batches(job: Job) -> list[int]:
-    """List micro-batch sizes, in sequences, that keep the sequences per step.
+    """List sizes of a micro-batch, in sequences, that keep the sequences per step of `job`.
 
     They are 1, 2, 4, ... 64 instance groups, as far as they divide a rank's sequences per step (per
     expert).

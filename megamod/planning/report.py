@@ -69,7 +69,7 @@ def format_curves(curves: Mapping[Sharing, Sequence[ScalingPoint]]) -> str:
     """Format tokens per second by number of GPUs as a table, a column per kind of sharing.
 
     Each value is a range: without overlap of computation and communication, and with full overlap.
-    A kind without a point at a number of GPUs has an empty cell.
+    A kind of `curves` without a point at a number of GPUs has an empty cell.
     """
     kinds = list(curves)
     gpus = sorted({point.gpus for points in curves.values() for point in points})
@@ -93,8 +93,9 @@ def format_curves(curves: Mapping[Sharing, Sequence[ScalingPoint]]) -> str:
 
 
 def _list_parameter_rows(plan: JobPlan) -> list[tuple[str, str]]:
-    """List (title, value) of the numbers of parameters: on a rank and active; where they differ,
-    per expert, over all domains and over all jobs.
+    """List (title, value) of the numbers of parameters, on a rank and active.
+
+    Where they differ, also those per expert, over all domains and over all jobs.
     """
     network = plan.network
     rows = [
@@ -119,7 +120,10 @@ def _list_parameter_rows(plan: JobPlan) -> list[tuple[str, str]]:
 
 
 def _list_memory_rows(plan: JobPlan) -> list[tuple[str, str]]:
-    """List (title, value) of a rank's memory by kind, and if it does not fit of changes that do."""
+    """List (title, value) of a rank's memory by kind.
+
+    If it does not fit the GPU, also the changes of settings that do.
+    """
     needed = plan.memory
     usable = USABLE * plan.gpu_bytes
     states = (
@@ -153,8 +157,9 @@ def _list_memory_rows(plan: JobPlan) -> list[tuple[str, str]]:
 
 
 def _list_traffic_rows(plan: JobPlan) -> list[tuple[str, str]]:
-    """List (title, value) of the bytes that a rank sends per step to all ranks, and unless training
-    is dense to those of its domain.
+    """List (title, value) of the bytes that a rank sends per step to all ranks.
+
+    Unless training is dense, also those it sends to the ranks of its domain.
     """
     traffic, topology = plan.traffic, plan.job.topology
     rows = [
@@ -168,7 +173,10 @@ def _list_traffic_rows(plan: JobPlan) -> list[tuple[str, str]]:
 
 
 def _list_time_rows(plan: JobPlan) -> list[tuple[str, str]]:
-    """List (title, value) of tokens per second and of days for all steps, by utilisation."""
+    """List (title, value) of tokens per second and of days for all steps, by utilisation.
+
+    Utilisation is the fraction of the GPU's peak that a run reaches.
+    """
     peak = plan.flops_per_second / 1e12
     rates = plan.tokens_per_second
     speeds = ", ".join(f"{rate:,.0f} at {u:.0%}" for u, rate in rates.items())
@@ -182,7 +190,7 @@ def _list_time_rows(plan: JobPlan) -> list[tuple[str, str]]:
 def _list_placement_rows(plan: JobPlan) -> list[tuple[str, str]]:
     """List (host, its ranks and their domains) of one job, and domains that are spread over hosts.
 
-    Of several jobs alike, list (job, its hosts, or that it waits for free slots).
+    If the plan is of several equal jobs, list (job, its hosts, or that it waits for free slots).
     """
     job = plan.job
     rows = []

@@ -110,7 +110,9 @@ def plot_scaling_curves(curves: Curves, tokens: int, title: str, path: Path) -> 
     """Write a PNG of speed and cost by GPUs; bands show the gain by overlapping communication.
 
     Args:
+        curves: points by kind of sharing.
         tokens: number of tokens of the whole training run; the cost is for all of them.
+        title: of the figure.
         path: file to write.
     """
     import matplotlib
@@ -161,6 +163,7 @@ def _compute_curve(plan: JobPlan, kind: Sharing, compute: float) -> list[Scaling
     """Compute a point for each power of two of GPUs that the sharing allows.
 
     Args:
+        plan: the measured job; batch and domains are its own.
         kind: the sharing.
         compute: seconds of computation per step, the same at each point.
     """
@@ -178,7 +181,7 @@ def _compute_curve(plan: JobPlan, kind: Sharing, compute: float) -> list[Scaling
 
 
 def _make_topology(gpus: int, domains: tuple[str, ...], kind: Sharing) -> DomainTopology | None:
-    """Make the topology of a number of GPUs; None with experts whose number does not divide it.
+    """Make the topology of `gpus` ranks; None with experts whose number does not divide `gpus`.
 
     Fewer or unevenly divided ranks would hold other experts than the model that was measured.
 

@@ -58,7 +58,7 @@ class Proposal:
 
 
 def propose_settings(plan: JobPlan, shown: int = SHOWN) -> list[Proposal]:
-    """Search settings of a job that fit its GPUs; return up to `shown`, the fastest first.
+    """Search settings of a planned job that fit its GPUs; return up to `shown`, the fastest first.
 
     Each combination of ZeRO stage, micro-batch and recomputation is planned, at equal sequences per
     step. At equal speed the larger micro-batch comes first, because it keeps a GPU busier, then the
@@ -80,7 +80,10 @@ def propose_settings(plan: JobPlan, shown: int = SHOWN) -> list[Proposal]:
 
 
 def _list_candidate_settings(plan: JobPlan, base: TrainingSetting) -> list[TrainingSetting]:
-    """List the settings to try: stages, micro-batches and checkpointing, all else as in `base`."""
+    """List the settings to try for the job of `plan`: stages, micro-batches and checkpointing.
+
+    All else is as in `base`.
+    """
     job = plan.job
     return [
         replace(change_micro_batch(base, micro), stage=stage, checkpointing=checkpointing)
@@ -98,8 +101,9 @@ def _supports_offloading(base: TrainingSetting, stage: int) -> bool:
 
 
 def _make_sort_key(proposal: Proposal) -> tuple[float, int, int]:
-    """Return the key that sorts proposals, the best first: step time to two digits, then the larger
-    micro-batch, then the lower stage.
+    """Return the key that sorts proposals, the best first.
+
+    It is the step time to two digits, then the larger micro-batch, then the lower stage.
     """
     # Differences below a few percent are within the error of the estimate.
     rounded = float(f"{proposal.step_seconds:.2g}")
@@ -107,7 +111,10 @@ def _make_sort_key(proposal: Proposal) -> tuple[float, int, int]:
 
 
 def _make_proposal(plan: JobPlan, setting: TrainingSetting) -> Proposal | None:
-    """Make the proposal of a setting; None if its memory exceeds that of a GPU."""
+    """Make the proposal of a setting; None if it needs more memory than a GPU has.
+
+    `plan` is that of the job with its own setting.
+    """
     needed = plan.compute_memory_with_setting(setting)
     if not plan.can_gpu_hold(needed):
         return None
@@ -125,6 +132,8 @@ def _list_reasons(
     """List the costs and savings of a setting in words.
 
     Args:
+        plan: the planned job, whose own setting is compared.
+        setting: the proposed one.
         needed: memory of a rank with the setting.
         world: bytes that a rank sends per step to all ranks.
     """

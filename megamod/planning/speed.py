@@ -35,7 +35,8 @@ class Links:
     def get_domain_speed(self, topology: DomainTopology) -> float:
         """Return the speed of the ring of a domain's ranks, in bytes per second.
 
-        It is that of the slowest domain: `intra` if no domain is spread over several hosts.
+        It is that of the slowest domain of `topology`: `intra` if none is spread over several
+        hosts.
         """
         inside = self.ranks_per_node % topology.ranks_per_domain == 0
         return self.intra if inside else self.get_world_speed(topology)
@@ -72,6 +73,8 @@ def estimate_communication_seconds(
 
     Args:
         traffic: bytes that a rank sends over each of the two rings.
+        topology: ranks and domains.
+        links: speeds within and between hosts.
     """
     return traffic.world / links.get_world_speed(
         topology
@@ -86,6 +89,8 @@ def estimate_compute_seconds(
     Recomputation adds a forward pass, a third of the FLOPs (Korthikanti et al. 2022, section 5).
 
     Args:
+        network: gives the FLOPs per token and the tokens per sequence.
+        setting: gives the sequences per step, and if blocks are recomputed.
         flops_per_second: FLOP/s that a GPU reaches, not its peak.
     """
     tokens = setting.micro_batch * setting.micro_steps * network.job.data.max_seq_length

@@ -191,7 +191,7 @@ def is_optimizer_file(file: Path) -> bool:
 
 
 def build_optimizer_path(folder: Path, rank: int, part: int | None = None) -> Path:
-    """Build the path of a rank's optimizer fragments in a checkpoint.
+    """Build the path of a rank's optimizer fragments in the checkpoint `folder`.
 
     Args:
         part: number of a part, where one rank writes several files; None: the only file.

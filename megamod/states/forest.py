@@ -305,7 +305,8 @@ def _check_experts(experts: list[Expert], where: Path) -> None:
     Reads config.json and the tokenizer files of every expert.
 
     Args:
-        where: the forest, for messages.
+        experts: all experts of the forest.
+        where: the forest's folder or file, for messages.
     """
     names = [expert.domain for expert in experts]
     for name in names:

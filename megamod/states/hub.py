@@ -16,7 +16,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def try_download_from_hub(name: str) -> tuple[Path | None, str]:
-    """Download a repository of the hub, if it is not in the cache; no error if there is none.
+    """Download the repository `name` of the hub, if it is not in the cache; no error if missing.
 
     Returns:
         the folder and ""; or None and the reason, which is empty if `is_hub_name` is False.

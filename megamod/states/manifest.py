@@ -95,6 +95,7 @@ def find_file_faults(path: Path, check_digests: bool = True) -> list[str]:
     looked at.
 
     Args:
+        path: the folder.
         check_digests: compare SHA-256 digests too, not only names and sizes.
     Returns:
         one sentence per missing or changed file; empty if all are as they were written.
@@ -108,7 +109,7 @@ def find_file_faults(path: Path, check_digests: bool = True) -> list[str]:
         return [str(error)]
 
     def find_fault(name: str) -> str | None:
-        """Describe the first fault of a file of the manifest; None without one."""
+        """Describe the first fault of the file `name`, listed in the manifest; None without one."""
         file, size, digest = path / name, listed[name].bytes, listed[name].sha256
         if not file.is_file():
             return f"{file} is missing"

@@ -128,6 +128,11 @@ class ModelFolder:
         self.files = sorted({location.file for location in self._locations.values()})
 
     def __enter__(self) -> Self:
+        """Open all weight files for reading.
+
+        Raises:
+            UserError: if a file cannot be opened.
+        """
         try:
             self._descriptors = {file: os.open(file, os.O_RDONLY) for file in self.files}
         except OSError as error:
@@ -140,7 +145,7 @@ class ModelFolder:
         self._descriptors = {}
 
     def read_into(self, name: str, start_element: int, buffer: Tensor) -> None:
-        """Fill `buffer` with elements of a tensor, from the flat index `start_element` on.
+        """Fill `buffer` with elements of the tensor `name`, from the flat index `start_element` on.
 
         Args:
             buffer: 1-D, contiguous, of the tensor's dtype, on the CPU; overwritten.
@@ -160,7 +165,7 @@ class ModelFolder:
             remaining, offset = remaining[count:], offset + count
 
     def read(self, name: str) -> Tensor:
-        """Read a whole tensor, in its shape, into new memory; raises as `read_into`."""
+        """Read the whole tensor `name`, in its shape, into new memory; raises as `read_into`."""
         spec = self.tensors[name]
         flat = torch.empty(spec.numel, dtype=spec.dtype)
         self.read_into(name, 0, flat)
@@ -203,10 +208,13 @@ def iterate_pieces(numel: int, itemsize: int = 4) -> Iterator[tuple[int, int]]:
 
 
 def parse_size(text: str, origin: str) -> int:
-    """Parse a size in bytes: a number alone, or with K, M, G or B (10^9, as in mergekit) or KB, MB
-    or GB; letters in either case.
+    """Parse a size in bytes, such as 500M, 5GB or 5B.
+
+    It is a number alone, or with K, M, G or B (10^9, as in mergekit) or KB, MB or GB, in either
+    case.
 
     Args:
+        text: the size.
         origin: flag of the size, for messages.
     Raises:
         UserError: naming `origin`, if it is not such a size, or is 0.
@@ -220,8 +228,8 @@ def parse_size(text: str, origin: str) -> int:
 def plan_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> dict[str, list[str]]:
     """Map file names to the names of the tensors in them: one file, or several shards.
 
-    Tensors keep their order. Those of a shard have at most `max_bytes` bytes, without the header of
-    its file; a tensor larger than that has a shard of its own.
+    Tensors keep the order of `specs`. Those of a shard have at most `max_bytes` bytes, without the
+    header of its file; a tensor larger than that has a shard of its own.
     """
     shards: list[list[str]] = [[]]
     size = 0
@@ -285,7 +293,9 @@ def write_streamed_tensors(
         failed = threading.Event()
 
         def write_tensor(descriptor: int, offset: int, name: str) -> None:
-            """Produce a tensor and write it at byte `offset`; stop early if another thread failed.
+            """Produce the tensor `name` and write it at byte `offset` of an open file descriptor.
+
+            Stops early if another thread failed.
 
             Raises:
                 ValueError: if `produce` returns fewer or more elements than specified.

@@ -42,6 +42,7 @@ def check_same_token_ids(first: Path, second: Path, remedy: str = "") -> None:
     merges and SentencePiece models must be equal if both folders have them.
 
     Args:
+        first, second: model or tokenizer folders.
         remedy: end of the message, such as "; unite them".
     Raises:
         UserError: naming both folders, and the token and id or the file in which they differ; or a
@@ -74,7 +75,7 @@ def check_same_token_ids(first: Path, second: Path, remedy: str = "") -> None:
 
 
 def _have_identical_files(first: Path, second: Path) -> bool:
-    """Return True if both folders hold byte-identical tokenizer files."""
+    """Return True if two folders, `first` and `second`, hold byte-identical tokenizer files."""
     names = (*_READERS, *_RAW)
     pairs = [(first / name, second / name) for name in names]
     pairs += [(file, second / file.name) for file in sorted(first.glob("*.model"))]
@@ -112,7 +113,10 @@ def _read_vocabulary_content(file: Path) -> object:
 
 
 def _parse_tokenizer_json(content: Mapping) -> Iterator[tuple[str, int]]:
-    """Yield token and id of the vocabulary and the added tokens of tokenizer.json."""
+    """Yield token and id of the vocabulary and the added tokens of tokenizer.json.
+
+    `content` is the parsed file.
+    """
     model = content.get("model") or {}
     listed = model.get("vocab") or {}
     if isinstance(listed, list):  # unigrams, each with its score
@@ -123,7 +127,10 @@ def _parse_tokenizer_json(content: Mapping) -> Iterator[tuple[str, int]]:
 
 
 def _parse_id_mapping(content: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """Yield token and id of a vocabulary; values that are no whole numbers are skipped."""
+    """Yield token and id of a vocabulary; values that are no whole numbers are skipped.
+
+    `content` is a parsed file that maps tokens to ids.
+    """
     # Some tokenizers nest a vocabulary per language; those ids are not comparable by token.
     for token, number in content.items():
         if type(number) is int:

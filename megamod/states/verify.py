@@ -108,11 +108,14 @@ def check_checkpoint(path: Path) -> CheckResult:
 
 
 def check_model_files(path: Path) -> CheckResult:
-    """Check the files of a model, or of an adapter and its seed.
+    """Check the files of a model in the folder `path`, or of an adapter and its seed.
 
     config.json must be readable, and weight files must open and hold the tensors of the index.
     Digests are compared if the folder has a manifest, which those of other programs lack. Only
     weights in safetensors are opened: a folder without them has a fault.
+
+    Returns:
+        a description of the model, and its faults, one sentence each.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -148,7 +151,8 @@ def check_model_files(path: Path) -> CheckResult:
 def _check_adapter_files(path: Path) -> CheckResult:
     """Check that an adapter can be opened, and that its seed has the weights it was trained on.
 
-    Digests are compared if the folder has a manifest.
+    `path` is the adapter's folder; digests are compared if it has a manifest. Returns a description
+    and the faults, one sentence each.
     """
     try:
         seed = find_seed_folder(path)
@@ -160,7 +164,7 @@ def _check_adapter_files(path: Path) -> CheckResult:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Return True if the folder has a checkpoint's manifest or state, or is named as one.
+    """Return True if the folder `path` has a checkpoint's manifest or state, or its name.
 
     The name counts too, so that a checkpoint that lost both files is checked as one.
     """

@@ -186,7 +186,7 @@ def find_non_finite_weight(folder: Path) -> str | None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return True if no element is NaN or infinite; True for integers."""
+    """Return True if no element of a tensor is NaN or infinite; True for integers."""
     # A finite sum has finite terms, and is cheaper to compute than a mask of all elements. Only a
     # sum that overflows needs the mask.
     return not tensor.is_floating_point() or bool(

@@ -14,12 +14,12 @@ def count_domains_per_rank(topology: DomainTopology) -> int:
 def count_micro_steps(run: RunArgs, topology: DomainTopology) -> int:
     """Count the micro-batches of a rank in a step.
 
-    With --global_batch_size the ranks share its rows evenly. Without,
-    --gradient_accumulation_steps counts micro-batches per domain: a rank with several domains takes
-    that many of each.
+    With --global_batch_size the ranks share its rows evenly. Without, --gradient_accumulation_steps
+    counts micro-batches per domain: a rank with several domains takes that many of each.
 
     Args:
         run: its batch flags are in sequences.
+        topology: ranks and domains.
     Raises:
         UserError: if --global_batch_size is not a whole number of micro-batches of all ranks, and
             of all domains of a rank.

@@ -114,6 +114,7 @@ class Checkpoints:
         Then delete older ones beyond the number to keep, but never the last sound one.
 
         Args:
+            state: the step and what else a resumed run continues from.
             history: steps since the last checkpoint; None: nothing is known of them.
         """
         final = self.folder / format_checkpoint_name(state.step)
@@ -244,7 +245,7 @@ class Checkpoints:
         return self._select_checkpoint("auto", below)
 
     def _select_checkpoint(self, choice: str, below: int | None = None) -> Path | None:
-        """Select a checkpoint on rank 0, see `find_checkpoint`; return or raise on every rank."""
+        """Select a checkpoint on rank 0 by `find_checkpoint`; return or raise on every rank."""
         step, fault = -1, None
         if dist.get_rank() == 0:
             try:
@@ -270,7 +271,7 @@ class Checkpoints:
             return is_true_on_all_ranks(False)
 
     def _write_optimizer(self, folder: Path) -> list[Path]:
-        """Write this rank's fragments and return the files.
+        """Write this rank's optimizer fragments into the folder and return the files.
 
         Without ZeRO every rank holds all, and rank 0 writes them.
         """
@@ -301,7 +302,10 @@ class Checkpoints:
         return folder
 
     def _write_state(self, folder: Path, *, state: TrainState) -> list[Path]:
-        """Write state.json on rank 0 and the first rank of each independent model; return it."""
+        """Write state.json into a folder on the ranks that hold a model's first copy; return it.
+
+        These are rank 0 and, with independent models, the first rank of each.
+        """
         independent, rank = self.topology.sharing is Sharing.BTM, dist.get_rank()
         if rank > 0 and not (independent and self.topology.is_group_lead(rank)):
             return []
@@ -327,7 +331,8 @@ class Checkpoints:
     def _write_files_with_digests(self, folder: Path, writers: Sequence[ModelWriter]) -> None:
         """Write and sync this rank's files, and list their digests in `.rank-RANK.json`.
 
-        Each file is synced while the next ones are written and digested.
+        Each file is synced while the next ones are written and digested. `writers` write files into
+        the folder and return them.
         """
         with ThreadPoolExecutor(8) as pool:
             jobs = {
@@ -343,9 +348,9 @@ class Checkpoints:
         (folder / f".rank-{dist.get_rank()}.json").write_text(json.dumps(digests))
 
     def _commit(self, temporary: Path, final: Path) -> None:
-        """Write the manifest, rename the folder to its final name, and record it as the latest.
+        """Write the manifest, rename `temporary` to `final`, and record it as the latest.
 
-        The ranks' lists of digests are deleted. A folder of that name is replaced.
+        The ranks' lists of digests are deleted. A folder named `final` is replaced.
         """
         digests: dict[str, object] = {}
         for rank in range(dist.get_world_size()):
@@ -369,8 +374,8 @@ class Checkpoints:
     def _delete_older_checkpoints(self, final: Path, history: History) -> None:
         """Delete the checkpoints beyond the number to keep, but not the recorded sound one.
 
-        Args:
-            final: folder of the checkpoint that was just written.
+        `final` is the checkpoint that was just written, `history` of the steps since the one
+        before.
         """
         if not self.keep:
             return
@@ -395,7 +400,7 @@ class Checkpoints:
         return path if path.is_dir() else None
 
     def delete_later_checkpoints(self, step: int) -> None:
-        """Delete the checkpoints of later steps, which a rollback has rejected; collective."""
+        """Delete the checkpoints after `step`, which a rollback has rejected; collective."""
         if dist.get_rank() == 0:
             for path in list_checkpoints(self.folder):
                 if parse_checkpoint_step(path) > step:

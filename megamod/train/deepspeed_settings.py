@@ -88,6 +88,8 @@ def resolve_settings(
     arguments are not changed.
 
     Args:
+        run, optim, safety: flags; `safety` names the DeepSpeed file.
+        topology: ranks and domains.
         hidden_size: hidden size of the model, for bucket sizes that are "auto".
         mixture: configuration of the mixture of experts that is trained; None: another model.
     Raises:
@@ -184,6 +186,7 @@ def make_loop_plan(
 
     Args:
         run, optim, safety: resolved flags.
+        topology: ranks and domains.
     Raises:
         UserError: if the policy for losses that are not finite is impossible in this run.
     """
@@ -233,6 +236,7 @@ def remove_offload_files(run: RunArgs, config: Mapping[str, object]) -> None:
     ignored.
 
     Args:
+        run: flags; --output_dir is read.
         config: resolved DeepSpeed configuration.
     """
     optimizer = config["zero_optimization"].get("offload_optimizer") or {}

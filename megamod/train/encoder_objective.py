@@ -41,7 +41,10 @@ class EncoderObjective:
     def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
-        """Run the model; losses besides `main_loss` become further metrics."""
+        """Run the model on a micro-batch; losses besides `main_loss` become further metrics.
+
+        Arguments and result as of `Objective.compute_loss`.
+        """
         losses = self.compute_losses(engine, batch, item_totals)
         shown = losses[self.main_loss]
         further = {n: pair for n, pair in losses.items() if n not in ("loss", self.main_loss)}
@@ -183,6 +186,9 @@ def _collect_loss_terms(
 def _count_detections(logits: Tensor, is_replaced: Tensor) -> dict[str, Tensor]:
     """Count correct detections of replaced tokens for recall and precision.
 
+    Args:
+        logits: of replacement, above 0 if a token is detected.
+        is_replaced: bool, of the same shape.
     Returns:
         [2] float32 each: the correct detections, and the replaced tokens (recall) or the tokens
         predicted to be replaced (precision).

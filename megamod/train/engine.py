@@ -30,7 +30,10 @@ class _EngineLayer:
     """Addition to `DomainExperts` that makes them a layer of DeepSpeed's engine."""
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Create DeepSpeed's groups of this expert size if they do not exist."""
+        """Create DeepSpeed's groups of this expert size if they do not exist.
+
+        DeepSpeed calls it, and the argument is DeepSpeed's.
+        """
         if self.expert_group_name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(
                 self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
@@ -95,8 +98,9 @@ def build_engine(
             )
 
         def make_optimizer_of_model(_: object) -> torch.optim.Optimizer:
-            """Make the optimizer of the model after DeepSpeed replaced layers; the argument is not
-            used.
+            """Make the optimizer of the model after DeepSpeed replaced layers.
+
+            DeepSpeed calls it with parameters, which are not used.
             """
             parts = _make_parameter_groups(model, decay_vectors, muon)
             parts = split_params_into_different_moe_groups_for_optimizer(parts)
@@ -130,7 +134,7 @@ def build_engine(
 def _make_parameter_groups(
     model: nn.Module, decay_vectors: bool, muon: bool
 ) -> list[dict[str, object]]:
-    """Group the trained parameters with their settings; no group is empty.
+    """Group the trained parameters of a model with their settings; no group is empty.
 
     Args:
         decay_vectors: False: norms and biases are a group without weight decay.
@@ -157,7 +161,7 @@ def _make_parameter_groups(
 def _mark_deepspeed_experts(model: nn.Module, topology: DomainTopology) -> str:
     """Give every `DomainExperts` of a model the class and marks of DeepSpeed, in place.
 
-    Return DeepSpeed's name of the process groups of this expert-parallel size.
+    Return DeepSpeed's name of the process groups of the topology's expert-parallel size.
     """
     size = topology.expert_parallel_size
     name = f"ep_size_{size}"
@@ -176,7 +180,8 @@ def _mark_deepspeed_experts(model: nn.Module, topology: DomainTopology) -> str:
 def _check_expert_groups(name: str, topology: DomainTopology) -> None:
     """Check that experts are averaged over exactly the ranks that read their domain's data.
 
-    `name` is DeepSpeed's name of the group. Raise AssertionError otherwise.
+    `name` is DeepSpeed's name of the group; `topology` gives the ranks of each domain. Raise
+    AssertionError otherwise.
     """
     rank = dist.get_rank()
     averaged = dist.get_process_group_ranks(groups._get_expert_data_parallel_group(name))

@@ -104,7 +104,7 @@ def is_expert_parallel(config: Mapping[str, object]) -> bool:
 
 
 def get_parallel_layers(module: nn.Module) -> dict[str, AutoEPMoELayer]:
-    """Return DeepSpeed's layers by the path, in the model, of the block whose place they took.
+    """Return DeepSpeed's layers in a model by the path of the block that each replaced.
 
     Empty for a model that is no mixture, or whose experts are not spread over ranks.
     """
@@ -125,8 +125,9 @@ def list_expert_names(module: nn.Module) -> list[str]:
 
 
 def get_expert_data_parallel_size(module: nn.Module) -> int:
-    """Return the number of ranks that hold the same experts (expert data parallel size): world
-    size / `ep_size`; the world size if experts are not spread.
+    """Return the number of ranks that hold the same experts of a model (data parallel size).
+
+    It is world size / `ep_size`; the world size if experts are not spread.
     """
     size = max((layer.ep_size for layer in get_parallel_layers(module).values()), default=1)
     return dist.get_world_size() // size
@@ -138,6 +139,7 @@ def compute_parallel_exchange(module: nn.Module, tokens: int) -> float:
     0 if the experts of the model are not spread over ranks.
 
     Args:
+        module: the model.
         tokens: number of tokens of the rank's micro-batches in a step.
     """
     layers = list(get_parallel_layers(module).values())
@@ -155,7 +157,7 @@ def compute_parallel_exchange(module: nn.Module, tokens: int) -> float:
 
 
 def map_to_stock_names(module: nn.Module) -> dict[str, str]:
-    """Map names in DeepSpeed's layers to names of equal parameters in the stock class.
+    """Map names in DeepSpeed's layers of a model to names of equal parameters in the stock class.
 
     These are routers and shared experts; the experts themselves are split otherwise.
     """
@@ -174,6 +176,7 @@ def gather_experts(module: nn.Module, keep: bool) -> dict[str, Tensor]:
     Peak memory on every rank: all experts of one layer, and with `keep` of all layers.
 
     Args:
+        module: the model.
         keep: False on ranks that take part without keeping the result.
     Returns:
         name -> tensor of all E experts; empty without `keep`, or if nothing is spread over ranks.
@@ -210,7 +213,11 @@ class Piece:
 
 
 def list_stock_pieces(module: nn.Module) -> dict[str, list[Piece]]:
-    """List the pieces of each parameter with another name or split than in the stock class."""
+    """List the pieces of each parameter with another name or split than in the stock class.
+
+    Returns:
+        by name in `module`; a piece is a range of the parameter and its place in a stock tensor.
+    """
     pieces = {
         name: [Piece(0, module.get_parameter(name).numel(), stock, 0)]
         for name, stock in map_to_stock_names(module).items()

@@ -198,7 +198,7 @@ class ModelExport:
         return state | gather_experts(module, keep_copies) | _collect_persistent_buffers(module)
 
     def _write_expert_index(self, folder: Path, state: dict[str, Tensor]) -> list[Path]:
-        """Write the index of all domains' weights; return its path.
+        """Write the index of all domains' weights into the folder; return its path.
 
         Args:
             state: weights of rank 0, whose first expert stands for those of all domains.
@@ -222,7 +222,7 @@ class ModelExport:
     ) -> list[Path]:
         """Write a model without experts into a folder, created if needed; return the files.
 
-        Of a model with an adapter: the adapter, without config.json.
+        `state` maps names to weights. Of a model with an adapter: the adapter, without config.json.
         """
         folder.mkdir(exist_ok=True)
         if self.is_adapter:
@@ -233,9 +233,9 @@ class ModelExport:
         )
 
     def _write_companion_files(self, folder: Path, config: PreTrainedConfig) -> list[Path]:
-        """Write configuration, tokenizer, model card and the run's recipe; return the files.
+        """Write configuration, tokenizer, model card and the run's recipe into a folder.
 
-        Sets `architectures` and `dtype` of `config`.
+        Sets `architectures` and `dtype` of `config`. Returns the files.
         """
         config.architectures = [type(self.engine.module).__name__]
         config.dtype = next(self.engine.module.parameters()).dtype
@@ -243,7 +243,10 @@ class ModelExport:
         return [folder / "config.json", *self._copy_companions(folder)]
 
     def _copy_companions(self, folder: Path) -> list[Path]:
-        """Copy tokenizer, recipe and companions, and write the model card; return the files."""
+        """Copy tokenizer, recipe and further files into a folder, and write the model card.
+
+        Returns the files.
+        """
         vocabulary = sorted(self.tokenizer.iterdir()) if self.tokenizer else ()
         copies = [self.run_file, *(file for file in vocabulary if file.is_file())]
         copies += self.companions
@@ -254,7 +257,7 @@ class ModelExport:
 
 
 def _collect_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Collect the buffers that are part of a state dict, by name; every rank holds them whole."""
+    """Collect the buffers of a module's state dict by name; every rank holds them whole."""
     return {
         f"{path}.{name}" if path else name: buffer
         for path, part in module.named_modules()

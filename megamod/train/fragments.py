@@ -40,11 +40,11 @@ class Fragment:
 
 
 def iterate_fragment_shards(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[Fragment]]:
-    """Yield this rank's share of the optimizer's state; missing moments are created, at zero.
+    """Yield this rank's share of the optimizer state of an engine, as fragments.
 
-    One list, unless the state is swapped to a disk (ZeRO-Infinity): then one list for each group of
-    parameters that is swapped together. It is in memory, and may be written to, until the next one
-    is requested.
+    Missing moments are created, at zero. One list, unless the state is swapped to a disk
+    (ZeRO-Infinity): then one list for each group of parameters that is swapped together. It is in
+    memory, and may be written to, until the next one is requested.
     """
     names = {
         parameter: name
@@ -83,7 +83,7 @@ def iterate_fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
 
 
 def copy_masters_to_weights(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Copy the masters to the module's weights, in place.
+    """Copy the float32 masters of an engine to its module's weights, in place.
 
     Without ZeRO the masters are the weights, and nothing happens.
     """
@@ -102,7 +102,7 @@ def copy_masters_to_weights(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def read_optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Read the number of updates that Adam counts, the exponent of its bias correction.
+    """Read the number of updates that an engine's Adam counts, the exponent of its bias correction.
 
     0 before the first update, and if every group is trained by Muon.
     """
@@ -111,7 +111,7 @@ def read_optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> float:
 
 
 def set_optimizer_steps(engine: deepspeed.DeepSpeedEngine, steps: float) -> None:
-    """Set the number of updates that Adam counts, see `read_optimizer_steps`.
+    """Set the number of updates that an engine's Adam counts, see `read_optimizer_steps`.
 
     Call it after `iterate_fragments` created the optimizer's state: there is no count before.
     """
@@ -129,7 +129,12 @@ def _unwrap_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimize
 def _iterate_stage_1_2_fragments(
     zero: DeepSpeedZeroOptimizer, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[Fragment]:
-    """Yield this rank's fragments of ZeRO stage 1 and 2; `names` are those in the module."""
+    """Yield this rank's fragments of ZeRO stage 1 and 2.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+        names: of the parameters in the module.
+    """
     for group, flat in enumerate(zero.single_partition_of_fp32_groups):
         momenta = _get_whole_momenta(zero, group, flat)
         for parameter in zero.bit16_groups[group]:
@@ -175,8 +180,11 @@ def _iterate_stage_3_shards(
 ) -> Iterator[list[Fragment]]:
     """Yield the fragments of all groups in memory, then the fragments of each group on a disk.
 
-    A group of the disk is in memory until the next list is requested. `names` are those in the
-    module.
+    A group of the disk is in memory until the next list is requested.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+        names: of the parameters in the module.
     """
     groups = range(len(zero.fp16_groups))
     swapped = [group for group in groups if zero._swappable_optimizer_subgroup(group)]
@@ -194,7 +202,13 @@ def _iterate_stage_3_shards(
 def _iterate_stage_3_fragments(
     zero: DeepSpeedZeroOptimizer_Stage3, group_index: int, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[Fragment]:
-    """Yield this rank's fragments of ZeRO stage 3 in a group, which must be in memory."""
+    """Yield this rank's fragments of ZeRO stage 3 in a group of parameters.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+        group_index: number of the group, which must be in memory.
+        names: of the parameters in the module.
+    """
     muon = zero.use_muon and zero.sub_groups_using_muon[group_index]
     for parameter in zero.fp16_groups[group_index]:
         _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
@@ -246,6 +260,10 @@ def _swap_group_in(zero: DeepSpeedZeroOptimizer_Stage3, group_index: int) -> Ite
     """Hold masters and moments of a group in memory within the block, if they are on a disk.
 
     They are written back at its end.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+        group_index: number of the group of parameters.
     """
     swapped = zero._swappable_optimizer_subgroup(group_index)
     if swapped:

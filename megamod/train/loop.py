@@ -6,11 +6,9 @@ which are arguments. One iteration is one optimizer step.
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import deepspeed
 import torch
@@ -31,6 +29,7 @@ from megamod.train.engine import finish_micro_step, get_loss_group, runs_forward
 from megamod.train.monitor import Monitor
 from megamod.train.objectives import Batch, BatchScore, Objective
 from megamod.train.optim import Schedule, set_learning_rate
+from megamod.train.stop_reason import Stop, StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -73,14 +72,6 @@ class LoopPlan:
     save_failure: str
 
 
-class Stop(IntEnum):
-    """Reason to end a run before its last step; of two reasons the larger counts."""
-
-    NO = 0
-    SIGNAL = 1
-    NONFINITE = 2
-
-
 def train(
     engine: deepspeed.DeepSpeedEngine,
     objective: Objective,
@@ -98,16 +89,20 @@ def train(
     when the evaluation fails. A resumed run repeats an evaluation that did not end.
 
     Args:
+        engine: with the model and its optimizer.
+        objective: computes the loss of a micro-batch.
         open_batches: called with `state.data_step`, and again after a rollback.
+        plan: numbers of steps, schedule and policies.
         state: changed in place, and returned.
+        checkpoints, monitor: save, and log.
         evaluate: called on every rank with the number of finished steps. Its collectives must be
             those that `megamod.dist.process.fail_together` allows.
         select_batches: selects the data of a step to train on; None: all of them.
     Raises:
         PolicyStop: a loss or gradient was not finite and the policy is to stop, steps were skipped
             or rolled back too often, a rollback had no checkpoint, or no step at all was finite.
-        Interrupted: SIGTERM, SIGUSR1 or Ctrl-C arrived. Before either, the last state is saved if
-            a step was taken; if that fails and `save_failure` is "continue", it is logged.
+        Interrupted: SIGTERM, SIGUSR1 or Ctrl-C arrived. Before either, the last state is saved if a
+            step was taken; if that fails and `save_failure` is "continue", it is logged.
         UserError: a checkpoint could not be written (raised at the end, or at once with
             `save_failure` "stop"), or an evaluation failed.
     """
@@ -115,7 +110,7 @@ def train(
     is_one_group = dist.get_world_size(group) == dist.get_world_size()
     batches = open_batches(state.data_step)
     saver = _Saver(checkpoints, plan.save_failure, state)
-    signals = _Signals()
+    signals = StopSignals()
     stop = Stop.NO
 
     if state.step and checkpoints.was_evaluation_interrupted(state.step):
@@ -206,11 +201,15 @@ def _evaluate_or_save(
     saver: "_Saver",
     engine: deepspeed.DeepSpeedEngine,
 ) -> None:
-    """Evaluate, and delete the record that the evaluation is due.
+    """Evaluate after the last step of `state`, and delete the record that the evaluation is due.
 
-    If it fails on any rank, save a checkpoint first, except where forward passes run together (it
-    is saved already) or ranks are lost. Then raise UserError if a user can mend the cause, else the
-    error itself.
+    If it fails on any rank, save a checkpoint by `saver` first, except where forward passes run
+    together (it is saved already) or ranks are lost. Then raise UserError if a user can mend the
+    cause, else the error itself.
+
+    Args:
+        evaluate: as of `train`.
+        engine: decides if forward passes run together.
     """
     try:
         with fail_together(exchange_errors=not runs_forward_together(engine)):
@@ -247,8 +246,12 @@ def _take_step(
     items gives the gradient of the mean over all items, however ragged the batches are.
 
     Args:
+        objective: computes the loss of a micro-batch.
+        micro_batches: of this rank.
         item_totals: items of the step, over all ranks of the group, for each term of the loss.
+        plan: gives the gradient clipping and the factor of a loss spike.
         state: its running mean of the loss is updated.
+        group: ranks that average the loss; None: all.
     """
     micro_batch_count = len(micro_batches) * dist.get_world_size(group)
     item_shares = [count / micro_batch_count for count in item_totals]
@@ -287,10 +290,10 @@ def _detect_loss_spike(
 
 
 def _apply_skip_policy(plan: LoopPlan, state: TrainState, saver: "_Saver") -> Stop:
-    """Apply the policy for a skipped step; return the reason to stop, if any.
+    """Apply the policy of `plan` for a skipped step; return the reason to stop, if any.
 
-    A rollback loads an older checkpoint into the engine and `state` (except for the position in the
-    data and the counts of skipped steps), and deletes later checkpoints.
+    A rollback loads an older checkpoint of `saver` into the engine and `state` (except for the
+    position in the data and the counts of skipped steps), and deletes later checkpoints.
     """
     logger.warning(
         "step %d: loss or gradient not finite, update skipped (policy: %s)",
@@ -314,7 +317,10 @@ def _apply_skip_policy(plan: LoopPlan, state: TrainState, saver: "_Saver") -> St
 
 
 def _format_stop_reason(plan: LoopPlan, state: TrainState, saver: "_Saver") -> str:
-    """Format the message of a run that stops because a step was not finite."""
+    """Format the message of a run that stops because a step was not finite.
+
+    It names the policy of `plan`, the step of `state`, and checkpoints of `saver` to resume from.
+    """
     count, limit = len(state.list_recent_nonfinite()), plan.max_nonfinite_steps
     text = (
         f"a loss or gradient was not finite at step {state.step}; its update was skipped, "
@@ -364,7 +370,10 @@ class _Saver:
     """
 
     def __init__(self, checkpoints: Checkpoints, on_failure: str, loaded_state: TrainState):
-        """Start with the loaded state, or a new one; `on_failure` is `LoopPlan.save_failure`."""
+        """Start with the state that `checkpoints` loaded, or a new one.
+
+        `on_failure` is `LoopPlan.save_failure`.
+        """
         self.checkpoints = checkpoints
         self.on_failure = on_failure
         self.failed = False
@@ -422,28 +431,3 @@ class _Saver:
             raise UserError(
                 f"{self.checkpoints.folder}: a checkpoint could not be written, see the log above"
             )
-
-
-class _Signals:
-    """Handler of SIGTERM, SIGUSR1 (Slurm's notice of preemption) and Ctrl-C: save and stop.
-
-    The second Ctrl-C ends the process at once.
-    """
-
-    def __init__(self) -> None:
-        self.stop_reason = Stop.NO
-        self.previous_handlers = {
-            number: signal.signal(number, self._record_signal)
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        }
-
-    def _record_signal(self, signal_number: int, frame: object) -> None:
-        """Record that the run must stop; the second Ctrl-C raises KeyboardInterrupt."""
-        if signal_number == signal.SIGINT and self.stop_reason:
-            raise KeyboardInterrupt
-        self.stop_reason = Stop.SIGNAL
-
-    def restore_handlers(self) -> None:
-        """Restore the signal handlers that were installed before the loop."""
-        for number, handler in self.previous_handlers.items():
-            signal.signal(number, handler)

@@ -107,6 +107,7 @@ class Monitor:
         Args:
             scores: scores of the step's micro-batches on this rank.
             grad_norm: None if the update was skipped.
+            learning_rate: of the step.
             data_seconds, step_seconds: time from the start of the step until its batches were read,
                 and until its end.
         """
@@ -181,7 +182,13 @@ class Monitor:
         self.since = time.perf_counter()
 
     def _drop_evaluation(self, step: int, split: str, kind: str) -> None:
-        """Drop the scores of an evaluation that a resumed run repeats."""
+        """Drop the scores of an evaluation that a resumed run repeats, from metrics.jsonl.
+
+        Args:
+            step: number of finished steps.
+            split: part of the data that was evaluated.
+            kind: name of the record's field with the scores.
+        """
         key = {"step": step, "split": split}
         path = self.folder / "metrics.jsonl"
         self._close_metrics()
@@ -228,7 +235,10 @@ class Monitor:
         return tokens_per_second * self.flops_per_token / (self.peak * dist.get_world_size())
 
     def _append_record(self, record: Mapping[str, object], tags: Mapping[str, float]) -> None:
-        """Append a record to metrics.jsonl, its numbers to the curves; a disk error is logged."""
+        """Append a record to metrics.jsonl, and points to the curves; a disk error is logged.
+
+        `tags` maps names of curves to values.
+        """
         try:
             self.metrics.write(format_json(record) + "\n")
             self.metrics.flush()  # after an error the text stays in the buffer for the next call
@@ -244,14 +254,20 @@ class Monitor:
     def _select_curves(
         self, record: Mapping[str, object], further_metrics: Mapping[str, float]
     ) -> dict[str, float]:
-        """Select the numbers of a record that a tracker draws, such as `train/loss/law`."""
+        """Select the numbers of a record that a tracker draws, by tag such as `train/loss/law`.
+
+        `further_metrics` are names of the record's other metrics, such as those of an objective.
+        """
         names = ("loss", "lr", "grad_norm", f"{self.unit}_per_second", *further_metrics)
         tags = {f"train/{name}": record[name] for name in names}
         tags |= {f"train/loss/{g}": value for g, value in record["loss_by_domain"].items()}
         return {tag: value for tag, value in tags.items() if value is not None}
 
     def _print_progress(self, record: Mapping[str, object], interval_seconds: float) -> None:
-        """Print the console line of a record, with an estimate of the time left (ETA)."""
+        """Print the console line of a record, with an estimate of the time left (ETA).
+
+        `interval_seconds` is the time since the last record.
+        """
         seconds = int((self.max_steps - record["step"]) * interval_seconds / self.steps)
         mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
         norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3g}"
@@ -308,7 +324,7 @@ def write_environment(path: Path) -> None:
 
 
 def _drop_records(path: Path, drop: Callable[[dict], bool]) -> None:
-    """Drop the records for which `drop` is True from a log; a missing log is passed over.
+    """Drop the records for which `drop` is True from a metrics file; a missing one is passed over.
 
     Damaged lines are moved to PATH.damaged, and a disk error is logged: a log stops no run.
     """

@@ -19,7 +19,10 @@ class Muon(MuonWithAuxAdam):
     """DeepSpeed's optimizer; a step without any gradient, one that is skipped, changes nothing."""
 
     def step(self, *args: object, **more: object) -> object:
-        """Update the weights as `MuonWithAuxAdam.step`, unless no parameter has a gradient."""
+        """Update the weights as `MuonWithAuxAdam.step`, unless no parameter has a gradient.
+
+        Arguments are those of that method.
+        """
         gradients = (p.grad for group in self.param_groups for p in group["params"])
         if all(gradient is None for gradient in gradients):
             return None

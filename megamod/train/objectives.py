@@ -47,7 +47,10 @@ class Objective(Protocol):
     ) -> BatchScore:
         """Run the model on a micro-batch.
 
-        The summed loss of each term is divided by its number in `item_totals`.
+        Args:
+            engine: with the model.
+            batch: of the data that the objective is for.
+            item_totals: divide the summed loss of each term.
         """
         ...
 
@@ -75,7 +78,10 @@ class CausalLMObjective:
     def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
-        """Run the model; the sums of the result are by domain, also of batches that mix domains."""
+        """Run the model on a micro-batch; the sums of the result are by domain.
+
+        Also those of batches that mix domains. Arguments as of `Objective.compute_loss`.
+        """
         labels = batch["labels"].to(self.device, non_blocking=True)
         input_ids = batch["input_ids"].to(self.device, non_blocking=True)
         mask = batch.get("attention_mask")
@@ -125,7 +131,10 @@ class MixtureLMObjective(CausalLMObjective):
     def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
-        """Run the model, and add the weighted load-balance loss to its loss."""
+        """Run the model, and add the weighted load-balance loss to its loss.
+
+        Arguments as of `Objective.compute_loss`.
+        """
         with record_routing(engine.module) as layers:
             scored = super().compute_loss(engine, batch, item_totals)
         is_target = (batch["labels"] != -100).to(self.device, non_blocking=True)
@@ -191,7 +200,7 @@ class ClassificationObjective:
         self.retrieved_per_token = retrieved_per_token
 
     def count_items(self, batch: Batch) -> Sequence[float]:
-        """Count the labels, and with retrieval the expected number of retrieved tokens."""
+        """Count the labels of a batch, and with retrieval the tokens expected to be retrieved."""
         if not self.retrieved_per_token:
             return (batch["items"],)
         # The expected number, because the model draws the tokens that it retrieves.
@@ -203,7 +212,7 @@ class ClassificationObjective:
         """Run the model; without retrieval the loss is computed here, from its logits.
 
         A batch has the fields of `EncodedRows.gather_batch`; `inputs`, `labels` and `items` are
-        read, with retrieval also `attention_mask`.
+        read, with retrieval also `attention_mask`. Other arguments as of `Objective.compute_loss`.
         """
         fields = {
             name: batch[name].to(self.device, non_blocking=True)
@@ -231,7 +240,7 @@ class ClassificationObjective:
     def _score_with_retrieval(
         self, output: "MuxOutput", item_total: float, count: Tensor
     ) -> BatchScore:
-        """Score a batch from the losses that the model computed.
+        """Score a batch from the losses in the model's output.
 
         `item_total` divided the task loss; `count` [1] is the number of labels in the batch.
         """
@@ -268,7 +277,8 @@ class MultiTaskObjective:
     ) -> BatchScore:
         """Run the model; further metrics are each task's share of the rows, `share/TASK`.
 
-        A batch has the fields of `TaskMixture.gather_batch`.
+        A batch has the fields of `TaskMixture.gather_batch`. Other arguments as of
+        `Objective.compute_loss`.
         """
         names = (*self.inputs, "task_ids", "labels")
         names += ("token_labels",) if "token_labels" in batch else ()

@@ -24,6 +24,7 @@ def make_adamw(
 
     Args:
         parameters: these, or groups of them, whose own settings replace the arguments.
+        betas, eps, weight_decay: of AdamW.
     """
     return torch.optim.AdamW(
         parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
@@ -33,7 +34,7 @@ def make_adamw(
 def make_optimizer_factory(
     optim: OptimArgs,
 ) -> Callable[[list[dict[str, object]]], torch.optim.Optimizer]:
-    """Make a function from parameter groups to the optimizer that the flags describe."""
+    """Make a function from parameter groups to the optimizer that the flags `optim` describe."""
     betas, eps = (optim.adam_beta1, optim.adam_beta2), optim.adam_epsilon
     if optim.optim == "adamw":
         return partial(make_adamw, betas=betas, eps=eps, weight_decay=optim.weight_decay)
@@ -70,7 +71,7 @@ def make_linear_schedule(peak_rate: float, warmup_steps: int, max_steps: int) ->
 
 
 def make_constant_schedule(peak_rate: float, warmup_steps: int, max_steps: int) -> Schedule:
-    """Make a schedule: linear from 0 to peak over the warm-up, then constant.
+    """Make a schedule: linear from 0 to `peak_rate` over `warmup_steps`, then constant.
 
     `max_steps` has no effect; it is a parameter because all schedules are made alike.
     """
@@ -98,6 +99,7 @@ def make_warmup_stable_decay_schedule(
 ) -> Schedule:
     """Make a schedule: linear to peak, constant, and linear to 0 over the last fifth of all steps.
 
+    Arguments as of `make_linear_schedule`.
     Source: Hu et al. 2024 (MiniCPM), section 4; the linear decay is that of Hagele et al. 2024.
     """
     decay = max(1, max_steps // 5)

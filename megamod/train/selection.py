@@ -162,7 +162,12 @@ class UncertaintySelector:
         ]
 
     def _score_rows(self, entropy: Tensor, row_task_ids: Tensor) -> Tensor:
-        """Score candidates, [B] and [B] -> [B], by the rules of this selector."""
+        """Score candidates by the rules of this selector; returns [B].
+
+        Args:
+            entropy: [B], of the model's predictions.
+            row_task_ids: [B], task of each row.
+        """
         return score_uncertainty(
             entropy,
             row_task_ids,
@@ -174,7 +179,10 @@ class UncertaintySelector:
 
     @torch.no_grad()
     def _compute_entropy(self, engine: deepspeed.DeepSpeedEngine, batch: Batch) -> Tensor:
-        """Compute the entropy of all candidates in one forward pass: [T * rows] float32."""
+        """Compute the entropy of all candidates in `batch` in one forward pass: [T * rows] float32.
+
+        T tasks have as many candidates each; `engine` has the model.
+        """
         names = (*self.inputs, "task_ids", *(("token_labels",) if "token_labels" in batch else ()))
         fields = {name: batch[name].to(self.device, non_blocking=True) for name in names}
         engine.train(self.dropout)
@@ -183,7 +191,10 @@ class UncertaintySelector:
         return entropy
 
     def _gather_from_ranks(self, local_values: Tensor) -> Tensor:
-        """Gather [micro-batches, T * rows] of all ranks: flat, by task, rank and micro-batch."""
+        """Gather values [micro-batches, T * rows] of all ranks into one dimension, for T tasks.
+
+        They are in the order of task, rank and micro-batch. Collective.
+        """
         parts = [torch.empty_like(local_values) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, local_values.contiguous())
         sizes = (len(self.tasks), self.mixture.division.micro_batch)

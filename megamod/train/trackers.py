@@ -19,7 +19,7 @@ class Tracker(Protocol):
     """A program that draws curves."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point to the curve of each name.
+        """Add a point to the curve of each name in `values`, at a step.
 
         Raises:
             OSError: if it cannot be written.
