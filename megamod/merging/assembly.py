@@ -86,7 +86,7 @@ def plan_tensors(
 
 
 def _check_model_count(recipe: MergeRecipe, part: RecipePart) -> None:
-    """Refuse a part with a number of models that the method does not support.
+    """Refuse a part of a recipe with a number of models that the method does not support.
 
     Raises:
         UserError: naming the part; also if the method needs a base and the part has none.
@@ -107,8 +107,9 @@ def _check_model_count(recipe: MergeRecipe, part: RecipePart) -> None:
 
 
 def _find_base_number(recipe: MergeRecipe, part: RecipePart) -> int | None:
-    """Return the number of the model that the others of a part are compared with; None: there is
-    none.
+    """Return the number of the model that the others of a part are compared with.
+
+    None: the method of the recipe compares with none.
     """
     if METHODS[recipe.method].base == "none":
         return None
@@ -257,12 +258,12 @@ def _iterate_targets_of_stacked_layers(
 def _find_layer_prefix(recipe: MergeRecipe, folder: TensorSource) -> str:
     """Find the name prefix of the layers of the language model, such as `model.layers.`.
 
-    Of several stacks it is the one outside of towers, or of those that which has as many layers as
-    config.json says.
+    Of several stacks in a folder it is the one outside of towers, or of those that which has as
+    many layers as config.json says.
 
     Raises:
-        UserError: if there are no layers, or several stacks of which it is not clear which is that
-            of the language model.
+        UserError: beginning with the recipe's origin, if there are no layers, or several stacks of
+            which it is not clear which is that of the language model.
     """
     numbers: dict[str, set[int]] = {}
     for name in folder.tensors:
@@ -310,6 +311,8 @@ def _plan_tensor(
     """Plan one tensor of the result, after a check that its sources can be merged.
 
     Args:
+        recipe: the whole recipe.
+        target: its name, part and sources.
         folders: folders of all models of the recipe.
     Raises:
         UserError: naming the tensor and two models, or a parameter that is missing.
@@ -354,6 +357,7 @@ def _check_copied_integers(
     passes unchecked.
 
     Args:
+        folders: of all models of the recipe.
         models: number of the model of each source; `names`: the tensor's name in it.
         lead: index of the leading source.
     Raises:

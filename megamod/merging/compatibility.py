@@ -171,6 +171,7 @@ def _iterate_config_fields(
     """Yield (dotted key, value) of a configuration and of the mappings nested in it.
 
     Args:
+        config: a configuration, or a mapping within it.
         prefix: prefix of the keys.
         leaves: yield no mappings themselves; False: yield each before its content.
     """
@@ -184,8 +185,9 @@ def _iterate_config_fields(
 
 
 def _fill_in_defaults(config: Mapping[str, object]) -> Mapping[str, object]:
-    """Return the configuration completed by the defaults of its class, unchanged if that is
-    unknown.
+    """Return the configuration `config` completed by the defaults of its class.
+
+    It is returned unchanged if its class is unknown.
     """
     from megamod.merging.known_models import build_config
 

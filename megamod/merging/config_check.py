@@ -83,7 +83,10 @@ def check_config_fits_weights(source: TensorSource) -> None:
 
 
 def _have_usual_values(fields: Mapping[str, object]) -> bool:
-    """Return True if every field of a config.json has a usual type and value."""
+    """Return True if every field of a config.json has a usual type and value.
+
+    `fields` is its content.
+    """
     names = fields.get("architectures", []), fields.get("domains", [])
     if not all(type(part) is list and all(type(n) is str for n in part) for part in names):
         return False
@@ -103,6 +106,7 @@ def _is_usual_value(key: str, value: object, vocab_size: object) -> bool:
     """Return True if a field of a config.json that holds no names has a usual type and value.
 
     Args:
+        key, value: the field.
         vocab_size: value of that field, which ids of tokens must be below.
     """
     if key.endswith("_token_id"):
@@ -122,7 +126,10 @@ def _is_usual_value(key: str, value: object, vocab_size: object) -> bool:
 
 
 def _sizes_match_tensors(fields: Mapping[str, object], source: TensorSource) -> bool:
-    """Return True if the sizes in a config.json obviously are those of the tensors."""
+    """Return True if the sizes in a config.json obviously are those of the tensors.
+
+    `fields` is its content, `source` the weights beside it.
+    """
     shapes = [spec.shape for spec in source.tensors.values()]
     sizes = Counter(size for shape in shapes for size in set(shape))
     layers = Counter(

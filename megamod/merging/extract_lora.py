@@ -94,11 +94,13 @@ def _extract_adapter(
     rank: int,
     dtype: torch.dtype,
 ) -> ExtractedAdapter:
-    """Factorise the changes of all linear layers, and write them as an adapter folder; see
-    `extract_lora`.
+    """Factorise the changes of all linear layers, and write them as an adapter folder.
 
     Args:
+        base, finetuned: the two models.
         modules: kinds of the base's modules by name, see `map_modules_to_kinds`.
+        output: folder of the adapter, created.
+        rank, dtype: of the adapter's matrices.
     Returns:
         numbers of modules and the share of the changes that the factors explain.
     Raises:
@@ -181,10 +183,9 @@ def _extract_adapter(
 def _iterate_changed_tensors(
     base: TensorSource, finetuned: TensorSource
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (name, base's tensor, other's tensor) of each floating-point tensor that differs, in
-    their stored dtypes.
+    """Yield name, tensor of `base` and tensor of `finetuned` of each tensor that differs.
 
-    Tensors that only one model has are skipped.
+    Tensors are floating-point, in their stored dtypes; those that only one model has are skipped.
 
     Raises:
         UserError: naming a tensor of two shapes.

@@ -34,8 +34,9 @@ def build_config(config: Mapping[str, object]) -> PretrainedConfig | None:
 
 
 def build_config_strictly(config: Mapping[str, object]) -> PretrainedConfig | None:
-    """Build a configuration object as `build_config`, but raise the error of a class that refuses
-    it; None if there is no class.
+    """Build a configuration object from the fields of a config.json; None if no class is known.
+
+    Unlike `build_config` it raises the error of a class that refuses the fields.
     """
     import megamod  # noqa: F401  (its models become known to transformers)
 
@@ -46,7 +47,7 @@ def build_config_strictly(config: Mapping[str, object]) -> PretrainedConfig | No
 
 
 def _restore_floats(value: object) -> object:
-    """Return a copy of a configuration with every {"__float__": "Infinity"} as a float again.
+    """Return a copy of a JSON value with every {"__float__": "Infinity"} as a float again.
 
     So transformers writes numbers that JSON cannot hold.
     """
@@ -58,7 +59,7 @@ def _restore_floats(value: object) -> object:
 
 
 def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
-    """Build the model of a configuration on the meta device, without weights.
+    """Build the model of the configuration `config` on the meta device, without weights.
 
     It is of the class that `architectures` names, else that of `AutoModel`; None: neither builds.
     """
@@ -69,8 +70,9 @@ def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
 
 
 def build_meta_model_strictly(config: PretrainedConfig) -> PreTrainedModel | None:
-    """Build a model as `build_meta_model`, but raise the error of `AutoModel` if its class refuses
-    the configuration; None if that cannot be built without weights or a missing package.
+    """Build a model as `build_meta_model`, but raise the error of `AutoModel` if that refuses.
+
+    None if the model cannot be built without weights or a missing package.
     """
     import transformers
 
@@ -90,8 +92,9 @@ def build_meta_model_strictly(config: PretrainedConfig) -> PreTrainedModel | Non
 
 @lru_cache(maxsize=8)
 def _list_parameter_names_cached(config_json: str) -> frozenset[str] | None:
-    """Compute `list_parameter_names` from the JSON text of a configuration, which is hashable, so
-    that results are cached by it.
+    """Compute `list_parameter_names` from the JSON text of a configuration.
+
+    A text is hashable, so results are cached by it.
     """
     config = build_config(json.loads(config_json))
     model = None if config is None else build_meta_model(config)
@@ -99,7 +102,7 @@ def _list_parameter_names_cached(config_json: str) -> frozenset[str] | None:
 
 
 def list_parameter_names(config: Mapping[str, object]) -> frozenset[str] | None:
-    """List the parameter names of a model with this configuration.
+    """List the parameter names of a model with the configuration `config`, as in config.json.
 
     None: its class is not known, or cannot be built. The last few results are cached.
     """
@@ -122,7 +125,8 @@ class ModuleKind:
 def map_modules_to_kinds(config: Mapping[str, object]) -> dict[str, ModuleKind] | None:
     """Map the names of the modules that directly hold parameters to their kinds.
 
-    None: the class of the model is not known, or cannot be built.
+    `config` is the model's, as in config.json. None: the class of the model is not known, or cannot
+    be built.
     """
     built = build_config(config)
     model = None if built is None else build_meta_model(built)
@@ -151,6 +155,7 @@ def describe_layers(config: PretrainedConfig, layer_count: int) -> list[dict[str
     """Describe each layer of a model, so that layers can be compared.
 
     Args:
+        config: of the model.
         layer_count: number of layers of the language model.
     Returns:
         for each layer, by name: shapes of parameters, classes and plain attributes of modules, and
@@ -180,9 +185,10 @@ def describe_layers(config: PretrainedConfig, layer_count: int) -> list[dict[str
 def iterate_per_layer_fields(
     config: PretrainedConfig, layer_count: int
 ) -> Iterator[tuple[str, list]]:
-    """Yield (name, list) of the configuration's fields with one entry per layer.
+    """Yield (name, list) of the fields of `config` with one entry per layer.
 
-    They are those of its language model, properties included, in the order of their names.
+    They are those of its language model, of `layer_count` layers, properties included, in the order
+    of their names.
     """
     text_config = config.get_text_config()
     for key in sorted({*vars(text_config), *_list_properties(type(text_config))}):
@@ -199,9 +205,10 @@ def iterate_per_layer_fields(
 
 
 def _list_properties(kind: type) -> list[str]:
-    """List the names of a configuration class's properties, whose values follow from its fields.
+    """List the names of the properties of a configuration class, `kind`.
 
-    Properties that every class of transformers has are not among them.
+    Their values follow from its fields. Properties that every class of transformers has are not
+    among them.
     """
     classes = [
         c for c in kind.__mro__ if c is not PretrainedConfig and issubclass(c, PretrainedConfig)

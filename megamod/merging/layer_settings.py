@@ -41,8 +41,8 @@ class LayerOrigin:
 def find_language_section(config: Mapping[str, object]) -> tuple[str | None, Mapping[str, object]]:
     """Find the part of a configuration that describes the language model: its key and content.
 
-    The key is None if that is the configuration itself. The content has the number of layers; it is
-    empty if neither the configuration nor its class knows that number.
+    The key is None if that is `config` itself. The content has the number of layers; it is empty if
+    neither the configuration nor its class knows that number.
     """
     if any(isinstance(config.get(name), int) for name in DEPTHS):
         return None, config
@@ -209,6 +209,7 @@ def _iterate_stacked_values(name: str, models: _StackedModels) -> Iterator[objec
     layers can be compared to see if it fits.
 
     Args:
+        models: models whose layers are stacked.
         name: name of the setting in the language section of the configurations.
     Raises:
         UserError: if a setting of a model that transformers does not know cannot move.
@@ -262,7 +263,11 @@ def _parse_layer_list(name: str, value: object, depth: int) -> list | None:
 
 
 def _parse_repeated_lists(name: str, value: object, depth: int) -> list | None:
-    """Read pairs of a list and its number of repetitions, as GPT-Neo's attention_types."""
+    """Read pairs of a list and its number of repetitions, as GPT-Neo's attention_types.
+
+    Returns an entry per layer of a model of `depth` layers; None if the setting `name` is not of
+    this kind, or `value` not of this form.
+    """
     if not isinstance(value, list) or not value:
         return None
     if not all(isinstance(pair, list) and list(map(type, pair)) == [list, int] for pair in value):
@@ -278,7 +283,10 @@ def _parse_layer_letters(name: str, value: object, depth: int) -> list | None:
 
 
 def _parse_layer_numbers(name: str, value: object, depth: int) -> list[bool] | None:
-    """Read layer numbers in ascending order, as mlp_only_layers, as one flag per layer."""
+    """Read layer numbers in ascending order, as mlp_only_layers, as one flag per layer.
+
+    Arguments and None as of `_parse_repeated_lists`.
+    """
     fits = isinstance(value, list) and all(
         type(number) is int and 0 <= number < depth for number in value
     )
@@ -288,8 +296,9 @@ def _parse_layer_numbers(name: str, value: object, depth: int) -> list[bool] | N
 
 
 def _parse_leading_count(name: str, value: object, depth: int) -> list[bool] | None:
-    """Read the number of leading layers of a kind, as first_k_dense_replace, as one flag per
-    layer.
+    """Read a number of leading layers, as first_k_dense_replace, as one flag per layer.
+
+    Arguments and None as of `_parse_repeated_lists`.
     """
     fits = type(value) is int and value >= 0 and _LEADING.search(name)
     return [n < value for n in range(depth)] if fits else None

@@ -149,9 +149,10 @@ class AdaptedFolder(TensorView):
             )
 
     def _replace_tensor(self, name: str, tensor: Tensor) -> None:
-        """Replace a tensor by one that the adapter stores whole: of `modules_to_save`, or a bias.
+        """Replace the base's tensor `name` by `tensor`, which the adapter stores whole.
 
-        A tensor that the base lacks, such as that of a head, is added.
+        It is of `modules_to_save`, or a bias. A tensor that the base lacks, such as that of a head,
+        is added.
 
         Raises:
             UserError: if it has another shape in the base, or is one of trained rows.
@@ -199,7 +200,7 @@ class AdaptedFolder(TensorView):
         return None
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
-        """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on.
+        """Fill a buffer (1-D, of the tensor's dtype) with elements of `name` from `start` on.
 
         The update is added in float32 (float64 for a base in float64), then rounded.
         """
@@ -220,8 +221,9 @@ class AdaptedFolder(TensorView):
         buffer.copy_(total.view(-1)[start - first * width :][: len(buffer)])
 
     def _read_base_or_replacement(self, name: str, start: int, buffer: Tensor) -> None:
-        """Fill a buffer from the tensor without its update: the adapter's if it stores the tensor
-        whole, else the base's.
+        """Fill a buffer with elements of the tensor `name` from `start` on, without its update.
+
+        They are the adapter's if it stores the tensor whole, else the base's.
         """
         if name in self._replaced:
             buffer.copy_(self._replaced[name].reshape(-1)[start : start + len(buffer)])

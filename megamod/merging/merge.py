@@ -284,10 +284,10 @@ def write_merged_weights(
 
 
 def _may_hold_result(recipe: MergeRecipe, output: Path) -> bool:
-    """Return True if a folder may hold the result of a recipe, and its merge.json can decide that.
+    """Return True if the folder `output` may hold the result of a recipe.
 
-    It cannot if the merge read calibration text or statistics: merge.json has digests of the models
-    alone.
+    merge.json, which has digests of the models alone, can decide that, unless the merge read
+    calibration text or statistics.
     """
     unrecorded = recipe.align or recipe.calibration
     unrecorded = unrecorded or any(m.statistics or m.calibration for m in recipe.inputs)
@@ -295,9 +295,9 @@ def _may_hold_result(recipe: MergeRecipe, output: Path) -> bool:
 
 
 def write_config_and_tokenizer(plan: MergePlan, folder: Path, tokenizer: Path | None) -> None:
-    """Write config.json, generation settings and the tokenizer of a result.
+    """Write config.json, generation settings and the tokenizer of a result into a folder.
 
-    The chat template is that of most models where the recipe copies it.
+    The chat template is that of most models where the recipe of the plan copies it.
 
     Args:
         tokenizer: folder that has it; None: the result gets none.
@@ -360,7 +360,7 @@ def _align_folders_if_requested(
 ) -> Sequence[TensorSource]:
     """Return views of all folders with their features in the order of the first.
 
-    Without an `align:` block they are the folders themselves.
+    Without an `align:` block in the recipe they are the folders themselves.
 
     Raises:
         UserError: if they cannot be aligned.
@@ -403,6 +403,7 @@ def iterate_merged_tensor(plan: MergePlan, seed: int, name: str) -> Iterator[Ten
     A piece may be overwritten when the next one is requested.
 
     Args:
+        plan: of the merge.
         seed: seed of everything that is drawn at random.
         name: name of the tensor.
     Raises:
@@ -425,7 +426,7 @@ def iterate_merged_tensor(plan: MergePlan, seed: int, name: str) -> Iterator[Ten
 
 
 def iterate_stored_pieces(folder: TensorSource, name: str) -> Iterator[Tensor]:
-    """Yield the elements of a stored tensor in order, in pieces that share one buffer."""
+    """Yield the elements of the tensor `name` in order, in pieces that share one buffer."""
     spec = folder.tensors[name]
     buffer = torch.empty(PIECE // spec.dtype.itemsize, dtype=spec.dtype)
     for start, stop in iterate_pieces(spec.numel, spec.dtype.itemsize):
@@ -434,13 +435,10 @@ def iterate_stored_pieces(folder: TensorSource, name: str) -> Iterator[Tensor]:
 
 
 def _explain_non_finite(plan: MergePlan, name: str, models: Sequence[ModelTensor]) -> str:
-    """Explain why a tensor of the result is not finite: a model's tensor is not, or the dtype
-    cannot hold the result.
+    """Explain why the tensor `name` of the result is not finite.
 
-    Reads the tensor of every model whole, as it is called at the end of a failed merge.
-
-    Args:
-        name: name of the tensor in the result; `models`: the tensor of every model.
+    Either a tensor of `models` is not, or the dtype of the plan cannot hold the result. Reads the
+    tensor of every model whole, as it is called at the end of a failed merge.
     """
     for model in models:
         if not is_finite(model.read()):

@@ -82,7 +82,7 @@ def build_merged_config(
 def _stack_layer_settings(config: Mapping[str, object], recipe: MergeRecipe) -> dict[str, object]:
     """Return the configuration with a value per stacked layer in every per-layer setting.
 
-    Reads the config.json of all models. Raises UserError as `build_stacked_config`.
+    Reads the config.json of all models of the recipe. Raises UserError as `build_stacked_config`.
     """
     configs = {
         number: config if number == recipe.template_model else read_model_config(model.path)
@@ -163,7 +163,7 @@ def _copy_matching_files(source: Path, pattern: str, folder: Path) -> None:
 
 
 def find_commonest_chat_template(folders: Sequence[Path]) -> str | None:
-    """Find the chat template that most of these models have; of equally common ones the first.
+    """Find the chat template that most of the models in `folders` have; of equals the first.
 
     None if no model has one. A folder that is named twice counts once.
 
@@ -175,7 +175,7 @@ def find_commonest_chat_template(folders: Sequence[Path]) -> str | None:
 
 
 def _read_chat_template(folder: Path) -> str | None:
-    """Read the chat template from its own file, else from tokenizer_config.json.
+    """Read the chat template of a model folder from its own file, else tokenizer_config.json.
 
     None if neither has one, or it is a list of several named ones.
 
@@ -278,6 +278,7 @@ def write_merge_record(
     """Write merge.json and the model card, README.md.
 
     Args:
+        folder, recipe: folder of the result, and the recipe.
         record: see `make_merge_record`.
         config: configuration of the result.
         note: paragraph for the card; "": none.

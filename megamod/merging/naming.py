@@ -99,9 +99,10 @@ def rename_to_template(
 
 
 def _check_not_packed(folder: TensorSource) -> None:
-    """Refuse packed (quantised) weights, which come with tensors such as `X.weight.absmax`.
+    """Refuse a folder with packed (quantised) weights.
 
-    Packed weights may be stored as floating-point numbers, so their dtype does not show it.
+    They come with tensors such as `X.weight.absmax`. Packed weights may be stored as floating-point
+    numbers, so their dtype does not show it.
 
     Raises:
         UserError: naming the first of these tensors.
@@ -279,7 +280,7 @@ def _list_missing_tensors(first: TensorSource, other: TensorSource, all_tensors:
 
 
 def _may_have_same_class(first: TensorSource, other: TensorSource) -> bool:
-    """Return True unless two folders are known to be saved by different classes.
+    """Return True unless two folders, `first` and `other`, are saved by different classes.
 
     A renamed folder is taken as one of another class, as is one whose config.json names another.
     """
@@ -335,7 +336,7 @@ def _find_tied_counterpart(tied_model: TensorSource, name: str, other: TensorSou
 
 
 def _is_buffer(folder: TensorSource, name: str) -> bool:
-    """Return True if a tensor is no weight.
+    """Return True if the tensor `name` of a folder is no weight.
 
     Its name says so, it is a causal mask, or it lies in a layer and the class of the model, if
     known, has no such parameter in any layer.
@@ -363,6 +364,7 @@ def _check_integer_tensors(first: TensorSource, other: TensorSource, all_tensors
     """Refuse tensors of integers that differ, as they have no mean.
 
     Args:
+        first, other: two models with the same tensor names.
         all_tensors: False: only those outside of layers.
     Raises:
         UserError: naming the first of them.

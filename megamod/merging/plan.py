@@ -188,6 +188,7 @@ def _count_merged_rows(
     base.
 
     Args:
+        method, tensor_plan, folders: merge method, sources of the tensor, all models.
         name: name of the tensor in the result, for the message.
     Raises:
         UserError: if a model has fewer than the base, for methods that compare all with it.

@@ -213,7 +213,7 @@ def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
 
 
 def resolve_recipe_path(text: str, folder: Path) -> Path:
-    """Resolve a path of a recipe: in the working directory, or in `folder` if it exists only there.
+    """Resolve a path in a recipe, `text`: it is in the working directory, or else in `folder`.
 
     The result need not exist.
     """

@@ -130,7 +130,7 @@ class _RecipeFile(_Module):
 
 
 def read_recipe(path: Path) -> MergeRecipe:
-    """Read a recipe from a YAML file in mergekit's format.
+    """Read a recipe from the YAML file `path` in mergekit's format.
 
     Our own keys are `member: DOMAIN`, `statistics: FILE` and `calibration:` of a model, and
     `align:`, `evaluation:` and `calibration:` at the top. Relative paths are looked up in the
@@ -231,7 +231,7 @@ def _register_source(entry: _ModelEntry, folder: Path, inputs: list[InputModel])
 
 
 def _read_input(entry: _ModelEntry, folder: Path) -> InputModel:
-    """Read one model; its files are looked up in the working directory, then in `folder`.
+    """Read a model's entry; its files are looked up in the working directory, then in `folder`.
 
     Raises:
         UserError: as `split_adapter`.
@@ -271,6 +271,7 @@ def _add_tokenizer(recipe: MergeRecipe, file: _RecipeFile, path: Path) -> MergeR
     Without a key for the tokenizer that is the template, and vocabularies are not united.
 
     Args:
+        recipe, file: the recipe so far, and the file it was read from.
         path: path of the recipe; models are looked up in its folder too.
     Raises:
         UserError: if a key names a model that is not merged, or has an invalid value.

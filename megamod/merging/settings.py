@@ -147,6 +147,7 @@ def _evaluate_setting(setting: Setting, name: str, depth: float, where: str) -> 
     """Return the value of a setting for a tensor; None if no filter matches its name.
 
     Args:
+        depth: relative depth of the tensor's layer, from 0 to 1.
         setting: a number, truth value or gradient; or a list of {filter, value} (or one of these),
             of which the first that matches counts.
         name: name of the tensor.
@@ -174,7 +175,7 @@ def _evaluate_plain_setting(setting: object, depth: float, where: str) -> float 
     """Return a setting without filters as a number or truth value.
 
     A list is a gradient: its entries are spread evenly from depth 0 to 1, and interpolated linearly
-    at `depth`.
+    at `depth`. `where` is the position in the recipe, for messages.
 
     Raises:
         UserError: if it is, or holds, no number.
@@ -192,7 +193,7 @@ def _parse_number(value: object, where: str) -> float:
     """Parse a number of at most `_LARGEST`, or a text of one: YAML 1.1 reads 1e-3 as text.
 
     Raises:
-        UserError: if it is no such number.
+        UserError: beginning with `where`, if `value` is no such number.
     """
     try:
         number = math.nan if isinstance(value, bool) else float(value)

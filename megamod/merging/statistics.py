@@ -95,7 +95,10 @@ def compute_input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str,
         """Make a forward pre-hook that adds a layer's inputs to the Gram matrix `key`."""
 
         def add_input_gram(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            """Add the products of a layer's inputs at positions that the mask does not exclude."""
+            """Add the products of a layer's inputs at positions that the mask does not exclude.
+
+            A forward hook of torch: `inputs` are the arguments of the layer.
+            """
             rows = inputs[0].detach()
             if mask is not None and rows.shape[:-1] == mask.shape:
                 rows = rows[mask.bool()]
@@ -252,6 +255,7 @@ def _compute_model_statistics(
     """Load a model, run it on its calibration text and return the statistics that a method needs.
 
     Args:
+        parent: the model to load.
         block: content of `calibration:`.
         method: a key of `_STATISTICS`.
     Raises:

@@ -65,7 +65,7 @@ class TensorView:
         self.source.read_into(name, start, buffer)
 
     def read(self, name: str) -> Tensor:
-        """Read a whole tensor into memory of its own."""
+        """Read the whole tensor `name` into memory of its own."""
         spec = self.tensors[name]
         flat = torch.empty(spec.numel, dtype=spec.dtype)
         self.read_into(name, 0, flat)

@@ -90,9 +90,9 @@ class Vocabulary:
         return len(self.rows[0])
 
     def renumber_token_ids(self, config: Mapping[str, object]) -> dict[str, object]:
-        """Replace ids of special tokens (`..._token_id`) in a configuration by ids in the result.
+        """Replace ids of special tokens (`..._token_id`) in `config` by ids in the result.
 
-        Tokens that the result lacks become None.
+        Returns a copy; tokens that the result lacks become None.
         """
 
         def find_new_id(value: object) -> object:
@@ -151,6 +151,7 @@ def _read_row_origin(
     """Read the source of the row of one token.
 
     Args:
+        entry: a token's entry in the block `tokenizer:`.
         find, where: see `read_vocabulary_request`.
     Raises:
         UserError: naming the key, if its value is neither a model, zeros nor a token of a model.

@@ -61,7 +61,7 @@ class VocabularyView(TensorView):
                     )
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
-        """Fill a buffer (1-D, of the tensor's dtype) with elements from the flat index `start` on.
+        """Fill a buffer (1-D, of the tensor's dtype) with elements of `name` from `start` on.
 
         In tensors of tokens, rows are in the order of the result's vocabulary, and the row of a
         missing token is the average of its donors' rows.
@@ -130,7 +130,7 @@ def view_with_vocabulary(
 
 
 def _list_vocabulary_tensors(folder: TensorSource) -> list[str]:
-    """List the tensors with a row for every token, by name.
+    """List the tensors of a folder with a row for every token, by name.
 
     Raises:
         UserError: if there is no embedding, or a tensor of that shape has an unknown name.

@@ -206,6 +206,7 @@ def check_vocabulary_fits(
     configuration without an end-of-text id goes with every such id.
 
     Args:
+        config: configuration of the model.
         where: beginning of the message: the model and the option that named it.
         vocab_size, special_ids: size and ids of the data's vocabulary; of the ids only
             "eos_token_id" is read.
@@ -280,7 +281,8 @@ def _make_host_config(
 def check_document_masking(config: PreTrainedConfig) -> None:
     """Raise UserError if a language model's attention cannot stop at the ends of documents.
 
-    It can in the project's GPT and in the families of `HOSTS`, except for a Falcon with ALiBi.
+    `config` is that of the model. Attention can stop in the project's GPT and in the families of
+    `HOSTS`, except for a Falcon with ALiBi.
     """
     kind = getattr(config, "host", config.model_type)
     if not isinstance(config, DemixConfig) and kind not in HOSTS:
@@ -297,7 +299,7 @@ def check_document_masking(config: PreTrainedConfig) -> None:
 def check_host_family(where: str, config: PreTrainedConfig) -> None:
     """Raise UserError if the feed-forwards of a stock model are not known or not dense.
 
-    `where` begins the message: an option, or the model's folder.
+    `where` begins the message: an option, or the model's folder. `config` is that of the model.
     """
     if getattr(config, "host", config.model_type) in HOSTS:
         return

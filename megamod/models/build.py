@@ -153,6 +153,10 @@ def _make_generator_fields(shape: Mapping[str, object], flags: EncoderFlags) -> 
 
     A generator has the head size of the model, and `generator_size` times its heads (rounded, at
     least 1) and its feed-forward width. With `generator` "none" there is no generator.
+
+    Args:
+        shape: sizes of the model, fields of its configuration.
+        flags: --generator and its settings.
     """
     names = ("generator", "gen_loss_weight", "disc_loss_weight")
     fields = {name: getattr(flags, name) for name in names}

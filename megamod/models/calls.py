@@ -91,6 +91,7 @@ class BoundedGeneration(GenerationMixin):
         Logs a warning, once, if a longer text was requested. `generate` calls it.
 
         Args:
+            generation_config: of the call, changed in place.
             prompt: further arguments of the method that this one replaces, by name.
         Returns:
             the generation configuration, whose `max_length` and `min_length` are changed.

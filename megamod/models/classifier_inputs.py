@@ -7,7 +7,7 @@ OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "lo
 
 
 def list_input_fields(config: PreTrainedConfig) -> tuple[str, ...]:
-    """List the fields of a batch that a classifier takes.
+    """List the fields of a batch that a classifier with this configuration takes.
 
     They are ids and attention mask, and token types if `type_vocab_size` is above 1.
     """
@@ -24,7 +24,7 @@ def needs_fixed_length(config: PreTrainedConfig) -> bool:
 
 
 def compute_max_row_tokens(config: PreTrainedConfig) -> int:
-    """Compute how many tokens of a row the model has positions for, special ones included.
+    """Compute how many tokens of a row a model has positions for, special ones included.
 
     Positions of padding (RoBERTa) and of a multiplexing prefix are not for tokens. For a
     configuration without `max_position_embeddings` it is 2 ** 20, more than any row has.

@@ -180,10 +180,10 @@ def list_backbone_names(model: PreTrainedModel) -> set[str]:
 
 
 def list_stock_names(config: PreTrainedConfig) -> set[str]:
-    """List the tensors of all stock classes that write checkpoints of this type.
+    """List the names of the tensors in checkpoints of a model type, by any stock class.
 
-    These are the classes of `architectures` and of three Auto classes; the set is empty for a type
-    that none of them knows.
+    The classes are those of `config.architectures` and of three Auto classes; the set is empty for
+    a type that none of them knows.
     """
     stock = make_stock_config(config)
     classes = {getattr(transformers, name, None) for name in config.architectures or ()}
@@ -192,7 +192,12 @@ def list_stock_names(config: PreTrainedConfig) -> set[str]:
 
 
 def _find_stock_classes(stock: PreTrainedConfig, autos: Iterable[str]) -> set[type]:
-    """Find the classes that some Auto classes, named as in transformers, map a configuration to."""
+    """Find the classes that some Auto classes map a configuration to.
+
+    Args:
+        stock: configuration of a class of transformers.
+        autos: names of Auto classes in transformers.
+    """
     classes: set[type] = set()
     for auto in autos:
         # Looked up late: importing the Auto classes registers our models, which import this module.
@@ -204,7 +209,7 @@ def _find_stock_classes(stock: PreTrainedConfig, autos: Iterable[str]) -> set[ty
 def _list_tensor_names(classes: Iterable[type | None], stock: PreTrainedConfig) -> set[str]:
     """List the names of all tensors of these classes; no memory is allocated.
 
-    Entries that are no class, or are a class of another configuration, are passed over.
+    Entries that are no class, or a class of another configuration than `stock`, are passed over.
     """
     names: set[str] = set()
     with torch.device("meta"):

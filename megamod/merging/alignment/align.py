@@ -149,6 +149,7 @@ def align_weights(
     """Find the alignment from weights alone (method "weight" or "orthogonal"); no model is run.
 
     Args:
+        options: see `AlignmentOptions`.
         config, other_config: configurations of the two, as in config.json.
         first, second: their weights by name, of the reference and of the model to align.
     Raises:
@@ -240,6 +241,7 @@ def _check_same_shapes(
     """Refuse two models whose weights differ in name or shape.
 
     Args:
+        first, second: shapes of the models' weights, by name.
         tied: matrices that either may lack.
     Raises:
         UserError: naming the tensor.
@@ -277,8 +279,9 @@ def check_same_architecture(first: Mapping[str, object], second: Mapping[str, ob
 
 
 def _list_matched_groups(symmetry: Symmetry, options: AlignmentOptions) -> list[PermutationGroup]:
-    """List the groups to match: all that are permuted, and all heads, whose costs are recorded even
-    if they stay in order.
+    """List the groups to match: all that `options` permute, and all heads.
+
+    The cost of a head is recorded even if it stays in order.
     """
     matched = {group.name: group for group in list_aligned_groups(symmetry, options)}
     matched |= {group.name: group for group in symmetry.select_groups("head")}
@@ -288,8 +291,10 @@ def _list_matched_groups(symmetry: Symmetry, options: AlignmentOptions) -> list[
 def _list_observed_groups(
     groups: Sequence[PermutationGroup], options: AlignmentOptions
 ) -> list[PermutationGroup]:
-    """List the groups whose features must be observed: all but groups of the residual stream that
-    take the permutation of another group.
+    """List the groups, of those to match, whose features must be observed.
+
+    These are all but groups of the residual stream that take the permutation of another group, as
+    `options.residual` says.
     """
     residual = [group for group in groups if group.family == "res"]
     if options.method != "identity" and options.residual in ("first", "last"):
@@ -305,6 +310,7 @@ def _match_groups(
     """Find the best match of each group by the similarity of measured features.
 
     Args:
+        options: method, and handling of the residual stream.
         groups: to match.
         measured: statistics of those in `_list_observed_groups`; they are overwritten.
     Returns:
@@ -383,6 +389,8 @@ def _build_alignment(
     of its queries and keys if they were matched separately.
 
     Args:
+        symmetry, options: permutation groups of the model, and the options to record.
+        matches: best match of each group by name.
         costs: record costs; False: none.
     """
     names = [name for name in symmetry.groups if name in matches]

@@ -72,7 +72,7 @@ def check_configs_fit_maps(config: Mapping[str, object], other: Mapping[str, obj
 def rotates_stream(symmetry: Symmetry, options: AlignmentOptions) -> bool:
     """Return True if the residual stream is rotated: options align it, and the model is pre-norm.
 
-    In post-norm models it is permuted instead.
+    `symmetry` has the family of the model. In post-norm models the stream is permuted instead.
     """
     return "res" in options.groups and symmetry.family.pre_norm
 
@@ -88,6 +88,7 @@ def align_by_maps(
     """Find the maps from calibration text, then improve them by descent on the weights.
 
     Args:
+        options: groups to align, and what is measured.
         first: the reference; `second`: the model to align. Weights are not changed.
         symmetry: permutation groups of both models.
         batches: calibration text.
@@ -110,6 +111,7 @@ def align_weights_by_maps(
     """Find the maps from weights alone, starting at the identity.
 
     Args:
+        options: groups to align.
         first, second: weights by name, of the reference and of the model to align.
         symmetry: permutation groups of both models.
     Raises:
@@ -124,6 +126,8 @@ def align_weights_by_maps(
 def _refuse_non_finite_weights(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
     """Refuse weights with a NaN or an infinity, which have no singular value decomposition.
 
+    Args:
+        first, second: weights of the two models by name.
     Raises:
         UserError: naming the tensor, and which of the two models has it.
     """
@@ -145,6 +149,7 @@ def _match_by_text(
     Groups of the residual stream, and a head that follows it, share one match.
 
     Args:
+        options: groups to align, and what is measured.
         first, second: the reference, and the model to align.
         symmetry: permutation groups of both models.
         batches: calibration text.
@@ -185,6 +190,7 @@ def _match_stream(
     """Match the residual stream: by a map, or in post-norm models by a permutation.
 
     Args:
+        symmetry, options: decide if the stream is rotated, see `rotates_stream`.
         groups: those to align; without one of the stream the result is None.
         measured: statistics of the stream's groups; overwritten.
     Raises:
@@ -223,6 +229,8 @@ def _improve_by_descent(
     """Improve matches by descent on the weights, and build the alignment.
 
     Args:
+        first, second: weights of the reference and of the model to align.
+        symmetry, options: permutation groups of both models, and which to align.
         start: match of each aligned group by name.
         rounds: largest number of rounds of the descent.
     """

@@ -75,7 +75,7 @@ def read_calibration_batches(
 
 
 def find_position_limit(config: PreTrainedConfig) -> int | None:
-    """Find the largest number of tokens of a sequence; None: the configuration sets no limit."""
+    """Find the largest number of tokens of a sequence; None: `config` sets no limit."""
     position_limit = getattr(config, "max_position_embeddings", None)
     if position_limit and config.model_type in ("roberta", "xlm-roberta"):
         position_limit -= config.pad_token_id + 1  # positions start after the padding id
@@ -162,6 +162,7 @@ def _iterate_texts(path: Path, origin: str) -> Iterator[str]:
     """Yield the non-blank items of a text or JSON-lines file.
 
     Args:
+        path: the file; its ending tells the format.
         origin: flag or key that named the file, for messages.
     Raises:
         UserError: naming file and line, if the file cannot be read, is no UTF-8, or a JSON line has

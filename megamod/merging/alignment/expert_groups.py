@@ -66,7 +66,10 @@ def _make_expert_group(
         return [n for n in names if domain is None or parse_expert_domain(n) == domain]
 
     def rename_axes(dense: Sequence[TensorAxis]) -> tuple[TensorAxis, ...]:
-        """Return the axes of the expert's tensors, several for a tensor that each expert has."""
+        """Return the axes of the expert's tensors for those of a `dense` model.
+
+        A tensor that each expert has gives several.
+        """
         return tuple(
             replace(axis, tensor=name)
             for axis in dense
@@ -74,7 +77,7 @@ def _make_expert_group(
         )
 
     def rename_hooks(dense: Sequence[Hook]) -> tuple[Hook, ...]:
-        """Return the hooks of the expert's modules."""
+        """Return the hooks of the expert's modules for those of a `dense` model."""
         return tuple(
             replace(hook, module=name.removesuffix(".weight"))
             for hook in dense

@@ -68,8 +68,9 @@ class PermutedFolder(TensorView):
         return self.source.read(name if name in self.source.tensors else self._stored[name])
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
-        """Fill a buffer (1-D, of the tensor's dtype) with elements of the aligned model's tensor,
-        from `start` on.
+        """Fill a buffer (1-D, of the tensor's dtype) with elements of the aligned tensor `name`.
+
+        `start` is the flat index of the first.
         """
         tensor_changes = self._changes.get(name, [])
         scaled = self._scaled.get(self._tied.get(name, name), [])
@@ -101,7 +102,7 @@ class PermutedFolder(TensorView):
         buffer.copy_(part.reshape(-1)[start - first * row :][: len(buffer)])
 
     def _compute_aligned_tensor(self, name: str) -> Tensor:
-        """Read a whole tensor of the aligned model, folded and mapped.
+        """Read the whole tensor `name` of the aligned model, folded and mapped.
 
         The last one is cached per thread, as the next piece probably belongs to it.
         """

@@ -203,6 +203,7 @@ def select_solver(queries_per_key: int, mode: str) -> Solver:
     It is `assign_query_heads` where several query heads share a key head, else `assign_features`.
 
     Args:
+        queries_per_key: query heads that share a key head.
         mode: see `assign_query_heads`.
     """
     return (
@@ -216,6 +217,7 @@ def _select_block(similarity: Tensor, j: int, k: int, size: int) -> Tensor:
     """Select block (j, k) of a matrix in blocks of `size` x `size`, as a view.
 
     Args:
+        similarity: the matrix.
         j, k: row and column of the block, counted in blocks.
     """
     return similarity[j * size : (j + 1) * size, k * size : (k + 1) * size]

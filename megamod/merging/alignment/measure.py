@@ -75,7 +75,7 @@ def load_model(name: str, auto: type | None = None) -> PreTrainedModel:
 
 
 def _find_auto_class(config: PreTrainedConfig) -> type:
-    """Find the Auto class that makes the class named first in `architectures`.
+    """Find the Auto class that makes the class named first in `config.architectures`.
 
     `AutoModel`, which makes models without a head, if none of `_AUTO` does.
     """
@@ -102,6 +102,7 @@ def measure_covariances(
     The modes of the models are restored.
 
     Args:
+        options: compatibility with the original program, and rows to select.
         first, second: models of one architecture on one device; rows of a covariance are features
             of the first.
         groups: whose features are observed.
@@ -239,6 +240,8 @@ def _run_with_hooks(
     Hooks are removed after it.
 
     Args:
+        batch: token ids and attention mask.
+        groups: their hooks name the modules to observe.
         domain: expert to run, for a model with experts; else None.
         observe: takes a group, one of its hooks, and features [..., C].
     """

@@ -328,6 +328,7 @@ def _compute_head_norms(
     """Compute the norm of all features of each key head, [G], in one model.
 
     Args:
+        group: a group of attention heads.
         which: "first" or "second" model.
         queries, keys: sums of squares of the features of query heads and of key heads.
     """

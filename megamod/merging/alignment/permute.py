@@ -50,7 +50,8 @@ class AxisChange:
 def compute_axis_changes(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[AxisChange]]:
     """Compute the changes that make each tensor of a model one of the aligned model.
 
-    Unchanged tensors have no entry; those of one tensor are in the order of the groups.
+    Unchanged tensors have no entry; those of one tensor are in the order of the groups of
+    `symmetry`.
 
     Raises:
         UserError: if the alignment does not fit the model.
@@ -93,7 +94,8 @@ def make_axis_change(
 def find_alignment_folding(symmetry: Symmetry, alignment: Alignment) -> Folding | None:
     """Find how norms are folded before the maps of an alignment are applied.
 
-    None if it has no map of the residual stream, so that norms stay as they are.
+    None if it has no map of the residual stream, so that norms stay as they are. `symmetry`
+    describes the model.
 
     Raises:
         UserError: as `find_folding`.
@@ -109,7 +111,8 @@ Span = tuple[int, int, int]
 def find_scaled_spans(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[Span]]:
     """Find the spans (axis, first entry, count) that `CompatOptions.scale` multiplies, by tensor.
 
-    They are the same in both models; without that option there are none.
+    They are those of the features of `symmetry` that the alignment permutes, the same in both
+    models; without that option there are none.
     """
     spans: dict[str, list[Span]] = {}
     for name in (
@@ -150,6 +153,7 @@ def find_untied_by_changes(
     differ from the table (unless the gain is 1 and the bias 0).
 
     Args:
+        symmetry: has the tied tensors of the model.
         all_changes: by tensor, of `compute_axis_changes`.
         folding: None: norms stay as they are.
     Returns:
@@ -165,10 +169,10 @@ def find_untied_by_changes(
 
 
 def find_untied_by_alignment(symmetry: Symmetry, alignment: Alignment) -> dict[str, str]:
-    """Find the tied tensors that an alignment unties; see `find_untied_by_changes`.
+    """Find the tied tensors of a model that its alignment unties; see `find_untied_by_changes`.
 
     Raises:
-        UserError: if the alignment does not fit the model.
+        UserError: if the alignment does not fit the model, which `symmetry` describes.
     """
     folding = find_alignment_folding(symmetry, alignment)
     return find_untied_by_changes(symmetry, compute_axis_changes(symmetry, alignment), folding)
@@ -185,7 +189,7 @@ def untie_output_matrix(model: PreTrainedModel) -> None:
 
 
 def _have_equal_changes(first: list[AxisChange], second: list[AxisChange]) -> bool:
-    """Return True if two lists hold the same changes in the same order."""
+    """Return True if the lists `first` and `second` hold the same changes in the same order."""
     return len(first) == len(second) and all(
         (a.axis, a.start) == (b.axis, b.start)
         and _are_equal_tensors(a.index, b.index)
@@ -208,10 +212,10 @@ def _list_tied_matrices(symmetry: Symmetry) -> set[str]:
 
 
 def apply_changes(tensor: Tensor, tensor_changes: list[AxisChange]) -> Tensor:
-    """Return a tensor with changes applied: soft assignments, then orders, then blocks.
+    """Return a tensor with its changes applied: soft assignments, then orders, then blocks.
 
-    It is the same tensor if there are none; the argument is not changed. Gradients reach the
-    tensor and the blocks.
+    It is the same tensor if `tensor_changes` is empty; the argument is not changed. Gradients reach
+    the tensor and the blocks.
     """
     for change in tensor_changes:
         if change.is_soft:
@@ -263,7 +267,7 @@ def compute_aligned_tensor(
 
 
 def _apply_soft_assignment(tensor: Tensor, change: AxisChange) -> Tensor:
-    """Return a tensor with entries along an axis mixed by a soft assignment, in float64.
+    """Return a tensor with entries along the axis of a change mixed by its matrix, in float64.
 
     Weights that produce features are multiplied by the matrix from the left, those that read them
     by its transpose from the right: both sums run over the former entries.
@@ -375,6 +379,7 @@ def merge_states(
     """Compute the mean of the reference and the aligned model, by name.
 
     Args:
+        symmetry: permutation groups of both models.
         first: weights of the reference; `second`: weights of the model that `alignment` aligns.
     Raises:
         UserError: if the alignment does not fit, or integers differ.
@@ -426,6 +431,8 @@ def _compute_transformed_state(
     """Apply `CompatOptions.scale`, add untied matrices and fold norms, then permute and map.
 
     Args:
+        state: weights by name.
+        symmetry, alignment: permutation groups of the model, and its alignment.
         all_changes: changes of the aligned model; they decide if matrices are untied.
         applied: the changes to apply, by tensor; none for the reference.
     """

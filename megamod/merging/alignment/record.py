@@ -94,7 +94,7 @@ class Alignment:
         return applied
 
     def _check_maps(self, group: PermutationGroup, symmetry: Symmetry) -> None:
-        """Refuse maps that do not fit a group.
+        """Refuse maps that do not fit a group of `symmetry`.
 
         Raises:
             UserError: naming the group, if a map has another size than its features, or that of a
@@ -165,8 +165,9 @@ def make_identity_alignment(symmetry: Symmetry, options: AlignmentOptions) -> Al
 
 
 def list_aligned_groups(symmetry: Symmetry, options: AlignmentOptions) -> list[PermutationGroup]:
-    """List the groups that are permuted with these options: layers and residual stream in the order
-    of the computation, then output heads.
+    """List the groups of a model that these options permute.
+
+    Layers and residual stream are in the order of the computation; output heads follow.
     """
     families = [*options.groups, *(["qk"] if options.qk and "attn" in options.groups else [])]
     selected = symmetry.select_groups(*families)
@@ -181,12 +182,12 @@ def list_aligned_groups(symmetry: Symmetry, options: AlignmentOptions) -> list[P
 
 
 def find_head_following_stream(symmetry: Symmetry, options: AlignmentOptions) -> str | None:
-    """Find the output head whose features are permuted like the residual stream.
+    """Find the output head of a model whose features are permuted like the residual stream.
 
     That is the one with a tied matrix, if the options permute the stream and let it follow.
 
     Returns:
-        name of its group; None: there is none.
+        name of its group in `symmetry`; None: there is none.
     """
     if not (options.head_follow_residual and "res" in options.groups):
         return None
@@ -231,7 +232,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _is_orthogonal(blocks: Tensor) -> bool:
-    """Return True for float64 [m, h, h] whose matrices M have M Mᵀ = I to `_ORTHOGONAL`."""
+    """Return True if the matrices M of `blocks` [m, h, h] float64 have M Mᵀ = I.
+
+    The largest difference allowed is `_ORTHOGONAL`.
+    """
     if blocks.dtype != torch.float64 or blocks.dim() != 3 or blocks.shape[1] != blocks.shape[2]:
         return False
     error = blocks @ blocks.mT - torch.eye(blocks.shape[1], dtype=blocks.dtype)

@@ -232,8 +232,9 @@ class Refinement:
     def _interpolate_models(
         self, parameters: Mapping[MapKey, Tensor], share: float
     ) -> dict[str, Tensor]:
-        """Compute (1 - share) * reference + share * mapped model, by name; integers come from the
-        reference.
+        """Compute (1 - share) * reference + share * mapped model, by name.
+
+        `parameters` are those of the maps, by group and role. Integers come from the reference.
         """
         changes = self._make_changes(self._make_orthogonal_matrices(parameters))
         return {
@@ -311,7 +312,8 @@ class Refinement:
     def _compose_alignment(self, parameters: Mapping[MapKey, Tensor]) -> Alignment:
         """Return the alignment with its maps multiplied by the refined ones.
 
-        The products are made orthogonal in float64 again.
+        `parameters` are those of the refined maps, by group and role. The products are made
+        orthogonal in float64 again.
         """
         exact = {key: tensor.double().cpu() for key, tensor in parameters.items()}
         maps = {name: dict(roles) for name, roles in self._alignment.maps.items()}
@@ -349,6 +351,7 @@ def _read_progress_file(path: Path, keys: Sequence[MapKey]) -> _RefinementState:
     """Read a progress file that `Refinement` wrote.
 
     Args:
+        path: the file.
         keys: group and role of every map.
     Raises:
         UserError: if it is damaged.
@@ -380,6 +383,7 @@ def _split_calibration_rows(
     experts.
 
     Args:
+        batches: calibration text.
         domains: domains of the model; empty: it has no experts.
     Raises:
         UserError: if there are fewer than two rows of two tokens.

@@ -60,7 +60,10 @@ class CrossCovariance:
         )
 
     def add_batch(self, first: Tensor, second: Tensor) -> None:
-        """Add n rows of features [n, C] of each model; values that are not finite count as 0."""
+        """Add n rows of features, `first` and `second` [n, C], of the two models.
+
+        Values that are not finite count as 0.
+        """
         pair = tuple(_replace_non_finite(x) for x in (first, second))
         self.count += len(first)
         if self._stacked:

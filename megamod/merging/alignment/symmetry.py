@@ -116,7 +116,7 @@ def find_symmetry(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fa
 
 
 def _check_required_fields(family: Family, config: Mapping[str, object]) -> None:
-    """Refuse a configuration that the family's names do not describe.
+    """Refuse a configuration `config` that the family's names do not describe.
 
     Raises:
         UserError: naming the field with another value than the required one.
@@ -184,17 +184,19 @@ class _ModuleNames:
         return [layer + part for part in parts]
 
     def list_read_axes(self, module: str, role: str = "stream") -> list[TensorAxis]:
-        """List the tensor axes along which a linear layer reads features: one, of its weight.
+        """List the axes along which the linear layer `module` reads features: one, of its weight.
 
-        Only layers of the backbone are stored transposed, those of heads never.
+        Only layers of the backbone are stored transposed, those of heads never; `role` is that of
+        the features.
         """
         inside = module.startswith(self.prefix) and self.prefix
         dim = 0 if self.family.transposed and inside else 1
         return [TensorAxis(f"{module}.weight", dim, role=role)]
 
     def list_scaled_axes(self, module: str) -> list[TensorAxis]:
-        """List the tensor axes along which a norm scales and shifts features: gain, and bias if it
-        has one.
+        """List the tensor axes along which the norm `module` scales and shifts features.
+
+        They are those of its gain, and of its bias if it has one.
         """
         axes = [TensorAxis(f"{module}.weight", 0, role="gain")]
         if f"{module}.bias" in self.shapes:
@@ -246,6 +248,7 @@ def _make_group(
     """Make a group from its parts; see `PermutationGroup` for the fields.
 
     Args:
+        name, family, size, heads: see `PermutationGroup`.
         out: axes that produce the features; `into`: axes that read them.
         hooks: where the features are observed.
     """
@@ -257,6 +260,8 @@ def _find_output_readers(
 ) -> tuple[list[tuple[Head, str | None]], list[TensorAxis]]:
     """Find the output heads of a model, and all axes that read the last hidden states.
 
+    Args:
+        names: of the modules of the model.
     Returns:
         (head, module that reads its features or None) of each head of the family that the model
         has; axes of these heads and of other readers, such as an output matrix.
@@ -287,7 +292,7 @@ def _find_output_readers(
 
 
 def _make_embedding_group(names: _ModuleNames) -> PermutationGroup:
-    """Make the group of the residual stream before the first layer.
+    """Make the group of the residual stream before the first layer of the model with these names.
 
     Raises:
         UserError: if its norm is missing.
@@ -310,8 +315,9 @@ def _make_embedding_group(names: _ModuleNames) -> PermutationGroup:
 
 
 def _list_attention_readers(names: _ModuleNames, layer: int) -> list[TensorAxis]:
-    """List the axes that read the residual stream for the attention of a layer: of the query, key
-    and value matrices, or of the one matrix for all three.
+    """List the axes that read the residual stream for the attention of a layer.
+
+    They are those of the query, key and value matrices, or of the one matrix for all three.
     """
     family = names.family
     stem = names.prefix + family.layer.format(layer)
@@ -330,6 +336,7 @@ def _make_layer_groups(
     """Make the groups of one layer, in the order of its computation.
 
     Args:
+        names: of the modules of the model.
         layer, layers: number of the layer, and of all layers.
         counts: numbers of query heads and of key heads.
         qk: make a group of queries and keys of its own.
@@ -416,6 +423,7 @@ def _check_group_shapes(group: PermutationGroup, shapes: Shapes, tied: Mapping[s
     """Refuse a group whose tensors are missing or too small.
 
     Args:
+        shapes: shapes of the model's tensors by name.
         tied: tensor -> tensor that is stored in its place.
     Raises:
         UserError: naming the tensor.

@@ -96,8 +96,8 @@ class WeightDescent:
     ) -> Products:
         """Compute the inner products of a unit's features in the weights of both models.
 
-        The second model's are mapped by the matches of all other groups, so the products tell the
-        best match of this unit.
+        The second model's are mapped by the matches of all other groups in `solution`, so the
+        products tell the best match of this unit.
         """
         result: Products = {}
         for axis in dict.fromkeys(axis for group in unit for axis in group.axes):

@@ -87,6 +87,7 @@ def _solve_unit(
     """Find the best match of each class of a unit.
 
     Args:
+        options: decide the solver for heads.
         similarities: [C, C] of each class, in the order of the unit.
     """
     heads = unit[0][0].heads

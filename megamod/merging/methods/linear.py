@@ -15,6 +15,8 @@ def linear(target: MergeTensor) -> Iterator[Tensor]:
 
     Models of weight zero are not read.
 
+    Args:
+        target: the tensor to merge, as every model has it.
     Raises:
         UserError: if weights that are to be normalised sum to zero.
     Source: Wortsman et al. 2022 (Model Soups); Li et al. 2022 (Branch-Train-Merge), averaging.
@@ -44,6 +46,8 @@ def linear(target: MergeTensor) -> Iterator[Tensor]:
 def passthrough(target: MergeTensor) -> Iterator[Tensor]:
     """Copy the only model, times `scale`.
 
+    Args:
+        target: the tensor to merge, as every model has it.
     Source: the method of this name in mergekit; Kim et al. 2023 (SOLAR), depth up-scaling.
     """
     (model,) = target.models

@@ -66,6 +66,8 @@ def keep_largest(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
     Of entries of equal magnitude the first are kept. A density of 0 drops all. The task vector is
     read several times here, to find the smallest magnitude that is kept.
 
+    Args:
+        target, model: the tensor to merge, and one of its models, whose `values` has the settings.
     Returns:
         a function that starts a pass over the pieces, see `Drop`; so do the other sparsifiers.
     Source: Yadav et al. 2023 (TIES-Merging), section 4.2, step 1.
@@ -85,6 +87,8 @@ def drop_outliers(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]
     Both are fractions of all entries. If `density` is above 1 - `gamma`, fewer of the largest are
     dropped.
 
+    Args:
+        target, model: the tensor to merge, and one of its models, whose `values` has the settings.
     Source: Davari and Belilovsky 2023 (Model Breadcrumbs), section 3.
     """
     count, density = target.numel, model.values["density"]
@@ -103,6 +107,8 @@ def drop_at_random(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop
     With `rescale_by_density` the kept entries are divided by it. Every pass over the same pieces
     drops the same entries.
 
+    Args:
+        target, model: the tensor to merge, and one of its models, whose `values` has the settings.
     Source: Yu et al. 2023 (DARE: Language Models are Super Mario), section 3.
     """
     density = model.values["density"]
@@ -129,13 +135,14 @@ def drop_at_random(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop
 
 
 def drop_by_rank(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
-    """Prepare to keep entries at random, large ones of a row (along the last axis) with a higher
-    probability.
+    """Prepare to keep entries at random, with a probability that rises with their magnitude.
 
-    With `rescale_by_density` each kept entry is divided by its probability. The probability rises
-    with the rank of the magnitude in its row, linearly from `density` - `epsilon` to `density` +
-    `epsilon`. Pieces must be whole rows (`iterate_row_pieces`).
+    It rises with the rank of the magnitude in its row (along the last axis), linearly from
+    `density` - `epsilon` to `density` + `epsilon`. With `rescale_by_density` each kept entry is
+    divided by its probability. Pieces must be whole rows (`iterate_row_pieces`).
 
+    Args:
+        target, model: the tensor to merge, and one of its models, whose `values` has the settings.
     Raises:
         UserError: if these limits are not probabilities.
     Source: Deep et al. 2024 (DELLA-Merging), section 3.1.
@@ -184,6 +191,7 @@ def compute_norm_scale(
     It is 1 if nothing is dropped, or one of the norms is next to zero.
 
     Args:
+        target, model: the tensor to merge, and one of its models, whose `values` has the settings.
         start: starts a pass of the sparsifier; one whole pass over the task vector is made here.
         spans: see `TaskVector.iterate_pieces`.
     """
@@ -280,10 +288,10 @@ def _keep_ranks(vector: TaskVector, low: int, high: int) -> Callable[[], Drop]:
 
 
 def _make_integer_source(target: MergeTensor, model: ModelTensor) -> Callable[[int], Tensor]:
-    """Make a function that draws uniform signed 16-bit integers, by their number.
+    """Make a function from a number n to the next n uniform signed 16-bit integers.
 
-    Every source of a tensor and model gives the same sequence. Numbers are drawn four at a time, so
-    two passes agree only if their pieces have the same sizes.
+    Every source of the same tensor `target` and model gives the same sequence. Numbers are drawn
+    four at a time, so two passes agree only if their pieces have the same sizes.
     """
     generator = target.make_generator(model)
 

@@ -21,6 +21,8 @@ def slerp(target: MergeTensor) -> Iterator[Tensor]:
     A tensor is one vector. The interpolation is linear if the two are nearly parallel or
     opposite.
 
+    Args:
+        target: the tensor to merge, as every model has it.
     Source: Shoemake 1985 (Animating Rotation with Quaternion Curves), section 3.3.
     """
     (other,), t = target.non_base_models, target.values["t"]
@@ -56,13 +58,15 @@ def slerp(target: MergeTensor) -> Iterator[Tensor]:
     models=(2, 2),
 )
 def nuslerp(target: MergeTensor) -> Iterator[Tensor]:
-    """Interpolate two models spherically, with t = second weight / sum of weights, or 0.5 if that
-    sum is zero.
+    """Interpolate two models spherically; t is the second weight over the sum of weights.
 
-    With a base the differences from it are interpolated, and the base is added to the result. A
-    tensor is one vector by default. Without `nuslerp_flatten` each row along the last axis is one;
-    with `nuslerp_row_wise` as well, each vector along the first axis.
+    If that sum is zero, t is 0.5. With a base the differences from it are interpolated, and the
+    base is added to the result. A tensor is one vector by default. Without `nuslerp_flatten` each
+    row along the last axis is one; with `nuslerp_row_wise` as well, each vector along the first
+    axis.
 
+    Args:
+        target: the tensor to merge, as every model has it.
     Source: as `slerp`; the weighting is that of the method of this name in mergekit.
     """
     left, right = target.non_base_models
@@ -82,6 +86,7 @@ def _interpolate_whole_tensor(
     """Interpolate the tensor as one vector, in two passes over its pieces; see `nuslerp`.
 
     Args:
+        target: the tensor to merge, as every model has it.
         t: share of `right`; 0 gives `left`.
     """
     first, second, base_buffer = target.allocate_buffers(3)
@@ -107,6 +112,7 @@ def _interpolate_rows(
     """Interpolate every row along the last axis, in one pass over whole rows; see `nuslerp`.
 
     Args:
+        target: the tensor to merge, as every model has it.
         t: share of `right`; 0 gives `left`.
     """
     step, width = target.count_row_piece_elements(), max(1, target.shape[-1])
@@ -130,6 +136,7 @@ def _interpolate_along_first_axis(
     """Interpolate every vector along the first axis, in two passes; a 1-D tensor is one vector.
 
     Args:
+        target: the tensor to merge, as every model has it.
         t: share of `right`; 0 gives `left`.
     """
     width = target.numel // max(1, target.shape[0])
@@ -169,6 +176,8 @@ def _read_differences(
     """Read a piece of the base, and of both models with the base's piece subtracted.
 
     Args:
+        target: the tensor to merge, whose base is read.
+        left, right: the two models.
         start, count: elements to read.
         first, second, base_buffer: buffers of at least `count` elements, overwritten.
     Returns:

@@ -26,6 +26,8 @@ def fisher(target: MergeTensor) -> Iterator[Tensor]:
     Information below `floor` counts as `floor`: entries that matter to no model are averaged with
     the weights alone, as are tensors without statistics.
 
+    Args:
+        target: the tensor to merge, as every model has it.
     Raises:
         UserError: if a model has no file, one file has the tensor and another has not, or it has
             another shape.
@@ -58,6 +60,8 @@ def regmean(target: MergeTensor) -> Iterator[Tensor]:
     the diagonal times `alpha`: W = (sum w_i W_i G_i) (sum w_i G_i)^-1. Tensors without a Gram
     matrix are averaged with the weights. Holds one layer of one model, in float64.
 
+    Args:
+        target: the tensor to merge, as every model has it.
     Raises:
         UserError: if a model has no file, one file has the matrix and another has not, it has
             another shape, vocabularies are of unequal size, or the weights leave no sum that can be
@@ -88,6 +92,7 @@ def _has_statistic(target: MergeTensor, suffix: str, square: bool | None) -> boo
     """Return True if all models have this statistic of the tensor, False if none has.
 
     Args:
+        target: the tensor to merge, as every model has it.
         suffix: end of the statistic's name, after the name of the tensor.
         square: it is a Gram matrix of the last axis (True) or the first (False); None: it has the
             shape of the tensor.

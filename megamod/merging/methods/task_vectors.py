@@ -25,6 +25,8 @@ the model's task vector."""
 def task_arithmetic(target: MergeTensor) -> Iterator[Tensor]:
     """Add `lambda` times the weighted sum of all task vectors to the base.
 
+    Args:
+        target: the tensor to merge, as every model has it.
     Source: Ilharco et al. 2022 (Editing Models with Task Arithmetic), section 2.
     """
     return _add_task_vectors(target, None)
@@ -34,6 +36,8 @@ def task_arithmetic(target: MergeTensor) -> Iterator[Tensor]:
 def ties(target: MergeTensor) -> Iterator[Tensor]:
     """Trim task vectors to their largest entries, elect signs, average the entries that agree.
 
+    Args:
+        target: the tensor to merge, as every model has it.
     Source: Yadav et al. 2023 (TIES-Merging), section 4.2.
     """
     return _add_sign_elected_vectors(target, sparsify.keep_largest)
@@ -43,6 +47,8 @@ def ties(target: MergeTensor) -> Iterator[Tensor]:
 def dare_linear(target: MergeTensor) -> Iterator[Tensor]:
     """Apply task arithmetic to randomly sparsified task vectors.
 
+    Args:
+        target: the tensor to merge, as every model has it.
     Source: Yu et al. 2023 (DARE), section 3.
     """
     return _add_task_vectors(target, sparsify.drop_at_random)
@@ -52,6 +58,8 @@ def dare_linear(target: MergeTensor) -> Iterator[Tensor]:
 def dare_ties(target: MergeTensor) -> Iterator[Tensor]:
     """Sparsify task vectors at random, then elect signs as in TIES.
 
+    Args:
+        target: the tensor to merge, as every model has it.
     Source: Yu et al. 2023 (DARE), section 3.
     """
     return _add_sign_elected_vectors(target, sparsify.drop_at_random)
@@ -61,6 +69,8 @@ def dare_ties(target: MergeTensor) -> Iterator[Tensor]:
 def breadcrumbs(target: MergeTensor) -> Iterator[Tensor]:
     """Apply task arithmetic without the smallest and the very largest entries.
 
+    Args:
+        target: the tensor to merge, as every model has it.
     Source: Davari and Belilovsky 2023 (Model Breadcrumbs), section 3.
     """
     return _add_task_vectors(target, sparsify.drop_outliers)
@@ -70,6 +80,8 @@ def breadcrumbs(target: MergeTensor) -> Iterator[Tensor]:
 def breadcrumbs_ties(target: MergeTensor) -> Iterator[Tensor]:
     """Sparsify as `breadcrumbs`, then elect signs as in TIES.
 
+    Args:
+        target: the tensor to merge, as every model has it.
     Source: Davari and Belilovsky 2023; Yadav et al. 2023.
     """
     return _add_sign_elected_vectors(target, sparsify.drop_outliers)
@@ -79,6 +91,8 @@ def breadcrumbs_ties(target: MergeTensor) -> Iterator[Tensor]:
 def della(target: MergeTensor) -> Iterator[Tensor]:
     """Sparsify at random, preferring large entries, then elect signs as in TIES.
 
+    Args:
+        target: the tensor to merge, as every model has it.
     Source: Deep et al. 2024 (DELLA-Merging), section 3.
     """
     return _add_sign_elected_vectors(target, sparsify.drop_by_rank)
@@ -88,6 +102,8 @@ def della(target: MergeTensor) -> Iterator[Tensor]:
 def della_linear(target: MergeTensor) -> Iterator[Tensor]:
     """Apply task arithmetic to randomly sparsified task vectors, preferring large entries.
 
+    Args:
+        target: the tensor to merge, as every model has it.
     Source: Deep et al. 2024 (DELLA-Merging), section 3.
     """
     return _add_task_vectors(target, sparsify.drop_by_rank)
@@ -100,6 +116,8 @@ def model_stock(target: MergeTensor) -> Iterator[Tensor]:
     Agreement is the mean cosine of two task vectors: of the whole tensor, or with `filter_wise` of
     each row (along the last axis).
 
+    Args:
+        target: the tensor to merge, as every model has it.
     Source: Jang et al. 2024 (Model Stock), section 4.
     """
     width = max(1, target.shape[-1] if target.shape else 1)
@@ -152,6 +170,7 @@ def _iterate_task_vectors(
     Tensors are overwritten by the next piece.
 
     Args:
+        target: the tensor to merge, as every model has it.
         spans: first element, and that after the last, of each piece.
     """
     longest = max((stop - start for start, stop in spans), default=0)
@@ -174,6 +193,7 @@ def _prepare_sparsifiers(
     """Prepare a pass over the pieces of a tensor; sparsifiers read the task vectors here.
 
     Args:
+        target: the tensor to merge, as every model has it.
         sparsifier: None: whole task vectors.
     Returns:
         spans of the pieces, and for each model of non-zero weight (model, started sparsifier,
@@ -199,6 +219,7 @@ def _add_task_vectors(target: MergeTensor, sparsifier: Sparsifier | None) -> Ite
     With `normalize` the sum is divided by that of all weights, unless that is next to zero.
 
     Args:
+        target: the tensor to merge, as every model has it.
         sparsifier: None: whole task vectors.
     """
     spans, models = _prepare_sparsifiers(target, sparsifier)
@@ -223,11 +244,15 @@ def _add_task_vectors(target: MergeTensor, sparsifier: Sparsifier | None) -> Ite
 
 
 def _add_sign_elected_vectors(target: MergeTensor, sparsifier: Sparsifier) -> Iterator[Tensor]:
-    """Yield the base plus `lambda` times those entries of the sparsified task vectors that have the
-    sign of their weighted sum.
+    """Yield the base plus `lambda` times the entries of task vectors that have the elected sign.
 
-    A sum of zero counts as positive. With `normalize` each entry is divided by the sum of the
-    weights of the models that contribute to it.
+    The elected sign of an entry is that of the weighted sum over the sparsified task vectors; a sum
+    of zero counts as positive. With `normalize` each entry is divided by the sum of the weights of
+    the models that contribute to it.
+
+    Args:
+        target: the tensor to merge, as every model has it.
+        sparsifier: selects entries of each task vector.
     """
     spans, models = _prepare_sparsifiers(target, sparsifier)
     longest = max((stop - start for start, stop in spans), default=0)

@@ -55,6 +55,7 @@ def _iterate_rows(folder: ModelFolder, plan: MoePlan, name: str) -> Iterator[Ten
     """Yield one expert's router row [D] of each layer, in the stored dtype.
 
     Args:
+        folder, plan: an anchored model, and the plan, which has the number of layers.
         name: name of the row's tensor in a feed-forward, such as `experts.law.row` or `anchor_row`.
     """
     for layer in range(plan.layers):

@@ -107,8 +107,9 @@ def build_moe_config(
 
 
 def _list_declared_fields(kind: type[PreTrainedConfig]) -> list[str]:
-    """List the declared fields of a configuration class, sorted, without fields that every class of
-    transformers has.
+    """List the declared fields of a configuration class, `kind`, sorted.
+
+    Fields that every class of transformers has are not among them.
     """
     classes = kind.__mro__[: kind.__mro__.index(PreTrainedConfig)]
     return sorted(

@@ -121,7 +121,10 @@ def drop_expert(
 
 
 def _explain_expert_influence(record: MoeRecord) -> str:
-    """Explain why weights other than an expert's own depend on it; "": they do not."""
+    """Explain why weights other than an expert's own depend on it; "": they do not.
+
+    `record` is that of the mixture.
+    """
     if record.router.get("trained"):
         return f"it was trained with the others ({record.router['trained']})"
     if record.shared == "averaged":
@@ -395,6 +398,8 @@ def _list_expert_segments(
     """List the segments of one expert's tensor, of `size` elements.
 
     Args:
+        source: the mixture.
+        role: the tensor's place in a sparse block.
         expert: number in the mixture, or a dense model with the feed-forward at the path `dense`.
     Raises:
         UserError: if the dense model's tensors have another size.

@@ -47,7 +47,7 @@ def split_fused_experts(folder: Path) -> None:
         temporary.mkdir()
 
         def read_pieces(name: str) -> Iterator[Tensor]:
-            """Yield the elements of a tensor of the files, cut from that in memory."""
+            """Yield the elements of the tensor `name` of the files, cut from that in memory."""
             _, stored, first, spec = slices[name]
             for start, stop in iterate_pieces(spec.numel, spec.dtype.itemsize):
                 buffer = torch.empty(stop - start, dtype=spec.dtype)
@@ -62,7 +62,8 @@ def split_fused_experts(folder: Path) -> None:
 def _split_tensors(source: ModelFolder, family: MoeFamily) -> Iterator[_Slice]:
     """Yield the tensors that the files should have, and where each lies in `source`.
 
-    Tensors outside of sparse blocks, and those already in their place, keep their names.
+    `family` has their names. Tensors outside of sparse blocks, and those already in their place,
+    keep their names.
     """
     for name, spec in source.tensors.items():
         match = re.fullmatch(rf"({re.escape(LAYERS)}\.\d+)\.{family.module}\.(.+)", name)

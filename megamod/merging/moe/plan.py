@@ -163,6 +163,7 @@ def _plan_layer(
     They are those of the experts, those that are zero, and the router rows.
 
     Args:
+        family: mixture class of transformers.
         dense: plan of the experts' average.
         layer: number of the layer, from 0.
         names: part of the feed-forward -> its name in the dense model.
@@ -211,7 +212,7 @@ def _plan_shared_as_copies(dense: MergePlan, tensors: Mapping[str, MoeTensor]) -
 
 
 def _check_shared_equal(plan: MoePlan) -> None:
-    """Refuse models whose shared tensors are not the same bits; reads them in all models.
+    """Refuse a plan whose models' shared tensors are not the same bits; reads them in all models.
 
     Raises:
         UserError: naming the first tensor that differs, and two folders.
@@ -235,6 +236,7 @@ def compute_moe_tensor(plan: MoePlan, rows: Tensor, name: str) -> Iterator[Tenso
     A piece may be overwritten when the next one is requested.
 
     Args:
+        plan: of the conversion.
         rows: [L, E, D] router rows of all layers.
         name: name of the tensor.
     Raises:

@@ -100,9 +100,9 @@ def write_moe_record(folder: Path, record: MoeRecord) -> None:
 
 
 def write_moe_card(folder: Path, record: MoeRecord) -> None:
-    """Write README.md, the model card, into a model folder; an existing one is replaced.
+    """Write README.md, the model card of a mixture, into its folder; an existing one is replaced.
 
-    It has the experts with their digests, and the origin of all other weights.
+    It has the experts of `record` with their digests, and the origin of all other weights.
     """
     ours = record.model_type.startswith("demix")
     card = _CARD.format(
@@ -141,7 +141,10 @@ def read_moe_record(folder: Path) -> MoeRecord:
 
 
 def format_experts(record: MoeRecord) -> str:
-    """Format the experts with their models and the begin of their digests as a table of text."""
+    """Format the experts of a mixture, with models and first digits of digests, as a text table.
+
+    `record` is that of the mixture.
+    """
     rows = [("expert", "model", "weights", "data")]
     for expert in record.experts:
         path = expert.path if expert.member is None else f"{expert.path} ({expert.member})"

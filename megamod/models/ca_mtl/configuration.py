@@ -64,6 +64,7 @@ class CaMtlConfig(PreTrainedConfig):
     max_seq_length: int = 128
 
     def __post_init__(self, **kwargs):
+        """Raise ValueError for values that contradict each other; `kwargs` go to the base class."""
         self.tasks, self.task_kinds = list(self.tasks), list(self.task_kinds)
         self.task_labels = [list(labels) for labels in self.task_labels]
         if self.variant not in VARIANTS:

@@ -67,6 +67,7 @@ class ConditionalBert(nn.Module):
         """Map ids [B, L] to states [B, L, D] and pooled state [B, D].
 
         Args:
+            input_ids: [B, L].
             attention_mask, token_type_ids: [B, L], or None for no padding and one segment.
             row_task_ids: [B], task of each row; of no effect with the variant "plain".
         """
@@ -176,7 +177,10 @@ class CaMtlForMultiTask(CheckedLoading):
         return format_output(self, output, return_dict)
 
     def _require_task_ids(self, input_ids: Tensor, task_ids: Tensor | None) -> Tensor:
-        """Return task ids [B], 0 for a single task; raise ValueError if they are missing."""
+        """Return task ids [B], 0 for a single task; raise ValueError if they are missing.
+
+        `input_ids` [B, L] gives the number of rows.
+        """
         if task_ids is None:
             if len(self.config.tasks) > 1:
                 raise ValueError(
@@ -235,6 +239,7 @@ class SingleTaskModel(nn.Module):
         """Map ids [B, L] to `logits` [B, C], or [B, L, C] for labels of tokens.
 
         Args:
+            input_ids: [B, L].
             fields: further arguments of `CaMtlForMultiTask.forward`; labels give no loss here.
         """
         task_ids = torch.full((len(input_ids),), self.task, device=input_ids.device)
@@ -248,6 +253,7 @@ def load_from_encoder(
     """Load a model from BERT's weights; other parameters are drawn from torch's generator.
 
     Args:
+        config: of the model to build.
         source: folder or name on the hub, of BERT or of a CA-MTL model.
         load_last_block: False: with the variant "base" reinitialise the last block, as the
             release does, where the names of that block do not match BERT's.
@@ -312,7 +318,10 @@ def freeze_blocks(
 
 
 def _unfreeze_conditioning(block: ConditionalLayer, as_released: bool) -> None:
-    """Let the conditioning layers of a block require gradients; arguments as `freeze_blocks`."""
+    """Let the conditioning layers of a block require gradients.
+
+    `as_released` is as of `freeze_blocks`.
+    """
     attention = block.attention["self"]
     attention.random_weight_matrix.requires_grad_(True)
     attention["cond_block_diag_attn"].requires_grad_(not as_released)

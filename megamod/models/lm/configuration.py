@@ -71,6 +71,10 @@ class DemixConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        """Set fields that follow from others; raise ValueError for values that do not go together.
+
+        `kwargs` go to the base class.
+        """
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         self.domains = list(self.domains)
         check_domain_names(self.domains)
@@ -101,6 +105,10 @@ class DemixMoeConfig(DemixConfig):
     num_experts_per_tok: int = 2
 
     def __post_init__(self, **kwargs):
+        """Raise ValueError for more experts per token than there are, or with domain experts.
+
+        `kwargs` go to the base class.
+        """
         super().__post_init__(**kwargs)
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
@@ -161,6 +169,11 @@ class ForestConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True  # in the parts that do
 
     def __post_init__(self, **kwargs):
+        """Set the sizes and special ids that the experts share.
+
+        Raise ValueError if the experts do not fit each other, or a value is out of range. `kwargs`
+        go to the base class.
+        """
         parts = [make_part_config(fields) for fields in self.parts]
         stock = any(part.model_type != DemixConfig.model_type for part in parts)
         # Stock models pad the vocabulary, and name special ids or not, as they like.
@@ -189,7 +202,7 @@ class ForestConfig(PreTrainedConfig):
 
 
 def get_default_sequence_length(config: PreTrainedConfig) -> int:
-    """Return the tokens per sequence where no option says how many.
+    """Return the tokens per sequence of a model where no option says how many.
 
     For the project's GPT the longest that the model allows. For a stock model at most `SEQUENCE`,
     as many allow far longer ones than anyone evaluates.
@@ -213,7 +226,7 @@ def make_part_config(fields: Mapping[str, object]) -> PreTrainedConfig:
 
 
 def _find_config_class(kind: object) -> type[PreTrainedConfig]:
-    """Find the configuration class of a model type; raise ValueError if it is unknown."""
+    """Find the configuration class of a model type, `kind`; raise ValueError if it is unknown."""
     # The mapping is imported late: making it imports this module.
     from transformers import CONFIG_MAPPING
 
@@ -316,7 +329,7 @@ def has_own_feed_forward(untie: str, layer_index: int, layer_count: int) -> bool
 
 
 def check_domain_names(domains: Sequence[str]) -> None:
-    """Raise ValueError for a name that is there twice or cannot be part of a parameter's name."""
+    """Raise ValueError for a domain that is listed twice or cannot be part of a tensor's name."""
     for domain in domains:
         if not is_domain(domain) or hasattr(nn.ModuleDict, domain):
             raise ValueError(

@@ -119,9 +119,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
         """Resize the embeddings, and the output matrix, as `PreTrainedModel` does.
 
-        Raises:
-            ValueError: if each domain has an embedding or output matrix of its own, which cannot be
-                resized.
+        Arguments and result are those of that method.
         """
         changes = bool(args) or kwargs.get("new_num_tokens") is not None
         if changes and isinstance(self.lm_head, DomainExperts):
@@ -153,7 +151,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """Compute states before the output matrix [B, L, D].
+        """Compute states before the output matrix, [B, L, D], of `input_ids` [B, L].
 
         Arguments as in `DemixModel.forward`.
         """

@@ -43,6 +43,7 @@ def count_active_parameters(config: LmConfig, module: nn.Module) -> tuple[float,
     by the share that a token passes through, so numbers may be fractions.
 
     Args:
+        config: configuration of the model.
         module: the model; of its domain experts only the first counts.
     """
     excluded_ids = {id(weight) for weight in _find_lookup_tables(config, module)}
@@ -59,10 +60,10 @@ def count_active_parameters(config: LmConfig, module: nn.Module) -> tuple[float,
 
 
 def _find_lookup_tables(config: LmConfig, module: nn.Module) -> list[nn.Parameter]:
-    """Find the tables that are read by row and take part in no matrix product.
+    """Find the tables of a model that are read by row and take part in no matrix product.
 
-    Learned positions, and in a stock model the input embedding unless the output matrix is tied to
-    it.
+    These are learned positions, and in a stock model the input embedding unless the output matrix
+    is tied to it.
     """
     tables = [p for name, p in module.named_parameters() if ".positions." in name]
     host = HOSTS.get(getattr(config, "host", config.model_type))
@@ -75,7 +76,10 @@ def _find_lookup_tables(config: LmConfig, module: nn.Module) -> list[nn.Paramete
 
 
 def _compute_active_expert_share(config: LmConfig) -> float:
-    """Compute the share of a mixture's expert tensors that a token passes through; 1 if dense."""
+    """Compute the share of a mixture's expert tensors that a token passes through; 1 if dense.
+
+    `config` names the number of experts, and of those per token.
+    """
     experts, active = (
         next((getattr(config, name) for name in names if getattr(config, name, None)), None)
         for names in (EXPERTS, ACTIVE_EXPERTS)
@@ -84,7 +88,10 @@ def _compute_active_expert_share(config: LmConfig) -> float:
 
 
 def _list_attention_spans(config: LmConfig, length: int) -> list[int]:
-    """List the span of each layer in tokens: `length`, or the attention window if shorter."""
+    """List the span of each layer in tokens: `length`, or the attention window if shorter.
+
+    `config` has the window and the kinds of layers.
+    """
     layers = config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
     if not window or getattr(config, "use_sliding_window", True) is False:

@@ -260,9 +260,10 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         return_dict: bool | None = None,
         **more: object,
     ) -> ForestOutput | tuple:
-        """Run all experts in use, one after the other; arguments as in `DemixForCausalLM`.
+        """Run all experts in use on `input_ids` [B, L], one after the other.
 
-        The weights follow `input_ids`; labels only say which predictions are scored.
+        The weights of the experts follow `input_ids`; labels only say which predictions are scored.
+        Arguments as in `DemixForCausalLM.forward`.
 
         Returns:
             `ForestOutput` (a tuple if `return_dict` is False): logits, with labels also the loss

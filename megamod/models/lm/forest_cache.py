@@ -51,7 +51,10 @@ class ExpertCache:
     def update(
         self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        """Add keys and values [B, H, L, K] to the cache; return all of the layer [B, H, S, K]."""
+        """Add keys and values [B, H, L, K] of a layer to the cache; return all of it [B, H, S, K].
+
+        `layer` counts the layers of this expert, from 0; other arguments are ignored.
+        """
         if self.cache is None:
             return key, value
         return self.cache.update(key, value, self.first + layer)
@@ -124,6 +127,7 @@ def fill_mask_and_positions(
     in later ones, whose new tokens all count as real.
 
     Args:
+        expert_cache: cached keys, values and real tokens of one expert.
         input_ids: [B, L], the new tokens.
         attention_mask: [B, S], S cached and new tokens, or None.
         position_ids: [B, L] or None. If they are passed without a mask and nothing is cached,

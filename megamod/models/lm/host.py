@@ -169,7 +169,11 @@ class HostMixin:
         return self.base_model(**inputs)[0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Compute logits [..., V], scaled and soft-capped, of `compute_hidden_states`' result."""
+        """Compute logits [..., V], scaled and soft-capped, of states [..., D].
+
+        `hidden` is a result of `compute_hidden_states`, which for a family that is not in `HOSTS`
+        are the logits themselves.
+        """
         if self.host is None:
             return hidden
         head = self.get_output_embeddings()
@@ -260,8 +264,7 @@ class HostMixin:
         position_ids: Tensor | None,
         past_key_values: Cache | None,
     ) -> dict[str, object]:
-        """Make the arguments of the stock forward pass from the arguments of
-        `compute_hidden_states`.
+        """Make the arguments of the stock forward pass from those of `compute_hidden_states`.
 
         The base model takes them, and for a family that is not in `HOSTS` the stock class with its
         output matrix. `position_ids` are not among them for a family that takes none.
@@ -280,7 +283,10 @@ class HostMixin:
         return inputs
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Convert parameters and buffers as every module does, but keep the buffers' dtypes."""
+        """Convert parameters and buffers as every module does, but keep the buffers' dtypes.
+
+        Arguments are those of `nn.Module._apply`, which `to` and `half` call.
+        """
         # Tables of rotary frequencies lose their meaning in half precision.
         float_buffers = [
             (module, name, buffer)
@@ -296,7 +302,7 @@ class HostMixin:
 
 
 def find_stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Find the class of causal language model in transformers for a stock configuration.
+    """Find the class of causal language model in transformers for a stock `config`.
 
     Raises:
         ValueError: if there is none.
@@ -351,6 +357,7 @@ def make_host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[Pre
         anchored: bool = False
 
         def __post_init__(self, **kwargs: object):
+            """Raise ValueError for domains or an `untie` that the family does not support."""
             self.domains = list(self.domains)
             check_domain_names(self.domains)
             if self.untie not in UNTIE_OF_HOSTS or (self.untie != "none" and not self.domains):
@@ -400,7 +407,10 @@ def _copy_module(module: nn.Module) -> nn.Module:
 def _register_checkpoint_renaming(
     stock: type[PreTrainedModel], model_type: str, class_name: str
 ) -> None:
-    """Register the stock class's renaming of tensors in files for the class `class_name` too."""
+    """Register the renaming of tensors in files of the stock class, else of its model type.
+
+    It is registered for the class `class_name` too.
+    """
     renaming = get_checkpoint_conversion_mapping(stock.__name__)
     renaming = renaming or get_checkpoint_conversion_mapping(model_type)
     if renaming:
@@ -409,14 +419,14 @@ def _register_checkpoint_renaming(
 
 @functools.cache
 def _make_scoring_head(head: type[nn.Module]) -> type[nn.Module]:
-    """Make a subclass of an output layer that, called with labels, returns their scores.
+    """Make a subclass of `head`, an output layer, that scores labels if it is called with them.
 
-    They are computed inside the module's call, so that ZeRO 3 gathers the weight for them. An
-    object of it needs the attributes `scale` and `softcap`, which apply to logits of scores alone.
+    It scores inside the module's call, so that ZeRO 3 gathers the weight. An object of it needs the
+    attributes `scale` and `softcap`, which apply to logits of scores alone.
     """
 
     def forward(self: nn.Module, hidden: Tensor, labels: Tensor | None = None) -> Tensor | Scores:
-        """Compute plain logits [..., V], or with labels [...] as `HostMixin.score_states`."""
+        """Compute plain logits [..., V] of `hidden` [..., D], or scores of labels [...]."""
         if labels is None:
             return head.forward(self, hidden)
         return linear_cross_entropy(

@@ -12,7 +12,9 @@ class DemixHostConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs: object) -> PreTrainedConfig:
-        """Return a configuration of the class that `make_host_classes` makes for `host`.
+        """Return a configuration of the class that `make_host_classes` makes for the field `host`.
+
+        Arguments are those of `PreTrainedConfig.from_dict`.
 
         Raises:
             ValueError: if the field `host` is missing or names no family of `HOSTS`, or a value of

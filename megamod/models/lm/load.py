@@ -48,6 +48,7 @@ class LanguageModel(Protocol):
         """Run a forward pass: logits, or with `shift_labels` the loss and log-probabilities.
 
         Args:
+            attention_mask, position_ids: [B, L]; None: no padding, consecutive positions.
             input_ids: [B, L].
             shift_labels: [B, L], the token that follows each position; -100 is not scored.
             num_items_in_batch: divisor of the summed loss; None: the number of labels.
@@ -56,7 +57,7 @@ class LanguageModel(Protocol):
         ...
 
     def set_domain(self, domain: str) -> None:
-        """Select the expert, or the adapter, that this and all following calls use.
+        """Select the expert, or the adapter, of `domain` for this and all following calls.
 
         Raises:
             UserError: if this process does not hold it.
@@ -73,6 +74,12 @@ class LanguageModel(Protocol):
         """Compute the states [B, L, D] that `compute_logits` and `score_states` take.
 
         They are logits [B, L, V] for a family that is not in `HOSTS`.
+
+        Args:
+            input_ids: [B, L].
+            attention_mask: [B, S], S cached and new tokens, 0 at padding; None: all are real.
+            position_ids: [B, L]; None: consecutive.
+            past_key_values: keys and values of earlier tokens, extended in place; None: none.
         """
         ...
 
@@ -82,6 +89,8 @@ class LanguageModel(Protocol):
 
     def score_states(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Score labels [B, L] of states, already shifted; -100 is not scored.
+
+        `hidden` is a result of `compute_hidden_states`.
 
         Returns:
             the summed loss (nats), and the log-probabilities [B, L], 0 where the label is -100.
@@ -155,6 +164,11 @@ def _build_host(config: LmConfig, seed: int, local_domains: Sequence[str] | None
 
     The weights are drawn before the experts are copied, so shared ones are those of a dense model.
     torch's global generator is left as it was.
+
+    Args:
+        config: of the model.
+        seed: seed of the weights.
+        local_domains: domains whose experts this process holds; None: all.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -58,9 +58,10 @@ def _is_expert_parallel(block: nn.Module) -> bool:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
-    """Yield a list that each forward pass inside the block adds the routing of every layer to.
+    """Yield a list that each forward pass of `model` inside the block adds its routing to.
 
-    Gradients flow through the logits. A pass that is recomputed after the block adds nothing.
+    An entry is the routing of one layer. Gradients flow through the logits. A pass that is
+    recomputed after the block adds nothing.
     """
     family: MoeFamily = MOE_FAMILIES[model.config.model_type]
     recorded: list[Routing] = []
@@ -69,7 +70,10 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     def record_layer(
         module: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
     ) -> None:
-        """Add the routing of a layer to the list, after its router's forward pass."""
+        """Add the routing of a layer to the list, after its router's forward pass.
+
+        A forward hook of torch: `module` is the router, `outputs` its results.
+        """
         if module in parallel_logits:  # the router of DeepSpeed's layer returns no logits
             recorded.append(Routing(parallel_logits.pop(module), outputs[0], outputs[1]))
         else:
@@ -100,6 +104,7 @@ def compute_balance_losses(layers: Sequence[Routing], mask: Tensor | None = None
     experts' softmax. Uniform routing to K experts gives K.
 
     Args:
+        layers: routing of N tokens in each of the L layers.
         mask: [N] bool, tokens that count; None: all.
     Source: Fedus et al. 2022 (Switch Transformers), section 2.2.
     """

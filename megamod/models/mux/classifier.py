@@ -132,9 +132,10 @@ class MuxTokenClassifier(MuxPreTrainedModel):
         return self.classifier(self.dropout(states))
 
     def compute_token_logits(self, hidden: MixedStates, selected: Tensor | None) -> Tensor:
-        """Compute logits of tokens: mixed states [B, T, D] -> [B * N, S, C], without the prefix.
+        """Compute logits of tokens, without the prefix: [B * N, S, C].
 
         Args:
+            hidden: mixed states [B, T, D] of the encoder.
             selected: [B * N, S] bool, tokens to compute logits for, 0 elsewhere; None: all.
         """
         start, N = self.config.prefix_length, self.config.num_instances

@@ -92,6 +92,10 @@ class MuxConfig(PreTrainedConfig):
     prefix_first_token_id: int = 678
 
     def __post_init__(self, **kwargs):
+        """Set fields that follow from others; raise ValueError for values that do not go together.
+
+        `kwargs` go to the base class.
+        """
         self.learn_muxing = bool(self.learn_muxing)
         self._check_choice("muxing_variant", self.multiplexers)
         self._check_choice("demuxing_variant", self.demultiplexers)
@@ -129,7 +133,7 @@ class MuxConfig(PreTrainedConfig):
         return self.num_instances + 1 if self.demuxing_variant == "index" else 0
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        """Raise ValueError unless the field's value is allowed."""
+        """Raise ValueError unless the value of the field `name` is one of `allowed`."""
         if getattr(self, name) not in allowed:
             raise ValueError(
                 f"{name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}"
@@ -193,6 +197,7 @@ class MuxElectraConfig(MuxConfig):
     disc_loss_weight: float | int = 50.0
 
     def __post_init__(self, **kwargs):
+        """Raise ValueError for a generator that does not fit; `kwargs` go to the base class."""
         self._check_choice("generator", ("none", "plain", "multiplexed"))
         self._check_choice("muxing_variant", self.multiplexers)
         matrices = MULTIPLEXERS[self.muxing_variant].matrices
@@ -204,10 +209,7 @@ class MuxElectraConfig(MuxConfig):
         super().__post_init__(**kwargs)
 
     def get_text_config(self, *args: object, **kwargs: object) -> "MuxElectraConfig":
-        """Return this configuration itself.
-
-        transformers would take the field `generator` for a configuration, and return that.
-        """
+        """Return this configuration itself; the base class's arguments have no effect."""
         return self
 
     def make_generator_config(self) -> "MuxElectraConfig":

@@ -174,11 +174,9 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         self.post_init()
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
-        """Resize the vocabulary, see `VocabularyAccess.resize_token_embeddings`.
+        """Resize the vocabulary as `VocabularyAccess.resize_token_embeddings`.
 
-        Raises:
-            ValueError: if a new size is given and the model has a generator, whose vocabulary would
-                keep its size.
+        Arguments and result are those of that method.
         """
         changes = bool(args) or kwargs.get("new_num_tokens") is not None
         if changes and self.config.generator != "none":

@@ -114,7 +114,10 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
 
     @classmethod
     def from_pretrained(cls, *args: object, **kwargs: object) -> "MuxPreTrainedModel | tuple":
-        """Load as `CheckedLoading`; freeze `instance_embedding` again unless `learn_muxing`."""
+        """Load as `CheckedLoading`; freeze `instance_embedding` again unless `learn_muxing`.
+
+        Arguments are those of `PreTrainedModel.from_pretrained`.
+        """
         loaded = super().from_pretrained(*args, **kwargs)
         # Loading creates new parameters, all of them trainable.
         for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
@@ -185,9 +188,9 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             ids[:, 0] = config.cls_token_id
             return ids
         N = config.num_instances
-        slots = torch.arange(N, device=input_ids.device)
+        instance = torch.arange(N, device=input_ids.device)
         prefix = input_ids.new_full((N, N + 1), config.prefix_fill_token_id)
-        prefix[slots, slots] = config.prefix_first_token_id - slots
+        prefix[instance, instance] = config.prefix_first_token_id - instance
         prefix[:, N] = config.cls_token_id
         return self._prepend_prefix(prefix.repeat(len(input_ids) // N, 1), input_ids)
 
@@ -244,7 +247,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         queries: int | None = None,
         embeddings: EncoderEmbeddings | None = None,
     ) -> MixedStates:
-        """Embed, multiplex and encode the result of `prepare_batch`.
+        """Embed, multiplex and encode a batch, the result of `prepare_batch`.
 
         Args:
             queries: number of first columns to compute; None for all.
@@ -258,13 +261,8 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         table, kernels = embeddings.word_embeddings.weight, self.config.kernels
         keyed_mean = MULTIPLEXERS[self.config.muxing_variant].mix is multiplex
         if keyed_mean and uses_triton(kernels, table) and embeddings.has_standard_layers():
-            inputs = (
-                batch.ids,
-                self.instance_embedding,
-                batch.token_type_ids,
-                instance_positions,
-                mixed_positions,
-            )
+            inputs = (batch.ids, self.instance_embedding, batch.token_type_ids)
+            inputs += (instance_positions, mixed_positions)
             if kernels == "triton" and self._first_block_takes_embeddings(queries):
                 block = self.backbone.encoder.layer[0]
                 mixed, attended = embeddings.embed_with_attention(*inputs, block, mask, kernels)
@@ -285,7 +283,8 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     ) -> Tensor:
         """Compute states of instances: [B, N, columns, D], or with R pairs only those, [R, D].
 
-        `columns` and positions of pairs count all columns, the prefix included.
+        `hidden` are states [B, T, D] of the encoder. `columns` and positions of pairs count all
+        columns, the prefix included.
         """
         if self.config.prefix_length:
             return self.demultiplexer(
@@ -333,10 +332,8 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             )
         sampled = None
         if not self.retrieves_padding and config.retrieval_percentage < 1:
-            sampled = (
-                torch.rand(retrieved_instances.shape, device=ids.device)
-                < config.retrieval_percentage
-            )
+            drawn = torch.rand(retrieved_instances.shape, device=ids.device)
+            sampled = drawn < config.retrieval_percentage
         padding = None if self.retrieves_padding else config.pad_token_id
         targets = select_retrieval_targets(
             ids, retrieved_instances, first_column=start, ignored_id=padding, sampled=sampled
@@ -349,7 +346,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     def combine_losses(
         self, task_loss: Tensor | None, retrieval_loss: Tensor | None
     ) -> Tensor | None:
-        """Sum the terms that are not None, times their coefficients; None if both are None."""
+        """Sum the losses that are not None, times their coefficients; None if both are None."""
         terms = (
             (self.config.task_loss_coeff, task_loss),
             (self.config.retrieval_loss_coeff, retrieval_loss),
@@ -362,7 +359,8 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     ) -> tuple[Tensor, Tensor]:
         """Return the summed retrieval loss (nats) and the number of correct tokens, scalars.
 
-        `retrieved_instances` and `targets` are [B, T].
+        `hidden` are states [B, T, D]; `retrieved_instances` [B, T] is the instance of each
+        position, and `targets` [B, T] its token, -100 where there is none.
         """
         has_target = targets != IGNORED
         states = self.compute_vocabulary_states(
@@ -372,9 +370,9 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return score_tokens(states, decoder, labels, return_logits=not self.training)[:2]
 
     def _prepend_prefix(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """Prepend a prefix [B * N, P] to ids or a mask; in pretraining drop as many last columns.
+        """Prepend a prefix [B * N, P] to `tokens` [B * N, S], which are ids or a mask.
 
-        Raise ValueError if no token would remain.
+        In pretraining drop as many last columns. Raise ValueError if no token would remain.
         """
         if not self.pretraining:
             return torch.cat([prefix, tokens], 1)
@@ -388,22 +386,25 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     def _select_positions(self, batch: PreparedBatch) -> tuple[Tensor | None, Tensor | None]:
         """Return the positions of the instances and of the mixed sequence, None: consecutive.
 
-        The caller's positions are those of the instances if `sees_segments`, else of the other.
+        Those in the batch are of the instances if `sees_segments`, else of the mixed sequence.
         """
         return (batch.position_ids, None) if self.sees_segments else (None, batch.position_ids)
 
     def _first_block_takes_embeddings(self, queries: int | None) -> bool:
-        """Return True if `embed_with_attention` can run block 0: standard, all columns, D wide."""
+        """Return True if `embed_with_attention` can run the first block.
+
+        It needs standard layers, embeddings of the hidden size, and all columns: `queries` is None,
+        or a later block selects them.
+        """
         backbone, layers = self.backbone, self.backbone.encoder.layer
         narrow = hasattr(backbone, "embeddings_project")
         standard = are_standard_layers(*layers[0].attention["self"].values())
         return not narrow and standard and (queries is None or len(layers) > 1)
 
     def _multiplex(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Multiplex embeddings by the configured variant: [B, N, T, D] -> [B, T, D].
+        """Multiplex embeddings x [B, N, T, D] by the configured variant; returns [B, T, D].
 
-        Args:
-            mask: attention mask [B * N, T] or None; only gaussian_attention_v2 uses it.
+        `mask` [B * N, T] is the attention mask or None; only gaussian_attention_v2 uses it.
         """
         variant, key = self.config.muxing_variant, self.instance_embedding
         if variant == "gaussian_attention_v2":
@@ -416,7 +417,10 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return MULTIPLEXERS[variant].mix(x, key, self.config.kernels)
 
     def _make_encoder_mask(self, batch: PreparedBatch) -> Tensor | None:
-        """Make a mask, bool [B, 1, 1, T], False where all instances are padding; None if unused."""
+        """Make a mask of keys, bool [B, 1, 1, T], False where all instances are padding.
+
+        None if the batch has no mask, or the model attends to padding.
+        """
         if not self.config.mask_padding or batch.mask is None:
             return None
         mask = batch.mask != 0
@@ -440,11 +444,6 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             key = module.instance_embedding
             if not was_loaded_from_file(key):
                 config = module.config
-                drawn_keys = draw_keys(
-                    config.muxing_variant,
-                    config.num_instances,
-                    key.shape[-1],
-                    norm=config.gaussian_hadamard_norm,
-                    epsilon=config.binary_hadamard_epsilon,
-                )
-                key.copy_(drawn_keys)
+                sizes = (config.num_instances, key.shape[-1])
+                norm, epsilon = config.gaussian_hadamard_norm, config.binary_hadamard_epsilon
+                key.copy_(draw_keys(config.muxing_variant, *sizes, norm=norm, epsilon=epsilon))

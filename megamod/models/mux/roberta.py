@@ -81,7 +81,8 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
     ) -> Tensor:
         """Demultiplex states: [R, D] for pairs, else [B, N, columns, D].
 
-        The networks of "mlp" compute all instances, of which pairs then select.
+        `hidden` are states [B, T, D] of the encoder. The networks of "mlp" compute all instances,
+        of which pairs then select.
         """
         if self.config.demuxing_variant == "index":
             return super().demultiplex(hidden, columns, pairs)
@@ -111,7 +112,7 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """Return the summed retrieval loss (nats) and the number of correct tokens, scalars.
 
-        `retrieved_instances` and `targets` are [B, T].
+        Arguments as of `MuxPreTrainedModel._score_retrieval`.
         """
         if self.config.demuxing_variant == "index":
             return super()._score_retrieval(hidden, retrieved_instances, targets)
@@ -121,8 +122,9 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
         return score_tokens(states, decoder, labels, return_logits=not self.training)[:2]
 
     def _select_positions(self, batch: PreparedBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Return the caller's positions of the instances, else positions that do not count padding;
-        and None (consecutive) for the mixed sequence.
+        """Return the positions of the instances, and None (consecutive) for the mixed sequence.
+
+        Those of the instances are in the batch, or else do not count padding.
         """
         if batch.position_ids is not None:
             return batch.position_ids, None

@@ -26,7 +26,7 @@ class VocabularyAccess:
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
         """Resize the word embeddings as `PreTrainedModel` does, and return them.
 
-        A retrieval head that is not tied to them gets as many rows.
+        Arguments are those of that method.
         """
         table = super().resize_token_embeddings(*args, **kwargs)
         head, rows = self.get_output_embeddings(), table.weight.shape[0]
