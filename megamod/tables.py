@@ -41,3 +41,24 @@ def format_score_table(rows: Mapping[str, Mapping[str, float | str]], corner: st
         values = (row.get(column, "-") for column in columns)
         cells.append([name, *(v if isinstance(v, str) else f"{v:.4f}" for v in values)])
     return format_table(cells, right_aligned_columns=range(1, len(cells[0])))
+
+
+def format_matrix(
+    matrix: Mapping[str, Mapping[str, float]], corner: str = "expert \\ text", digits: int = 2
+) -> str:
+    """Format a table of numbers; of several rows a star marks the smallest of each column.
+
+    Args:
+        matrix: numbers by row, then column; cells may be missing.
+        corner: heading of the column of row names.
+        digits: decimals; cells that round to the smallest are marked too.
+    """
+    columns = list(dict.fromkeys(name for row in matrix.values() for name in row))
+    shown = {name: {c: f"{x:.{digits}f}" for c, x in row.items()} for name, row in matrix.items()}
+    best = {c: min((row[c] for row in shown.values() if c in row), key=float) for c in columns}
+    table = [[corner, *columns]]
+    for name, row in shown.items():
+        marks = ("*" if row.get(c) == best[c] and len(matrix) > 1 else " " for c in columns)
+        cells = (f"{row.get(c, '-')}{mark}" for c, mark in zip(columns, marks, strict=True))
+        table.append([name, *cells])
+    return format_table(table, right_aligned_columns=range(1, len(table[0])))

@@ -1,6 +1,6 @@
 import pytest
 
-from megamod.tables import format_score_table, format_table
+from megamod.tables import format_matrix, format_score_table, format_table
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,16 @@ def test_score_table_by_hand():
         "one   0.5000     -",
         "two   0.2500  text",
     ]
+
+
+def test_matrix_is_aligned_and_marks_the_smallest():
+    matrix = {"law": {"law": 9.5, "code": 100.0}, "code": {"law": 12.25, "code": 7.0}}
+    assert format_matrix(matrix).splitlines() == [
+        "expert \\ text     law     code",
+        "law             9.50*  100.00",
+        "code           12.25     7.00*",
+    ]
+    item = format_matrix({"dense": {"law": 9.5}}, corner="model")
+    assert item.splitlines() == ["model    law", "dense  9.50"]
+    gaps = format_matrix({"a": {"x": 1.0}, "b": {"y": 2.0}}, digits=1).splitlines()
+    assert [line.split() for line in gaps[1:]] == [["a", "1.0*", "-"], ["b", "-", "2.0*"]]

@@ -8,7 +8,7 @@ from typing import Literal
 from megamod.errors import UserError
 from megamod.run_recipe import read_run_recipe
 from megamod.schemas import Items, Schema, read_checked_file
-from megamod.states.adapter import find_seed_folder, is_adapter, is_model
+from megamod.states.adapter import find_seed_folder, is_adapter
 from megamod.states.checkpoint_folder import STATE, StateRecord, is_optimizer_file
 from megamod.states.forest import (
     Expert,
@@ -17,6 +17,7 @@ from megamod.states.forest import (
     read_model_config,
 )
 from megamod.states.manifest import list_checkpoints
+from megamod.states.model_folder import is_model_folder
 from megamod.tables import format_table
 
 RECORD = "branch.json"  # in the folder of a branched run, see `BranchRecord`
@@ -56,7 +57,7 @@ def make_forest_entry(path: Path, domain: str | None = None, member: str | None 
             ambiguous or unknown, or a file of the run is malformed.
     """
     path = Path(path).absolute()
-    model = path / "model" if is_model(path / "model") else path
+    model = path / "model" if is_model_folder(path / "model") else path
     config = read_model_config(model)
     # The configuration of an adapter is its seed's, which names the domains of the seed.
     domains = [] if is_adapter(model) else config.get("domains") or []

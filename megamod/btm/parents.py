@@ -7,10 +7,11 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.mixture.prior import read_prior
-from megamod.states.adapter import is_adapter, is_model, list_model_folders
+from megamod.states.adapter import is_adapter
 from megamod.states.checkpoint_folder import STATE, StateRecord, parse_checkpoint_step
 from megamod.states.forest import open_forest, read_model_config
 from megamod.states.manifest import MANIFEST, find_file_faults, list_checkpoints
+from megamod.states.model_folder import is_model_folder, list_model_folders
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def find_parent(
     path = Path(path)
     checkpoint = select_checkpoint(path, step=step, step_share=step_share)
     if checkpoint is None:
-        if not is_model(path):
+        if not is_model_folder(path):
             raise UserError(f"--parents {path}: is no run, no checkpoint and no model folder")
         if step is not None or step_share is not None:
             raise UserError(
@@ -70,7 +71,7 @@ def find_parent(
     faults = find_file_faults(checkpoint)
     if faults:
         raise UserError(f"--parents {checkpoint}: is not a complete checkpoint: {faults[0]}")
-    if is_model(checkpoint):
+    if is_model_folder(checkpoint):
         return ParentModel(
             checkpoint, _resolve_member(checkpoint, path, member), _read_resumable_step(checkpoint)
         )

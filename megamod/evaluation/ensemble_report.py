@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 from megamod.evaluation.ensemble import DomainResult, MixingProtocol
-from megamod.evaluation.perplexity import Score, format_matrix
+from megamod.evaluation.perplexity import Score
 from megamod.files import format_json
-from megamod.tables import format_table
+from megamod.tables import format_matrix, format_table
 
 Results = Mapping[str, DomainResult]
 SHOWN = 6  # experts of a prior in a table; the rest are summed

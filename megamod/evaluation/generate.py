@@ -23,10 +23,11 @@ from megamod.models.lm.configuration import (
 )
 from megamod.models.lm.forest import ForestForCausalLM
 from megamod.models.lm.load import LanguageModel, load_lm
-from megamod.states.adapter import is_adapter, is_model
+from megamod.states.adapter import is_adapter
 from megamod.states.config_file import read_config_file
 from megamod.states.forest import FILE, find_expert_index, open_forest
 from megamod.states.hub import find_local_or_hub_folder
+from megamod.states.model_folder import is_model_folder
 from megamod.states.tokenizer_files import find_tokenizer_folder, list_tokenizer_files
 
 
@@ -307,13 +308,13 @@ def find_model_folder(model: str) -> Path:
         UserError: if there is no such folder or repository.
     """
     path = find_local_or_hub_folder(model, "--model")
-    is_run = (path / "model").is_dir() and not is_model(path) and not (path / FILE).is_file()
+    is_run = (path / "model").is_dir() and not is_model_folder(path) and not (path / FILE).is_file()
     return path / "model" if is_run else path
 
 
 def _detect_folder_kind(folder: Path) -> str:
     """Return "dense" for one model, "saved forest" for a forest in one folder, else "experts"."""
-    if folder.is_file() or (folder / FILE).is_file() or not is_model(folder):
+    if folder.is_file() or (folder / FILE).is_file() or not is_model_folder(folder):
         return "experts"
     if is_adapter(folder):
         return "dense"

@@ -19,9 +19,9 @@ from megamod.evaluation.held_out_data import (
 from megamod.evaluation.perplexity import DENSE, DomainEvaluation, Score, ScoreMatrix
 from megamod.models.lm.configuration import LmConfig, get_domains, get_untie, read_lm_config
 from megamod.models.lm.forest_experts import ModelReader
-from megamod.states.adapter import is_model, list_model_folders
 from megamod.states.forest import FILE, open_forest
 from megamod.states.hub import find_local_or_hub_folder
+from megamod.states.model_folder import is_model_folder, list_model_folders
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def find_saved_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
     if folder.is_file() or (folder / FILE).exists():
         for expert in open_forest(folder).experts:
             members.setdefault(expert.path, {})[expert.domain] = expert.member
-    elif is_model(folder):
+    elif is_model_folder(folder):
         members = {folder: None}
     else:
         members = {path: {path.name: None} for path in list_model_folders(folder)}

@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import pad_sequence
 from megamod.data.lm.blocks import IGNORE
 from megamod.mixture.ensemble import compute_perplexity
 from megamod.progress import show_progress
-from megamod.tables import format_table
 
 Batch = dict[str, object]
 ScoreMatrix = dict[str, dict[str, "Score"]]
@@ -214,24 +213,3 @@ def select_own_scores(matrix: ScoreMatrix) -> dict[str, Score]:
 def _list_columns(matrix: Mapping[str, Mapping[str, object]]) -> list[str]:
     """List the distinct column names (domains) of all rows, in order of appearance."""
     return list({domain: None for row in matrix.values() for domain in row})
-
-
-def format_matrix(
-    matrix: Mapping[str, Mapping[str, float]], corner: str = "expert \\ text", digits: int = 2
-) -> str:
-    """Format a table of numbers; of several rows a star marks the smallest of each column.
-
-    Args:
-        matrix: numbers by row, then column; cells may be missing.
-        corner: heading of the column of row names.
-        digits: decimals; cells that round to the smallest are marked too.
-    """
-    columns = _list_columns(matrix)
-    shown = {name: {c: f"{x:.{digits}f}" for c, x in row.items()} for name, row in matrix.items()}
-    best = {c: min((row[c] for row in shown.values() if c in row), key=float) for c in columns}
-    table = [[corner, *columns]]
-    for name, row in shown.items():
-        marks = ("*" if row.get(c) == best[c] and len(matrix) > 1 else " " for c in columns)
-        cells = (f"{row.get(c, '-')}{mark}" for c, mark in zip(columns, marks, strict=True))
-        table.append([name, *cells])
-    return format_table(table, right_aligned_columns=range(1, len(table[0])))

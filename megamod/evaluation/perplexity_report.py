@@ -8,12 +8,11 @@ from megamod.evaluation.perplexity import (
     Score,
     ScoreMatrix,
     compute_perplexities,
-    format_matrix,
     select_own_scores,
 )
 from megamod.evaluation.plots import plot_matrix, plot_training_curves
 from megamod.files import format_json, write_json
-from megamod.tables import format_table
+from megamod.tables import format_matrix, format_table
 
 
 def write_perplexity_report(output: Path, matrix: ScoreMatrix, split: str, step: int) -> str:

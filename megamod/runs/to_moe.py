@@ -247,10 +247,10 @@ def _make_forest_entries(path: Path, name: str | None) -> "list[Expert]":
     """
     from megamod.btm.forest_entry import make_forest_entry
     from megamod.merging.moe.anchored import is_anchored
-    from megamod.states.adapter import is_model
     from megamod.states.forest import read_model_config
+    from megamod.states.model_folder import is_model_folder
 
-    model = path / "model" if is_model(path / "model") else path
+    model = path / "model" if is_model_folder(path / "model") else path
     if is_anchored(model):
         domains = read_model_config(model)["domains"]
         if name is not None and len(domains) > 1:

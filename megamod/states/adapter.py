@@ -32,20 +32,6 @@ def is_adapter(folder: Path) -> bool:
     return os.path.isfile(folder / ADAPTER_CONFIG) and not whole
 
 
-def is_model(folder: Path) -> bool:
-    """Return True for a folder with config.json, as a whole model has, and for an adapter's folder.
-
-    Weights are not looked for. The folder of a forest.json, whose config.json is that of a forest,
-    counts too.
-    """
-    return (folder / "config.json").is_file() or is_adapter(folder)
-
-
-def list_model_folders(folder: Path) -> list[Path]:
-    """List the subfolders that hold a model, whole or an adapter, in alphabetical order."""
-    return sorted(path for path in folder.glob("*") if path.is_dir() and is_model(path))
-
-
 def get_config_file(folder: Path) -> Path:
     """Return the path of adapter_config.json for an adapter, else of config.json, which need not
     exist.

@@ -26,13 +26,9 @@ from megamod.errors import UserError, shorten
 from megamod.files import write_json
 from megamod.names import check_name
 from megamod.schemas import Items, Schema, read_checked_file
-from megamod.states.adapter import (
-    check_seed_weights,
-    find_seed_folder,
-    is_model,
-    list_model_folders,
-)
+from megamod.states.adapter import check_seed_weights, find_seed_folder
 from megamod.states.config_file import read_config_file
+from megamod.states.model_folder import is_model_folder, list_model_folders
 from megamod.states.token_ids import check_same_token_ids
 from megamod.states.tokenizer_files import (
     copy_tokenizer,
@@ -142,7 +138,7 @@ def open_forest(path: str | Path) -> Forest:
         path = path / "model"
     if file.is_file():
         experts = _read_experts(file)
-    elif is_model(path):
+    elif is_model_folder(path):
         experts = _list_demix_experts(path)
     else:
         experts = [Expert(domain=folder.name, path=folder) for folder in list_model_folders(path)]

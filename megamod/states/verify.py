@@ -8,17 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megamod.errors import UserError
-from megamod.states.adapter import (
-    check_seed_weights,
-    find_seed_folder,
-    is_adapter,
-    is_model,
-    list_model_folders,
-)
+from megamod.states.adapter import check_seed_weights, find_seed_folder, is_adapter
 from megamod.states.checkpoint_folder import LATEST, STATE
 from megamod.states.config_file import read_config_file
 from megamod.states.forest import FILE, open_forest
 from megamod.states.manifest import MANIFEST, find_file_faults, list_checkpoints
+from megamod.states.model_folder import is_model_folder, list_model_folders
 from megamod.states.weight_files import INDEX_FILE, read_index
 
 CheckResult = tuple[str, list[str]]
@@ -37,7 +32,7 @@ def check_path(path: Path) -> Iterator[CheckResult]:
         yield from check_forest(path)
     elif _is_checkpoint(path):
         yield check_checkpoint(path)
-    elif is_model(path):
+    elif is_model_folder(path):
         yield check_model_files(path)
     else:
         reports = [*check_run(path)]
@@ -82,7 +77,7 @@ def check_run(path: Path) -> Iterator[CheckResult]:
     for folder in (path, path / "checkpoints"):
         yield from check_checkpoints(folder)
     model = path / "model"
-    if is_model(model):
+    if is_model_folder(model):
         yield check_model_files(model)
     for folder in (*list_model_folders(model), *list_model_folders(path)):
         if folder != model:

@@ -13,7 +13,6 @@ from megamod.evaluation.perplexity import (
     DomainEvaluation,
     Score,
     compute_perplexities,
-    format_matrix,
     select_own_scores,
     select_rank_share,
     sum_batch_nll,
@@ -151,19 +150,6 @@ def test_own_scores_of_dense_models_and_of_domains_without_expert():
     score = Score(1.0, 1)
     assert select_own_scores({DENSE: {"law": score, "art": score}}) == {"law": score, "art": score}
     assert select_own_scores({"law": {"law": score, "art": score}}) == {"law": score}
-
-
-def test_table_is_aligned_and_marks_the_best():
-    matrix = {"law": {"law": 9.5, "code": 100.0}, "code": {"law": 12.25, "code": 7.0}}
-    assert format_matrix(matrix).splitlines() == [
-        "expert \\ text     law     code",
-        "law             9.50*  100.00",
-        "code           12.25     7.00*",
-    ]
-    item = format_matrix({"dense": {"law": 9.5}}, corner="model")
-    assert item.splitlines() == ["model    law", "dense  9.50"]
-    gaps = format_matrix({"a": {"x": 1.0}, "b": {"y": 2.0}}, digits=1).splitlines()
-    assert [line.split() for line in gaps[1:]] == [["a", "1.0*", "-"], ["b", "-", "2.0*"]]
 
 
 def test_perplexities_of_a_matrix():
