@@ -52,7 +52,7 @@ class Shape:
 
     @property
     def positions(self) -> int:
-        """Mixed positions of all groups."""
+        """Number P of mixed positions, over all groups."""
         return self.groups * self.length
 
 
@@ -100,7 +100,10 @@ def parse_shape(text: str) -> Shape:
 
 
 def _draw_parameter(device: str, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
-    """Draw a tensor of this shape of normal values times `scale`, which requires a gradient."""
+    """Draw a tensor of normal values times `scale`, which requires a gradient.
+
+    `device`, `dtype` and `shape` are those of the tensor.
+    """
     return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_()
 
 
@@ -257,11 +260,11 @@ def make_mux_embed_case(shape: Shape, dtype: str, device: str) -> Case:
     inputs = _draw_embedding_inputs(shape, dtype, device)
 
     def embed_by_kernel(ids: Tensor, key: Tensor, **tables: Tensor) -> Tensor:
-        """Embed and multiplex by `mux_embed`."""
+        """Embed ids [B * N, L] and multiplex them by `mux_embed`; returns [B, L, D]."""
         return mux_embed(ids, key, Tables(**tables, word_padding=0))
 
     def embed_eagerly(ids: Tensor, key: Tensor, **tables: Tensor) -> Tensor:
-        """Embed and multiplex in plain torch."""
+        """Embed ids [B * N, L] and multiplex them in plain torch; returns [B, L, D]."""
         return mux_embed_reference(ids, key, Tables(**tables, word_padding=0))
 
     unit = P * D * DTYPES[dtype].itemsize
@@ -344,7 +347,11 @@ def make_norm_linear_case(shape: Shape, dtype: str, device: str) -> Case:
     def apply_after_norm(
         linear: Callable[..., Tensor], x: Tensor, gain: Tensor, shift: Tensor, first: Tensor
     ) -> Tensor:
-        """Apply `linear` with the norm and the half of the weight for mixed states."""
+        """Apply `linear` to x [B, L, D], with a norm and half of the first layer's weight.
+
+        `linear` is `norm_linear` or its reference; `gain` and `shift` [D] are of the norm. The half
+        of `first` [D, 2 D] is that for mixed states.
+        """
         return linear(x, Norm(gain, shift, EPS), first[:, D:])
 
     unit, product = P * D * kind.itemsize, 2 * P * D * D

@@ -21,7 +21,10 @@ def make_block_diagonal_attention(
     """
 
     def have_same_position(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Return True where two tokens of the sequence have one position."""
+        """Return True where a query and a key have one position, by their indices in the sequence.
+
+        FlexAttention calls it; `batch` and `head` have no effect.
+        """
         return query // instances == key // instances
 
     size = instances * length

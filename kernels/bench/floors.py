@@ -66,7 +66,7 @@ class Verdict:
 
     @property
     def status(self) -> str:
-        """MET, MISSED or "not measured"."""
+        """ "MET" or "MISSED", or "not measured" without a value."""
         return {None: "not measured", True: "MET", False: "MISSED"}[self.met]
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ OVERHEAD_US = 15.0  # largest overhead of a launch on the host, in microseconds
 
 
 def group_by_case(rows: Iterable[Row]) -> dict[tuple[object, ...], dict[str, Row]]:
-    """Group rows by operation, shape, mode and dtype, and then by variant."""
+    """Group rows by operation, shape, mode and dtype, and each group by variant."""
     cases: dict[tuple[object, ...], dict[str, Row]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("op", "shape", "mode", "dtype"))
@@ -106,7 +106,10 @@ def group_by_case(rows: Iterable[Row]) -> dict[tuple[object, ...], dict[str, Row
 
 
 def judge_floors(rows: Iterable[Row], floors: Sequence[Floor] = FLOORS) -> list[Verdict]:
-    """List the verdicts of all floors that apply to these rows; if ours failed, they are missed."""
+    """List the verdicts of all floors that apply to rows of `measure.measure_case`.
+
+    A floor is missed if our variant failed.
+    """
     return [
         Verdict(
             " ".join(key[:3]), floor.title, _compute_limited_value(floor, variants), floor.limit

@@ -139,7 +139,7 @@ def compute_errors(result: Sequence[Tensor], exact: Sequence[Tensor]) -> Row:
 
 
 def format_error(error: BaseException) -> str:
-    """Format the error of a failed variant in one line."""
+    """Format the error of a failed variant in one line: its type and message."""
     said = str(error).strip().splitlines() or ["without a message"]
     return f"{type(error).__name__}: {said[0]}"[:200]
 

@@ -17,7 +17,10 @@ FIELDS += ("failed",)
 
 
 def format_table(rows: Sequence[Row], header: bool = True) -> str:
-    """Format rows as text, one line per variant, below a line of titles if `header` is True."""
+    """Format rows of `measure.measure_case` as text, one line per variant.
+
+    Below a line of titles if `header` is True.
+    """
     lines = []
     if header:
         lines.append(
@@ -87,7 +90,7 @@ def format_verdicts(record: Mapping[str, object]) -> list[str]:
 
 
 def list_verdicts(record: Mapping[str, object]) -> list[Verdict]:
-    """List all verdicts of a record."""
+    """List the verdicts of a record, on all floors and on the launch overhead."""
     result = judge_floors(record["rows"])
     if overhead := record.get("overhead"):
         result.append(judge_overhead(overhead))
@@ -130,7 +133,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(record: Mapping[str, object], path: Path) -> None:
-    """Write the whole record as JSON."""
+    """Write a record, as `run.measure_requests` returns it, to the file `path` as JSON."""
     write_text(path, json.dumps(record, indent=1) + "\n")
 
 

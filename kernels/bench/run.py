@@ -128,7 +128,7 @@ def write_json_table_into_document(source: Path, document: Path) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Parse the command line; see `--help`."""
+    """Parse the command line of this program; exit with 2 for a mistake in it."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -112,7 +112,7 @@ def replace_cases(rows: Sequence[Row], newer: Sequence[Row]) -> list[Row]:
     """Return all rows, with those of cases that were measured again replaced by the newer ones."""
 
     def make_case_key(row: Row) -> tuple[object, ...]:
-        """Return the key of a row's case."""
+        """Return the operation, shape, mode and dtype of a row."""
         return row["op"], row["shape"], row["mode"], row["dtype"]
 
     newer_cases = {make_case_key(row) for row in newer}

@@ -266,5 +266,5 @@ def _launch_matmul(
 
 
 def _ceil_divide(whole: int, part: int) -> int:
-    """Divide and round up."""
+    """Return whole / part, rounded up."""
     return -(-whole // part)

@@ -20,7 +20,7 @@ PARTIALS = 128  # rows of the buffers of partial sums of norm and key gradients
 
 
 def _ceil_divide(count: int, size: int) -> int:
-    """Divide and round up."""
+    """Return count / size, rounded up."""
     return -(-count // size)
 
 

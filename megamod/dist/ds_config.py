@@ -211,7 +211,7 @@ def _read_json(path: Path) -> dict[str, object]:
         return dict(pairs)
 
     def refuse_constant(word: str) -> None:
-        """Raise UserError for NaN or an infinity."""
+        """Raise UserError for the constant `word`: NaN or an infinity, which JSON does not have."""
         raise UserError(f"{path}: {word} is not a number of JSON")
 
     try:

@@ -277,7 +277,10 @@ def _parse_repeated_lists(name: str, value: object, depth: int) -> list | None:
 
 
 def _parse_layer_letters(name: str, value: object, depth: int) -> list | None:
-    """Read a text with one letter per layer, as Nemotron-H's hybrid_override_pattern."""
+    """Read a text with one letter per layer, as Nemotron-H's hybrid_override_pattern.
+
+    Arguments and None as of `_parse_repeated_lists`.
+    """
     fits = isinstance(value, str) and len(value) == depth
     return list(value) if fits and _LAYER_LIKE.search(name) else None
 

@@ -34,12 +34,13 @@ class TensorSource(Protocol):
     tensors: Mapping[str, TensorSpec]
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
-        """Fill a buffer (1-D, of the tensor's dtype) with elements from the flat index `start` on;
-        raise UserError if they cannot be read.
+        """Fill a buffer with elements of the tensor `name` from the flat index `start` on.
+
+        The buffer is 1-D, of the tensor's dtype. Raise UserError if they cannot be read.
         """
 
     def read(self, name: str) -> Tensor:
-        """Read a whole tensor into memory of its own; raises as `read_into`."""
+        """Read the whole tensor `name` into memory of its own; raises as `read_into`."""
 
     def compute_digest(self) -> str:
         """Compute a digest of the weights on disk, whatever a view changes; reads all of them."""
@@ -61,7 +62,7 @@ class TensorView:
         self.tensors: dict[str, TensorSpec] = dict(source.tensors)
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
-        """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on."""
+        """Fill a buffer (1-D, of the tensor's dtype) with elements of `name` from `start` on."""
         self.source.read_into(name, start, buffer)
 
     def read(self, name: str) -> Tensor:
@@ -89,7 +90,7 @@ class RenamedFolder(TensorView):
         self.tensors = {name: source.tensors[stored] for name, stored in self._names.items()}
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
-        """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on."""
+        """Fill a buffer (1-D, of the tensor's dtype) with elements of `name` from `start` on."""
         self.source.read_into(self._names[name], start, buffer)
 
 

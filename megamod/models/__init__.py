@@ -105,7 +105,7 @@ class _RegisterAfterImport(MetaPathFinder):
 
 
 class _RegisteringLoader(Loader):
-    """Loader that runs another one, and then calls `register` with the module."""
+    """Loader that runs another one, `loader`, and then calls `register` with the module."""
 
     def __init__(self, loader: Loader, register: Callable[[ModuleType], None]):
         self.loader = loader

@@ -22,6 +22,7 @@ class ConditionalLayer(EncoderLayer):
     """BERT's block with conditional attention.
 
     Args:
+        config: configuration of CA-MTL.
         norms: condition the LayerNorms too.
         adapter: end the block with an adapter.
     """

@@ -34,6 +34,8 @@ class Film(nn.Module):
 class ConditionalLayerNorm(nn.Module):
     """LayerNorm whose weight, but not its bias, is modulated by the task.
 
+    Args:
+        size, eps: features D, and epsilon of the norm.
     Source: Pilault et al. 2021, section 2.3, and its release.
     """
 
@@ -62,6 +64,8 @@ class ConditionalLayerNorm(nn.Module):
 class Bottleneck(nn.Module):
     """Two linear layers through D // 3 features; the task modulates their input.
 
+    Args:
+        size: features D.
     Source: Pilault et al. 2021, section 2.4; linear and without a residual, as in the release.
     """
 
@@ -87,6 +91,8 @@ class Bottleneck(nn.Module):
 class Adapter(nn.Module):
     """Bottleneck, residual and LayerNorm, all but the residual conditioned on the task.
 
+    Args:
+        size, eps: features D, and epsilon of the norm.
     Source: Pilault et al. 2021, section 2.4. Not a LoRA adapter (`megamod.models.lm.adapter`).
     """
 

@@ -130,7 +130,7 @@ class RsaDemultiplexer(nn.Module):
         """
 
         def apply_dropout(x: Tensor) -> Tensor:
-            """Apply dropout in training."""
+            """Apply the demultiplexer's dropout to x, in training only."""
             return F.dropout(x, self.dropout, self.training)
 
         x = apply_dropout(

@@ -322,6 +322,7 @@ class EncoderModel(nn.Module):
     """Embeddings, their projection where they are narrower, and blocks.
 
     Args:
+        config: configuration of an encoder.
         own_embeddings: False: there are no embeddings here, the caller uses another model's.
     """
 

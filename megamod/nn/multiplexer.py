@@ -249,7 +249,7 @@ def make_chunk_keys(keys: KeySettings) -> Tensor:
 
 @multiplexer("random_ortho", multiplex_orthogonal, matrices=True)
 def draw_orthogonal_keys(keys: KeySettings) -> Tensor:
-    """Draw orthogonal matrices [N, D, D]."""
+    """Draw N random orthogonal matrices, [N, D, D] float32."""
     matrices = (_draw_orthogonal_matrix(keys.size, keys.generator) for _ in range(keys.instances))
     return torch.stack([*matrices]).float()
 

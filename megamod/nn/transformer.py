@@ -29,6 +29,7 @@ class DecoderBlock(nn.Module):
     """x + Attention(LN x), then x + FeedForward(LN x): the pre-norm block of GPT-2 and GPT-3.
 
     Args:
+        attention: module of the attention.
         feed_forward: module from [B, L, D] to [B, L, D], possibly `DomainExperts`.
         hidden_size: features D.
         eps: epsilon of both norms.
@@ -66,6 +67,7 @@ class Embeddings(nn.Module):
     The position table has two more rows than positions; row 1 belongs to padding and stays zero.
 
     Args:
+        vocab_size: number of tokens V.
         hidden_size: features D.
         max_positions: longest sequence.
         pad_id: id of padding, the `padding_idx` of the token table.

@@ -84,12 +84,12 @@ class Job:
 
     @property
     def sequences_per_step(self) -> int:
-        """Sequences per step over all ranks."""
+        """Number of sequences in an optimizer step, over all ranks."""
         return self.setting.micro_batch * self.setting.micro_steps * self.topology.world_size
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens per step over all ranks."""
+        """Number of tokens in an optimizer step, over all ranks, padding included."""
         return self.sequences_per_step * self.data.max_seq_length
 
 

@@ -59,7 +59,7 @@ class TrainingSetting:
 
     @property
     def element_bytes(self) -> int:
-        """Bytes per weight."""
+        """Bytes of a weight on the GPU: 4 in fp32, else 2."""
         return ELEMENT[self.precision]
 
 
@@ -249,7 +249,10 @@ def _compute_weight_bytes(
 
 
 def _count_shard_elements(group_sizes: list[int], ranks: int) -> int:
-    """Count the elements of a rank's part of each parameter under ZeRO 3."""
+    """Count the elements of a rank's part of each parameter under ZeRO 3.
+
+    Arguments: see `_group_parameters_by_ranks`.
+    """
     return sum(-(-size // ranks) for size in group_sizes)
 
 

@@ -85,7 +85,7 @@ class Network:
 
     @property
     def parameters_per_rank(self) -> int:
-        """Parameters that a rank holds."""
+        """Number of parameters that a rank holds, trained and frozen."""
         return self.frozen_parameters + sum(self.trained_sizes.values())
 
     @property

@@ -49,7 +49,7 @@ class JobPlan:
 
     @property
     def traffic(self) -> Traffic:
-        """Bytes that a rank sends per step."""
+        """Bytes that a rank sends in a step, over the ring of all ranks and that of a domain."""
         return compute_traffic(self.network, self.job.topology, self.job.setting)
 
     @property

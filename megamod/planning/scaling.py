@@ -43,12 +43,12 @@ class ScalingPoint:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second without overlap."""
+        """Tokens per second if communication does not overlap with computation."""
         return self.tokens / (self.compute_seconds + self.communication_seconds)
 
     @property
     def overlapped_tokens_per_second(self) -> float:
-        """Tokens per second with full overlap."""
+        """Tokens per second if communication overlaps with computation as far as possible."""
         return self.tokens / max(self.compute_seconds, self.communication_seconds)
 
 

@@ -38,7 +38,7 @@ class Proposal:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds per step."""
+        """Seconds of a step: computation, then communication."""
         return self.compute_seconds + self.communication_seconds
 
     def make_record(self) -> dict[str, object]:

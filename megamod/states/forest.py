@@ -114,7 +114,7 @@ class Forest:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Names of the experts, in order."""
+        """Domains of the experts, in their order."""
         return tuple(expert.domain for expert in self.experts)
 
 

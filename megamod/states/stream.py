@@ -52,12 +52,12 @@ class TensorSpec:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """Number of elements of the tensor."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
+        """Size of the tensor in bytes, without the header of its file."""
         return self.numel * self.dtype.itemsize
 
 
@@ -140,6 +140,7 @@ class ModelFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Close the weight files."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors = {}

@@ -87,7 +87,10 @@ def _have_identical_files(first: Path, second: Path) -> bool:
 
 
 def _have_equal_bytes(first: Path, second: Path) -> bool:
-    """Return True if two files have the same content; raise UserError if one cannot be read."""
+    """Return True if the files `first` and `second` have the same content.
+
+    Raise UserError if one cannot be read.
+    """
     return _read_bytes(first) == _read_bytes(second)
 
 

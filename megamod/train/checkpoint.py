@@ -93,6 +93,7 @@ class Checkpoints:
         """Prepare to save and load.
 
         Args:
+            topology: ranks and domains of the run.
             folder: folder of the run's checkpoints; `save` creates it.
             engine: its model and optimizer are saved, and changed by `resume` and `load`.
             write_model: see `ModelWriter`.

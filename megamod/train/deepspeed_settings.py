@@ -55,7 +55,7 @@ class ResolvedSettings:
 
     @property
     def global_batch(self) -> int:
-        """Samples of a step over all ranks."""
+        """Number of samples in an optimizer step, over all ranks."""
         steps = self.plan.micro_steps * self.topology.world_size
         return self.run.per_device_train_batch_size * steps
 

@@ -70,7 +70,7 @@ class Card:
     seed: str | None = None
 
     def format_text(self) -> str:
-        """Format the file's content."""
+        """Format the model card, the content of README.md in Markdown."""
         facts = "\n".join(
             f"- {name}: {value}" for name, value in {**self.facts, "megamod": __version__}.items()
         )
@@ -106,6 +106,7 @@ class ModelExport:
         """Prepare to write; nothing is written yet.
 
         Args:
+            topology: ranks and domains of the run.
             engine: engine of the model to write.
             config: configuration of the whole model, all domains; its `architectures` and `dtype`
                 are set.

@@ -121,7 +121,7 @@ def set_optimizer_steps(engine: deepspeed.DeepSpeedEngine, steps: float) -> None
 
 
 def _unwrap_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
-    """Return the torch optimizer inside the engine's."""
+    """Return the optimizer of torch that DeepSpeed's optimizer of the engine wraps."""
     optimizer = engine.optimizer
     return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
 

@@ -279,7 +279,7 @@ class Monitor:
         )
 
     def _print_line(self, line: str) -> None:
-        """Log a line above the progress bar."""
+        """Log a line of text, above the progress bar if there is one."""
         with tqdm.external_write_mode(file=sys.stderr):  # redraws the bar below
             logger.info("%s", line)
 

@@ -72,7 +72,7 @@ class CausalLMObjective:
         self.selects_expert = selects_expert
 
     def count_items(self, batch: Batch) -> Sequence[float]:
-        """Count the target tokens."""
+        """Count the target tokens of a batch."""
         return (batch["tokens"],)
 
     def compute_loss(
@@ -113,6 +113,7 @@ class MixtureLMObjective(CausalLMObjective):
     tokens' assignments that an expert gets, over all layers.
 
     Args:
+        domains, device: as of `CausalLMObjective`.
         coefficient: weight of the load-balance loss, a mean over layers and micro-batches.
         experts: names by number.
     """
@@ -180,6 +181,7 @@ class ClassificationObjective:
     """Cross entropy of rows or tokens, or squared error of values.
 
     Args:
+        device: batches are moved to it.
         inputs: names of the fields of a batch that the model takes; it returns `logits` [R, C] or
             [R, L, C].
         regression: True for values, with C = 1.
@@ -255,6 +257,7 @@ class MultiTaskObjective:
     A task with one row has the weight of one with thirty (Pilault et al. 2021, and its release).
 
     Args:
+        device: batches are moved to it.
         inputs: names of the fields of a batch that the model takes.
         tasks: names.
         reduction: "global": the mean is over tasks and rows of the whole step, whatever the ranks

@@ -26,7 +26,10 @@ class StopSignals:
         }
 
     def _record_signal(self, signal_number: int, frame: object) -> None:
-        """Record that the run must stop; the second Ctrl-C raises KeyboardInterrupt."""
+        """Record that the run must stop; the second Ctrl-C raises KeyboardInterrupt.
+
+        A handler of `signal`: `signal_number` is that of the signal, `frame` is not used.
+        """
         if signal_number == signal.SIGINT and self.stop_reason:
             raise KeyboardInterrupt
         self.stop_reason = Stop.SIGNAL

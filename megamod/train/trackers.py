@@ -27,7 +27,7 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """Write what is left and end."""
+        """Write the points that are still buffered, and end."""
         ...
 
 
@@ -45,7 +45,7 @@ class TensorBoardTracker:
         self.writer = SummaryWriter(str(folder / "tb"), purge_step=first_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point to the curve of each name, and flush it to the disk."""
+        """Add a point at a step to the curve of each name in `values`, and flush it to the disk."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
@@ -92,7 +92,7 @@ class WandbTracker:
         self.run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point to the curve of each name; wandb sends it later."""
+        """Add a point at a step to the curve of each name in `values`; wandb sends it later."""
         self.run.log({**values, "step": step})
 
     def close(self) -> None:

@@ -70,7 +70,7 @@ class PermutationGroup:
 
     @property
     def axes(self) -> tuple[TensorAxis, ...]:
-        """All entries that are permuted."""
+        """All axes of tensors along which the features are permuted."""
         return (*self.producing_axes, *self.reading_axes)
 
     @property

@@ -152,10 +152,15 @@ def measure_covariances(
 
 
 class _RowSelection:
-    """Selection of the rows of a batch that count.
+    """Selection of the rows of a batch that count in covariances.
 
     Multiplexed models mix the instances of a group into one sequence, after a prefix if they have
     one; a position counts if it does in any of the instances.
+
+    Args:
+        options: sentences or tokens, and special tokens.
+        device: of the features.
+        instances: N of a multiplexed model, else 1.
     """
 
     def __init__(
@@ -277,7 +282,7 @@ def _register_hook(
     """
 
     def observe_columns(x: Tensor) -> None:
-        """Pass on the columns of the group."""
+        """Call `observe` with the columns of the group in x [..., width]."""
         observe(group, hook, x[..., hook.start : hook.start + group.size])
 
     if hook.side == "input":

@@ -109,7 +109,10 @@ def solve_head_maps(products: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def _compute_head_map_values(products: Tensor, kind: str) -> Tensor:
-    """Compute the values [...] of `solve_head_maps` without the maps, which takes less time."""
+    """Compute the values [...] of `solve_head_maps` without the maps, which takes less time.
+
+    `products` and `kind` are the arguments of that function.
+    """
     if kind == FREE:
         return torch.linalg.svdvals(products).sum(-1)
     return solve_head_maps(products, kind)[1]

@@ -199,7 +199,7 @@ def _have_equal_changes(first: list[AxisChange], second: list[AxisChange]) -> bo
 
 
 def _are_equal_tensors(first: Tensor | None, second: Tensor | None) -> bool:
-    """Return True if both are None, or tensors of the same elements."""
+    """Return True if `first` and `second` are tensors with the same elements, or both None."""
     return first is second or (
         first is not None and second is not None and torch.equal(first, second)
     )

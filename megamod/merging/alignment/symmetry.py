@@ -155,7 +155,7 @@ class _ModuleNames:
         return any(name.startswith(f"{stem}.") for name in self.shapes)
 
     def has_module(self, module: str) -> bool:
-        """Return True if the module has a weight."""
+        """Return True if the model has a weight of the module with this name."""
         return f"{module}.weight" in self.shapes
 
     def list_produced_axes(

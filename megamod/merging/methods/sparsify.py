@@ -120,7 +120,7 @@ def drop_at_random(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop
     factor = 2**_DIGIT / chances if target.values["rescale_by_density"] and chances else 1.0
 
     def start_pass() -> Drop:
-        """Start a pass over the pieces."""
+        """Start a pass over the pieces of the tensor, see `Drop`."""
         draw = _make_integer_source(target, model)
 
         def drop_entries(piece: Tensor) -> None:
@@ -160,7 +160,7 @@ def drop_by_rank(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
     width = max(1, target.shape[-1] if target.shape else 1)
 
     def start_pass() -> Drop:
-        """Start a pass over the pieces."""
+        """Start a pass over the pieces of the tensor, see `Drop`."""
         draw = _make_integer_source(target, model)
 
         def drop_entries(piece: Tensor) -> None:
@@ -266,7 +266,7 @@ def _keep_ranks(vector: TaskVector, low: int, high: int) -> Callable[[], Drop]:
     split = {value: span for value, span in numbers.items() if low > 0 or value == most}
 
     def start_pass() -> Drop:
-        """Start a pass over the pieces."""
+        """Start a pass over the pieces of the tensor, see `Drop`."""
         seen = dict.fromkeys(split, 0)
 
         def drop_entries(piece: Tensor) -> None:
@@ -296,7 +296,7 @@ def _make_integer_source(target: MergeTensor, model: ModelTensor) -> Callable[[i
     generator = target.make_generator(model)
 
     def draw_integers(count: int) -> Tensor:
-        """Draw the next numbers, [count] int16."""
+        """Draw the next `count` numbers of the sequence, [count] int16."""
         raw = torch.empty(-(-count // 4), dtype=torch.int64)
         raw.random_(-(2**63), None, generator=generator)
         return raw.view(torch.int16)[:count]

@@ -53,7 +53,7 @@ class OpenMixture:
 
     @property
     def folder(self) -> Path:
-        """Folder of the model."""
+        """Path of the folder of the mixture."""
         return self.source.folder
 
 

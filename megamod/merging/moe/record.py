@@ -76,7 +76,7 @@ class MoeRecord(Schema):
 
     @property
     def domains(self) -> list[str]:
-        """Names of the experts, in order."""
+        """Domains of the experts, in their order."""
         return [expert.domain for expert in self.experts]
 
     def find_expert_number(self, domain: str, folder: Path) -> int:

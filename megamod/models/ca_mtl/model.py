@@ -104,11 +104,11 @@ class CaMtlForMultiTask(CheckedLoading):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the word embeddings."""
+        """Return the table of word embeddings."""
         return self.bert.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the word embeddings."""
+        """Replace the table of word embeddings by `value`."""
         self.bert.embeddings.word_embeddings = value
 
     def forward(

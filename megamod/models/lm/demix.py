@@ -50,7 +50,11 @@ class DemixOutput(CausalLMOutputWithPast):
 
 
 class OutputHead(nn.Linear):
-    """Output matrix; with labels it returns their loss, computing logits chunk by chunk."""
+    """Output matrix; with labels it returns their loss, computing logits chunk by chunk.
+
+    Args:
+        hidden_size, vocab_size: D and V.
+    """
 
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, vocab_size, bias=False)
@@ -96,6 +100,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         has_head_per_domain = config.untie in ("input_output", "transformer_output")
 
         def make_head() -> OutputHead:
+            """Make the output matrix, of one domain where it is untied."""
             return OutputHead(config.hidden_size, config.vocab_size)
 
         self.lm_head = DomainExperts(make_head, domains) if has_head_per_domain else make_head()

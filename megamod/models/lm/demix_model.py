@@ -73,7 +73,7 @@ class DemixModel(DemixPreTrainedModel):
         size, untie = config.hidden_size, config.untie
 
         def build_per_domain(build: Callable[[], nn.Module], is_per_domain: bool) -> nn.Module:
-            """Build a module once, or an expert of it for each domain held."""
+            """Call `build` once; with `is_per_domain`, for each domain held (`DomainExperts`)."""
             return DomainExperts(build, domains) if is_per_domain else build()
 
         def build_dense() -> FeedForward:
@@ -125,7 +125,7 @@ class DemixModel(DemixPreTrainedModel):
         return get_selected_expert(self.embeddings).tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token table that `get_input_embeddings` returns."""
+        """Replace the token table, which `get_input_embeddings` returns, by `value`."""
         get_selected_expert(self.embeddings).tokens = value
 
     def forward(

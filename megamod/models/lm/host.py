@@ -437,12 +437,12 @@ def _make_scoring_head(head: type[nn.Module]) -> type[nn.Module]:
 
 
 def _get_logit_scale(config: PreTrainedConfig, host: Host) -> float:
-    """Return the factor that the family's configuration applies to logits; 1 if it has none."""
+    """Return the factor of the logits that `host` names in `config`; 1 if there is none."""
     if host.divide is not None:
         return 1 / getattr(config, host.divide)
     return 1.0 if host.multiply is None else getattr(config, host.multiply)
 
 
 def _get_softcap(config: PreTrainedConfig, host: Host) -> float | None:
-    """Return the bound of the logits in the configuration; None if they are not bounded."""
+    """Return the bound of the logits that `host` names in `config`; None: no bound."""
     return None if host.softcap is None else getattr(config, host.softcap)

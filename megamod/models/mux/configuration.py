@@ -250,6 +250,10 @@ class MuxRobertaConfig(MuxConfig):
     prefix_first_token_id: int = -1
 
     def __post_init__(self, **kwargs):
+        """Set the first prefix token, unless it is set, to the id before the last.
+
+        `kwargs` go to the base class.
+        """
         if self.prefix_first_token_id < 0:
             self.prefix_first_token_id = self.vocab_size - 2
         super().__post_init__(**kwargs)

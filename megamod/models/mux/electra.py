@@ -171,7 +171,7 @@ class ElectraClassifier(nn.Module):
         self.out_proj = mark_default_initialisation(nn.Linear(size, labels))
 
     def forward(self, states: Tensor) -> Tensor:
-        """Classify states: [..., D] -> [..., C]."""
+        """Compute logits of classes: states [..., D] -> [..., C]."""
         return self.out_proj(self.dropout(F.gelu(self.dense(self.dropout(states)))))
 
 

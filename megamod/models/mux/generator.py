@@ -70,7 +70,7 @@ class MuxElectraForMaskedLM(MuxMaskedLM):
 
     @property
     def decoder(self) -> nn.Linear:
-        """Matrix from states to logits of tokens."""
+        """Linear layer from states [..., D] to logits of tokens [..., V]."""
         return self.retrieval_head.decoder
 
     def compute_decoder_inputs(
@@ -111,7 +111,7 @@ class PlainGenerator(nn.Module):
 
     @property
     def decoder(self) -> nn.Linear:
-        """Matrix from states to logits of tokens."""
+        """Linear layer from states [..., D] to logits of tokens [..., V]."""
         return self.generator_lm_head
 
     def compute_decoder_inputs(

@@ -27,7 +27,7 @@ class PrefixSequenceHead(PrefixDemultiplexer):
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
     def classify(self, states: Tensor) -> Tensor:
-        """Classify states: [..., D] -> [..., C]."""
+        """Compute logits of classes: demultiplexed states [..., D] -> [..., C]."""
         return self.out_proj(F.gelu(self.dense_before_out_proj(states)))
 
 
@@ -39,7 +39,7 @@ class PrefixTokenHead(PrefixDemultiplexer):
         self.decoder = nn.Linear(config.hidden_size, config.num_labels)
 
     def classify(self, states: Tensor) -> Tensor:
-        """Classify states: [..., D] -> [..., C]."""
+        """Compute logits of classes: demultiplexed states [..., D] -> [..., C]."""
         return self.decoder(states)
 
 
@@ -61,7 +61,7 @@ class MlpHead(nn.Module):
         return self.demux_module(hidden)
 
     def classify(self, states: Tensor) -> Tensor:
-        """Classify states: [..., D] -> [..., C]."""
+        """Compute logits of classes: demultiplexed states [..., D] -> [..., C]."""
         return self.out_proj(self.layernorm_presoftmax(F.gelu(self.dense_before_out_proj(states))))
 
 

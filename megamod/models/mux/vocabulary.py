@@ -12,7 +12,7 @@ class VocabularyAccess:
         return None if embeddings is None else embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the word embeddings."""
+        """Replace the table of word embeddings by `value`."""
         self.backbone.embeddings.word_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -20,7 +20,7 @@ class VocabularyAccess:
         return self.retrieval_head.decoder if hasattr(self, "retrieval_head") else None
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replace the matrix of the retrieval head."""
+        """Replace the output matrix, which is the retrieval head's, by `value`."""
         self.retrieval_head.decoder = value
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
