@@ -74,9 +74,9 @@ def measure_all(
     Args:
         requests: in the order in which they are measured.
         device, dtype: "cuda" or "cpu", and a name in `cases.DTYPES`.
+        rounds, machine_speed: see `measure_case`.
         compiled: "none", "default", "all", or "floors": "all" for requests that are `tuned`, else
             "default".
-        rounds, machine_speed: see `measure_case`.
         seconds: after this time no request and, but for "ours", no variant is begun. A request that
             is begun is finished.
     """

@@ -18,9 +18,9 @@ from megamod_kernels.demux_torch import (
     Pairs,
     RsaDemuxFunction,
     add_pairs,
+    pair_weights_with_biases,
     rsa_demux_reference,
     split_projection,
-    weight_bias_pairs,
 )
 from megamod_kernels.dispatch import uses_triton
 
@@ -108,7 +108,7 @@ def _rsa_demux(
     rows, size = output.shape
     if not output.numel():
         return output, pre_gelu
-    *layers, norm = weight_bias_pairs([weight.contiguous() for weight in weights])
+    *layers, norm = pair_weights_with_biases([weight.contiguous() for weight in weights])
     launch = select_whole_row_launch(size, hidden_part.element_size())
     grid = (-(-rows // launch["ROWS"]),)
     flags = {"PAIRS": pair_position is not None, "DROPOUT": seed is not None}
@@ -194,7 +194,7 @@ def _rsa_demux_backward(
         key_part.contiguous(),
         upstream.contiguous(),
     )
-    *layers, norm = weight_bias_pairs([weight.contiguous() for weight in weights])
+    *layers, norm = pair_weights_with_biases([weight.contiguous() for weight in weights])
     rows, size = upstream.shape
     N, length = len(key_part), hidden_part.shape[1]
     dropout_flag, itemsize = {"DROPOUT": seed is not None}, hidden_part.element_size()

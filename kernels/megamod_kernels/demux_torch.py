@@ -131,7 +131,7 @@ class RsaDemuxFunction(torch.autograd.Function):
             eps: of the norm.
             weights: a weight and a bias for each layer of the chain, the norm last.
         """
-        *dense, last, norm = weight_bias_pairs(weights)
+        *dense, last, norm = pair_weights_with_biases(weights)
         first = add_pairs(hidden_part, key_part, pairs)
         masks = [
             torch.empty_like(first, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
@@ -162,7 +162,7 @@ class RsaDemuxFunction(torch.autograd.Function):
         hidden_part, key_part, *rest = ctx.saved_tensors
         pairs, weights, pre_gelu, masks = _split_by_counts(rest, ctx.counts)
         pairs = Pairs(*pairs) if pairs else None
-        *dense, last, norm = weight_bias_pairs(weights)
+        *dense, last, norm = pair_weights_with_biases(weights)
         first = add_pairs(hidden_part, key_part, pairs)
         states = [_apply_dropout(F.gelu(first), masks[0], ctx.dropout)]
         for inputs, mask in zip(pre_gelu[:-1], masks[1:], strict=True):
@@ -181,7 +181,7 @@ class RsaDemuxFunction(torch.autograd.Function):
         return *_split_grad_of_pairs(grad, hidden_part, key_part, pairs), None, None, None, *grads
 
 
-def weight_bias_pairs(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def pair_weights_with_biases(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Group a flat list weight, bias, weight, bias, ... into pairs; the norm is the last one."""
     return list(zip(weights[::2], weights[1::2], strict=True))
 

@@ -312,8 +312,8 @@ def _plan_tensor(
 
     Args:
         recipe: the whole recipe.
-        target: its name, part and sources.
         folders: folders of all models of the recipe.
+        target: its name, part and sources.
     Raises:
         UserError: naming the tensor and two models, or a parameter that is missing.
     """

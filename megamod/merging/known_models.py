@@ -49,7 +49,7 @@ def build_config_strictly(config: Mapping[str, object]) -> PretrainedConfig | No
 def _restore_floats(value: object) -> object:
     """Return a copy of a JSON value with every {"__float__": "Infinity"} as a float again.
 
-    So transformers writes numbers that JSON cannot hold.
+    transformers writes numbers in this form that JSON cannot hold.
     """
     if isinstance(value, dict):
         if value.keys() == {"__float__"}:

@@ -209,8 +209,8 @@ def _iterate_stacked_values(name: str, models: _StackedModels) -> Iterator[objec
     layers can be compared to see if it fits.
 
     Args:
-        models: models whose layers are stacked.
         name: name of the setting in the language section of the configurations.
+        models: models whose layers are stacked.
     Raises:
         UserError: if a setting of a model that transformers does not know cannot move.
     """

@@ -147,10 +147,10 @@ def _evaluate_setting(setting: Setting, name: str, depth: float, where: str) -> 
     """Return the value of a setting for a tensor; None if no filter matches its name.
 
     Args:
-        depth: relative depth of the tensor's layer, from 0 to 1.
         setting: a number, truth value or gradient; or a list of {filter, value} (or one of these),
             of which the first that matches counts.
         name: name of the tensor.
+        depth: relative depth of the tensor's layer, from 0 to 1.
         where: position in the recipe, for messages.
     Raises:
         UserError: if the setting is of another form.

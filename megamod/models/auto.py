@@ -206,8 +206,8 @@ def check_vocabulary_fits(
     configuration without an end-of-text id goes with every such id.
 
     Args:
-        config: configuration of the model.
         where: beginning of the message: the model and the option that named it.
+        config: configuration of the model.
         vocab_size, special_ids: size and ids of the data's vocabulary; of the ids only
             "eos_token_id" is read.
     Raises:

@@ -23,9 +23,9 @@ class AnchoredExperts(DomainExperts):
     An expert's own row is its parameter `row` [D]. Rows are zero until they are set.
 
     Args:
-        domains: domains of the experts, in their order.
         anchor: feed-forward that maps [..., D] to [..., D].
         experts: a module of the same kind for each domain.
+        domains: domains of the experts, in their order.
         width: features D.
     """
 

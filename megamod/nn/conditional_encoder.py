@@ -96,8 +96,8 @@ class ConditionalEncoder(nn.Module):
         """Apply all blocks: [B, L, D] -> [B, L, D].
 
         Args:
-            task_vectors: [T, D], embeddings of the tasks; the blocks get a linear layer of them.
             x, mask, row_task_ids: as in `ConditionalLayer.forward`.
+            task_vectors: [T, D], embeddings of the tasks; the blocks get a linear layer of them.
         """
         task_vectors = self.task_transformation(task_vectors)
         total = None

@@ -97,8 +97,8 @@ def _measure_shallow_pass(
 
     Args:
         config: configuration of the shallow model.
-        dtype: torch's default dtype while it is built.
         build, loss, checkpointing, mask_density: as of `measure_pass`.
+        dtype: torch's default dtype while it is built.
     """
     default_dtype = torch.get_default_dtype()
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -26,15 +26,19 @@ SEED_DIGEST = "seed_digest"
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return True for a folder with adapter_config.json and without weights of a whole model."""
+    """Return True for a folder of a LoRA adapter.
+
+    It has adapter_config.json and no weights of a whole model.
+    """
     # os.path.isfile is False for a name that is too long, where Path.is_file raises.
     whole = any(os.path.isfile(folder / name) for name in (DENSE_FILE, INDEX_FILE))
     return os.path.isfile(folder / ADAPTER_CONFIG) and not whole
 
 
 def get_config_file(folder: Path) -> Path:
-    """Return the path of adapter_config.json for an adapter, else of config.json, which need not
-    exist.
+    """Return the path of adapter_config.json for an adapter, else of config.json.
+
+    The file need not exist.
     """
     return folder / (ADAPTER_CONFIG if is_adapter(folder) else "config.json")
 
@@ -70,7 +74,7 @@ def find_seed_folder(folder: Path) -> Path:
 
 
 def read_adapter_config(folder: Path) -> dict[str, object]:
-    """Read the fields of adapter_config.json.
+    """Read the fields of adapter_config.json in an adapter's folder.
 
     Raises:
         UserError: if there is none, or it is no JSON object.
@@ -85,7 +89,7 @@ def read_adapter_config(folder: Path) -> dict[str, object]:
 
 
 def check_seed_weights(folder: Path) -> None:
-    """Refuse an adapter whose seed has other weights than it was trained on.
+    """Refuse the folder of an adapter whose seed has other weights than it was trained on.
 
     Whole models pass, and adapters of other programs, which do not record the digest of their seed.
 

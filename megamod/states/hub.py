@@ -51,9 +51,8 @@ def find_local_or_hub_folder(name: str, flag: str) -> Path:
 def download_from_hub(name: str) -> Path:
     """Download the files of a model from the hub; return their folder in its cache.
 
-    These are `HUB_FILES`: configuration, weights and tokenizer.
-    Files that are in the cache are not downloaded again. Within a process the hub is asked once for
-    each name.
+    These are `HUB_FILES`: configuration, weights and tokenizer. Files that are in the cache are not
+    downloaded again. Within a process the hub is asked once for each name.
 
     Raises:
         UserError: with the reason, if there is none or it cannot be reached.

@@ -93,9 +93,9 @@ class Checkpoints:
         """Prepare to save and load.
 
         Args:
-            topology: ranks and domains of the run.
             folder: folder of the run's checkpoints; `save` creates it.
             engine: its model and optimizer are saved, and changed by `resume` and `load`.
+            topology: ranks and domains of the run.
             write_model: see `ModelWriter`.
             settings: values that a resumed run must repeat.
             keep_count: number of checkpoints to keep; None: all.
@@ -285,9 +285,9 @@ class Checkpoints:
         return paths
 
     def _get_name_prefix(self) -> str:
-        """Return the prefix of parameter names.
+        """Return the prefix of parameter names in the files of the optimizer.
 
-        Independent models have equal names, so it is their domain.
+        It is the domain of an independent model, as all of these have equal names; else empty.
         """
         if self.topology.sharing is Sharing.BTM:
             return self.topology.get_rank_domains(dist.get_rank())[0] + ":"

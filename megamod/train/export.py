@@ -106,10 +106,10 @@ class ModelExport:
         """Prepare to write; nothing is written yet.
 
         Args:
-            topology: ranks and domains of the run.
             engine: engine of the model to write.
             config: configuration of the whole model, all domains; its `architectures` and `dtype`
                 are set.
+            topology: ranks and domains of the run.
             tokenizer: folder whose files are copied; None: no tokenizer.
             run_file: the run's recipe, copied.
             card: content of README.md.

@@ -242,10 +242,12 @@ def _take_step(
 ) -> tuple[list[BatchScore], float | None]:
     """Take an optimizer step; return scores and the gradient norm, None if it was skipped.
 
-    The engine averages over micro-batches and ranks. Dividing each summed loss by this share of its
-    items gives the gradient of the mean over all items, however ragged the batches are.
+    The engine averages gradients over micro-batches and ranks. A summed loss is divided by the
+    items per micro-batch, `item_totals` over the number of micro-batches of the group: this gives
+    the gradient of the mean over all items, also if micro-batches have unequal numbers of them.
 
     Args:
+        engine: with the model and its optimizer.
         objective: computes the loss of a micro-batch.
         micro_batches: of this rank.
         item_totals: items of the step, over all ranks of the group, for each term of the loss.
@@ -358,7 +360,10 @@ def _all_reduce_totals_and_stop(
 
 
 def _compute_dropout_seed(seed: int, data_step: int) -> int:
-    """Compute the seed of dropout from seed, step and rank, so no generator state is saved."""
+    """Compute the seed of dropout from the run's seed, the step of the data, and the rank.
+
+    So no state of a random generator is saved.
+    """
     return (seed << 31) + data_step * dist.get_world_size() + dist.get_rank()
 
 

@@ -290,7 +290,7 @@ def find_peak_flops(device_name: str) -> float | None:
 
 
 def write_environment(path: Path) -> None:
-    """Write versions and hardware of a run to a JSON file.
+    """Write versions and hardware of a run to the JSON file `path`.
 
     Of the environment variables it holds only three, which cannot be secrets.
     """

@@ -181,9 +181,9 @@ class ClassificationObjective:
     """Cross entropy of rows or tokens, or squared error of values.
 
     Args:
-        device: batches are moved to it.
         inputs: names of the fields of a batch that the model takes; it returns `logits` [R, C] or
             [R, L, C].
+        device: batches are moved to it.
         regression: True for values, with C = 1.
         retrieved_per_token: tokens that a multiplexed model retrieves as a second term of the loss,
             per real token of a batch; 0: none, and the loss is that of the logits alone.
@@ -257,9 +257,9 @@ class MultiTaskObjective:
     A task with one row has the weight of one with thirty (Pilault et al. 2021, and its release).
 
     Args:
-        device: batches are moved to it.
         inputs: names of the fields of a batch that the model takes.
         tasks: names.
+        device: batches are moved to it.
         reduction: "global": the mean is over tasks and rows of the whole step, whatever the ranks
             and micro-batches; "local": over those of each micro-batch, as in the release.
     """

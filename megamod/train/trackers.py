@@ -101,7 +101,7 @@ class WandbTracker:
 
 
 def check_tracker(name: str) -> None:
-    """Raise UserError if a value of --report_to needs a package that is not installed."""
+    """Raise UserError if `name`, a value of --report_to, needs a package that is not installed."""
     if name == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError(
             "--report_to wandb: wandb is not installed; pip install 'megamod[wandb]', or give "

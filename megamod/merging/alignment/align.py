@@ -149,9 +149,9 @@ def align_weights(
     """Find the alignment from weights alone (method "weight" or "orthogonal"); no model is run.
 
     Args:
-        options: see `AlignmentOptions`.
         config, other_config: configurations of the two, as in config.json.
         first, second: their weights by name, of the reference and of the model to align.
+        options: see `AlignmentOptions`.
     Raises:
         UserError: as `align_models`.
     """
@@ -310,9 +310,9 @@ def _match_groups(
     """Find the best match of each group by the similarity of measured features.
 
     Args:
-        options: method, and handling of the residual stream.
         groups: to match.
         measured: statistics of those in `_list_observed_groups`; they are overwritten.
+        options: method, and handling of the residual stream.
     Returns:
         matches by name of the group.
     Raises:

@@ -88,10 +88,10 @@ def align_by_maps(
     """Find the maps from calibration text, then improve them by descent on the weights.
 
     Args:
-        options: groups to align, and what is measured.
         first: the reference; `second`: the model to align. Weights are not changed.
         symmetry: permutation groups of both models.
         batches: calibration text.
+        options: groups to align, and what is measured.
         descent_rounds: rounds of the descent on the weights, at most; 0: none.
     Raises:
         UserError: if a weight is not finite, or the text is too short or does not fit the models.
@@ -111,9 +111,9 @@ def align_weights_by_maps(
     """Find the maps from weights alone, starting at the identity.
 
     Args:
-        options: groups to align.
         first, second: weights by name, of the reference and of the model to align.
         symmetry: permutation groups of both models.
+        options: groups to align.
     Raises:
         UserError: if a weight is not finite.
     """
@@ -149,10 +149,10 @@ def _match_by_text(
     Groups of the residual stream, and a head that follows it, share one match.
 
     Args:
-        options: groups to align, and what is measured.
         first, second: the reference, and the model to align.
         symmetry: permutation groups of both models.
         batches: calibration text.
+        options: groups to align, and what is measured.
     Returns:
         match of each aligned group by name.
     Raises:
@@ -190,8 +190,8 @@ def _match_stream(
     """Match the residual stream: by a map, or in post-norm models by a permutation.
 
     Args:
-        symmetry, options: decide if the stream is rotated, see `rotates_stream`.
         groups: those to align; without one of the stream the result is None.
+        symmetry, options: decide if the stream is rotated, see `rotates_stream`.
         measured: statistics of the stream's groups; overwritten.
     Raises:
         UserError: if the text is too short for a map.

@@ -102,11 +102,11 @@ def measure_covariances(
     The modes of the models are restored.
 
     Args:
-        options: compatibility with the original program, and rows to select.
         first, second: models of one architecture on one device; rows of a covariance are features
             of the first.
         groups: whose features are observed.
         domains: domains of models with experts; a batch without a domain runs through each of them.
+        options: compatibility with the original program, and rows to select.
     Raises:
         UserError: if there is no batch, or a batch does not fit the models.
     """
@@ -246,8 +246,8 @@ def _run_with_hooks(
 
     Args:
         batch: token ids and attention mask.
-        groups: their hooks name the modules to observe.
         domain: expert to run, for a model with experts; else None.
+        groups: their hooks name the modules to observe.
         observe: takes a group, one of its hooks, and features [..., C].
     """
     accepted = inspect.signature(model.forward).parameters

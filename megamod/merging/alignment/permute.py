@@ -379,8 +379,8 @@ def merge_states(
     """Compute the mean of the reference and the aligned model, by name.
 
     Args:
-        symmetry: permutation groups of both models.
         first: weights of the reference; `second`: weights of the model that `alignment` aligns.
+        symmetry: permutation groups of both models.
     Raises:
         UserError: if the alignment does not fit, or integers differ.
     """

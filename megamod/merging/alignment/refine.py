@@ -85,8 +85,8 @@ class Refinement:
 
     Args:
         first, second: the models; the second is mapped by `alignment`.
-        batches: calibration text.
         symmetry: permutation groups of both models.
+        batches: calibration text.
         seed: seed of rows and shares.
         progress_file: keeps the state, so that a killed refinement can resume; None: no file.
     Raises:

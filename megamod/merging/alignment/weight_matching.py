@@ -87,8 +87,8 @@ def _solve_unit(
     """Find the best match of each class of a unit.
 
     Args:
-        options: decide the solver for heads.
         similarities: [C, C] of each class, in the order of the unit.
+        options: decide the solver for heads.
     """
     heads = unit[0][0].heads
     if heads is None:

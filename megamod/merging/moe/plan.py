@@ -163,8 +163,8 @@ def _plan_layer(
     They are those of the experts, those that are zero, and the router rows.
 
     Args:
-        family: mixture class of transformers.
         dense: plan of the experts' average.
+        family: mixture class of transformers.
         layer: number of the layer, from 0.
         names: part of the feed-forward -> its name in the dense model.
     """

@@ -253,8 +253,8 @@ def load_from_encoder(
     """Load a model from BERT's weights; other parameters are drawn from torch's generator.
 
     Args:
-        config: of the model to build.
         source: folder or name on the hub, of BERT or of a CA-MTL model.
+        config: of the model to build.
         load_last_block: False: with the variant "base" reinitialise the last block, as the
             release does, where the names of that block do not match BERT's.
     Returns:

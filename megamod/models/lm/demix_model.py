@@ -41,7 +41,7 @@ class DemixPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = (rf"\.{EXPERTS_COMPONENT}\.",)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        """Initialise a module as for a class of transformers, so that none is skipped."""
+        """Initialise a module as transformers does for its own classes; the flag has no effect."""
         # For classes outside transformers modules without parameters of their own would be passed
         # over, and those are the ones that `initialise_module_weights` knows.
         super()._initialize_weights(module, is_custom_code=False)
@@ -149,8 +149,8 @@ class DemixModel(DemixPreTrainedModel):
                 position_ids, True where attention is allowed.
             position_ids: [B, L], the first position being 0. Passed without a mask they promise
                 that nothing is padded, which spares the search for padding.
-            inputs_embeds: [B, L, D] rows of the embedding table, in place of input_ids.
             past_key_values: cache of earlier tokens, extended in place.
+            inputs_embeds: [B, L, D] rows of the embedding table, in place of input_ids.
             use_cache: True: make a cache if there is none; False: do not return one. With gradient
                 checkpointing, training neither reads nor makes one.
             output_hidden_states: None: as the configuration says.

@@ -16,10 +16,9 @@ def compute_flops_per_token(config: LmConfig, module: nn.Module, sequence_length
     """Compute the floating-point operations of one token in training.
 
     It is 6 N + 12 sum over layers of (heads x head size x span); frozen weights count 4 instead of
-    6.
+    6. N counts the parameters that take part in a matrix product for one token; the span of a layer
+    is `sequence_length`, or its attention window if that is shorter.
 
-    N counts the parameters that take part in a matrix product for one token; the span of a layer is
-    `sequence_length`, or its attention window if that is shorter.
     Args:
         config, module: configuration of the model, and the model, which may be on the meta device.
         sequence_length: in tokens.

@@ -159,8 +159,8 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
 
         Args:
             folder: folder, or hub name of a saved mixture.
-            config: how to mix; None: as the folder's config.json says.
             args, kwargs: passed to `PreTrainedModel.from_pretrained`; `args` not for a forest.
+            config: how to mix; None: as the folder's config.json says.
         Raises:
             UserError: if forest.json or a folder of an expert cannot be read; as `from_experts`.
             ValueError: if the experts, or the prior, do not fit each other.
@@ -260,10 +260,10 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         return_dict: bool | None = None,
         **more: object,
     ) -> ForestOutput | tuple:
-        """Run all experts in use on `input_ids` [B, L], one after the other.
+        """Run all experts in use on `input_ids` [B, L], in turn, and mix their predictions.
 
-        The weights of the experts follow `input_ids`; labels only say which predictions are scored.
-        Arguments as in `DemixForCausalLM.forward`.
+        The weights of the experts are computed from `input_ids`; labels only say which predictions
+        are scored. Arguments as in `DemixForCausalLM.forward`.
 
         Returns:
             `ForestOutput` (a tuple if `return_dict` is False): logits, with labels also the loss

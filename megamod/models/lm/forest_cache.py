@@ -127,11 +127,11 @@ def fill_mask_and_positions(
     in later ones, whose new tokens all count as real.
 
     Args:
-        expert_cache: cached keys, values and real tokens of one expert.
         input_ids: [B, L], the new tokens.
         attention_mask: [B, S], S cached and new tokens, or None.
         position_ids: [B, L] or None. If they are passed without a mask and nothing is cached,
             nothing is taken for padding.
+        expert_cache: cached keys, values and real tokens of one expert.
         pad_id: None: no id is padding.
     Returns:
         the mask [B, S], None if all tokens are real; and the positions [B, L], None if the models

@@ -48,8 +48,8 @@ class LanguageModel(Protocol):
         """Run a forward pass: logits, or with `shift_labels` the loss and log-probabilities.
 
         Args:
-            attention_mask, position_ids: [B, L]; None: no padding, consecutive positions.
             input_ids: [B, L].
+            attention_mask, position_ids: [B, L]; None: no padding, consecutive positions.
             shift_labels: [B, L], the token that follows each position; -100 is not scored.
             num_items_in_batch: divisor of the summed loss; None: the number of labels.
             domain: expert or adapter that this and all following calls use; None: as before.

@@ -278,11 +278,11 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
 
         Args:
             fields: input_ids, attention_mask, token_type_ids, position_ids, as in `forward`.
+            labels, random_ids, retrieved_instances: `labels`, `random_ids` and `generator_slots` of
+                `forward`.
             masked: [R, S] bool, the tokens to replace.
             num_items, num_retrieval_items: divisors of the summed losses; None for the numbers of
                 items in this batch.
-            labels, random_ids, retrieved_instances: `labels`, `random_ids` and `generator_slots` of
-                `forward`.
         """
         generator, embeddings = self.generator, None
         if self.shares_embeddings:

@@ -178,7 +178,8 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             input_ids: [B * N, S] of whole groups; not changed.
         Returns:
             [B * N, T]; T is S, or S + N + 1 for classifiers with a prefix.
-        Raise ValueError in pretraining if a prefix would leave no token.
+        Raises:
+            ValueError: in pretraining, if a prefix would leave no token.
         """
         config, length = self.config, self.config.prefix_length
         if not length:
@@ -430,7 +431,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return by_group.any(1)[:, None, None, :]
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        """Initialise a module as for a class of transformers."""
+        """Initialise a module as transformers does for its own classes; the flag has no effect."""
         # For classes outside transformers a module is skipped once all of its own parameters are
         # loaded, and the keys are the model's own.
         super()._initialize_weights(module, is_custom_code=False)
