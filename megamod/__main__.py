@@ -64,9 +64,10 @@ def format_verbs() -> str:
 def _complete_verb() -> list[str]:
     """Print completions of the verb for the shell and end the process.
 
-    If the line of the shell has a verb already, return its words after `megamod` instead, for the
-    verb's command to complete the rest, and add one to _ARGCOMPLETE, the number of words that its
-    parser skips. Raise UserError if no shell asks.
+    If the shell's line has a verb already, nothing is printed and the process continues: the words
+    after `megamod` are returned, for the parser of the verb's command to complete. _ARGCOMPLETE,
+    the number of words that this parser skips, is raised by one. Raises UserError if no shell asks
+    for completions.
     """
     if not {"COMP_LINE", "COMP_POINT"} <= os.environ.keys():
         raise UserError("_ARGCOMPLETE is set, but no shell asks for completions (no COMP_LINE)")

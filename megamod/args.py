@@ -353,6 +353,8 @@ def refuse_pretraining_flags_without_effect(
 ) -> None:
     """Refuse flags of a pretraining run that have no effect together with its other flags.
 
+    Args:
+        model: with `lora`, `mux`, `data` and `optim` the flags of megamod pretrain.
     Raises:
         UserError: for such a flag whose value is not the default.
     """
@@ -405,6 +407,8 @@ def apply_deepspeed_values(
     """Set fields of `run` and `optim`, in place, to the values of a resolved DeepSpeed JSON.
 
     Args:
+        run: flags of length and batch.
+        optim: flags of the optimizer.
         values: by key path, see `resolve_ds_config`.
         origin: origin of changed values for `find_origin`, such as "DeepSpeed FILE".
         domains_per_rank: domains of a rank; --gradient_accumulation_steps counts micro-batches per

@@ -97,9 +97,11 @@ class CommandParser(argparse.ArgumentParser):
         return parsed
 
     def _refuse_unknown_words(self, words: Sequence[str]) -> None:
-        """Raise UserError for the first of the words that argparse left over, if there are any.
+        """Raise UserError for the first of the words that argparse did not recognize, if there are
+        any.
 
-        A flag of another program gets the name of ours, another unknown flag the nearest one.
+        The message suggests our name for a flag that is spelled as in another program, and the
+        nearest flag for any other.
         """
         flags = [text for action in self._actions for text in action.option_strings]
         for word in words:
@@ -116,7 +118,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def set_completions(action: argparse.Action, values: Sequence[str]) -> None:
-    """Let the shell complete the values of a flag or argument, which argparse does not check.
+    """Set the values that the shell completes for a flag or argument; argparse does not check them.
 
     Sets the attribute `completer` of `action`, which argcomplete reads.
     """
@@ -124,10 +126,12 @@ def set_completions(action: argparse.Action, values: Sequence[str]) -> None:
 
 
 def make_unknown_word_error(problem: str, word: str, words: Iterable[str]) -> UserError:
-    """Make the error for an unknown word, with the nearest of the known `words` if it is similar.
+    """Make the error for an unknown word, which suggests the nearest known word if one is similar.
 
     Args:
         problem: beginning of the message, such as "unknown flag".
+        word: the unknown word.
+        words: all known words.
     """
     near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.75)
     nearest = f"the nearest is {near[0]!r}, " if near else ""

@@ -158,7 +158,7 @@ def format_expected_error(error: Exception) -> str:
 
 
 def is_distributed_failure(error: RuntimeError) -> bool:
-    """Return True if the error says that a collective lost a peer (gloo, NCCL or the store)."""
+    """Return True if a collective lost another rank, by the text of gloo, NCCL or the store."""
     from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
     lost_peer_texts = (

@@ -112,10 +112,14 @@ def parse_args(*classes: type, argv: Sequence[str] | None = None, doc: str | Non
 
 
 def move_argument_to_flag(words: Sequence[str], flag: str) -> list[str]:
-    """Move the only word of a command line that is neither a flag nor its value to its end.
+    """Move the only bare word of a command line to its end, as the value of `flag`.
 
-    There it follows `flag`, so `parse_args` reads it as the value of that. With no such word or
-    several, or if the flag is there, the command line stays as it is.
+    A bare word is neither a flag nor follows one: the FILE of `megamod merge FILE --device cpu`.
+    With no such word or several, or if `flag` is present, the words are returned as they are.
+
+    Args:
+        words: arguments without the program's name.
+        flag: flag with its dashes, such as "--recipe".
     """
     alone = [
         number
@@ -172,7 +176,11 @@ def require_values(args: Arguments, *names: str) -> None:
 
 
 def format_flags(values: Mapping[str, object]) -> list[str]:
-    """Format values by flag as the words of a command line, which `parse_args` reads."""
+    """Format values as the words of a command line, which `parse_args` reads.
+
+    Args:
+        values: value by name of the flag, without dashes; a list gives one word per item.
+    """
     words = []
     for name, value in values.items():
         words += [
@@ -192,8 +200,11 @@ def _format_value(value: object) -> str:
 def _read_recipe(path: Path, fields_by_name: dict[str, Field]) -> dict[str, tuple[object, str]]:
     """Read a recipe: the checked value and its origin by field name.
 
-    Raise UserError if the file cannot be read, or has an unknown key or a value that is not
-    allowed.
+    Args:
+        path: the YAML file.
+        fields_by_name: fields of all dataclasses of flags; an alias has an entry too.
+    Raises:
+        UserError: if the file cannot be read, or has an unknown key or a value that is not allowed.
     """
     origin, values = f"recipe {path}", {}
     if not path.exists():
@@ -214,9 +225,16 @@ def _read_recipe(path: Path, fields_by_name: dict[str, Field]) -> dict[str, tupl
 def _parse_flags(
     arguments: list[str], classes: Sequence[type], doc: str | None
 ) -> argparse.Namespace:
-    """Parse the flags on the command line: text, or a list of texts, by spelling.
+    """Parse the flags on the command line to a namespace of those that are present.
 
-    Flags that are absent are not in the result. Raise UserError for unknown words.
+    An attribute is named as the flag was spelled, and its value is text or a list of texts.
+
+    Args:
+        arguments: words without the program's name and the recipe.
+        classes: dataclasses of flags, each a section of --help.
+        doc: docstring of the command, see `parse_args`.
+    Raises:
+        UserError: for unknown words.
     """
     parser = CommandParser(
         doc,
@@ -252,6 +270,7 @@ def _find_spelling(flag_field: Field, flags: dict[str, object]) -> tuple[str, ob
     """Find spelling and text of a field's flag on the command line; None if it is absent.
 
     Args:
+        flag_field: field of a dataclass of flags.
         flags: see `_parse_flags`.
     Raises:
         UserError: if both spellings are there with different values; `x` and `./x` are one path.
@@ -265,9 +284,16 @@ def _find_spelling(flag_field: Field, flags: dict[str, object]) -> tuple[str, ob
 
 
 def _parse_value(flag_field: Field, text: str | list[str], origin: str) -> tuple[object, str]:
-    """Parse the text of a flag or an environment variable; return the checked value and `origin`.
+    """Parse the text of a flag or an environment variable.
 
-    Raise UserError for a value that the field does not allow.
+    Args:
+        flag_field: field of a dataclass of flags.
+        text: the text, or for a list on the command line its words.
+        origin: name of the flag or variable, for the message.
+    Returns:
+        the checked value, and `origin` unchanged.
+    Raises:
+        UserError: for a value that the field does not allow.
     """
     kind, _, optional = _parse_field_type(flag_field)
     value = None
@@ -304,7 +330,12 @@ def _convert_text(kind: type, text: str | list[str]) -> object:
 
 
 def _parse_field_type(flag_field: Field) -> tuple[type, tuple[str, ...], bool]:
-    """Return a field's plain type, the values of a Literal, and whether None is allowed."""
+    """Parse the annotation of a field.
+
+    Returns:
+        the plain type (`str` for a Literal), the allowed values of a Literal (else empty), and True
+            if None is allowed.
+    """
     optional = get_origin(flag_field.type) in (Union, UnionType)
     plain = (
         next(t for t in get_args(flag_field.type) if t is not NoneType)
@@ -321,6 +352,9 @@ def _check_value(flag_field: Field, value: object, where: str) -> object:
 
     Numbers must be below 2^63, as the integers of torch are.
 
+    Args:
+        flag_field: field of a dataclass of flags.
+        where: origin of the value, beginning of the message.
     Raises:
         UserError: naming `where`, the value and what is allowed.
     """

@@ -243,9 +243,15 @@ def delete_leftovers(path: Path, *folders: Path) -> None:
 
 @contextmanager
 def _acquire_for_block(file: Path, title: str) -> Iterator[FolderLock]:
-    """Hold a `FolderLock` for the block; it is also released if a rank ends at once by an error.
+    """Hold a `FolderLock` for the block.
 
-    Raise UserError if another process holds it, or the lock file cannot be created.
+    A rank that ends at once by an error releases it too, through `EXIT_CALLS`.
+
+    Args:
+        file: the lock file.
+        title: names the folder in messages.
+    Raises:
+        UserError: if another process holds the lock, or the file cannot be created.
     """
     lock = FolderLock(file, title)
     lock.acquire()
@@ -262,8 +268,8 @@ def _create_folder_for_block(folder: Path, title: str) -> Iterator[None]:
     """Create a folder and its parents if needed; delete the new ones that are empty after the
     block.
 
-    `title` names the folder in the message.
-
+    Args:
+        title: names the folder in the message.
     Raises:
         UserError: if it cannot be created.
     """
@@ -281,9 +287,10 @@ def _create_folder_for_block(folder: Path, title: str) -> Iterator[None]:
 
 
 def _create_lock_file(file: Path, text: str) -> bool:
-    """Create a file with its content in one step; return False if it exists.
+    """Create a file with the content `text` in one step; return False if the file exists.
 
-    Raise OSError if it cannot be written.
+    The text is written to a temporary sibling, which is then linked to `file`, so that no other
+    process sees an incomplete lock file. Raises OSError if it cannot be written.
     """
     temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -302,9 +309,9 @@ def _create_lock_file(file: Path, text: str) -> bool:
 
 
 def _create_without_link(file: Path, text: str) -> bool:
-    """Create a file on a file system without hard links; return False if it exists.
+    """Create a file with the content `text` on a file system without hard links.
 
-    The file is empty for an instant.
+    The file is empty for an instant. Returns False if it exists already.
     """
     try:
         with open(file, "x", encoding="utf-8") as stream:
@@ -315,7 +322,15 @@ def _create_without_link(file: Path, text: str) -> bool:
 
 
 def _delete_lock_file(file: Path, holder: Holder | None) -> None:
-    """Delete the lock file of a dead holder, and no other that took its place meanwhile."""
+    """Delete the lock file of a dead holder.
+
+    Another process may have replaced it meanwhile: the file is renamed first and read again, and
+    linked back if its holder is not the dead one.
+
+    Args:
+        file: the lock file.
+        holder: the dead holder; None for a malformed lock file.
+    """
     aside = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         os.rename(file, aside)

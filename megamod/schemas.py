@@ -7,7 +7,7 @@ sentence: file, key, value, and what is allowed.
 import difflib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -42,7 +42,11 @@ class Schema(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_keys(cls, value: object) -> object:
-        """Return a mapping with known keys, or an instance; raise ValueError for anything else."""
+        """Return `value` if it is a mapping whose keys are fields or aliases, or an instance of the
+        class.
+
+        A validator that runs before those of pydantic. Raises ValueError for anything else.
+        """
         if isinstance(value, cls):
             return value
         keys = [field.alias or name for name, field in cls.model_fields.items()]
@@ -93,13 +97,14 @@ def parse_checked_json(data: bytes, schema: type[Checked], origin: str) -> Check
     """
     text = _decode_text(data, origin)
     with _report_malformed("JSON", origin):
-        value = json.loads(text, object_pairs_hook=_build_object_of_unique_keys)
+        value = json.loads(text, object_pairs_hook=make_unique_keys_hook(origin))
     _check_limits(value, origin)
     return check_against_schema(value, schema, origin)
 
 
 def read_yaml_with_line_numbers(path: str | Path, origin: str) -> dict[str, tuple[object, int]]:
-    """Read the `key: value` lines of a YAML file: value and line number, from 1, by key.
+    """Read the top level of a YAML file: each key with its parsed value and its line number, from
+    1.
 
     Args:
         origin: name of the file in messages.
@@ -219,7 +224,13 @@ class _Loader(yaml.SafeLoader):
     """Safe loader of YAML that refuses doubled keys."""
 
     def compose_mapping_node(self, anchor):
-        """Compose a mapping; raise MarkedYAMLError for a key that appears twice in it."""
+        """Compose a mapping; raise MarkedYAMLError for a key that appears twice in it.
+
+        A hook of PyYAML, which calls it for every mapping in the file.
+
+        Args:
+            anchor: name of the node for aliases (`&name`), or None; passed on.
+        """
         node = super().compose_mapping_node(anchor)
         keys = set()
         for key, _ in node.value:
@@ -232,17 +243,41 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _build_object_of_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Build a JSON object from its pairs; raise ValueError naming a key that appears twice."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{shorten(next(k for k in keys if keys.count(k) > 1))} appears twice")
-    return content
+def make_unique_keys_hook(
+    origin: str, checked_key: str | None = None
+) -> Callable[[list[tuple[str, object]]], dict[str, object]]:
+    """Make the `object_pairs_hook` of `json.loads` that refuses a key doubled in one object.
+
+    Without it the last value of a doubled key counts. The hook raises UserError, naming the key.
+
+    Args:
+        origin: file, or file and line, that begins the message.
+        checked_key: the only key that must not appear twice; None: no key may.
+    """
+
+    def build_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        """Build an object from its (key, value) pairs; raise UserError for a doubled key."""
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            keys = [key for key, _ in pairs if checked_key in (None, key)]
+            doubled = next((key for key in keys if keys.count(key) > 1), None)
+            if doubled is not None:
+                message = f"{shorten(doubled)} appears twice in one object"
+                raise UserError(f"{origin}: not JSON: {message}")
+        return content
+
+    return build_object
 
 
 def _read_bytes(path: Path, kind: str, origin: str) -> bytes:
-    """Read a file; raise UserError if that fails or it is larger than allowed for `kind`."""
+    """Read a file whole.
+
+    Args:
+        kind: "YAML" or "JSON", key of the size limits in `_LARGEST_FILE`.
+        origin: name of the file in messages.
+    Raises:
+        UserError: if it cannot be read, or is larger than the limit.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(_LARGEST_FILE[kind] + 1)
@@ -265,9 +300,16 @@ def _decode_text(data: bytes, origin: str) -> str:
 
 @contextmanager
 def _report_malformed(kind: str, origin: str) -> Iterator[None]:
-    """Raise errors of the JSON or YAML parser in the block as UserErrors with origin and line."""
+    """Raise errors of the JSON or YAML parser in the block as UserErrors with origin and line.
+
+    Args:
+        kind: "YAML" or "JSON", for the message.
+        origin: name of the file in messages.
+    """
     try:
         yield
+    except UserError:
+        raise
     except RecursionError as error:
         raise UserError(f"{origin}: {_TOO_DEEP}") from error
     except yaml.MarkedYAMLError as error:
@@ -282,10 +324,16 @@ _TOO_DEEP = f"is nested more than {_LARGEST_DEPTH} deep"
 
 
 def _check_limits(value: object, origin: str) -> None:
-    """Raise UserError for a file that later code would fail on.
+    """Check that the parsed content of a file stays within limits on which later code relies.
 
     It may not be nested deeper than `_LARGEST_DEPTH`, have more than `_MOST_VALUES` values, whole
     numbers of more than 64 bits, or text that cannot be written as UTF-8.
+
+    Args:
+        value: content of the file, or any value in it.
+        origin: name of the file in messages.
+    Raises:
+        UserError: if a limit is exceeded.
     """
     pending, count = [(value, 0)], 0
     while pending:
@@ -329,8 +377,10 @@ _MISTAKES = {
 def _format_error(error: ValidationError, origin: str, key: str) -> str:
     """Format the first error of a validation as one sentence.
 
-    It begins with `origin`, the file, and the path of the value below `key`, as in
-    `check_against_schema`.
+    Args:
+        origin: the file, which begins the message.
+        key: key of the checked value in the file; "" for the whole content. The path of the wrong
+            value follows it.
     """
     first = error.errors(include_url=False)[0]
     kind, location, context = first["type"], first["loc"], first.get("ctx", {})
@@ -357,5 +407,7 @@ def _format_path_part(part: str | int) -> str:
 
 
 def _format_choices(expected: str) -> str:
-    """List the values of a Literal, which pydantic spells `'a', 'b' or 'c'`."""
+    """Format the allowed values of a Literal as `'a', 'b' or 'c'`, pydantic's spelling, without
+    quotes.
+    """
     return expected.replace("'", "").replace(" or ", ", ")

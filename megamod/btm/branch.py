@@ -156,6 +156,8 @@ def _write_start_model(
     parent that is an adapter is merged into its seed, in float32.
 
     Args:
+        parents: the parents, at least one.
+        weights: weight of each parent in the average.
         start_folder: created; must not exist.
     Raises:
         UserError: if weights are missing, or the parents are not compatible.
@@ -184,8 +186,13 @@ def _format_parent_name(source: ParentModel) -> str:
 def _link_start_model(start_folder: Path, target: Path, domain: str) -> None:
     """Link or copy the files of the start model into the existing folder `target`.
 
-    Its config.json names `domain` as the only training domain; README.md, merge.json and the
+    The new config.json names `domain` as the only training domain. README.md, merge.json and the
     manifest are not copied: the checkpoint has a manifest of its own.
+
+    Args:
+        start_folder: dense model folder that `_write_start_model` wrote.
+        target: folder of the new checkpoint, or its subfolder of one domain.
+        domain: domain of the new expert.
     """
     for file in start_folder.iterdir():
         if file.name not in ("config.json", "README.md", "merge.json", MANIFEST):
@@ -194,11 +201,15 @@ def _link_start_model(start_folder: Path, target: Path, domain: str) -> None:
 
 
 def _read_parent_state(source: ParentModel) -> StateRecord:
-    """Read a parent's state.json, and change it to the state of a branch's first checkpoint.
+    """Read a parent's state.json as the state of a branch's first checkpoint.
 
     The step, the optimizer's count of updates, the loss scaler and the settings in `SCHEDULE` and
     `OPTIMIZER` stay; the position in the data and the token counts start at 0.
 
+    Args:
+        source: the parent, a checkpoint with optimizer state.
+    Returns:
+        the parent's record with new token counts and position, marked as branched.
     Raises:
         UserError: if state.json is missing or malformed.
     """
@@ -217,6 +228,7 @@ def _copy_optimizer(source: ParentModel, folder: Path, number: int, prefix: str)
     names in a dense model.
 
     Args:
+        source: the parent, a checkpoint with optimizer state.
         folder: the new checkpoint.
         number: index of the new expert, in the names of the files.
         prefix: text before every name: "DOMAIN:" for independent models in one job, else "".
@@ -243,7 +255,9 @@ def _check_optimizer_complete(
     A parent that trained only some of its weights has no optimizer state for the others.
 
     Args:
+        source: the parent that the state was copied from, for the message.
         start_folder: folder of the start model.
+        folder: the new checkpoint.
         prefix: see `_copy_optimizer`.
     Raises:
         UserError: naming the first weight that lacks state.

@@ -104,8 +104,10 @@ class Campaign:
         return self.total_steps - self.seed_steps + self.get_first_step(round_index)
 
     def format_token_counts(self) -> str:
-        """Format the tokens of seed and experts as a table, and below it their sum and the tokens
-        of the dense run of equal cost.
+        """Format the tokens of a campaign as text for the top of its log.
+
+        A table has steps x sequences x tokens per sequence of the seed and of each expert; the line
+        below it has their sum and the tokens of a dense run of all steps and the whole batch.
         """
         rows = []
         if self.seed_steps:
@@ -135,6 +137,8 @@ Parsed = tuple[BtmArgs, RunArgs, SafetyArgs, ModelArgs, LoraArgs, OptimArgs, Dat
 def build_campaign(parsed: Parsed) -> Campaign:
     """Build a campaign from parsed arguments; reads the domains of the data-bin and writes nothing.
 
+    Args:
+        parsed: instances of all dataclasses of flags of megamod btm, in the order of `Parsed`.
     Raises:
         UserError: for a value that is missing or not allowed, flags that contradict each other, or
             batches that the experts cannot share equally; naming the flag and what is allowed.
@@ -197,6 +201,8 @@ def build_campaign(parsed: Parsed) -> Campaign:
 def check_campaign_data(campaign: Campaign, parsed: Parsed) -> None:
     """Open every split that a job of the campaign will read, so that faults show before any starts.
 
+    Args:
+        parsed: all arguments of megamod btm; the data-bin and --evaluate are read from them.
     Raises:
         UserError: if one is missing, malformed or empty.
     """
@@ -219,6 +225,8 @@ def check_campaign_data(campaign: Campaign, parsed: Parsed) -> None:
 def _refuse_unsupported_flags(parsed: Parsed) -> None:
     """Refuse flags that the driver sets itself or that independent jobs cannot use.
 
+    Args:
+        parsed: all arguments of megamod btm.
     Raises:
         UserError: naming the first such flag that is set.
     """
@@ -244,6 +252,8 @@ def _parse_rounds(
     """Return the domains of each round: --rounds, else one round of --domains, else one of all.
 
     Args:
+        btm: holds --rounds, one text of domain names per round.
+        data: holds --domains and the path of the data-bin.
         available: domains of the data-bin.
     Raises:
         UserError: for an empty round, unknown, repeated or reserved domains, or if --domains names
@@ -277,7 +287,11 @@ def _check_known_domains(
 ) -> None:
     """Raise UserError, naming the flag, for a domain that the data-bin does not have.
 
-    `available` are its domains; `flag` and `data_folder` are named in the message.
+    Args:
+        domains: names to check.
+        available: domains of the data-bin.
+        flag: flag that named `domains`, for the message.
+        data_folder: path of the data-bin, for the message.
     """
     for domain in domains:
         if domain not in available:

@@ -35,6 +35,8 @@ def add_round_to_forest(campaign: Campaign, round_index: int, in_one_world: bool
 def _make_world_expert(campaign: Campaign, domain: str) -> Expert:
     """Make the forest entry of an expert that was trained in one job with the others.
 
+    Args:
+        domain: domain of the expert, which names its subfolder in the job's checkpoint and model.
     Raises:
         UserError: if the last checkpoint of the job lacks the state of this expert, or branch.json
             is malformed.

@@ -4,7 +4,6 @@ All of its state is on disk, so it can be killed and restarted at any time. It d
 torch, so it starts at once and uses little memory.
 """
 
-import os
 import signal
 import subprocess
 import time
@@ -18,10 +17,12 @@ from megamod.btm.collect import add_round_to_forest
 from megamod.btm.jobs import (
     acquire_lock,
     build_command,
+    close_lock,
     kill_processes,
     read_log_tail,
     request_stop,
     start_process,
+    write_lock_text,
 )
 from megamod.btm.placement import (
     allocate_slots,
@@ -78,7 +79,7 @@ class TaskState:
 
     @property
     def active(self) -> bool:
-        """True while one of its programs runs."""
+        """True while a program of the task runs, whichever driver started it."""
         return self.process is not None or self.adopted
 
 
@@ -146,9 +147,11 @@ class Driver:
         return str(self._get_lock_path(task).resolve())
 
     def _get_lock_path(self, task: Task) -> Path:
+        """Return the path of the file whose lock the running programs of a task hold."""
         return self.output / "jobs" / f"{task.name}.lock"
 
     def _get_log_path(self, task: Task) -> Path:
+        """Return the path of the file that gets the output of all programs of a task."""
         return self.output / "logs" / f"{task.name}.log"
 
     def _adopt_if_running(self, job: TaskState) -> None:
@@ -159,7 +162,7 @@ class Driver:
         """
         lock = acquire_lock(self._get_lock_path(job.task))
         if lock is not None:
-            _close_lock(lock)
+            close_lock(lock)
             return
         job.adopted, job.row.state = True, "adopted"
         job.placement = parse_include(
@@ -196,7 +199,7 @@ class Driver:
         job.port = find_free_port([other.port for other in jobs if other.active])
         job.stage, job.placement = stage, placement
         job.row.state, job.row.slots = stage.title, format_include(placement)
-        _write_lock_text(lock, job.row.slots)
+        write_lock_text(lock, job.row.slots)
         log = self._get_log_path(job.task)
         job.log_start = log.stat().st_size if log.exists() else 0
         command, variables = build_command(
@@ -256,12 +259,12 @@ class Driver:
         lock = acquire_lock(self._get_lock_path(job.task))
         if lock is not None:
             kill_processes(self._get_process_mark(job.task))
-            _close_lock(lock)
+            close_lock(lock)
             job.adopted, job.not_before = False, 0.0
             job.row.state = "stopped" if self.signals else "waiting"
 
     def _stop_job(self, job: TaskState) -> None:
-        """Ask a running job to stop; if that was done before, kill it after a second signal."""
+        """Ask a running job to stop; if it was asked before, kill it after the second signal."""
         if job.row.state != "stopping":
             job.row.state = "stopping"
             request_stop(self._get_process_mark(job.task))
@@ -269,7 +272,9 @@ class Driver:
             kill_processes(self._get_process_mark(job.task))
 
     def _record_failure(self, job: TaskState, exit_code: int, reason: str) -> None:
-        """Mark a job as failed, by the reason and the end of its log; print the reason."""
+        """Mark a job as failed with `exit_code`, by `reason` and the end of its log; print the
+        reason.
+        """
         job.ended, job.code, job.row.state = True, exit_code, "failed"
         log = self._get_log_path(job.task)
         job.fault = (
@@ -322,10 +327,9 @@ def run_campaign(parsed: Parsed, commands_folder: Path) -> None:
 
 
 def _run_waves(campaign: Campaign, waves: "Sequence[Wave]", driver: Driver) -> None:
-    """Print the token counts, then run the waves one after the other and call the function of each.
+    """Print the token counts, then run the waves in order; SIGTERM and SIGINT go to the driver.
 
-    Meanwhile SIGTERM and SIGINT go to the driver. Raises as `Driver.run_tasks` and
-    `add_round_to_forest`.
+    Raises as `Driver.run_tasks` and `add_round_to_forest`.
     """
     print(campaign.format_token_counts(), flush=True)
     before = {n: signal.signal(n, driver.count_signal) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -390,8 +394,11 @@ def describe_waves(
 ) -> str:
     """Describe tokens, slots and commands of all jobs as text, for --dry_run; start nothing.
 
-    Slots are those that the jobs of a wave get at once; 29500 stands for the port that a launcher
-    will get. Arguments as of `plan_waves`, whose result is `waves`, and of `build_command`.
+    Slots are those that the jobs of a wave get at once; 29500 stands for the port of a launcher.
+
+    Args:
+        waves: result of `plan_waves` for `campaign` and `hosts`.
+        commands_folder, hostfile: see `Driver`.
     """
     lines = [campaign.format_token_counts()]
     for tasks, _ in waves:
@@ -436,14 +443,3 @@ def _raise_failures(failed_jobs: Sequence[TaskState]) -> None:
     if POLICY_STOP in codes:
         raise PolicyStop(text)
     raise DistributedFailure(text)
-
-
-def _write_lock_text(lock_descriptor: int, text: str) -> None:
-    """Replace the content of an open lock file; its lock stays held."""
-    os.ftruncate(lock_descriptor, 0)
-    os.pwrite(lock_descriptor, text.encode(), 0)
-
-
-def _close_lock(lock_descriptor: int) -> None:
-    """Close an open lock file, which releases its lock if no other process inherited it."""
-    os.close(lock_descriptor)

@@ -102,7 +102,7 @@ def _read_training_domains(folder: Path) -> list[str]:
 
 
 def format_forest(forest: Forest) -> str:
-    """Format the experts as a table, with the sizes of their weight files.
+    """Format the experts of a forest as a table: origin, training and size of the weight files.
 
     The size of an expert in a model with experts includes the weights that all of them share.
     """

@@ -43,6 +43,17 @@ def acquire_lock(lock_path: Path) -> int | None:
     return descriptor
 
 
+def write_lock_text(lock_descriptor: int, text: str) -> None:
+    """Replace the content of an open lock file; its lock stays held."""
+    os.ftruncate(lock_descriptor, 0)
+    os.pwrite(lock_descriptor, text.encode(), 0)
+
+
+def close_lock(lock_descriptor: int) -> None:
+    """Close an open lock file, which releases its lock if no other process inherited it."""
+    os.close(lock_descriptor)
+
+
 def build_command(
     stage: Stage,
     placement: HostSlots,
@@ -142,6 +153,9 @@ def find_processes(process_mark: str) -> Iterator[psutil.Process]:
     """Iterate over all processes of a job on this machine, by the mark in their environment.
 
     Processes whose environment is hidden, as those of other users, are skipped.
+
+    Args:
+        process_mark: value of the variable `MARK`, as passed to `start_process`.
     """
     for process in psutil.process_iter():
         # The environment of other users' processes is hidden, and any process may end meanwhile.
@@ -155,6 +169,9 @@ def request_stop(process_mark: str) -> None:
 
     Their launcher gets no signal, because it would kill ranks before they have saved, unless all
     ranks are on other hosts.
+
+    Args:
+        process_mark: mark of the job, see `find_processes`.
     """
     processes = {process.pid: process for process in find_processes(process_mark)}
     launchers = {pid for pid, process in processes.items() if _is_launcher(process)}
@@ -177,6 +194,7 @@ def read_log_tail(log_path: Path, first_byte: int, max_lines: int = 12) -> str:
     """Read the end of a log: at most `max_lines` lines that are not blank.
 
     Args:
+        log_path: log that `start_process` writes.
         first_byte: offset of the first byte to read; of a longer text only the last `TAIL_BYTES`
             are read.
     Raises:

@@ -77,7 +77,11 @@ def allocate_slots(
     size.
 
     Args:
+        hosts: hosts with all their slots.
         busy_hosts: hosts with those of their slots that are in use.
+        slot_count: slots that the job needs.
+    Returns:
+        the hosts of the job with the slots it gets.
     """
     busy_slots = {(host.name, slot) for host in busy_hosts for slot in host.slots}
     free = [Host(h.name, tuple(s for s in h.slots if (h.name, s) not in busy_slots)) for h in hosts]

@@ -59,8 +59,9 @@ def _read_scores(path: Path) -> dict:
 
 
 def _get_first_row(rows: Mapping) -> Mapping:
-    """Return the first value: the scores of a model without experts; empty if there is none.
+    """Return the scores of a model without experts: the only value of `rows`; {} if that is empty.
 
-    `rows` has scores by domain, by expert; a model without experts has one row.
+    Args:
+        rows: scores by expert, then by domain; a model without experts has one row.
     """
     return next(iter(rows.values()), {})

@@ -106,6 +106,8 @@ def make_expert_task(campaign: Campaign, parsed: Parsed, round_index: int, domai
 
     Args:
         parsed: arguments of the campaign, from which those of the programs follow.
+        round_index: number of the expert's round, from 0.
+        domain: domain of the expert, which also names the task.
     """
     folder, last = get_expert_folder(campaign, domain), campaign.get_last_step(round_index)
     prior = campaign.output / PRIORS / f"{domain}.json"
@@ -174,6 +176,9 @@ def make_final_tasks(campaign: Campaign, parsed: Parsed) -> list[Task]:
     """Make the tasks that average (--average) and score (--evaluate) the forest, in this order.
 
     Without these flags the list is empty.
+
+    Args:
+        parsed: all arguments of megamod btm.
     """
     btm, data = parsed[0], parsed[-1]
     forest, average = ("--forest", str(campaign.output)), campaign.output / AVERAGE
@@ -205,6 +210,10 @@ def has_finished(folder: Path, step: int) -> bool:
     """Return True if a run has ended at `step`: its scores are of that step, and it has a model.
 
     The scores, perplexity.json, are written last. A file that cannot be read counts as absent.
+
+    Args:
+        folder: output folder of the run.
+        step: last step of the run.
     """
     try:
         scores = read_json_object(folder / "perplexity.json")
@@ -219,8 +228,10 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def _make_seed_model_flags(campaign: Campaign) -> dict[str, object]:
-    """Return flags by which adapters start from the campaign's seed; empty for experts that are
-    whole models, or without a seed.
+    """Make the flags of megamod pretrain by which an adapter starts from the campaign's seed.
+
+    The result maps names of flags to values; it is empty for experts that are whole models, or
+    without a seed.
     """
     if not (campaign.adapters and campaign.seed_steps):
         return {}

@@ -132,10 +132,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> str:
-    """Write random lines of the text files in `inputs`, paths by domain, to OUT/NAME.txt.
+    """Write random lines of text files to OUT/NAME.txt, for --sample_lines.
 
-    Returns a report, a line per domain. Raises UserError for flags that do not go with
-    --sample_lines, or as `sample_lines`.
+    Args:
+        options: parsed command line of megamod preprocess.
+        inputs: path of the text by domain, from --input NAME=PATH.
+    Returns:
+        a report, a line per domain.
+    Raises:
+        UserError: for flags that do not go with --sample_lines, or as `sample_lines`.
     """
     from megamod.data.corpus.line_sample import sample_lines
 
@@ -161,7 +166,12 @@ def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> st
 
 
 def format_databin_summary(header: dict, output: Path) -> str:
-    """Format `header`, the content of databin.json in `output`, as a table by domain with sums."""
+    """Format the counts of a data-bin as a table by domain, with a line of sums below it.
+
+    Args:
+        header: content of databin.json.
+        output: folder of the data-bin, named in the last line.
+    """
     rows = [("domain", "train tokens", "valid tokens", "test tokens", "bytes", "replaced")]
     for name, splits in header["domains"].items():
         tokens = [f"{splits[split]['tokens']:,}" for split in ("train", "valid", "test")]

@@ -48,6 +48,8 @@ def main() -> None:
 def _write_page(options: Namespace) -> None:
     """Write the page to --output, and print its path and sections.
 
+    Args:
+        options: parsed command line of megamod report.
     Raises:
         UserError: for --port, or if the folder of the page does not exist.
     """
@@ -65,6 +67,8 @@ def _write_page(options: Namespace) -> None:
 def _serve_page(options: Namespace) -> None:
     """Serve the page on --port of this machine until a signal.
 
+    Args:
+        options: parsed command line of megamod report.
     Raises:
         UserError: for --output, or a port that is not allowed or is taken.
     """

@@ -119,13 +119,24 @@ def export(source: Path, folder: Path, options: ConvertOptions = NO_OPTIONS) -> 
 
 
 def _rename_to_ours(key: str, last_layer: int) -> str:
-    """Rename a key of the release to ours: parts of its last block lose the prefix new_."""
+    """Rename a key of the release to ours: parts of its last block lose the prefix new_.
+
+    Args:
+        key: name of a tensor in the release's checkpoint.
+        last_layer: index of the last block.
+    """
     start = f"bert.encoder.layer.{last_layer}.new_"
     return key.replace(start, start.removesuffix("new_"), 1) if key.startswith(start) else key
 
 
 def _rename_to_release(key: str, last_layer: int) -> str:
-    """Rename a key of ours to the release's: parts of its last block get the prefix new_."""
+    """Rename a key of ours to the release's: conditioned parts of its last block get the prefix
+    new_.
+
+    Args:
+        key: name of a tensor in our model.
+        last_layer: index of the last block.
+    """
     start = f"bert.encoder.layer.{last_layer}."
     part = key.removeprefix(start).split(".")[0]
     if key.startswith(start) and part in _NEW:
@@ -170,9 +181,14 @@ def _detect_variant_and_length(
 ) -> tuple[str, int]:
     """Detect the variant ("plain", "base" or "large") and the longest sequence in tokens.
 
-    Both are read from the weights, except the longest sequence of "plain", which is that of
-    `settings`, or 128, the default of `CaMtlConfig`. Raise UserError if `file`, the checkpoint,
-    lacks the matrix that shows the length.
+    Both are read from the weights, except the longest sequence of "plain", which no weight shows.
+
+    Args:
+        state: tensors of the checkpoint by its keys.
+        settings: fields of its config.json; `max_seq_length`, else 128, is the length of "plain".
+        file: the checkpoint, for messages.
+    Raises:
+        UserError: if the matrix that shows the length is missing.
     """
     if "bert.task_type_embeddings.weight" not in state:
         return "plain", int(settings.get("max_seq_length", 128))

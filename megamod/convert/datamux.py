@@ -200,13 +200,13 @@ def export(source: Path, folder: Path, options: ConvertOptions = NO_OPTIONS) -> 
 def _resolve_alias(
     key: str, aliases: Mapping[str, str], expected: Mapping[str, tuple[int, ...]]
 ) -> str | None:
-    """Resolve a further name of the originals to our name of the tensor; None without one.
-
-    `expected` has the names of all tensors of the model.
+    """Resolve a further name of the originals to our name of the tensor; None if it is no such
+    name.
 
     Args:
         key: name in the checkpoint.
         aliases: see `TensorTable.aliases`.
+        expected: shapes of all tensors of the model by our name.
     """
     for start, target in aliases.items():
         if key.startswith(start) and target + key.removeprefix(start) in expected:
@@ -215,17 +215,28 @@ def _resolve_alias(
 
 
 def _iterate_release_names(key: str, aliases: Mapping[str, str]) -> Iterator[str]:
-    """Yield the further names under which a release may store the tensor `key` of ours."""
+    """Yield the further names under which a release may store one of our tensors.
+
+    Args:
+        key: our name of the tensor.
+        aliases: see `TensorTable.aliases`.
+    """
     for start, target in aliases.items():
         if key.startswith(target):
             yield start + key.removeprefix(target)
 
 
 def _read_settings(folder: Path) -> tuple[dict[str, object], str]:
-    """Return the fields of config.json, and the original class that it names.
+    """Read config.json of a checkpoint of the releases.
 
-    The wrapper of the releases nests the fields under `config` and has the class in `case`. Raise
-    UserError if the file is malformed or names no class of `ORIGINALS`.
+    The wrapper of the releases nests the fields under `config` and has the class in `case`.
+
+    Args:
+        folder: folder of the checkpoint.
+    Returns:
+        the fields, and the original class that they name, a key of `ORIGINALS`.
+    Raises:
+        UserError: if the file is malformed or names no such class.
     """
     path = folder / "config.json"
     settings = read_config_file(folder)

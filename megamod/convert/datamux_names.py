@@ -96,7 +96,12 @@ def _list_parameter_shapes(kind: type[PreTrainedModel], fields: Mapping[str, obj
 
 
 def _map_aliases(head: Head, config: Mapping[str, object]) -> dict[str, str]:
-    """Map prefixes of the originals' further names to ours; see `TensorTable.aliases`."""
+    """Map prefixes of the originals' further names to ours; see `TensorTable.aliases`.
+
+    Args:
+        head: kind of the model's head; "wrapper" for a discriminator with its generator.
+        config: fields of our config.json.
+    """
     family, demux = config["model_type"], config["demuxing_variant"]
     words = f"{FAMILIES[family]}.embeddings.word_embeddings.weight"
     aliases: dict[str, str] = {}
@@ -117,7 +122,9 @@ def _map_aliases(head: Head, config: Mapping[str, object]) -> dict[str, str]:
 def _map_generator_aliases(config: Mapping[str, object], words: str) -> dict[str, str]:
     """Map prefixes of further names of the generator's tensors to ours.
 
-    `words` is our name of the discriminator's word embeddings.
+    Args:
+        config: fields of our config.json, with `generator` and `generator_config`.
+        words: our name of the discriminator's word embeddings, which the generator may share.
     """
     fields = {**config, **(config.get("generator_config") or {})}
     width = config.get("embedding_size", config["hidden_size"])

@@ -9,38 +9,29 @@ and hold the same.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megamod.convert import NO_OPTIONS, ConvertedModel, ConvertOptions
+from megamod.convert.fairseq_names import (
+    EXTRA_POSITIONS,
+    build_key_map,
+    insert_domain,
+    iterate_expected_shapes,
+)
 from megamod.convert.reading import Checkpoint, read_checkpoint
-from megamod.dist.scope import EXPERTS_COMPONENT, parse_expert_domain
+from megamod.dist.scope import parse_expert_domain
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.schemas import read_json_object
 from megamod.states.config_file import read_config_file
 from megamod.states.weights import extract_expert_weights, read_weights, write_tensors
 
-# Names of tensors outside of blocks and inside of one: fairseq's -> ours.
-_OUTSIDE = {
-    "embed_tokens.weight": "embeddings.tokens.weight",
-    "embed_positions.weight": "embeddings.positions.weight",
-    "layer_norm.weight": "final_norm.weight",
-    "layer_norm.bias": "final_norm.bias",
-}
-_INSIDE = {
-    **{f"self_attn.{which}_proj": f"attention.{which}_proj" for which in ("q", "k", "v", "out")},
-    "self_attn_layer_norm": "attention_norm",
-    "fc1": "feed_forward.fc1",
-    "fc2": "feed_forward.fc2",
-    "final_layer_norm": "feed_forward_norm",
-}
 _TOKENS, _POSITIONS = "decoder.embed_tokens.weight", "decoder.embed_positions.weight"
 _OUTPUT, _VERSION = "decoder.output_projection.weight", "decoder.version"
-_EXTRA_POSITIONS = 2  # rows of the position table before that of position 0, one for padding
 _SETTINGS = {
     "activation_fn": "gelu",
     "decoder_normalize_before": True,
@@ -55,17 +46,6 @@ _HEADS = ("decoder_attention_heads", "num_attention_heads", "heads")
 _DENSE_FILES = ("model.safetensors", "pytorch_model.bin")
 _STEMS = ("checkpoint_last", "checkpoint_best")
 _ENDINGS = (".pt", ".safetensors")
-
-
-def build_key_map(layer_count: int) -> dict[str, str]:
-    """Map fairseq's key of every tensor of a dense model with `layer_count` blocks to our name."""
-    names = {f"decoder.{theirs}": f"model.{ours}" for theirs, ours in _OUTSIDE.items()}
-    for layer in range(layer_count):
-        for theirs, ours in _INSIDE.items():
-            for kind in ("weight", "bias"):
-                key = f"decoder.layers.{layer}.{theirs}.{kind}"
-                names[key] = f"model.layers.{layer}.{ours}.{kind}"
-    return names
 
 
 def convert(source: Path, options: ConvertOptions) -> ConvertedModel:
@@ -115,7 +95,7 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedModel:
         missing[_OUTPUT] = f"tied to {_TOKENS}"
     state = {names[key]: t for key, t in shared.tensors.items() if key in names}
     for domain, tensors in experts.items():
-        state |= {_insert_domain(names[key], domain): tensor for key, tensor in tensors.items()}
+        state |= {insert_domain(names[key], domain): tensor for key, tensor in tensors.items()}
     used = [key for key in dense if key in names]
     return ConvertedModel(
         {**config, "domains": list(domains), "untie": untie}, state, used, dropped, missing
@@ -180,19 +160,19 @@ def export(source: Path, folder: Path, options: ConvertOptions = NO_OPTIONS) -> 
 def _rename_to_fairseq(
     state: Mapping[str, Tensor], keys: Mapping[str, str], source: Path
 ) -> dict[str, Tensor]:
-    """Rename tensors to fairseq's keys; raise UserError for a tensor that fairseq lacks.
+    """Rename tensors to fairseq's keys.
 
-    `keys` has fairseq's key by our name; `source` is the model folder, for the message.
+    Args:
+        state: tensors by our name.
+        keys: fairseq's key by our name.
+        source: our model folder, for the message.
+    Raises:
+        UserError: for a tensor that fairseq lacks.
     """
     unknown = sorted(name for name in state if name not in keys)
     if unknown:
         raise UserError(f"{source}: {unknown[0]} has no counterpart in fairseq")
     return {keys[name]: tensor for name, tensor in state.items()}
-
-
-def _insert_domain(name: str, domain: str) -> str:
-    """Return the name in the expert of `domain` of a dense model's feed-forward tensor `name`."""
-    return name.replace(".feed_forward.", f".feed_forward.{EXPERTS_COMPONENT}.{domain}.", 1)
 
 
 def _find_shared_file(source: Path) -> Path | None:
@@ -274,7 +254,12 @@ def _read_settings(folder: Path, checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def _check_settings(settings: Mapping[str, object], file: Path) -> None:
-    """Raise UserError for a setting that differs from the only value of our model."""
+    """Raise UserError for a setting that differs from the only value of our model, in `_SETTINGS`.
+
+    Args:
+        settings: see `_read_settings`; a setting that is missing passes.
+        file: the checkpoint, for messages.
+    """
     for key, needed in _SETTINGS.items():
         if settings.get(key, needed) != needed:
             raise UserError(
@@ -365,47 +350,37 @@ def _detect_config(
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "intermediate_size": dense["decoder.layers.0.fc1.weight"].shape[0],
-        "max_position_embeddings": dense[_POSITIONS].shape[0] - _EXTRA_POSITIONS,
+        "max_position_embeddings": dense[_POSITIONS].shape[0] - EXTRA_POSITIONS,
     }
 
 
 def _check_tensors(
     dense: Mapping[str, Tensor], names: Mapping[str, str], config: Mapping[str, object], file: Path
 ) -> None:
-    """Raise UserError unless a model has the tensors that `config` implies, and no others.
+    """Check that a checkpoint has the tensors that `config` implies, and no others.
 
     Shapes must fit, dtypes must be floating-point, and a stored output matrix must equal the
-    embeddings. The keys of `names` are the expected keys of fairseq.
+    embeddings.
+
+    Args:
+        dense: tensors of a dense model by fairseq's key.
+        names: our name by expected key of fairseq, see `build_key_map`.
+        config: fields of our config.json.
+        file: the checkpoint, for messages.
+    Raises:
+        UserError: naming the first tensor that is unexpected, missing or does not fit.
     """
     if unexpected := sorted(dense.keys() - names.keys() - {_OUTPUT, _VERSION}):
         raise UserError(f"{file}: {unexpected[0]} is unexpected (of {len(unexpected)} such keys)")
     if missing := sorted(names.keys() - dense.keys()):
         raise UserError(f"{file}: {missing[0]} is missing (of {len(missing)} such keys)")
-    for key, expected in _iterate_expected_shapes(names, config):
+    for key, expected in iterate_expected_shapes(names, config):
         if tuple(dense[key].shape) != expected:
             raise UserError(f"{file}: {key} has shape {tuple(dense[key].shape)}, not {expected}")
         if not dense[key].is_floating_point():
             raise UserError(f"{file}: {key} has dtype {dense[key].dtype}, not one of weights")
     if _OUTPUT in dense and not torch.equal(dense[_OUTPUT], dense[_TOKENS]):
         raise UserError(f"{file}: {_OUTPUT} differs from {_TOKENS}, to which it should be tied")
-
-
-def _iterate_expected_shapes(
-    names: Mapping[str, str], config: Mapping[str, object]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield fairseq's key and the shape of every tensor of a dense model; `names` has its keys."""
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    matrices = {"fc1": (inner, width), "fc2": (width, inner)}
-    for key in names:
-        part, kind = key.split(".")[-2:]
-        if part == "embed_tokens":
-            yield key, (config["vocab_size"], width)
-        elif part == "embed_positions":
-            yield key, (config["max_position_embeddings"] + _EXTRA_POSITIONS, width)
-        else:
-            square = matrices.get(part, (width, width))
-            vector = kind == "bias" or part.endswith("layer_norm")
-            yield key, square[:1] if vector else square
 
 
 def _detect_untie(expert_tensors: Mapping[str, Tensor], layer_count: int, file: Path) -> str:

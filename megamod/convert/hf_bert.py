@@ -97,7 +97,11 @@ def _is_bert_tensor(name: str) -> bool:
 
 
 def _convert_to_current_name(key: str) -> str:
-    """Rename a key of any version to the current name, with the prefix "bert." for the encoder."""
+    """Rename a key of any version of transformers to the current name.
+
+    LayerNorm's `gamma` and `beta` are `weight` and `bias` now, and the encoder has the prefix
+    "bert.".
+    """
     name = key.removeprefix("module.")
     for old, new in _OLD.items():
         name = name.replace(old, new)

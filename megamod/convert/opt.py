@@ -106,6 +106,7 @@ def _select_dense_weights(
         state: weights of the whole model.
         untie: field of config.json; "none" for a model without experts.
         domains: the expert; empty for a model without experts.
+        source: model folder, for messages.
     Raises:
         UserError: if `domains` does not name one expert, or names one where there are none.
     """
@@ -134,7 +135,12 @@ def _scale_embeddings(tokens: Tensor, source: Path) -> Tensor:
 
 
 def _make_opt_config(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
-    """Make the fields of OPT's config.json from the fields of our model's."""
+    """Make the fields of OPT's config.json from those of our model.
+
+    Args:
+        config: fields of our config.json, checked by `_read_config`.
+        dtype: element type of the weights.
+    """
     return {
         "model_type": "opt",
         "architectures": ["OPTForCausalLM"],

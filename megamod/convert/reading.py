@@ -301,12 +301,9 @@ def _copy_pickle_in_child() -> None:
 
 
 def _limit_resources(file_bytes: int) -> None:
-    """Limit memory, processor time and file size of this process by the length of the checkpoint.
+    """Limit memory, processor time and file size of this process, in proportion to `file_bytes`.
 
-    Limits grow with the length, since a checkpoint is copied in memory and on disk.
-
-    Args:
-        file_bytes: length of the checkpoint.
+    The checkpoint, whose length in bytes that is, is copied in memory and on disk.
     """
     gigabyte = 2**30
     seconds = 60 + file_bytes // (20 * 2**20)  # time for the imports, and at least 20 MiB a second
@@ -323,10 +320,13 @@ def _limit_resources(file_bytes: int) -> None:
 
 
 def _load_pickle(path: Path) -> "tuple[dict[str, Tensor], dict[str, object]]":
-    """Load the tensors and settings of a pickle whose names have been checked; see `Checkpoint`.
+    """Load the tensors and settings of a pickle whose names have been checked by the caller.
 
-    Raise UserError if torch refuses it, if it is not a dict of ordinary tensors, or if its tensors
-    have more elements than it stores, or too many for its length.
+    Returns:
+        tensors by name and settings, as in `Checkpoint`.
+    Raises:
+        UserError: if torch refuses it, if it is not a dict of ordinary tensors, or if its tensors
+            have more elements than it stores, or too many for its length.
     """
     import pickle  # for the name of its error; nothing is unpickled by it
 
@@ -430,9 +430,11 @@ def _convert_to_json_value(value: object, depth: int, budget: Iterator[int], pat
 
 
 def _unpack_numpy_scalar(dtype: object, data: object) -> int | float | bool | None:
-    """Unpack a numpy scalar from the stand-in of its element type and its bytes.
+    """Unpack a numpy scalar from a pickle; None for a type that is no number, or malformed bytes.
 
-    Return None for an element type that is no number, or bytes of another length.
+    Args:
+        dtype: stand-in of the numpy dtype; its arguments and state are the code and the byte order.
+        data: bytes of the value.
     """
     fields = vars(dtype) if isinstance(dtype, _StandIn) else {}
     code, order = (fields.get("arguments") or ("",))[0], (fields.get("state") or (3, "<"))[1]

@@ -121,8 +121,11 @@ def _is_foreign_type(kind: object) -> bool:
 def _read_config_fields(source: str, where: str) -> dict[str, object]:
     """Read the fields of config.json, from a folder or else from the hub.
 
-    `where` is the flag and the source, for messages. Raise UserError if there is no config.json, or
-    one that cannot be used.
+    Args:
+        source: model folder or hub name.
+        where: the flag and the source, for messages.
+    Raises:
+        UserError: if there is no config.json, or one that cannot be used.
     """
     path = Path(source)
     if path.suffix in FAIRSEQ or (path.is_dir() and not (path / "config.json").is_file()):
@@ -189,9 +192,16 @@ def _check_fields(
 
 
 def _convert_into_cache(source: str, flag: str) -> Path:
-    """Return the folder of a converted checkpoint in the user's cache; write it if it is absent.
+    """Convert a released checkpoint into a folder of the user's cache, unless it is there; return
+    it.
 
-    Raise UserError if the checkpoint cannot be converted or the cache cannot be written.
+    The folder's name is a digest of paths, sizes and times of the checkpoint's files.
+
+    Args:
+        source: folder or hub name of the checkpoint.
+        flag: flag that named it, for messages.
+    Raises:
+        UserError: if the checkpoint cannot be converted or the cache cannot be written.
     """
     folder = resolve_model_folder(source, flag)
     stored = find_weight_file(folder)

@@ -32,6 +32,7 @@ from megamod.dist.key_paths import (
 )
 from megamod.dist.scope import Sharing
 from megamod.errors import UserError
+from megamod.schemas import make_unique_keys_hook
 
 TOTAL, MICRO, STEPS = (
     "train_batch_size",
@@ -202,14 +203,6 @@ def _read_json(path: Path) -> dict[str, object]:
     content that is no object.
     """
 
-    def build_block_of_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        """Build a block from its pairs; raise UserError for a doubled key."""
-        names = [key for key, _ in pairs]
-        doubled = next((key for key in names if names.count(key) > 1), None)
-        if doubled is not None:
-            raise UserError(f"{path}: key {doubled!r} appears twice in one block")
-        return dict(pairs)
-
     def refuse_constant(word: str) -> None:
         """Raise UserError for the constant `word`: NaN or an infinity, which JSON does not have."""
         raise UserError(f"{path}: {word} is not a number of JSON")
@@ -217,7 +210,7 @@ def _read_json(path: Path) -> dict[str, object]:
     try:
         config = json.loads(
             path.read_bytes().decode("utf-8-sig"),
-            object_pairs_hook=build_block_of_unique_keys,
+            object_pairs_hook=make_unique_keys_hook(str(path)),
             parse_constant=refuse_constant,
         )
     except OSError as error:

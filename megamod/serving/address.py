@@ -6,9 +6,11 @@ from megamod.errors import UserError
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """Bind a socket to an address; it does not listen yet, so clients are refused until it does.
+    """Bind a TCP socket to an address without listening, so clients are refused until a server
+    does.
 
     Args:
+        host: name or address of this machine, of --host.
         port: 0 for any free port.
     Raises:
         UserError: if the address is unknown or in use.

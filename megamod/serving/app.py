@@ -55,6 +55,7 @@ def make_app(service: Service, *, max_wait: float, max_queue: int) -> FastAPI:
     """Make the application that serves a model; its queue is `app.state.queue`.
 
     Args:
+        service: the model to serve.
         max_wait: seconds that a request of an incomplete group waits for others.
         max_queue: most waiting inputs.
     """
@@ -90,7 +91,13 @@ def make_app(service: Service, *, max_wait: float, max_queue: int) -> FastAPI:
 
 
 def _make_common_router(service: Service, queue: RequestQueue, metrics: Metrics) -> APIRouter:
-    """Make the routes that every model has: page, health, metrics and the list of models."""
+    """Make the routes that every model has: page, health, metrics and the list of models.
+
+    Args:
+        service: the model, named in the list of models.
+        queue: its length and state are the health of the server.
+        metrics: shown at /metrics.
+    """
     router = APIRouter()
     page = files("megamod.serving").joinpath("page.html").read_text(encoding="utf-8")
     created = int(time.time())

@@ -46,7 +46,7 @@ class ClassifierService:
         return {"num_instances": self.group_size, "labels": self.pipeline.labels}
 
     def parse_inputs(self, body: ClassificationRequest) -> list[Input]:
-        """Return the inputs of a request in the form of `MuxPipeline.parse_request`.
+        """Return the inputs of a request, each in the form of `MuxPipeline.parse_request`.
 
         Raises:
             UserError: naming an input that does not fit the model.
@@ -107,5 +107,8 @@ class ClassifierService:
         return router
 
     def _format_answer(self, answer: Answer | list[Answer]) -> dict[str, object]:
-        """Format the answer of an input: label and score, or a list of words with theirs."""
+        """Format an answer of `MuxPipeline` for JSON.
+
+        Label and score for a text; {"words": [...]} with word, label and score of each for words.
+        """
         return {"words": answer} if isinstance(answer, list) else answer

@@ -134,7 +134,7 @@ class CompletionService:
         return {"domains": list(self.text_generator.domains), "max_tokens": self.max_tokens}
 
     def make_job(self, body: CompletionRequest) -> CompletionJob:
-        """Make the job of a request.
+        """Make the job of a request for the queue; a request without a seed gets a random one.
 
         Raises:
             UserError: if it asks for too many tokens.
@@ -223,7 +223,10 @@ class CompletionService:
         return StreamingResponse(iterate_events(), media_type="text/event-stream")
 
     def _make_common_fields(self, job: CompletionJob) -> dict[str, object]:
-        """Make the fields that all parts of a response have, with the seed that was used."""
+        """Make the fields of every part of a response: id, kind, time, model and the seed in use.
+
+        Called once per response, so that all events of a stream have one id.
+        """
         return {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -253,6 +256,7 @@ def _make_choice(text: str, reason: str | None = None) -> dict[str, object]:
     """Make the one entry of `choices` in a response.
 
     Args:
+        text: text of this part of the response.
         reason: reason of the end, "stop" or "length"; None: more text follows.
     """
     return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}

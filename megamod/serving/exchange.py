@@ -44,6 +44,9 @@ class RefusedRequestError(UserError):
 async def read_body(request: Request, schema: type[Checked]) -> Checked:
     """Read a request's body as an instance of a schema, see `megamod.schemas.parse_checked_json`.
 
+    Args:
+        request: the request, whose body was not read yet.
+        schema: subclass of `Schema` that describes the body.
     Raises:
         UserError: naming the first field that does not fit, with what is allowed.
         RefusedRequestError: if the body is larger than `LARGEST_BODY`.
@@ -73,8 +76,13 @@ def check_model_name(requested: str | None, served: str) -> None:
 
 
 async def await_unless_abandoned(request: Request, work: Coroutine[None, None, Answer]) -> Answer:
-    """Await work for a request whose body was read, and cancel it if the client disconnects.
+    """Await work for a request, and cancel it if the client disconnects.
 
+    Args:
+        request: the request, whose body was read already.
+        work: coroutine that computes the answer, such as `RequestQueue.submit`.
+    Returns:
+        the result of `work`.
     Raises:
         ClientDisconnect: if the client is gone.
         Exception: that of the work.
@@ -92,12 +100,17 @@ async def await_unless_abandoned(request: Request, work: Coroutine[None, None, A
 
 
 def describe_fault(error: Exception) -> str:
-    """Describe a fault of the server to a client, without its details."""
+    """Return the message to a client for an unexpected exception: its class, without its text."""
     return f"the server failed to answer: {type(error).__name__}, see its log"
 
 
 def format_error(status: int, message: str) -> dict[str, object]:
-    """Format an error as OpenAI's clients expect it."""
+    """Format an error as JSON content in the form of OpenAI's API.
+
+    Args:
+        status: HTTP status of the response, which decides the type of the error.
+        message: one sentence for the client.
+    """
     kind = KINDS.get(status, "server_error")
     return {"error": {"message": message, "type": kind, "code": status}}
 
@@ -136,7 +149,7 @@ def add_error_handlers(app: FastAPI, paths: list[str]) -> None:
 
     @app.exception_handler(HTTPException)
     async def refuse_address(request: Request, error: HTTPException) -> Response:
-        """Answer an unknown path, or a method that its path does not have."""
+        """Answer status 404 for an unknown path, 405 for a method that its path does not have."""
         where = f"{request.method} {request.url.path}"
         if error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "another")

@@ -43,7 +43,10 @@ class LivePage:
         self.version, self.text = "", ""
 
     def compute_version(self) -> str:
-        """Compute a digest of times and sizes of the runs' files: equal while none has changed."""
+        """Compute the version of the page: a digest of times and sizes of the runs' files.
+
+        It is equal as long as no file has changed, and follows files that appear or vanish.
+        """
         digest = sha256()
         for file in list_report_files(self.paths):
             try:
@@ -116,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: LiveServer
 
     def do_GET(self) -> None:
-        """Send the page, its version, or status 404."""
+        """Answer a GET request with the page, its version, or status 404."""
         match self.path:
             case "/":
                 self._send_text(200, "text/html", self.server.page.format_page())
@@ -126,7 +129,13 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send_text(404, "text/plain", "there is / and /version\n")
 
     def _send_text(self, status: int, kind: str, text: str) -> None:
-        """Send a response: status, media type `kind`, and text in UTF-8."""
+        """Send a whole response.
+
+        Args:
+            status: HTTP status.
+            kind: media type, such as "text/html".
+            text: body, sent in UTF-8.
+        """
         body = text.encode()
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")

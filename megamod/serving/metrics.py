@@ -65,7 +65,7 @@ class Metrics:
         queue.on_batch = self.count_batch
 
     def count_batch(self, report: BatchReport) -> None:
-        """Count a batch that was run."""
+        """Add a batch to the metrics; the queue calls it as `on_batch`."""
         self.answered.inc(report.requests)
         self.places.inc(report.places)
         self.batch_seconds.observe(report.seconds)
@@ -88,7 +88,10 @@ class RequestCounter:
         self.app, self.metrics, self.paths = app, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application; a response that never starts counts with status 500."""
+        """Run the application for one request, then count it by path and status, with its seconds.
+
+        A request whose response never starts counts with status 500. Arguments are those of ASGI.
+        """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

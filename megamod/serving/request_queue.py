@@ -107,6 +107,8 @@ class RequestQueue(Generic[Request, Answer]):
 
         If the caller is cancelled, those that are not yet running are dropped.
 
+        Args:
+            requests: requests for `answer_batch`, those of one HTTP request.
         Raises:
             QueueFullError: if there is no room for all of them.
             DrainingError: if the queue is closed.
@@ -166,7 +168,10 @@ class RequestQueue(Generic[Request, Answer]):
             await asyncio.sleep(0.01)
 
     async def _wait_until_due(self) -> int:
-        """Wait until a batch is due; return the number of its requests."""
+        """Wait until a batch is due by `_count_due_requests`; return the number of its requests.
+
+        It wakes at each arrival, and when the oldest request has waited for `max_wait`.
+        """
         loop = asyncio.get_running_loop()
         while not (count := self._count_due_requests(loop.time())):
             self._arrival.clear()
@@ -181,11 +186,11 @@ class RequestQueue(Generic[Request, Answer]):
     def _count_due_requests(self, now: float) -> int:
         """Count the oldest requests that are to run now; 0: wait for more.
 
+        Full groups run at once, as many as a batch holds. The remaining requests run too if the
+        oldest of them has waited for `max_wait` and the batch has room for another group.
+
         Args:
             now: time of the event loop, in seconds.
-
-        Full groups run at once, as many as a batch holds. The requests left over run too if the
-        oldest of them has waited long enough and there is room in the batch.
         """
         capacity = self.group_size * self.max_groups
         count = len(self._waiting)

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megamod.convert import FORMATS, ConvertOptions, import_format
-from megamod.convert.fairseq_lm import build_key_map, convert, export
+from megamod.convert.fairseq_lm import convert, export
+from megamod.convert.fairseq_names import build_key_map
 from megamod.errors import UserError
 from megamod.states.output_folder import create_new_folder
 from megamod.states.weights import write_index, write_weights

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megamod.errors import UserError
+from megamod.schemas import make_unique_keys_hook
 
 FORMATS = {
     "text": (".txt", ".text", ".raw", ".tokens"),
@@ -143,19 +144,15 @@ def parse_json_object(line: str, where: str, key: str | None = None) -> dict[str
 
     Args:
         where: file and line, for messages.
-        key: a key that must not occur twice.
+        key: a key that must not occur twice; None: of any doubled key the last value counts.
     Raises:
         UserError: if the line is not one JSON object, or `key` occurs twice.
     """
-
-    def build_object_with_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        """Build an object of the line from its pairs; raise ValueError if `key` occurs twice."""
-        if sum(name == key for name, _ in pairs) > 1:
-            raise ValueError(f"the key {key!r} occurs twice in one object")
-        return dict(pairs)
-
     try:
-        value = json.loads(line, object_pairs_hook=build_object_with_key_once if key else None)
+        hook = make_unique_keys_hook(where, key) if key else None
+        value = json.loads(line, object_pairs_hook=hook)
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         if line.lstrip().startswith("["):
             raise UserError(f"{where}: a JSON list; {ONE_A_LINE}") from error
