@@ -25,7 +25,6 @@ from pathlib import Path
 from megamod.command_line import CommandParser
 from megamod.errors import UserError, run_main
 from megamod.folder_lock import lock_folder
-from megamod.tables import format_table
 
 
 def main() -> None:
@@ -40,6 +39,7 @@ def main() -> None:
     from megamod.data.corpus.binarize import binarize
     from megamod.data.corpus.builtin import load_builtin_documents
     from megamod.data.corpus.documents import parse_domain_paths
+    from megamod.data.corpus.header import format_databin_summary
 
     inputs: dict[str, str | list[str]] = {**parse_domain_paths(options.input)}
     if options.sample_lines is not None:
@@ -135,8 +135,8 @@ def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> st
     """Write random lines of text files to OUT/NAME.txt, for --sample_lines.
 
     Args:
-        options: parsed command line of megamod preprocess.
-        inputs: path of the text by domain, from --input NAME=PATH.
+        options: parsed command line.
+        inputs: path of the text by domain.
     Returns:
         a report, a line per domain.
     Raises:
@@ -162,27 +162,6 @@ def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> st
         f"{options.output_dir / name}.txt: {options.sample_lines} lines of each of {used} files, "
         f"{skipped} files have fewer"
         for name, (used, skipped) in counts.items()
-    )
-
-
-def format_databin_summary(header: dict, output: Path) -> str:
-    """Format the counts of a data-bin as a table by domain, with a line of sums below it.
-
-    Args:
-        header: content of databin.json.
-        output: folder of the data-bin, named in the last line.
-    """
-    rows = [("domain", "train tokens", "valid tokens", "test tokens", "bytes", "replaced")]
-    for name, splits in header["domains"].items():
-        tokens = [f"{splits[split]['tokens']:,}" for split in ("train", "valid", "test")]
-        text = sum(of["bytes"] for of in splits.values())
-        rows.append((name, *tokens, f"{text:,}", str(header["replaced"][name])))
-    table = format_table(rows, right_aligned_columns=range(1, 6))
-    total = sum(of["tokens"] for splits in header["domains"].values() for of in splits.values())
-    kind, vocabulary = header["tokenizer"]["kind"], header["vocab_size"]
-    return (
-        f"{table}\n{output}: {len(rows) - 1} domains, {total:,} tokens, {kind} tokenizer with "
-        f"{vocabulary:,} ids, one eos per {header['items']}"
     )
 
 

@@ -99,6 +99,8 @@ def check_fills_instance_groups(flag: str, rows: int, instances: int) -> None:
 
     Args:
         flag: flag that sets `rows`, for the message.
+        rows: rows of a micro-batch on one device.
+        instances: N, rows that share a forward pass.
     Raises:
         UserError: with the flag and the nearest allowed values.
     """

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megamod.data.corpus.decoding import Decoding
 from megamod.data.corpus.documents import (
-    Decoding,
     assign_split,
     open_document_source,
     parse_domain_paths,

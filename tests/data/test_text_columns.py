@@ -11,7 +11,8 @@ import pytest
 from pyarrow.parquet import write_table
 
 from megamod.data.corpus.binarize import binarize
-from megamod.data.corpus.documents import Decoding, open_document_source, read_documents
+from megamod.data.corpus.decoding import Decoding
+from megamod.data.corpus.documents import open_document_source, read_documents
 from megamod.data.corpus.tokenizers import train_sentencepiece
 from megamod.errors import UserError
 

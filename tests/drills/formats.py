@@ -7,7 +7,8 @@ from pathlib import Path
 from drills.malformed import Format
 
 from megamod.data.corpus.binarize import binarize
-from megamod.data.corpus.documents import Decoding, read_documents
+from megamod.data.corpus.decoding import Decoding
+from megamod.data.corpus.documents import read_documents
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.databin import DataBin
 from megamod.data.tasks.specs import TASKS, make_token_task

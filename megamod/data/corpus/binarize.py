@@ -214,7 +214,11 @@ def _binarize_locked(
 
 
 def _check_domain_names(inputs: Mapping[str, object]) -> None:
-    """Raise UserError if there is no domain, or one whose name cannot be a folder of a data-bin."""
+    """Raise UserError if there is no domain, or one whose name cannot be a folder of a data-bin.
+
+    Args:
+        inputs: mapping whose keys are the domains, see `binarize`.
+    """
     if not inputs:
         raise UserError("no domain given: pass --input NAME=PATH or --builtin")
     for name in inputs:
@@ -224,7 +228,7 @@ def _check_domain_names(inputs: Mapping[str, object]) -> None:
 
 
 def _read_existing_header(output: Path) -> dict | None:
-    """Read the header of an existing data-bin; return None for an absent or empty folder.
+    """Read the header of an existing data-bin in `output`; None for an absent or empty folder.
 
     Raise UserError if the folder holds anything else.
     """
@@ -273,9 +277,11 @@ def _compute_header_identity(header: dict) -> str:
 def _iterate_items(
     source: DocumentSource, item_unit: str, only_split: str | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Yield split and text of each item of a source: its lines or documents, by `item_unit`.
+    """Yield split and text of each item of a source.
 
-    `only_split` limits them to one split; None: all splits.
+    Args:
+        item_unit: "document" or "line", see `binarize`.
+        only_split: the only split to yield; None: all.
     """
     return (
         source.iterate_lines(only_split)
@@ -285,9 +291,13 @@ def _iterate_items(
 
 
 def _count_items(name: str, source: DocumentSource, item_unit: str) -> dict[str, ItemCounter]:
-    """Read the whole source of domain `name` and count its items: a counter for each split.
+    """Read the whole source of a domain and count its items: a counter for each split.
 
-    Raise UserError for content that cannot be read, and for a split without text.
+    Args:
+        name: the domain, for messages.
+        item_unit: "document" or "line", see `binarize`.
+    Raises:
+        UserError: for content that cannot be read, and for a split without text.
     """
     counters = {split: ItemCounter() for split in SPLITS}
     for split, text in show_progress(
@@ -325,7 +335,7 @@ def _iterate_train_sample(
 
 
 def _build_work_path(output: Path) -> Path:
-    """Build the path of the work folder of `output`."""
+    """Build the path of the work folder of `output`, a hidden sibling named `.NAME.partial`."""
     return output.with_name(f".{output.name}.partial")
 
 

@@ -64,9 +64,13 @@ def load_builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
 
 
 def _sample_documents(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """Cut texts into documents and select distinct ones, spread evenly, up to `max_bytes` of UTF-8.
+    """Cut texts into documents and select distinct ones, evenly spaced, up to a size.
 
     Documents below `SHORTEST` characters are dropped.
+
+    Args:
+        texts: whole texts, see `_cut_long_text`.
+        max_bytes: most UTF-8 bytes of all selected documents together.
     """
     pieces = dict.fromkeys(piece for text in texts for piece in _cut_long_text(text))
     documents = [piece for piece in pieces if len(piece) >= SHORTEST]
@@ -103,8 +107,10 @@ def _read_sample_of_files(
     Only these are read, because reading all files would take seconds.
 
     Args:
+        roots: folders that are searched at any depth.
         endings: endings of the files, with the dot.
         skipped: names of folders that are not searched.
+        max_bytes: about as many bytes are read.
     """
     paths = [
         path
@@ -140,7 +146,13 @@ def _find_header_folders() -> list[Path]:
 
 
 def _read_help_topics(standard_library: Path) -> Iterator[str]:
-    """Yield sections of the strings in `pydoc_data.topics`, which is parsed and not imported."""
+    """Yield sections of Python's help texts, the strings in `pydoc_data.topics`.
+
+    The module is parsed and not imported.
+
+    Args:
+        standard_library: folder of the standard library.
+    """
     source = _read_utf8_text(standard_library / "pydoc_data" / "topics.py")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Dict):
@@ -149,7 +161,13 @@ def _read_help_topics(standard_library: Path) -> Iterator[str]:
 
 
 def _group_paragraphs(topic: str, size: int = 2000) -> Iterator[str]:
-    """Yield the paragraphs of a text in groups of at least `size` characters, the last one less."""
+    """Yield the paragraphs of a text in groups of at least `size` characters; the last may have
+    fewer.
+
+    Args:
+        topic: the text; blank lines separate its paragraphs.
+        size: characters of a group.
+    """
     paragraphs: list[str] = []
     for paragraph in topic.split("\n\n"):
         paragraphs.append(paragraph)

@@ -8,11 +8,11 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megamod.data.corpus.decoding import Decoding
 from megamod.data.corpus.file_formats import (
     find_format,
     parse_json_object,
@@ -42,70 +42,6 @@ if TYPE_CHECKING:
 SPELLINGS = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
 SHARES = {"train": 0.90, "valid": 0.05, "test": 0.05}
 FORMATS = ("text", "JSON lines", "JSON", "CSV", "TSV", "Parquet")
-
-
-@dataclass
-class Decoding:
-    """Treatment of bytes that are not text.
-
-    Attributes:
-        errors: "strict" refuses them, "replace" replaces them with U+FFFD.
-        replaced: characters replaced so far.
-
-    Raises:
-        UserError: for another value of `errors`.
-    """
-
-    errors: str = "strict"
-    replaced: int = 0
-
-    def __post_init__(self) -> None:
-        if self.errors not in ("strict", "replace"):
-            raise UserError(f"--encoding_errors {self.errors}: allowed are strict and replace")
-
-    def decode_line(self, raw: bytes, path: Path, offset: int) -> str:
-        """Decode the line `raw`, which begins at byte `offset` of `path`.
-
-        Bytes that are not UTF-8 and NUL characters are replaced and counted.
-
-        Raises:
-            UserError: for such bytes, naming their place, if `errors` is "strict".
-        """
-        try:
-            text, problem = raw.decode(), None
-            if "\0" in text:
-                problem = f"NUL byte at offset {offset + raw.index(0)}"
-        except UnicodeDecodeError as error:
-            text = raw.decode(errors="replace")
-            problem = f"invalid UTF-8 at byte offset {offset + error.start}"
-        if problem is None:
-            return text
-        self._raise_if_strict(path, problem)
-        self.replaced += text.count("�") - raw.count("�".encode()) + text.count("\0")
-        return text.replace("\0", "�")
-
-    def repair_string(self, text: str, where: str) -> str:
-        """Return `text` with NUL characters and lone surrogates replaced, which are counted.
-
-        Args:
-            where: origin of the text, for messages.
-        Raises:
-            UserError: for such characters, if `errors` is "strict".
-        """
-        invalid = re.findall("[\0\ud800-\udfff]", text)
-        if not invalid:
-            return text
-        self._raise_if_strict(where, f"character U+{ord(invalid[0]):04X} is not text")
-        self.replaced += len(invalid)
-        return re.sub("[\0\ud800-\udfff]", "�", text)
-
-    def _raise_if_strict(self, where: str | Path, problem: str) -> None:
-        """Raise UserError with place and problem if `errors` is "strict"."""
-        if self.errors == "strict":
-            raise UserError(
-                f"{where}: {problem}; correct the file, or pass --encoding_errors replace to "
-                "replace such characters with U+FFFD"
-            )
 
 
 class DocumentSource:
@@ -263,13 +199,14 @@ def open_document_source(
 def read_documents(
     path: str | Path, text_column: str = "text", decoding: Decoding | None = None
 ) -> Iterator[str]:
-    """Yield the documents of one file in the format of its ending.
+    r"""Yield the documents of one file in the format of its ending.
 
     In plain text one or more blank lines separate documents, and line ends inside a document are
-    kept as "\\n". A byte order mark at the start is dropped and CRLF is read as LF. Documents that
+    kept as "\n". A byte order mark at the start is dropped and CRLF is read as LF. Documents that
     are only white space are skipped.
 
     Args:
+        path: the file, perhaps compressed.
         text_column: JSON key or column of the text; without effect for plain text.
         decoding: treatment of bytes that are not text; None: they are errors.
     Raises:
@@ -346,9 +283,14 @@ def read_decoded_lines(path: Path, decoding: Decoding) -> Iterator[tuple[int, st
 
 
 def _read_json_cells(path: Path, text_column: str, decoding: Decoding) -> Cells:
-    """Yield place and value of the key `text_column` of every JSON line that is not blank.
+    """Yield place and value of one key of every JSON line that is not blank.
 
-    Raise UserError for a line that is no JSON object or lacks the key.
+    Args:
+        path: file of JSON lines.
+        text_column: the key.
+        decoding: treatment of bytes that are not text.
+    Raises:
+        UserError: for a line that is no JSON object or lacks the key.
     """
     for number, line in read_decoded_lines(path, decoding):
         if line.strip():
@@ -363,7 +305,13 @@ def _read_json_cells(path: Path, text_column: str, decoding: Decoding) -> Cells:
 
 
 def _require_string(value: object, text_column: str, where: str) -> str:
-    """Return `value` if it is a string; raise UserError for any other type."""
+    """Return `value` if it is a string; raise UserError for any other type.
+
+    Args:
+        value: cell of the text column.
+        text_column: name of the column, for the message.
+        where: file and line, for the message.
+    """
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise UserError(f"{where}: {text_column!r} is {kind}, a string is needed")
@@ -373,10 +321,16 @@ def _require_string(value: object, text_column: str, where: str) -> str:
 def _make_file_reader(
     files: Sequence[Path], text_column: str, decoding: Decoding
 ) -> Callable[[], Iterator[str]]:
-    """Return a function that iterates over the documents of all files.
+    """Make the reader of a split: a function that iterates over the documents of its files.
 
-    The first document of each file with columns is read at once. Raise UserError if the column is
-    missing or the ending is unknown.
+    The first document of each file with columns is read at once, to check the column.
+
+    Args:
+        files: shards of the split, in order.
+        text_column: JSON key or column of the text.
+        decoding: treatment of bytes that are not text.
+    Raises:
+        UserError: if the column is missing or the ending is unknown.
     """
     for file in files:
         if require_format(file, FORMATS) != "text":
@@ -423,9 +377,15 @@ def _find_split_files(folder: Path) -> dict[str, list[Path]]:
 def _make_dataset_readers(
     loaded: object, where: str, text_column: str, decoding: Decoding
 ) -> dict[str, Callable[[], Iterator[str]]]:
-    """Return a function per split that iterates over the documents of a loaded data set.
+    """Make a reader per split of a loaded data set: a function that iterates over its documents.
 
-    Raise UserError if the column is missing, or the splits are others than ours.
+    Args:
+        loaded: a table of `datasets`, or a mapping from splits to tables.
+        where: the user's name of the data set, for messages.
+        text_column: column of the text.
+        decoding: treatment of characters that are not text.
+    Raises:
+        UserError: if the column is missing, or the splits are others than ours.
     """
     tables = find_split_tables(loaded, where, SPELLINGS)
     for table in tables.values():
@@ -442,7 +402,12 @@ def _make_dataset_readers(
 def _read_cell_texts(cells: Cells, text_column: str, decoding: Decoding) -> Iterator[str]:
     """Yield the texts of cells, checked to be strings; cells of white space alone are skipped.
 
-    Raise UserError for a cell that is no string, or holds characters that `decoding` refuses.
+    Args:
+        cells: pairs of place, for messages, and value.
+        text_column: name of the cells' column, for messages.
+        decoding: treatment of characters that are not text.
+    Raises:
+        UserError: for a cell that is no string, or holds characters that `decoding` refuses.
     """
     for where, value in cells:
         text = decoding.repair_string(_require_string(value, text_column, where), where)

@@ -61,6 +61,7 @@ def _check_encodes_text(tokenizer: "PreTrainedTokenizerFast", spec: str) -> None
     """Refuse a tokenizer that encodes no text; log a warning if most capitals become unknown.
 
     Args:
+        tokenizer: the loaded tokenizer.
         spec: the user's name of the tokenizer, for messages.
     Raises:
         UserError: if the text of every tested token becomes unknown, see `TRIED`, or the vocabulary
@@ -103,7 +104,13 @@ def _check_encodes_text(tokenizer: "PreTrainedTokenizerFast", spec: str) -> None
 def _is_encoded_as_unknown(
     backend: "tokenizers.Tokenizer", special_ids: set[int], text: str
 ) -> bool:
-    """Return True if `text` becomes special tokens (`special_ids`) only, or no token."""
+    """Return True if a text becomes special tokens only, or no token.
+
+    Args:
+        backend: the tokenizer of the `tokenizers` library.
+        special_ids: ids of the special tokens, that of the unknown token among them.
+        text: the text to encode.
+    """
     return special_ids.issuperset(backend.encode(text, add_special_tokens=False).ids)
 
 
@@ -120,6 +127,9 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
 
 
 def _is_cased(vocab: dict[str, int]) -> bool:
-    """Return True if more than `CASED_SHARE` of the tokens with letters have capitals."""
+    """Return True if a vocabulary (token -> id) has tokens with capitals, as of a cased model.
+
+    They must be more than `CASED_SHARE` of the tokens with letters.
+    """
     lettered = [t for t in vocab if t.lower() != t.upper() and not t.startswith(("[", "<"))]
     return sum(t != t.lower() for t in lettered) > CASED_SHARE * len(lettered)

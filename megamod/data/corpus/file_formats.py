@@ -45,6 +45,7 @@ def require_format(path: Path, allowed: Sequence[str], flag: str = "") -> str:
     An ending of a compression is ignored. The file is not read.
 
     Args:
+        path: the file, which need not exist.
         allowed: keys of the formats that the caller reads.
         flag: prefix of the message, such as the flag that named the file.
     Raises:
@@ -143,6 +144,7 @@ def parse_json_object(line: str, where: str, key: str | None = None) -> dict[str
     """Parse a line that must be one JSON object.
 
     Args:
+        line: the text of the line.
         where: file and line, for messages.
         key: a key that must not occur twice; None: of any doubled key the last value counts.
     Raises:
@@ -169,7 +171,13 @@ def _strip_compression_ending(path: Path) -> str:
 
 
 def _check_compression(path: Path, file: BinaryIO, compression: str | None) -> None:
-    """Raise UserError if the first bytes of a file contradict its ending."""
+    """Raise UserError if the first bytes of a file contradict its ending.
+
+    Args:
+        path: the file, for the message.
+        file: the open file, which stays at its start.
+        compression: name of the compression in its ending, see `COMPRESSIONS`; None: it has none.
+    """
     head = file.peek(8)
     for ending, (name, magic) in COMPRESSIONS.items():
         if name == compression and not head.startswith(magic):

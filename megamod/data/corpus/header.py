@@ -11,6 +11,7 @@ from megamod.errors import UserError
 from megamod.files import format_json
 from megamod.names import Domain, check_domain
 from megamod.schemas import Schema, read_checked_file
+from megamod.tables import format_table
 
 HEADER = "databin.json"
 FORMAT = 1
@@ -78,7 +79,11 @@ class DataBinHeader(Schema):
 
     @model_validator(mode="after")
     def _check_ids_and_digest(self) -> "DataBinHeader":
-        """Raise ValueError for ids outside the vocabulary, or only one of `files` and `digest`."""
+        """Check that the fields of a header fit each other; a validator that pydantic calls.
+
+        Raises:
+            ValueError: for ids outside the vocabulary, or only one of `files` and `digest`.
+        """
         ids = {name: getattr(self, name) for name in ("bos_id", "pad_id", "eos_id", "unk_id")}
         for domain, splits in self.domains.items():
             ids |= {f"domains.{domain}.{name}: max_id": s.max_id for name, s in splits.items()}
@@ -126,6 +131,27 @@ def read_databin_domains(folder: Path) -> tuple[str, ...]:
 def format_databin_header(header: Mapping[str, object]) -> str:
     """Format the content of databin.json, in the order of its keys."""
     return format_json(header, indent=2) + "\n"
+
+
+def format_databin_summary(header: Mapping, output: Path) -> str:
+    """Format the counts of a data-bin as a table by domain, with a line of sums below it.
+
+    Args:
+        header: content of databin.json.
+        output: folder of the data-bin, named in the last line.
+    """
+    rows = [("domain", "train tokens", "valid tokens", "test tokens", "bytes", "replaced")]
+    for name, splits in header["domains"].items():
+        tokens = [f"{splits[split]['tokens']:,}" for split in ("train", "valid", "test")]
+        text = sum(of["bytes"] for of in splits.values())
+        rows.append((name, *tokens, f"{text:,}", str(header["replaced"][name])))
+    table = format_table(rows, right_aligned_columns=range(1, 6))
+    total = sum(of["tokens"] for splits in header["domains"].values() for of in splits.values())
+    kind, vocabulary = header["tokenizer"]["kind"], header["vocab_size"]
+    return (
+        f"{table}\n{output}: {len(rows) - 1} domains, {total:,} tokens, {kind} tokenizer with "
+        f"{vocabulary:,} ids, one eos per {header['items']}"
+    )
 
 
 def compute_header_digest(text: str, digest: str) -> str:

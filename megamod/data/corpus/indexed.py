@@ -111,7 +111,7 @@ class IndexedWriter:
             self._partial.unlink(missing_ok=True)
 
     def _encode_index(self) -> bytes:
-        """Encode the content of the .idx file for the items so far."""
+        """Encode the .idx file of the items so far: header, sizes, byte offsets."""
         sizes = np.array(self.sizes, dtype="<i4")
         offsets = np.zeros(len(sizes), dtype="<i8")
         np.cumsum(sizes[:-1], out=offsets[1:])
@@ -192,7 +192,13 @@ class IndexedDataset:
                 self._raise_for_outside_id(start, chunk, vocab_size)
 
     def _raise_for_outside_id(self, start: int, ids: np.ndarray, vocab_size: int) -> NoReturn:
-        """Raise UserError with the first outside id among `ids`, read from token `start` on."""
+        """Raise UserError with file and place of the first id outside the vocabulary.
+
+        Args:
+            start: number of the first of `ids` among all tokens of the file.
+            ids: ids that were read, at least one outside.
+            vocab_size: ids must be below it.
+        """
         position = start + int(np.argmax((ids >= vocab_size) | (ids < 0)))
         item = int(np.searchsorted(self.offsets, position, side="right")) - 1
         raise UserError(
@@ -218,6 +224,7 @@ def check_blocks(path: Path, digests: str, numbers: Iterable[int]) -> None:
     """Compare some blocks of a file with their digests.
 
     Args:
+        path: the file.
         digests: result of `compute_block_digests` for the undamaged file.
         numbers: numbers of the blocks to read, from 0.
     Raises:
@@ -407,6 +414,7 @@ def _refuse_megatron_index(path: Path, field: bytes, items: int, length: int) ->
     Megatron-LM has the same magic and version, but more arrays.
 
     Args:
+        path: the index, for the message.
         field: the 8 bytes after the header, there the number of document bounds.
         items: number of items in the header.
         length: bytes of the file.

@@ -4,7 +4,8 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
-from megamod.data.corpus.documents import Decoding, read_decoded_lines
+from megamod.data.corpus.decoding import Decoding
+from megamod.data.corpus.documents import read_decoded_lines
 from megamod.data.corpus.file_formats import find_format, require_format
 from megamod.errors import UserError
 from megamod.files import write_atomic

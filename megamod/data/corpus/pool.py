@@ -52,7 +52,15 @@ def open_encoder(tokenizer: Tokenizer, worker_count: int) -> Iterator[EncodeText
 def _encode_in_workers(
     pool: ProcessPoolExecutor, worker_count: int, texts: Iterable[str]
 ) -> Iterator[np.ndarray]:
-    """Yield the ids of texts in order; at most two batches per worker are encoded ahead."""
+    """Encode texts in worker processes; yield their ids in order, int32 [n] for each text.
+
+    At most two batches per worker are encoded ahead.
+
+    Args:
+        pool: the workers, set up by `_start_worker`.
+        worker_count: number of the workers.
+        texts: consumed as results are taken.
+    """
     batches = _batch_texts(texts)
     pending = deque(
         pool.submit(_encode_batch, batch) for batch in islice(batches, 2 * worker_count)
@@ -77,7 +85,11 @@ def _batch_texts(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _start_worker(tokenizer: Tokenizer) -> None:
-    """Set up a worker process: its tokenizer, signals, and an exit with its parent."""
+    """Set up a worker process of the pool.
+
+    It stores the tokenizer for `_encode_batch`, ignores Ctrl-C, which the parent handles, and exits
+    with its parent.
+    """
     global _tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -92,5 +104,5 @@ def _exit_with_parent() -> None:
 
 
 def _encode_batch(texts: list[str]) -> list[np.ndarray]:
-    """Encode texts with the tokenizer of this worker process."""
+    """Encode texts with the tokenizer of this worker process: int32 [n] ids for each text."""
     return _tokenizer.encode_batch(texts)

@@ -181,9 +181,12 @@ def convert_model(
 
 
 def _has_exact_backend(model: "ModelProto") -> bool:
-    """Return True if the `tokenizers` form is exact on any text, as for models of `train_model`.
+    """Return True if the `tokenizers` form gives the ids of SentencePiece on any text.
 
     These are BPE models without normalisation or added blanks, with symbols of one character only.
+
+    True for BPE models without normalisation or added blanks, with symbols of one character only,
+    such as those of `train_model`.
     """
     spec = model.normalizer_spec
     changes = (spec.precompiled_charsmap, spec.add_dummy_prefix, spec.escape_whitespaces)
@@ -195,7 +198,10 @@ def _has_exact_backend(model: "ModelProto") -> bool:
 
 
 def _is_separable_at_blanks(model: "ModelProto") -> bool:
-    """Return True if cutting a text at a blank between two words does not change its ids."""
+    """Return True if a text may be cut at a blank between two words without a change of its ids.
+
+    True if normalisation is a standard one, blanks begin pieces, and no piece has a blank inside.
+    """
     spec = model.normalizer_spec
     return (
         spec.name in STANDARD_NORMALIZERS
@@ -234,9 +240,12 @@ def _build_probe_texts(model: "ModelProto") -> Iterator[str]:
 
 
 def _have_equal_scores(model: "ModelProto", first: Sequence[int], second: Sequence[int]) -> bool:
-    """Return True if both sequences of ids have the same score in a unigram model.
+    """Return True if two sequences of ids have the same score in a unigram model, up to rounding.
 
-    Other models have no such score: the result is False.
+    The score is the sum of those of the pieces. Other models have none: the result is False.
+
+    Args:
+        first, second: ids of two encodings of one text.
     """
     if model.trainer_spec.model_type != UNIGRAM:
         return False

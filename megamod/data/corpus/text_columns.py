@@ -29,6 +29,10 @@ def read_csv_column(path: Path, column: str, decode_line: Decode) -> Cells:
     Empty rows are skipped. Raises the limit of the csv module on the length of a cell, for the
     whole process, to `LONGEST_CELL`.
 
+    Args:
+        path: the file.
+        column: name of the column in the header.
+        decode_line: decodes the bytes of a line, see `Decoding.decode_line`.
     Raises:
         UserError: naming file and line, if the column is missing or occurs twice, if a row has
             another number of cells than the header, or if it is not CSV.
@@ -55,6 +59,8 @@ def read_tsv_column(path: Path, column: str, decode_line: Decode) -> Cells:
 
     Empty lines are skipped.
 
+    Args:
+        path, column, decode_line: see `read_csv_column`.
     Raises:
         UserError: naming file and line, if the column is missing or occurs twice, or if a row has
             another number of cells than the header.
@@ -152,6 +158,8 @@ def find_split_tables(
 def read_dataset_column(table: "Dataset | IterableDataset", column: str, where: str) -> Cells:
     """Yield the cells of a column of a table of `datasets`, streamed or not.
 
+    Args:
+        where: the user's name of the data set, for messages.
     Raises:
         UserError: if it has no such column or its rows cannot be read.
     """
@@ -168,6 +176,9 @@ def read_dataset_column(table: "Dataset | IterableDataset", column: str, where: 
 def require_column(where: str, column: str, columns: Sequence[str]) -> None:
     """Refuse a column name that a table does not have.
 
+    Args:
+        where: file or data set, for the message.
+        columns: names of the columns that the table has.
     Raises:
         UserError: naming `where` and the first columns.
     """
@@ -177,9 +188,14 @@ def require_column(where: str, column: str, columns: Sequence[str]) -> None:
 
 
 def _select_column_cells(path: Path, column: str, rows: Iterator[tuple[int, list[str]]]) -> Cells:
-    """Yield place and cell of a column from numbered rows, the first of which is the header.
+    """Yield place and cell of one column from rows of cells.
 
-    Raise UserError if the column is missing or occurs twice, or for a row of another length.
+    Args:
+        path: the file, for messages and places.
+        column: name of the column in the header.
+        rows: line number and cells of each row; the first row is the header.
+    Raises:
+        UserError: if the column is missing or occurs twice, or for a row of another length.
     """
     number, header = next(rows, (1, []))
     require_column(f"{path}, line {number}", column, header)

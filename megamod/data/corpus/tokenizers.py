@@ -183,6 +183,7 @@ def load_tokenizer(spec: str | Path, do_lower_case: bool | None = None) -> Token
     eos for unk (tokenizers without unk never meet an unknown symbol).
 
     Args:
+        spec: path or name of it, in one of the forms above.
         do_lower_case: for BERT's word pieces, see `load_fast_tokenizer`.
     Raises:
         UserError: if there is no tokenizer, it is damaged, it encodes no text, it has neither eos
@@ -301,9 +302,13 @@ def _cut_long_text(text: str) -> Iterator[str]:
 
 
 def _load_huggingface(spec: str, do_lower_case: bool | None) -> Tokenizer:
-    """Load a Hugging Face tokenizer by folder or hub name; see `load_fast_tokenizer`.
+    """Load a Hugging Face tokenizer.
 
-    Raise UserError if there is none that can be used.
+    Args:
+        spec: folder or hub name.
+        do_lower_case: see `load_fast_tokenizer`.
+    Raises:
+        UserError: if there is none that can be used.
     """
     allowed = (
         f"Allowed are a Hugging Face folder or name, a folder with {', '.join(GPT2_FILES)}, a "
@@ -316,7 +321,10 @@ def _load_huggingface(spec: str, do_lower_case: bool | None) -> Tokenizer:
 def _wrap_fast_tokenizer(tokenizer: "PreTrainedTokenizerFast", spec: str) -> Tokenizer:
     """Wrap a Hugging Face tokenizer, with the defaults of `load_tokenizer` for special ids.
 
-    `spec` is the user's name of it. Raise UserError if it has neither eos nor sep.
+    Args:
+        spec: the user's name of the tokenizer, for messages.
+    Raises:
+        UserError: if it has neither eos nor sep.
     """
     eos = _select_first_id(tokenizer.eos_token_id, tokenizer.sep_token_id)
     if eos is None:
@@ -369,9 +377,13 @@ def _load_gpt2(folder: Path) -> Tokenizer:
 
 
 def _load_sentencepiece(content: bytes, where: str) -> Tokenizer:
-    """Load a serialised SentencePiece model; `where` names it in messages.
+    """Load a SentencePiece model.
 
-    Raise UserError if it has no eos, or cannot be converted exactly.
+    Args:
+        content: the serialised model.
+        where: path of the model, for messages.
+    Raises:
+        UserError: if it has no eos, or cannot be converted exactly.
     """
     with report_damage(f"--tokenizer {where}: no SentencePiece model"):
         backend, exact, ids = sentencepiece_model.convert_model(content, f"--tokenizer {where}")

@@ -48,6 +48,7 @@ class TrainBatches(StepBatches):
 
         Args:
             blocks: sequences of each domain, in the sampler's order.
+            sampler: order of the samples over domains and blocks.
             division: division of the samples of a step, those of one stream.
             streams: domains with streams of their own; None: one stream of all domains, in the
                 order of the sampler.
@@ -72,6 +73,7 @@ class TrainBatches(StepBatches):
 
         Args:
             blocks: sequences of each domain, in the sampler's order.
+            sampler: order of the samples over domains and blocks.
             division: division of a step over all ranks.
         """
         return cls(blocks, sampler, division, None)
@@ -91,6 +93,7 @@ class TrainBatches(StepBatches):
 
         Args:
             blocks: sequences of all E domains, also of other ranks.
+            sampler: order of the samples; each domain's share of it is one stream.
             division: division of a step over all domains; its ranks are those with the same
                 domains as this one. A micro-batch has sequences of one domain.
             domains: numbers of this rank's domains, read in turn.
@@ -109,6 +112,8 @@ class TrainBatches(StepBatches):
     def select_blocks(self, micro_batch_index: int) -> tuple[np.ndarray, np.ndarray]:
         """Select the domains [B] and block indices [B] of a micro-batch, both int64.
 
+        Args:
+            micro_batch_index: number of the micro-batch on this rank, from 0.
         Raises:
             IndexError: for a negative index.
         """
@@ -118,6 +123,9 @@ class TrainBatches(StepBatches):
     def __getitem__(self, micro_batch_index: int) -> Batch:
         """Return a micro-batch of this rank, as in the docstring of the class.
 
+        Args:
+            micro_batch_index: number of the micro-batch on this rank, from 0 for the first of step
+                0.
         Raises:
             IndexError: for a negative index.
             UserError: for an id outside the vocabulary.
@@ -156,9 +164,15 @@ class TrainBatches(StepBatches):
         }
 
     def _find_prepared_row(self, micro_batch_index: int) -> int:
-        """Return the row of a micro-batch in the prepared arrays; prepare others if it is absent.
+        """Return the row of a micro-batch in the prepared arrays.
 
-        Raise IndexError for a negative index.
+        The arrays describe consecutive micro-batches of `AHEAD` samples or a few more; if the
+        micro-batch is not among them, those around it are prepared.
+
+        Args:
+            micro_batch_index: number of the micro-batch on this rank.
+        Raises:
+            IndexError: for a negative index.
         """
         if micro_batch_index < 0:
             raise IndexError(f"micro-batch {micro_batch_index} is before the first")
@@ -174,6 +188,9 @@ class TrainBatches(StepBatches):
 
         Streams alternate within a step: with streams a and b its micro-batches are a0 b0 a1 b1,
         which are number 0 of both streams, then number 1.
+
+        Args:
+            micro_batch_indices: [n] int64 numbers of micro-batches on this rank.
         """
         division = self.division
         steps, index_in_step = np.divmod(micro_batch_indices, self.micro_steps)
@@ -210,6 +227,8 @@ def iterate_train_batches(
     """Yield the micro-batches of a rank without end, from the first one of step `first_step` on.
 
     Args:
+        dataset: the micro-batches of this rank.
+        first_step: number of the step to start at; above 0 in a resumed run.
         num_workers: processes that read ahead; 0 reads in this process, with the same batches.
         pin_memory: put tensors in page-locked memory, for copies during computation.
     Raises:
@@ -241,6 +260,7 @@ def iterate_eval_batches(
     but is not scored.
 
     Args:
+        blocks: sequences of the split.
         batch_size: sequences of a batch.
         max_batches: largest number of batches; None: all.
     Raises:

@@ -100,8 +100,13 @@ class TokenBlocks:
         return offsets[np.searchsorted(offsets, starts)] == starts
 
     def gather_inputs_and_labels(self, block_indices: np.ndarray) -> tuple[Tensor, Tensor, bool]:
-        """Read blocks [B] as inputs and labels; returns as `build_inputs_and_labels`.
+        """Read blocks as inputs and labels of next-token prediction.
 
+        Args:
+            block_indices: [B] indices of blocks in file order.
+        Returns:
+            inputs [B, T] and labels [B, T], int64, and True if any sequence is padded; see
+                `build_inputs_and_labels`.
         Raises:
             IndexError: for an index outside the blocks.
             UserError: for an id outside the vocabulary.
@@ -145,11 +150,12 @@ class TokenBlocks:
     def read_blocks(self, block_indices: np.ndarray) -> np.ndarray:
         """Read the preceding token and the tokens of each block: [B, span + 1] int64.
 
-        `block_indices` are [B] int64, at least one.
-
         The rest of a short block, and what precedes the first block, is 0. Ids are not checked, see
         `check_row_ids`. If all blocks are full, this is one gather from overlapping windows and one
         cast.
+
+        Args:
+            block_indices: [B] int64 indices of blocks, at least one.
         """
         preceding = block_indices * self.span - 1
         if preceding.min() >= 0 and preceding.max() + self.span < self.total:
@@ -166,6 +172,10 @@ class TokenBlocks:
         """Write the preceding token and the tokens of a block into `row` [span + 1].
 
         Elements after a short block, and the first one of block 0, are left as they are.
+
+        Args:
+            row: [span + 1] int64, written in place.
+            block_index: index of the block in file order.
         """
         start = block_index * self.span
         piece = self.dataset.tokens[max(start - 1, 0) : start + self.span]

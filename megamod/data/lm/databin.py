@@ -105,6 +105,9 @@ class DataBin:
 
         Ids are checked against the vocabulary as they are read; without a header all of them now.
 
+        Args:
+            domain: one of `domains`.
+            split: "train", "valid" or "test".
         Raises:
             UserError: for an unknown domain, a missing, malformed or empty split, or counts or
                 digests that differ from those of the header.
@@ -127,11 +130,15 @@ class DataBin:
         return dataset
 
     def _check_digests(self, dataset: IndexedDataset, expected: SplitHeader) -> None:
-        """Compare the digest of the index, and this share of the digests that `verify` asks for.
+        """Compare digests of a split with those in the header; raise UserError for one that
+        differs.
 
-        They are compared with those of `expected`, the header's entry of the split.
+        That of the index is always compared, those of the tokens as `verify` says, and only the
+        part of the work that `share` assigns to this process.
 
-        Raise UserError for one that differs.
+        Args:
+            dataset: the opened split.
+            expected: the header's entry of the split.
         """
         digests, (part, parts) = expected.sha256, self.share
         if "idx" in digests and hash_file(dataset.idx_path) != digests["idx"]:
@@ -152,6 +159,8 @@ class DataBin:
         """Open a split as sequences of `block_size` tokens.
 
         Args:
+            domain, split: see `open_split`.
+            block_size: tokens of a sequence, the domain token included.
             domain_token: see `TokenBlocks`.
         Raises:
             UserError: as `open_split`; and if the train split is shorter than one sequence.

@@ -26,9 +26,11 @@ class InstanceLayout(NamedTuple):
 
 
 def arrange_rows_in_order(row_count: int, instances: int) -> InstanceLayout:
-    """Arrange every row once, in order, in groups of N = `instances`.
+    """Arrange every row once, in order, in groups; the first rows, repeated, fill the last group.
 
-    The first rows, repeated, fill the last group.
+    Args:
+        row_count: number n of rows.
+        instances: N, rows that share a forward pass.
     """
     full = -(-row_count // instances) * instances
     return InstanceLayout(np.arange(full) % row_count, np.arange(row_count)[:, None])
@@ -37,9 +39,11 @@ def arrange_rows_in_order(row_count: int, instances: int) -> InstanceLayout:
 def arrange_rows_for_ensemble(
     row_count: int, instances: int, seed: Sequence[int]
 ) -> InstanceLayout:
-    """Arrange every row N = `instances` times, on random lines, to average logits over its copies.
+    """Arrange every row on N random lines, to average its logits over these copies.
 
     Args:
+        row_count: number n of rows.
+        instances: N, copies of a row, and lines that share a forward pass.
         seed: numbers that seed the draw of the lines.
 
     Source: Murahari et al. 2023 (MUX-PLM), ensembling.

@@ -120,6 +120,9 @@ class MaskedBatches(StepBatches):
     def __getitem__(self, micro_batch_index: int) -> Batch:
         """Return a micro-batch of this rank, as in the docstring of the class.
 
+        Args:
+            micro_batch_index: number of the micro-batch on this rank, from 0 for the first of step
+                0.
         Raises:
             UserError: for an id outside the vocabulary.
         """
@@ -186,7 +189,11 @@ class MaskedBatches(StepBatches):
         return int(readable.sum())
 
     def _draw_retrieved_instances(self, group_index: int) -> np.ndarray:
-        """Draw the instance to retrieve at each position of a group, [T] int64."""
+        """Draw the instance, 0 to N - 1, to retrieve at each position of a group: [T] int64.
+
+        Args:
+            group_index: number of the group among all samples; with the seed it decides the draw.
+        """
         draw = np.random.Generator(
             np.random.Philox(key=int(make_random_key(self.seed, group_index, 1)))
         )

@@ -89,14 +89,23 @@ class Sampler:
             raise ValueError(f"every domain needs a block, but they have {list(blocks_per_domain)}")
 
     def select_blocks(self, sample_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Select domains and blocks of global sample indices, all int64 of one shape."""
+        """Select the block of each sample; subclasses define it.
+
+        Args:
+            sample_indices: int64 of any shape; numbers of the samples of all ranks from step 0 on.
+        Returns:
+            domains, and indices of blocks within their domain: int64 of the same shape.
+        """
         raise NotImplementedError
 
     def _permute_blocks(self, domains: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
-        """Return element-wise the block of the `ordinal`-th sample of a domain: int64.
+        """Return element-wise the block of the `ordinals`-th sample of a domain: int64.
 
-        Each domain has another permutation of its blocks in every epoch over them. Both arguments
-        have the same shape, that of the result; ordinals count from 0 without end.
+        Each domain has another permutation of its blocks in every epoch over them.
+
+        Args:
+            domains: int64 numbers of domains.
+            ordinals: number of the sample within its domain, from 0 without end; of the same shape.
         """
         lengths = self.lengths[domains]
         epochs, index = np.divmod(ordinals, lengths)
@@ -112,14 +121,16 @@ class BalancedSampler(Sampler):
     """
 
     def select_blocks(self, sample_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Select domains and blocks of global sample indices, all int64 of one shape."""
+        """Select domains and blocks of samples, see `Sampler.select_blocks`."""
         ordinals, domains = np.divmod(sample_indices, len(self.lengths))
         return domains, self._permute_blocks(domains, ordinals)
 
     def select_domain_blocks(self, domains: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
-        """Select element-wise the block of the `ordinal`-th sample of a domain: int64.
+        """Select element-wise the block of the `ordinals`-th sample of a domain: int64.
 
-        The arguments broadcast.
+        Args:
+            domains: numbers of domains; broadcast with `ordinals`.
+            ordinals: number of the sample within its domain, from 0 without end.
         """
         return self._permute_blocks(*np.broadcast_arrays(domains, ordinals))
 
@@ -128,7 +139,7 @@ class UnbalancedSampler(Sampler):
     """Each epoch is one permutation of the blocks of all domains, so shares are sizes."""
 
     def select_blocks(self, sample_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Select domains and blocks of global sample indices, all int64 of one shape."""
+        """Select domains and blocks of samples, see `Sampler.select_blocks`."""
         ends = np.cumsum(self.lengths)
         epochs, index = np.divmod(sample_indices, ends[-1])
         block = KeyedPermutation(ends[-1], make_random_key(self.seed, epochs))(index)
@@ -165,7 +176,7 @@ class TemperatureSampler(Sampler):
         self._ordinals[by_domain] = np.arange(CYCLE) - np.repeat(ends - self.quotas, self.quotas)
 
     def select_blocks(self, sample_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Select domains and blocks of global sample indices, all int64 of one shape."""
+        """Select domains and blocks of samples, see `Sampler.select_blocks`."""
         cycles, index = np.divmod(sample_indices, CYCLE)
         domains = self._domains[index]
         return domains, self._permute_blocks(
@@ -190,9 +201,15 @@ def make_sampler(name: str, blocks_per_domain: Sequence[int], seed: int, alpha: 
 
 
 def _allocate_quotas(shares: np.ndarray, total: int) -> np.ndarray:
-    """Allocate integers >= 1 near total * shares with sum `total`, by largest remainders.
+    """Allocate whole numbers near `total * shares`, each at least 1, by largest remainders.
 
-    Raise ValueError if there are more shares than `total`.
+    Args:
+        shares: [E] float64, sum 1.
+        total: sum of the result.
+    Returns:
+        [E] int64.
+    Raises:
+        ValueError: if there are more shares than `total`.
     """
     if len(shares) > total:
         raise ValueError(f"{len(shares)} domains: at most {total} are allowed")
@@ -205,7 +222,13 @@ def _allocate_quotas(shares: np.ndarray, total: int) -> np.ndarray:
 
 @np.errstate(over="ignore")
 def _permute_by_feistel(value: np.ndarray, bits: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Permute each value within range(2**bits) by a Feistel network; all uint64 [m]."""
+    """Permute each value within range(2**bits) by a Feistel network of `ROUNDS` rounds.
+
+    Args:
+        value: [m] uint64, each below 2**bits.
+        bits: [m] uint64 number of bits of each value.
+        key: [m] uint64 key of each permutation, see `make_random_key`.
+    """
     shift = bits >> np.uint64(1)
     masks = (np.uint64(1) << (bits - shift)) - np.uint64(1), (np.uint64(1) << shift) - np.uint64(1)
     halves = [value >> shift, value & masks[1]]

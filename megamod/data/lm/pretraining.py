@@ -135,8 +135,9 @@ class LmData:
 
         Args:
             split: "train", "valid" or "test".
-            sampler, alpha: see `build_train_batches`.
+            masking: settings of masking.
             division, seed, instances, prefix: see `MaskedBatches`.
+            sampler, alpha: see `build_train_batches`.
         Raises:
             UserError: if a split is missing or damaged, or a micro-batch does not fill its groups.
         """
@@ -161,6 +162,8 @@ class LmData:
         They are those of `megamod.data.lm.batches.iterate_eval_batches`.
 
         Args:
+            domain: one of `domains`.
+            split: "train", "valid" or "test".
             batch_size: sequences of a batch.
             max_batches: largest number of batches; 0: all.
         Raises:
@@ -178,7 +181,7 @@ class LmData:
         return self.databin.get_text_bytes(domain, split)
 
     def _open_blocks(self, domain: str, split: str) -> TokenBlocks:
-        """Return the sequences of a split, which is opened by the first call only.
+        """Return the sequences of a domain's split, which is opened by the first call only.
 
         Raise UserError if it is missing or damaged.
         """

@@ -27,6 +27,7 @@ def read_text_blocks(
     Args:
         path: text file, perhaps compressed.
         tokenize: from a line to ids, including special ones; blank lines are skipped.
+        block_length: tokens of a block.
         max_blocks: largest number of blocks; None: all.
         space_characters: put a blank between the characters of a line. The program of Verma and
             Elbayad 2024 does this by mistake, and its published curves are of such text.

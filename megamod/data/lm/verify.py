@@ -11,10 +11,15 @@ from megamod.files import hash_file
 
 
 def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Check header, tokenizer and every split of a data-bin; yield title and faults of each.
+    """Check header, tokenizer and every split of a data-bin; used by `megamod verify`.
 
-    Index and size of a split are read, its digests are compared, and all ids are checked. A part
-    without faults has an empty list. If the header cannot be read, nothing else is checked.
+    Index and size of a split are read, its digests are compared, and all ids are checked. If the
+    header cannot be read, nothing else is checked.
+
+    Args:
+        path: folder of the data-bin.
+    Yields:
+        for each part that is checked a title, and the list of its faults, empty without any.
     """
     try:
         data = DataBin(path, verify="size")
@@ -54,7 +59,12 @@ def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _find_tokenizer_faults(folder: Path, digest: str) -> list[str]:
-    """Return a fault if the tokenizer in `folder` cannot be loaded or has another digest."""
+    """Return a list of one fault if the tokenizer cannot be loaded or has another digest, else [].
+
+    Args:
+        folder: folder of the tokenizer.
+        digest: digest in the header, see `Tokenizer.digest`.
+    """
     try:
         actual = load_tokenizer(folder).digest
     except (UserError, OSError, ValueError) as error:

@@ -116,9 +116,13 @@ class EncodedRows:
         return hashed.hexdigest()
 
     def compute_padded_length(self, row_indices: np.ndarray) -> int:
-        """Compute the length of the longest of the rows, rounded up to a multiple of 8.
+        """Compute the length that a batch of rows is padded to: the longest, rounded up to 8
+        tokens.
 
         It is at most `longest`.
+
+        Args:
+            row_indices: [R] numbers of the rows.
         """
         longest_row = int((self.offsets[row_indices + 1] - self.offsets[row_indices]).max())
         return min(-(-longest_row // 8) * 8, self.longest)
@@ -164,6 +168,10 @@ def encode_texts(
 
     Rows longer than `limits` are cut, in pairs the longer text first, and a warning counts them.
 
+    Args:
+        texts: sentences or pairs of one split.
+        tokenizer: adds the special tokens of its model.
+        limits: most tokens of a row.
     Raises:
         UserError: naming file and line of a row that is too long for the model.
     """
@@ -216,6 +224,8 @@ def encode_words(
     blanks. Rows longer than `limits` are cut, and a warning counts them.
 
     Args:
+        tokens: sentences of one split, with their labels.
+        limits: most tokens of a row.
         labels: names of labels by number; every label of `tokens` is one of them.
         label_all: label further tokens of a word too, with I- where the word has B-; False: they
             have the label -100.
@@ -336,7 +346,9 @@ def iterate_held_out_rows(
     If the last batch does not fill its groups, its first rows are repeated.
 
     Args:
+        encoded: rows of the split.
         batch_size: rows of a forward pass of the model, a multiple of `instances`.
+        instances: N, rows that share a forward pass.
         pad_to: see `EncodedRows.gather_batch`.
         ensemble: give every row `instances` positions instead of one; a batch has fewer rows then,
             and no fillers.
@@ -366,7 +378,7 @@ def _find_special_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int
 def _encode_word_pieces(
     tokenizer: "PreTrainedTokenizerFast", sentences: Sequence[list[str]]
 ) -> Iterator[list[list[int]]]:
-    """Yield for each sentence the token ids of each word, the same ones as in running text.
+    """Yield for each sentence the token ids of each word, equal to those in running text.
 
     A word without tokens has the unknown token, or the padding if the tokenizer has none.
     """
@@ -420,7 +432,12 @@ def _flatten_rows(rows: Sequence[Sequence[int]], kind: type) -> np.ndarray:
 
 
 def _warn_of_cuts(cut_rows: int, row_count: int, limits: RowLengthLimits) -> None:
-    """Log how many rows were cut to `limits.max_tokens`, if any were."""
+    """Log a warning with the number of rows that were cut to `limits.max_tokens`, if any were.
+
+    Args:
+        cut_rows: number of rows that were cut.
+        row_count: number of all rows of the split.
+    """
     if cut_rows:
         logger.warning(
             "%d of %d rows were cut to %d tokens", cut_rows, row_count, limits.max_tokens

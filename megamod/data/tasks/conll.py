@@ -69,6 +69,7 @@ def read_conll(
     Log the number of comment lines, and a warning if column 0 numbers the words.
 
     Args:
+        path: the file, perhaps compressed.
         word_column, label_column: from 0, or from -1 backwards. None: in CoNLL-U FORM and UPOS;
             else the first and the last column. If the first one numbers the words, the second one
             and the first one after it with entity labels.
@@ -110,7 +111,7 @@ def read_conll(
 def _iterate_line_blocks(path: Path) -> Iterator[list[Numbered]]:
     """Yield blocks of numbered lines between blank lines; a block is mostly one sentence.
 
-    Lines with -DOCSTART- separate, too.
+    Lines that begin with -DOCSTART- separate blocks, too, and are in none.
     """
     block: list[Numbered] = []
     for number, line in read_lines(path):
@@ -129,7 +130,7 @@ def _split_cells(line: str, is_tab_separated: bool) -> list[str]:
 
 
 def _count_possible_comments(block: list[Numbered]) -> int:
-    """Count the lines at the start of a block that may be comments."""
+    """Count the lines at the start of a block that may be comments: those that begin with #."""
     return next((n for n, (_, line) in enumerate(block) if not line.startswith("#")), len(block))
 
 
@@ -146,6 +147,7 @@ def _detect_layout(
     Log a warning if column 0 numbers the words and is therefore skipped.
 
     Args:
+        path: the file, for messages.
         blocks: see `_iterate_line_blocks`.
         word_column, label_column, label_after_word: see `read_conll`.
         is_test: True if the column of the labels may be missing.
@@ -201,9 +203,14 @@ def _are_word_numbers(first_cells: list[list[str]]) -> bool:
 
 
 def _find_entity_column(rows: list[list[str]], word_column: int, column_count: int) -> int:
-    """Find the first column after the word with entity labels only; without one, -1, the last.
+    """Find the first column after the words that has entity labels only.
 
-    `rows` are cells of lines; lines with another number of cells than `column_count` are ignored.
+    Args:
+        rows: cells of lines; lines with another number of cells are ignored.
+        word_column: column of the words; negative: from the end.
+        column_count: number of columns of the file.
+    Returns:
+        its number, from 0; -1, the last column, if there is none.
     """
     for column in range(word_column % column_count + 1, column_count):
         labels = {row[column].strip(BLANKS) for row in rows if len(row) == column_count}
@@ -221,10 +228,17 @@ def _read_column_names(blocks: list[list[Numbered]]) -> list[str] | None:
 def _resolve_columns(
     where: str, width: int, word: int, label: int, is_test: bool
 ) -> tuple[int, int | None]:
-    """Return the columns `word` and `label` of `width` counted from 0; they may be negative before.
+    """Resolve the columns of word and label, which may be negative, to numbers from 0.
 
-    With `is_test` the label's is None if it does not exist or is that of the word. Otherwise raise
-    UserError if a column does not exist, or both are the same one.
+    Args:
+        where: file and line, for messages.
+        width: number of columns.
+        word, label: numbers from 0, or from -1 backwards.
+        is_test: True if the column of the label may be missing.
+    Returns:
+        both columns; that of the label is None if `is_test` and it does not exist or is the word's.
+    Raises:
+        UserError: if a column does not exist, or both are the same one.
     """
     if not -width <= word < width:
         raise UserError(f"{where}: {width} columns, there is no column {word} (--word_column)")
@@ -240,7 +254,11 @@ def _resolve_columns(
 
 
 def _collect_certain_labels(blocks: list[list[Numbered]], layout: _ColumnLayout) -> set[str]:
-    """Collect the labels of the lines that cannot be comments; none if the file has no labels."""
+    """Collect the labels of the lines that cannot be comments; empty if the file has no labels.
+
+    Args:
+        blocks: see `_iterate_line_blocks`.
+    """
     if layout.label is None:
         return set()
     rows = (
@@ -261,6 +279,7 @@ def _count_comment_lines(
     a word such as a hashtag, and the comments end before it.
 
     Args:
+        block: numbered lines between two blank lines.
         known_labels: see `_collect_certain_labels`.
     """
     entities = are_entity_labels(known_labels)
@@ -281,7 +300,13 @@ def _count_comment_lines(
 
 
 def _check_cells(where: str, cells: list[str], layout: _ColumnLayout) -> None:
-    """Raise UserError for a line that lacks a column, a word or a label."""
+    """Raise UserError for a line that lacks a column, a word or a label.
+
+    Args:
+        where: file and line, for the message.
+        cells: cells of the line.
+        layout: layout that most lines of the file have.
+    """
     if len(cells) != layout.width:
         raise UserError(f"{where}: {len(cells)} columns, most lines have {layout.width}")
     if not cells[layout.word].strip(BLANKS):

@@ -41,6 +41,7 @@ def compute_cache_key(
 
     Args:
         rows: rows before their encoding.
+        tokenizer: its settings count, not its name.
         limits: see `encode_texts` and `encode_words`.
         labels: names of labels by number.
         label_all: see `encode_words`; False for rows of texts.
@@ -70,7 +71,8 @@ def encode_with_cache(
     Args:
         folder: folder of the cache, which is created if it is absent.
         key: see `compute_cache_key`.
-        encode_rows: called without arguments if there is no cached file that can be read.
+        encode_rows: function without arguments that encodes the rows, by `encode_texts` or
+            `encode_words`; called if there is no cached file that can be read.
     """
     path = folder / f"{key}.safetensors"
     if path.exists():

@@ -60,6 +60,7 @@ def convert_to_iob2(sentences: TokenSet, repair: bool) -> str:
     otherwise its I- without a beginning are mistakes of an IOB2 file.
 
     Args:
+        sentences: sentences with labels; the labels are changed in place.
         repair: read such an I- as the beginning of an entity, as the CoNLL evaluation does.
     Raises:
         UserError: naming the line of a label of no scheme, and of an I- without a beginning unless
@@ -119,7 +120,10 @@ def convert_to_iob2(sentences: TokenSet, repair: bool) -> str:
 
 
 def _parse_label(label: str) -> tuple[str | None, str | None] | None:
-    """Parse a label into part and type: (None, None) for O, None for a label of no scheme."""
+    """Parse a label into part and type as `parse_entity_label`, but O into (None, None).
+
+    None stands for a label that is of no scheme.
+    """
     return (None, None) if label == OUTSIDE else parse_entity_label(label)
 
 

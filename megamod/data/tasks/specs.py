@@ -132,7 +132,7 @@ def find_task_files(task: TaskSpec, data_dir: str | Path) -> dict[str, Path]:
 
 
 def _find_first_file(folder: Path, names: Sequence[str]) -> Path | None:
-    """Find the first of `names` that is a file, plain or compressed; None if none of them is."""
+    """Find the first of `names` that is a file in `folder`, perhaps compressed; None if none is."""
     paths = (folder / f"{name}{end}" for name in names for end in ("", *COMPRESSIONS))
     return next((path for path in paths if path.is_file()), None)
 
@@ -192,6 +192,8 @@ def _make_glue_task(
     """Make a task in the layout of GLUE: TSV files, and a configuration of `nyu-mll/glue`.
 
     Args:
+        name, texts, label, labels, metrics: see `TaskSpec`; the name is that of the hub's
+            configuration, without hyphens.
         folder: folder of the files below the data folder; also names the submission file.
         other_fields: fields of `TaskSpec`, in place of those of the layout.
     """

@@ -20,7 +20,10 @@ USUAL_METRICS = {  # by kind, of tasks whose file names none
 
 
 def _check_column(value: object) -> str | int:
-    """Return a name or number of a column; raise ValueError for any other value."""
+    """Return `value` if it names or numbers a column; raise ValueError for any other value.
+
+    For pydantic, as the type of the keys text and label.
+    """
     if isinstance(value, int) and not isinstance(value, bool) and value >= -1:
         return value
     if isinstance(value, str) and value:
@@ -29,7 +32,7 @@ def _check_column(value: object) -> str | int:
 
 
 def _check_split(split: str) -> str:
-    """Return a name that a split may have; raise ValueError for any other."""
+    """Return `split` if a split may have this name; raise ValueError, for pydantic, if not."""
     if not re.fullmatch(r"(train|dev\w*|test\w*)", split):
         raise ValueError(f"split {shorten(split)} is not train, dev... or test...")
     return split
@@ -58,7 +61,12 @@ class _TaskFile(Schema):
 
     @model_validator(mode="after")
     def _check_keys_fit(self) -> "_TaskFile":
-        """Raise ValueError for columns or labels that do not fit the kind, and files with a hub."""
+        """Check that the keys fit each other; a validator that pydantic calls.
+
+        Raises:
+            ValueError: for columns or labels that do not fit the kind, or not exactly one of files
+                and hub.
+        """
         allowed = {"sequence": (1,), "pair": (2,), "regression": (1, 2), "token": (1,)}[self.kind]
         if len(self.text) not in allowed:
             raise ValueError(

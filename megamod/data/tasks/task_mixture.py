@@ -85,6 +85,9 @@ class TaskMixture(StepBatches):
         """Select tasks and row numbers of a micro-batch of this rank, [R] int64 each.
 
         For "uncertainty" they are [T R], the candidates of task 0 first, then those of task 1.
+
+        Args:
+            micro_batch_index: number of the micro-batch on this rank, from 0.
         """
         sample_indices = self.division.get_sample_indices(micro_batch_index)
         if self.sampling == "uncertainty":

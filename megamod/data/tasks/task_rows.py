@@ -85,6 +85,7 @@ def load_hub_tables(task: TaskSpec, splits: Sequence[str]) -> Iterator[tuple[str
     Splits that the data set lacks are skipped.
 
     Args:
+        task: the task, whose `hub` names the data set.
         splits: our names of the splits to read, see `TaskSpec.hub_splits`.
     Raises:
         UserError: at the first iteration, if the task has none there, or it cannot be loaded.
@@ -109,7 +110,12 @@ def load_hub_tables(task: TaskSpec, splits: Sequence[str]) -> Iterator[tuple[str
 
 
 def _wrap_hub_table(table: object, where: str) -> RowTable:
-    """Wrap a `datasets.Dataset` as a table, with the names of its class labels."""
+    """Wrap a split of a data set on the hub as a table, with the names of its class labels.
+
+    Args:
+        table: a `datasets.Dataset`.
+        where: name of the data set, for messages.
+    """
     names = {}
     for column, feature in table.features.items():
         of_labels = getattr(getattr(feature, "feature", feature), "names", None)

@@ -108,9 +108,12 @@ def read_text_task(
 
 
 def _build_text_set(task: TaskSpec, rows: list[tuple[str, Sequence[str], str | None]]) -> TextSet:
-    """Build the set of a split's examples from origins, texts and labels of its rows.
+    """Build the set of a split's examples.
 
-    Raise UserError for a label that the task lacks, or a value outside its bounds.
+    Args:
+        rows: origin, texts and label (None: hidden) of each example.
+    Raises:
+        UserError: for a label that the task lacks, or a value outside its bounds.
     """
     texts = tuple([row[1][n] for row in rows] for n in range(len(task.texts)))
     origins = [origin for origin, _, _ in rows]
@@ -134,9 +137,13 @@ def _build_text_set(task: TaskSpec, rows: list[tuple[str, Sequence[str], str | N
 
 
 def _parse_regression_value(task: TaskSpec, text: str | None, origin: str) -> float:
-    """Parse the value of a regression.
+    """Parse the value that a regression is to predict.
 
-    Raise UserError if it is missing, no finite number, or outside the task's bounds.
+    Args:
+        text: the cell of the label; None: it is missing.
+        origin: file and line, for the message.
+    Raises:
+        UserError: if it is missing, no finite number, or outside the task's bounds.
     """
     try:
         value = float(text)
@@ -155,8 +162,14 @@ def _read_rows(task: TaskSpec, split: str, source: Path | RowTable) -> Rows:
     """Yield origin, texts and label of each row of a split, by the format of its source.
 
     Rows with a label in `task.skip_labels` are skipped. The labels of a split that begins with
-    "test" may be hidden. Raise UserError for a row without text, and for one without label, unless
-    all of the split's labels are hidden.
+    "test" may be hidden, and are None then.
+
+    Args:
+        split: name of the split.
+        source: file of the split, or its table on the hub.
+    Raises:
+        UserError: for a row without text, and for one without label, unless all of the split's
+            labels are hidden.
     """
     kind = require_format(source, FORMATS) if isinstance(source, Path) else "hub"
     if kind in ("TSV", "text"):
@@ -190,11 +203,18 @@ def _read_rows(task: TaskSpec, split: str, source: Path | RowTable) -> Rows:
 def _read_table_rows(
     task: TaskSpec, split: str, path: Path, lines: Iterator[tuple[int, list[str]]]
 ) -> Rows:
-    """Yield origin, texts and label of numbered lines of cells, the first perhaps a header.
+    """Yield origin, texts and label (None: hidden) of the rows of a TSV or CSV file.
 
-    Raise UserError for an empty file, a column that is missing, or a line with another number of
-    cells; with `task.skip_short` a line with too few cells is skipped, and one of another length
-    is used if it has the needed cells.
+    With `task.skip_short` a line with too few cells is skipped, and one of another length is used
+    if it has the needed cells.
+
+    Args:
+        split: name of the split.
+        path: the file, for messages.
+        lines: number and cells of each line; the first is the header, if the split has one.
+    Raises:
+        UserError: for an empty file, a column that is missing, or a line with another number of
+            cells.
     """
     columns = [*task.texts, task.label]
     indices: list[int | None] | None = None
@@ -300,7 +320,7 @@ def _read_tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _read_csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the number of its last line and the cells of each CSV row; empty rows are skipped.
 
-    Raise UserError if it is not CSV.
+    Raise UserError if the file is not CSV.
     """
     reader = csv.reader((f"{line}\n" for _, line in read_lines(path)), strict=True)
     try:
@@ -320,6 +340,8 @@ def _read_dict_rows(
     unless the split begins with "test".
 
     Args:
+        split: name of the split; the labels of one that begins with "test" may be hidden.
+        table: rows as dictionaries.
         columns: our name of a column -> the table's, where they differ.
     Raises:
         UserError: if the table has other labels than the task, or a row lacks a column or has a
@@ -346,9 +368,14 @@ def _read_dict_rows(
 
 
 def _find_label_name(number: str, names: Sequence[str], where: str) -> str | None:
-    """Find the name of a label by its number, as text; None for -1.
+    """Find the name of a label by its number; None for -1, a hidden label.
 
-    Raise UserError for text that is no number, or a number without a name.
+    Args:
+        number: the number as text.
+        names: names of the labels by number.
+        where: file or data set and row, for the message.
+    Raises:
+        UserError: for text that is no number, or a number without a name.
     """
     index = int(number) if number.removeprefix("-").isdecimal() else len(names)
     if not -1 <= index < len(names):
@@ -359,10 +386,17 @@ def _find_label_name(number: str, names: Sequence[str], where: str) -> str | Non
 def _read_row_fields(
     task: TaskSpec, split: str, row: Mapping[str, object], where: str, names: Mapping[str, str]
 ) -> tuple[list[str], str | None]:
-    """Read texts and label of a row; the label may be None in a split that begins with "test".
+    """Read texts and label of a row.
 
-    `names` maps our name of a column to the table's, where they differ. Raise UserError for a text
-    or label that is missing or malformed.
+    Args:
+        split: name of the split.
+        row: values by column.
+        where: file or data set and row, for messages.
+        names: our name of a column -> the table's, where they differ.
+    Returns:
+        texts, and the label, None if it is hidden in a split that begins with "test".
+    Raises:
+        UserError: for a text or label that is missing or malformed.
     """
     texts = []
     for column in task.texts:

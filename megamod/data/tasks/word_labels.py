@@ -124,9 +124,11 @@ def _collect_labels(token_sets: dict[str, TokenSet], are_entities: bool) -> tupl
 def _read_sentences(task: TaskSpec, split: str, source: Path | RowTable) -> TokenSet:
     """Read the sentences of one split, with labels as its source spells them.
 
-    A `source` that is a path is read in the format of its ending; a table is that of the hub.
-
-    Raise UserError if there are none, or the source is of another format or malformed.
+    Args:
+        split: name of the split; the labels of one that begins with "test" may be hidden.
+        source: file, read in the format of its ending, or a table of the hub.
+    Raises:
+        UserError: if there are none, or the source is of another format or malformed.
     """
     if isinstance(source, Path):
         kind = require_format(source, FORMATS)
@@ -162,10 +164,16 @@ def _normalise_labels(sentences: TokenSet, labels: Sequence[str]) -> None:
 
 
 def _read_row_sentences(task: TaskSpec, split: str, table: RowTable) -> TokenSet:
-    """Read the sentences of rows with a list of words and a list of labels.
+    """Read the sentences of a table, whose rows have a list of words and a list of labels.
 
     Rows without words are skipped. A split that begins with "test" may have null instead of labels,
-    in all rows. Raise UserError for words without labels, or values that are no words or labels.
+    in all rows.
+
+    Args:
+        split: name of the split.
+        table: rows as dictionaries.
+    Raises:
+        UserError: for words without labels, or values that are no words or labels.
     """
     word_name, label_name = task.texts[0].name, task.label.name
     names = table.names.get(label_name)
@@ -194,7 +202,13 @@ def _read_row_sentences(task: TaskSpec, split: str, table: RowTable) -> TokenSet
 
 
 def _require_list(row: dict[str, object], name: str, where: str) -> list[object]:
-    """Return the list in a column of a row; raise UserError if it is missing or no list."""
+    """Return the list in a column of a row; raise UserError if it is missing or no list.
+
+    Args:
+        row: values by column.
+        name: name of the column.
+        where: file or data set and row, for the message.
+    """
     if name not in row:
         raise UserError(
             f"{where}: no column {name!r}; there are {format_some_names(map(repr, row))}"
@@ -205,9 +219,14 @@ def _require_list(row: dict[str, object], name: str, where: str) -> list[object]
 
 
 def _read_label(value: object, names: Sequence[str] | None, where: str) -> str:
-    """Return the name of a label: text itself, or a number's name if the column has `names`.
+    """Return the name of a label.
 
-    Raise UserError for another type, or a number without a name.
+    Args:
+        value: the name, or the number of a name.
+        names: names by number; None: the column has none, and a number is a name itself.
+        where: file or data set and row, for the message.
+    Raises:
+        UserError: for another type, or a number without a name.
     """
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise UserError(f"{where}: label {repr(value)[:60]} is not a name or a number")
