@@ -148,7 +148,7 @@ def make_rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) 
     """Make the case of RSA demultiplexing of all positions, with L layers.
 
     Args:
-        shape, dtype, device: as of every case.
+        shape, dtype, device: see the top of the file.
         layers: L, the split layer included.
     """
     kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
@@ -198,7 +198,7 @@ def make_rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) 
     ) -> Tensor:
         """Demultiplex by `demux`, with the first layer split into two parts.
 
-        `demux` is `rsa_demux` or its reference; other arguments as of `demux_concatenated`.
+        `demux` is `rsa_demux` or its reference; other arguments as in `demux_concatenated`.
         """
         return demux(*split_projection(hidden, key, first, first_bias), make_chain(weights))
 

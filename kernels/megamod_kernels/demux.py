@@ -398,7 +398,7 @@ def rsa_demux_triton(
     """Run `rsa_demux` with Triton kernels.
 
     Args:
-        hidden_part, key_part, chain, pairs, dropout: as of `rsa_demux`.
+        hidden_part, key_part, chain, pairs, dropout: as in `rsa_demux`.
         own_matmul: multiply by the fused products, not by the vendor's.
     Returns:
         [R, D] for pairs, else [B, N, L, D].

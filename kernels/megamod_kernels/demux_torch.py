@@ -127,7 +127,7 @@ class RsaDemuxFunction(torch.autograd.Function):
         """Compute `rsa_demux`, [R, D] or [B, N, L, D].
 
         Args:
-            hidden_part, key_part, pairs, dropout: as of `rsa_demux`.
+            hidden_part, key_part, pairs, dropout: as in `rsa_demux`.
             eps: of the norm.
             weights: a weight and a bias for each layer of the chain, the norm last.
         """
@@ -238,7 +238,7 @@ def _split_grad_of_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of hidden_part and key_part from that of `add_pairs`' result.
 
-    `grad` is [R, D] for pairs, else [B, N, L, D]; other arguments as of `add_pairs`.
+    `grad` is [R, D] for pairs, else [B, N, L, D]; other arguments as in `add_pairs`.
     """
     if pairs is None:
         return grad.sum(1), grad.sum((0, 2))

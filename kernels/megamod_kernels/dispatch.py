@@ -43,7 +43,7 @@ def uses_own_matmul(implementation: str, tensor: Tensor) -> bool:
     With "auto" it does so on a GPU in bfloat16 and float16, whose products use tensor cores.
 
     Args:
-        implementation, tensor: as of `uses_triton`; the dtype of the tensor decides too.
+        implementation, tensor: as in `uses_triton`; the dtype of the tensor decides too.
     Raises:
         ValueError: as `uses_triton`.
     """

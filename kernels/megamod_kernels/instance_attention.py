@@ -31,7 +31,7 @@ def instance_attention_reference(
     """Compute `instance_attention` in plain torch: stock attention over B * L sequences.
 
     Args:
-        q, k, v: [B, N, L, D]; other arguments as of `instance_attention`.
+        q, k, v: [B, N, L, D]; other arguments as in `instance_attention`.
     Returns:
         [B, N, L, D].
     """
@@ -56,7 +56,7 @@ def _instance_attention(
 
     Args:
         projected: q, k and v [B, N, L, D], or one tensor [B, N, L, 3 D] with the three.
-        heads, dropout: as of `instance_attention`.
+        heads, dropout: as in `instance_attention`.
         mask: [B, N, L] bool, or None.
         seed: [1] int64; None without dropout.
     """
@@ -94,7 +94,7 @@ def _instance_attention_backward(
 ) -> list[Tensor]:
     """Return a contiguous gradient for each tensor of `projected`, of its shape.
 
-    `upstream` [B, N, L, D] is the gradient of the output; other arguments as of
+    `upstream` [B, N, L, D] is the gradient of the output; other arguments as in
     `_instance_attention`.
     """
     from megamod_kernels import instance_attention_kernels as kernels
@@ -248,7 +248,7 @@ def instance_attention_packed(
 
     Args:
         qkv: [B, N, L, 3 D], the three side by side in the last dimension.
-        heads, mask, dropout, implementation: as of `instance_attention`.
+        heads, mask, dropout, implementation: as in `instance_attention`.
     Returns:
         [B, N, L, D].
     Raises:
@@ -317,7 +317,7 @@ def _make_launch_arguments(
     """Return the arguments of a launch after the tensors, by position and by name.
 
     Args:
-        q: [B, N, L, D]; heads, mask, dropout: as of `instance_attention`.
+        q: [B, N, L, D]; heads, mask, dropout: as in `instance_attention`.
     Returns:
         (B * L, L, scale of the scores, dropout); and those of `make_compile_time_arguments` with
         "num_warps".

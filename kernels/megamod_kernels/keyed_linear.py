@@ -23,7 +23,7 @@ def keyed_linear_reference(
     """Compute (x * key) weight^T + bias, [B, N, L, E], in plain torch.
 
     Args:
-        x, key, weight, bias: [B, N, L, D], [N, D], [E, D] and [E], as of `keyed_linear`.
+        x, key, weight, bias: [B, N, L, D], [N, D], [E, D] and [E], as in `keyed_linear`.
     """
     return F.linear(x * key[:, None].to(x.dtype), weight, bias)
 
@@ -68,7 +68,7 @@ def _compute_weight_grads(
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of the weight [E, D] and of the keys [N, D], empty unless `needs_key`.
 
-    `upstream` [B, N, L, E] is the gradient of the output; other arguments as of `keyed_linear`.
+    `upstream` [B, N, L, E] is the gradient of the output; other arguments as in `keyed_linear`.
     Positions are split into parts, whose partial sums are added in float32.
     """
     from megamod_kernels import keyed_linear_kernels as kernels
@@ -224,7 +224,7 @@ def _launch_matmul(
 
     Args:
         source: forward: x [B, N, L, D]; else the gradient of the output [B, N, L, E].
-        weight, key, bias: as of `keyed_linear`; no bias unless `forward`.
+        weight, key, bias: as in `keyed_linear`; no bias unless `forward`.
         output: forward: (source * key) weight^T + bias, [B, N, L, E]; else the gradient of x,
             (source weight) * key, [B, N, L, D].
         forward: compute the forward pass, else the gradient of the input.

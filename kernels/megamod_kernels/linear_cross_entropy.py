@@ -55,7 +55,7 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
 
         Args:
             ctx: gets the gradients of hidden, weight and bias, of those that are needed.
-            hidden, labels: [rows, D] and [rows]; other arguments as of `linear_cross_entropy`.
+            hidden, labels: [rows, D] and [rows]; other arguments as in `linear_cross_entropy`.
         """
         needs_hidden, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -146,7 +146,7 @@ def _compute_loss_gradient(
     Args:
         logits: [rows, V] float32, before scale and softcap; overwritten.
         labels: [rows] int64, -100 where nothing is predicted.
-        scale, softcap: as of `linear_cross_entropy`.
+        scale, softcap: as in `linear_cross_entropy`.
         differentiate: compute the gradient.
     Returns:
         d(-sum of log p) / d logits [rows, V], None unless `differentiate`; and log p of each label

@@ -46,7 +46,7 @@ def _compute_attention(
 ) -> Tensor:
     """Compute softmax(Q K^T / sqrt(D / heads) + mask) V, [B, T, D].
 
-    `projected` are queries, keys and values [B, T, D]; other arguments as of `mux_attention`.
+    `projected` are queries, keys and values [B, T, D]; other arguments as in `mux_attention`.
     """
     query, key, value = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in projected)
     if mask is not None and mask.dtype != torch.bool:
@@ -90,7 +90,7 @@ def _mux_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the encoder's input [B, T, D], qkv [3, B, T, D], and the mixed rows for backward.
 
-    Arguments as of `mux_embed.make_embedding_arguments`; `projections` are weight and bias of
+    Arguments as in `mux_embed.make_embedding_arguments`; `projections` are weight and bias of
     queries, keys and values, six tensors; the two paddings are read by backward alone, -1: none.
     The mixed rows [B, T, D] are empty unless `keep`.
     """

@@ -62,7 +62,7 @@ def _mux_embed(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute the encoder's input [B, T, D], and the mixed rows before the second embedding.
 
-    The mixed rows [B, T, D], which backward needs, are empty unless `keep`. Other arguments as of
+    The mixed rows [B, T, D], which backward needs, are empty unless `keep`. Other arguments as in
     `make_embedding_arguments`; the two paddings are read by backward alone, -1: none.
     """
     from megamod_kernels import mux_embed_kernels as kernels
@@ -154,7 +154,7 @@ def mux_embed_backward(
     """Return the gradients of word, position, token_type, weight, bias and key, of their shapes.
 
     `upstream` [B, T, D] is the gradient of the output; `mixed` [B, T, D] are the mixed rows of the
-    forward pass; the two paddings are rows without gradient, -1: none; other arguments as of
+    forward pass; the two paddings are rows without gradient, -1: none; other arguments as in
     `make_embedding_arguments`. Gradients of tables are sums over tokens, sorted by the row of the
     table, so that every run adds in the same order.
     """

@@ -30,7 +30,7 @@ def norm_linear_reference(
     """Compute LN(x) weight^T + bias, [..., E], in plain torch.
 
     Args:
-        x, norm, weight, bias: as of `norm_linear`.
+        x, norm, weight, bias: as in `norm_linear`.
     """
     return F.linear(F.layer_norm(x, x.shape[-1:], *norm), weight, bias)
 
@@ -41,7 +41,7 @@ def _norm_linear(
 ) -> Tensor:
     """Compute LN(x) weight^T + bias, [..., E], by one kernel for moments and one for products.
 
-    `gain` and `shift` [D] are weight and bias of the norm, `eps` its epsilon; others as of
+    `gain` and `shift` [D] are weight and bias of the norm, `eps` its epsilon; others as in
     `norm_linear`.
     """
     from megamod_kernels import norm_linear_kernels as kernels

@@ -279,7 +279,7 @@ def _parse_repeated_lists(name: str, value: object, depth: int) -> list | None:
 def _parse_layer_letters(name: str, value: object, depth: int) -> list | None:
     """Read a text with one letter per layer, as Nemotron-H's hybrid_override_pattern.
 
-    Arguments and None as of `_parse_repeated_lists`.
+    Arguments, and None as result, as in `_parse_repeated_lists`.
     """
     fits = isinstance(value, str) and len(value) == depth
     return list(value) if fits and _LAYER_LIKE.search(name) else None
@@ -288,7 +288,7 @@ def _parse_layer_letters(name: str, value: object, depth: int) -> list | None:
 def _parse_layer_numbers(name: str, value: object, depth: int) -> list[bool] | None:
     """Read layer numbers in ascending order, as mlp_only_layers, as one flag per layer.
 
-    Arguments and None as of `_parse_repeated_lists`.
+    Arguments, and None as result, as in `_parse_repeated_lists`.
     """
     fits = isinstance(value, list) and all(
         type(number) is int and 0 <= number < depth for number in value
@@ -301,7 +301,7 @@ def _parse_layer_numbers(name: str, value: object, depth: int) -> list[bool] | N
 def _parse_leading_count(name: str, value: object, depth: int) -> list[bool] | None:
     """Read a number of leading layers, as first_k_dense_replace, as one flag per layer.
 
-    Arguments and None as of `_parse_repeated_lists`.
+    Arguments, and None as result, as in `_parse_repeated_lists`.
     """
     fits = type(value) is int and value >= 0 and _LEADING.search(name)
     return [n < value for n in range(depth)] if fits else None

@@ -184,7 +184,7 @@ def _check_folder_fits_data(
 
     Args:
         model: value of --model, for messages; `config`: configuration in that folder.
-        vocab_size, special_ids, max_positions: those of the data, as of `make_lm_config`.
+        vocab_size, special_ids, max_positions: those of the data, as in `make_lm_config`.
     """
     ours, limit = config.model_type == DemixConfig.model_type, get_max_sequence_length(config)
     fits = config.vocab_size == vocab_size if ours else config.vocab_size >= vocab_size

@@ -76,7 +76,7 @@ def _attend_sdpa(
 def _attend_eager(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> Tensor:
-    """Attend in plain torch; arguments and result as of `_attend_sdpa`.
+    """Attend in plain torch; arguments and result as in `_attend_sdpa`.
 
     `query` [B, H, L, K], `key` and `value` [B, H, S, K], `mask` [B, 1, L, S] or None (causal),
     `dropout` of the weights.

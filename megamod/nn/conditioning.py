@@ -108,7 +108,7 @@ class Adapter(nn.Module):
 
         Args:
             x, residual: [B, L, D].
-            task_vectors, row_task_ids: as of `ConditionalLayerNorm.forward`.
+            task_vectors, row_task_ids: as in `ConditionalLayerNorm.forward`.
         Returns:
             [B, L, D].
         """

@@ -244,7 +244,7 @@ def apply_keyed_linear(
 def _concatenate_keys(hidden: Tensor, key: Tensor, pairs: Pairs | None) -> Tensor:
     """Concatenate [key ; hidden]: [R, 2 D] for pairs, else [B, N, L, 2 D].
 
-    Arguments as of `apply_keyed_linear`.
+    Arguments as in `apply_keyed_linear`.
     """
     key = key.expand(len(hidden), -1, -1)
     if pairs is not None:

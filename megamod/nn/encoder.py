@@ -123,10 +123,10 @@ class EncoderEmbeddings(nn.Module):
         """Run `embed_multiplexed` and the attention of the first block as one operation.
 
         Args:
-            ids, key, token_type_ids, instance_positions, mixed_positions, implementation: as of
+            ids, key, token_type_ids, instance_positions, mixed_positions, implementation: as in
                 `embed_multiplexed`.
             block: the first block.
-            mask: as of `EncoderLayer.attend`.
+            mask: as in `EncoderLayer.attend`.
         Returns:
             the result of `embed_multiplexed`, and `attended` for the block; both [B, T, D].
         """
@@ -205,7 +205,7 @@ class EncoderLayer(nn.Module):
         """Apply the block: [B, L, D] -> [B, queries or L, D].
 
         Args:
-            x, mask, queries: as of `attend`.
+            x, mask, queries: as in `attend`.
             attended: output of the attention heads on x [B, L, D], if it is computed already.
             norm: False leaves the final LayerNorm to the caller.
         """
@@ -304,7 +304,7 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """Apply all blocks: x [B, L, D] -> [B, queries or L, D].
 
-        Arguments as of `EncoderLayer.forward`: `mask` of all blocks, `attended` of the first block,
+        Arguments as in `EncoderLayer.forward`: `mask` of all blocks, `attended` of the first block,
         `queries` and `norm` of the last.
         """
         for number, layer in enumerate(self.layer):
@@ -347,7 +347,7 @@ class EncoderModel(nn.Module):
 
         Args:
             x: [B, L, D'] where D' is the size of the embeddings, D if they are not projected.
-            mask, queries, attended, norm: as of `Encoder.forward`.
+            mask, queries, attended, norm: as in `Encoder.forward`.
         """
         if hasattr(self, "embeddings_project"):
             x = self.embeddings_project(x)

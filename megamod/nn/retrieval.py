@@ -62,8 +62,8 @@ def select_retrieval_targets(
         or embedded_ids.shape[1] != retrieved_instances.shape[1]
     ):
         raise ValueError(
-            f"ids {tuple(embedded_ids.shape)} and slots {tuple(retrieved_instances.shape)} do not "
-            "fit: expected [B * N, T] and [B, T]"
+            f"ids {tuple(embedded_ids.shape)} and instances {tuple(retrieved_instances.shape)} do "
+            "not fit: expected [B * N, T] and [B, T]"
         )
     by_instance = embedded_ids.view(len(retrieved_instances), -1, retrieved_instances.shape[1])
     targets = by_instance.gather(1, retrieved_instances[:, None])[:, 0]

@@ -97,7 +97,7 @@ def _measure_shallow_pass(
 
     Args:
         config: configuration of the shallow model.
-        build, loss, checkpointing, mask_density: as of `measure_pass`.
+        build, loss, checkpointing, mask_density: as in `measure_pass`.
         dtype: torch's default dtype while it is built.
     """
     default_dtype = torch.get_default_dtype()

@@ -194,7 +194,7 @@ class Network:
             "input_ids": ids,
             "labels": ids,
             "random_ids": ids,
-            "slots": first_group,
+            "retrieved_instances": first_group,
             "mask_id": 0,
         }
         batch |= dict.fromkeys(names, 1)

@@ -43,7 +43,7 @@ class EncoderObjective:
     ) -> BatchScore:
         """Run the model on a micro-batch; losses besides `main_loss` become further metrics.
 
-        Arguments and result as of `Objective.compute_loss`.
+        Arguments and result as in `Objective.compute_loss`.
         """
         losses = self.compute_losses(engine, batch, item_totals)
         shown = losses[self.main_loss]
@@ -61,9 +61,9 @@ def compute_masked_lm_losses(
     """Compute the losses of a masked LM.
 
     Args:
-        batch: of R rows, as of `MaskedBatches`. Read are `input_ids` and `labels` [R, T] int64, the
-            number `masked` of labels, and of a multiplexed model `slots` [R / N, T] int64 and the
-            number `positions` of retrieved tokens.
+        batch: of R rows, as in `MaskedBatches`. Read are `input_ids` and `labels` [R, T] int64, the
+            number `masked` of labels, and of a multiplexed model `retrieved_instances` [R / N, T]
+            int64 and the number `positions` of retrieved tokens.
         item_totals: divisors in "loss" of the sums over masked and over retrieved tokens; 0 counts
             as 1.
         device: device of the model, to which the batch is copied.
@@ -83,7 +83,7 @@ def compute_masked_lm_losses(
         input_ids=inputs,
         labels=labels,
         num_items_in_batch=masked,
-        retrieval_slots=batch["slots"].to(device, non_blocking=True),
+        retrieved_instances=batch["retrieved_instances"].to(device, non_blocking=True),
         num_retrieval_items=positions,
         output_logits=False,
     )
@@ -104,9 +104,10 @@ def compute_replaced_token_losses(
     """Compute the losses of a discriminator of replaced tokens.
 
     Args:
-        batch: of R rows, as of `MaskedBatches`. Read are `input_ids` and `random_ids` [R, T] int64
+        batch: of R rows, as in `MaskedBatches`. Read are `input_ids` and `random_ids` [R, T] int64
             and the number `tokens`; of a plain ELECTRA also `mask_id`, of a multiplexed one
-            `labels` [R, T] and `slots` [R / N, T] int64, and the numbers `positions` and `masked`.
+            `labels` [R, T] and `retrieved_instances` [R / N, T] int64, and the numbers `positions`
+            and `masked`.
         item_totals: divisors in "loss" of the sums over classified, retrieved and masked tokens,
             and over those that a multiplexed generator retrieves; 0 counts as 1.
         device: device of the model, to which the batch is copied.
@@ -132,16 +133,16 @@ def compute_replaced_token_losses(
         }
         return losses | _count_detections(logits, corrupted)
     generates = config.generator != "none"
-    slots = batch["slots"].to(device, non_blocking=True)
+    retrieved_instances = batch["retrieved_instances"].to(device, non_blocking=True)
     output = model(
         input_ids=inputs,
         labels=batch["labels"].to(device, non_blocking=True),
         random_ids=None if generates else random_ids,
         num_items_in_batch=tokens,
-        retrieval_slots=slots,
+        retrieved_instances=retrieved_instances,
         num_retrieval_items=positions,
         num_generator_items=masked,
-        generator_slots=slots,
+        generator_retrieved_instances=retrieved_instances,
         num_generator_retrieval_items=readable,
     )
     losses = {

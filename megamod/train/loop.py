@@ -208,7 +208,7 @@ def _evaluate_or_save(
     cause, else the error itself.
 
     Args:
-        evaluate: as of `train`.
+        evaluate: as in `train`.
         engine: decides if forward passes run together.
     """
     try:

@@ -80,7 +80,7 @@ class CausalLMObjective:
     ) -> BatchScore:
         """Run the model on a micro-batch; the sums of the result are by domain.
 
-        Also those of batches that mix domains. Arguments as of `Objective.compute_loss`.
+        Also those of batches that mix domains. Arguments as in `Objective.compute_loss`.
         """
         labels = batch["labels"].to(self.device, non_blocking=True)
         input_ids = batch["input_ids"].to(self.device, non_blocking=True)
@@ -113,7 +113,7 @@ class MixtureLMObjective(CausalLMObjective):
     tokens' assignments that an expert gets, over all layers.
 
     Args:
-        domains, device: as of `CausalLMObjective`.
+        domains, device: as in `CausalLMObjective`.
         coefficient: weight of the load-balance loss, a mean over layers and micro-batches.
         experts: names by number.
     """
@@ -134,7 +134,7 @@ class MixtureLMObjective(CausalLMObjective):
     ) -> BatchScore:
         """Run the model, and add the weighted load-balance loss to its loss.
 
-        Arguments as of `Objective.compute_loss`.
+        Arguments as in `Objective.compute_loss`.
         """
         with record_routing(engine.module) as layers:
             scored = super().compute_loss(engine, batch, item_totals)
@@ -214,7 +214,7 @@ class ClassificationObjective:
         """Run the model; without retrieval the loss is computed here, from its logits.
 
         A batch has the fields of `EncodedRows.gather_batch`; `inputs`, `labels` and `items` are
-        read, with retrieval also `attention_mask`. Other arguments as of `Objective.compute_loss`.
+        read, with retrieval also `attention_mask`. Other arguments as in `Objective.compute_loss`.
         """
         fields = {
             name: batch[name].to(self.device, non_blocking=True)
@@ -280,7 +280,7 @@ class MultiTaskObjective:
     ) -> BatchScore:
         """Run the model; further metrics are each task's share of the rows, `share/TASK`.
 
-        A batch has the fields of `TaskMixture.gather_batch`. Other arguments as of
+        A batch has the fields of `TaskMixture.gather_batch`. Other arguments as in
         `Objective.compute_loss`.
         """
         names = (*self.inputs, "task_ids", "labels")

@@ -81,7 +81,7 @@ def make_constant_schedule(peak_rate: float, warmup_steps: int, max_steps: int) 
 def make_cosine_schedule(peak_rate: float, warmup_steps: int, max_steps: int) -> Schedule:
     """Make a schedule: a linear warm-up to the peak, then half a cosine to 0 at the end.
 
-    Arguments as of `make_linear_schedule`.
+    Arguments as in `make_linear_schedule`.
     """
 
     def compute_rate(finished_steps: int) -> float:
@@ -99,7 +99,7 @@ def make_warmup_stable_decay_schedule(
 ) -> Schedule:
     """Make a schedule: linear to peak, constant, and linear to 0 over the last fifth of all steps.
 
-    Arguments as of `make_linear_schedule`.
+    Arguments as in `make_linear_schedule`.
     Source: Hu et al. 2024 (MiniCPM), section 4; the linear decay is that of Hagele et al. 2024.
     """
     decay = max(1, max_steps // 5)

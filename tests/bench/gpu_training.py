@@ -140,7 +140,9 @@ def measure_mux(
         ids = batch["input_ids"]
         hidden = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.15
         batch["labels"] = torch.where(hidden, ids, -100)
-        batch["slots"] = torch.zeros(size.rows // instances, size.length, dtype=torch.int64)
+        batch["retrieved_instances"] = torch.zeros(
+            size.rows // instances, size.length, dtype=torch.int64
+        )
         batch["masked"] = batch["positions"] = int(hidden.sum())
     sides = {"ours": whole_step(engine, objective, batches)}
     took = least(sides, device, rounds)["ours"]

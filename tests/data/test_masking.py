@@ -88,7 +88,7 @@ def test_a_step_is_the_same_on_any_number_of_ranks():
     assert (whole.micro_steps, halves[0].micro_steps) == (1, 2)
     for step in (0, 3):
         parts = [half[2 * step + turn] for half in halves for turn in (0, 1)]
-        for name in ("input_ids", "labels", "random_ids", "slots", "domains"):
+        for name in ("input_ids", "labels", "random_ids", "retrieved_instances", "domains"):
             assert torch.equal(whole[step][name], torch.cat([part[name] for part in parts])), name
         assert whole[step]["masked"] == sum(part["masked"] for part in parts)
         assert whole[step]["positions"] == 8 * 8
@@ -114,7 +114,9 @@ def test_epochs_mask_other_tokens():
 
 
 def test_slots_are_uniform():
-    slots = torch.cat([batches_of()[number]["slots"] for number in range(200)]).flatten()
+    slots = torch.cat(
+        [batches_of()[number]["retrieved_instances"] for number in range(200)]
+    ).flatten()
     assert slots.bincount().div(len(slots)).tolist() == pytest.approx([1 / 3] * 3, abs=0.02)
 
 

@@ -184,7 +184,7 @@ def finished(
     """Logits and weighted losses."""
     output = {"logits": logits, "task_loss": task, "loss": c["task_loss_coeff"] * task}
     if c["retrieval_loss_coeff"] > 0:
-        lost = retrieval(w, head, hidden, ids, inputs["retrieval_slots"], c)
+        lost = retrieval(w, head, hidden, ids, inputs["retrieved_instances"], c)
         output["retrieval_loss"] = lost
         output["loss"] = output["loss"] + c["retrieval_loss_coeff"] * lost
     return output
@@ -223,9 +223,9 @@ def replaced_tokens(w: Weights, inputs: dict, c: dict, generator: dict, replaced
         if c["generator"] == "plain":
             generated = plain_generator(inner, inputs, generator, embeddings)
         else:
-            slots = inputs.get("generator_slots")
+            slots = inputs.get("generator_retrieved_instances")
             generated = masked_lm(
-                inner, inputs | {"retrieval_slots": slots}, generator, embeddings
+                inner, inputs | {"retrieved_instances": slots}, generator, embeddings
             )["loss"]
     detected = discriminator(w, inputs | {"input_ids": replaced, "labels": corrupted}, c)
     loss = c["disc_loss_weight"] * detected["loss"]

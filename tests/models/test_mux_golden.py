@@ -49,7 +49,7 @@ def case(request):
 def inputs_of(recorded: dict[str, Tensor]) -> dict[str, Tensor]:
     """Recorded inputs, and the instances that the model drew."""
     fed = {k.removeprefix("in."): v for k, v in recorded.items() if k.startswith("in.")}
-    fed["retrieval_slots"] = recorded["mid.retrieval_instance_labels"]
+    fed["retrieved_instances"] = recorded["mid.retrieval_instance_labels"]
     if "out.sampled_input_ids" in recorded:
         fed["random_ids"] = recorded["out.sampled_input_ids"]
     return fed
@@ -97,7 +97,9 @@ def test_without_labels_the_same_logits(case):
     model, recorded = case
     if "out.logits" not in recorded:
         return  # the wrapper is for training alone
-    fed = {k: v for k, v in inputs_of(recorded).items() if k not in ("labels", "retrieval_slots")}
+    fed = {
+        k: v for k, v in inputs_of(recorded).items() if k not in ("labels", "retrieved_instances")
+    }
     with torch.no_grad():
         ours = model(**fed).logits
     expected = recorded["out.logits"]
@@ -139,7 +141,7 @@ def test_intermediate_states(case):
         ours["demuxed"] = output.logits if is_roberta else demuxed
     if "mid.retrieval_logits" in recorded:
         states = model.compute_vocabulary_states(MixedStates(hidden), None)
-        slots = fed["retrieval_slots"][:, None, :, None].expand(-1, 1, -1, states.shape[-1])
+        slots = fed["retrieved_instances"][:, None, :, None].expand(-1, 1, -1, states.shape[-1])
         ours["retrieval_logits"] = model.retrieval_head.decoder(states.gather(1, slots)[:, 0])
     for name, value in ours.items():
         expected = recorded[f"mid.{name}"]

@@ -72,7 +72,7 @@ def test_pretraining_heads_take_any_number_of_rows(head, demux):
     fields = {"num_instances": 2, "retrieval_loss_coeff": 0.0}
     model = build_model(family, head, demux, GAUSS, fields).eval()
     inputs = batch(head, model.config, 5, False)
-    whole = {k: torch.cat([v, v[:1]]) for k, v in inputs.items() if k != "retrieval_slots"}
+    whole = {k: torch.cat([v, v[:1]]) for k, v in inputs.items() if k != "retrieved_instances"}
     if head == "mlm":
         whole["labels"][5] = -100
     five, six = model(**inputs), model(**whole)
@@ -191,7 +191,7 @@ def test_items_of_a_larger_batch():
     halves = []
     for part in (slice(0, 4), slice(4, 8)):
         of_groups = slice(part.start // 2, part.stop // 2)
-        half = {k: v[of_groups if k == "retrieval_slots" else part] for k, v in inputs.items()}
+        half = {k: v[of_groups if k == "retrieved_instances" else part] for k, v in inputs.items()}
         count = 4 * LENGTH  # one of each mixed position
         halves.append(model(**half, num_items_in_batch=items, num_retrieval_items=count).loss)
     torch.testing.assert_close(sum(halves), whole.loss)

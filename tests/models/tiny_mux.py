@@ -101,7 +101,7 @@ def batch(head: str, config: MuxConfig, rows: int, plain: bool) -> dict[str, Ten
         inputs["labels"] = ids.masked_fill(~chosen, -100)
         keep = draw(4, rows, length) == 0
         ids[chosen & ~keep] = config.mask_token_id
-    inputs["retrieval_slots"] = draw(N, groups, total)
+    inputs["retrieved_instances"] = draw(N, groups, total)
     if head == "wrapper":
-        inputs["generator_slots"] = draw(N, groups, total)
+        inputs["generator_retrieved_instances"] = draw(N, groups, total)
     return inputs

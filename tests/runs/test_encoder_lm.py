@@ -233,7 +233,13 @@ def batch_of(folder: Path, seed: int = 0) -> dict[str, object]:
     labels = ids.where(torch.rand(ids.shape, generator=draw) < 0.4, torch.tensor(-100))
     slots = torch.randint(INSTANCES, (2, LENGTH), generator=draw)
     masked = int((labels != -100).sum())
-    return dict(input_ids=ids, labels=labels, slots=slots, masked=masked, positions=slots.numel())
+    return dict(
+        input_ids=ids,
+        labels=labels,
+        retrieved_instances=slots,
+        masked=masked,
+        positions=slots.numel(),
+    )
 
 
 def masked(multiplexed: bool) -> EncoderObjective:
@@ -253,8 +259,10 @@ def test_the_objective_divides_each_sum_by_its_own_items(bare):
     fed = batch["input_ids"].clone()
     fed[:, 0] = 2
     by_instance = logits.view(2, INSTANCES, LENGTH, -1)
-    targets = fed.view(2, INSTANCES, LENGTH).gather(1, batch["slots"][:, None])[:, 0]
-    chosen = by_instance.gather(1, batch["slots"][:, None, :, None].expand(-1, 1, -1, 45))[:, 0]
+    targets = fed.view(2, INSTANCES, LENGTH).gather(1, batch["retrieved_instances"][:, None])[:, 0]
+    chosen = by_instance.gather(
+        1, batch["retrieved_instances"][:, None, :, None].expand(-1, 1, -1, 45)
+    )[:, 0]
     retrieval = F.cross_entropy(chosen.flatten(0, 1), targets.flatten(), reduction="sum")
     assert scored.loss.item() == pytest.approx(
         0.25 * task.item() / 3 + 2 * retrieval.item() / 5, rel=1e-5
@@ -357,7 +365,11 @@ def test_replaced_tokens_by_hand(bare):
     scored = objective.compute_loss(model, batch, (64.0, 20.0, 7.0, 16.0))
     corrupted = batch["input_ids"] == 4
     replaced = torch.where(corrupted, batch["random_ids"], batch["input_ids"])
-    arguments = dict(input_ids=replaced, labels=corrupted.long(), retrieval_slots=batch["slots"])
+    arguments = dict(
+        input_ids=replaced,
+        labels=corrupted.long(),
+        retrieved_instances=batch["retrieved_instances"],
+    )
     alone = super(MuxElectraForReplacedTokens, model).forward(**arguments)
     task, retrieval = alone.task_loss.item() * 32, alone.retrieval_loss.item() * 16
     assert scored.loss.item() == pytest.approx(3 * (0.5 * task / 64 + 2 * retrieval / 20), rel=1e-5)

@@ -111,7 +111,7 @@ def step_by_hand(model: MuxElectraForReplacedTokens, batch: dict, prefix: int) -
         for column in range(LENGTH - prefix):
             chance = torch.sigmoid(logits[group, slot, column])
             output.append(-torch.log(chance if corrupted[row, column] else 1 - chance))
-    for group, slots in enumerate(batch["slots"].tolist()):
+    for group, slots in enumerate(batch["retrieved_instances"].tolist()):
         for column in range(prefix, LENGTH):
             target = fed.ids[group * INSTANCES + slots[column], column]
             asked.append(-words[group, slots[column], column, target])
@@ -157,7 +157,7 @@ def test_a_generator_retrieves_as_many_tokens_as_are_counted(more):
         batch = batches_of(prefix, pads=LENGTH)[number]
         counts = dict(zip(ITEM_FIELDS["replaced_token"], objective.count_items(batch), strict=True))
         by_hand = 0
-        for group, slots in enumerate(batch["slots"].tolist()):
+        for group, slots in enumerate(batch["retrieved_instances"].tolist()):
             for column in range(prefix, LENGTH):
                 row = batch["input_ids"][group * INSTANCES + slots[column]]
                 overwritten = not prefix and column == 0

@@ -75,13 +75,13 @@ class MaskedBatches(StepBatches):
 
     N consecutive rows are the instances of one multiplexed group, the same for any number of ranks.
     An item is a dict of
-        input_ids, labels:  [R, T] int64; labels are -100 where nothing is predicted.
-        random_ids:         [R, T] int64, uniform over the vocabulary (replaced-token detection).
-        slots:              [R / N, T] int64, instance to retrieve at each position.
-        domains:            [R] int64, domain of each row.
-        masked, positions:  ints, number of labels and of positions to retrieve at.
-        tokens, mask_id:    ints, number of tokens for replaced-token detection, and id of [MASK].
-        readable:           int, positions whose retrieved token is no padding (generators).
+        input_ids, labels:   [R, T] int64; labels are -100 where nothing is predicted.
+        random_ids:          [R, T] int64, uniform over the vocabulary (replaced-token detection).
+        retrieved_instances: [R / N, T] int64, instance to retrieve at each position.
+        domains:             [R] int64, domain of each row.
+        masked, positions:   ints, number of labels and of positions to retrieve at.
+        tokens, mask_id:     ints, number of tokens for replaced-token detection, and id of [MASK].
+        readable:            int, positions whose retrieved token is no padding (generators).
 
     Args:
         datasets: tokens of each domain; those after the last full block are not used.
@@ -160,7 +160,7 @@ class MaskedBatches(StepBatches):
             "input_ids": torch.from_numpy(inputs),
             "labels": torch.from_numpy(labels),
             "random_ids": torch.from_numpy(random_ids),
-            "slots": torch.from_numpy(retrieved_instances),
+            "retrieved_instances": torch.from_numpy(retrieved_instances),
             "domains": torch.from_numpy(domains.astype(np.int64)),
             "masked": int((labels != IGNORE).sum()),
             "positions": len(retrieved_instances) * (self.block_size - self.prefix),

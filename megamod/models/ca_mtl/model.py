@@ -320,7 +320,7 @@ def freeze_blocks(
 def _unfreeze_conditioning(block: ConditionalLayer, as_released: bool) -> None:
     """Let the conditioning layers of a block require gradients.
 
-    `as_released` is as of `freeze_blocks`.
+    `as_released`: see `freeze_blocks`.
     """
     attention = block.attention["self"]
     attention.random_weight_matrix.requires_grad_(True)

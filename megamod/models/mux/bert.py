@@ -61,7 +61,7 @@ class MuxMaskedLM(MuxPreTrainedModel):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
-        retrieval_slots: Tensor | None = None,
+        retrieved_instances: Tensor | None = None,
         num_retrieval_items: Tensor | float | None = None,
         output_logits: bool | None = None,
         return_dict: bool | None = None,
@@ -77,7 +77,7 @@ class MuxMaskedLM(MuxPreTrainedModel):
             labels: [R, S] tokens to predict, -100 elsewhere.
             num_items_in_batch, num_retrieval_items: divisors of the summed losses; None for the
                 numbers of items in this batch.
-            retrieval_slots: [B, T], instance that each mixed position retrieves, see
+            retrieved_instances: [B, T], instance that each mixed position retrieves, see
                 `draw_retrieved_instances`; None to draw them.
             output_logits: False: with labels, compute no logits, which is faster; None: as the
                 configuration says.
@@ -109,7 +109,7 @@ class MuxMaskedLM(MuxPreTrainedModel):
                 )
             if self.config.retrieval_loss_coeff > 0:
                 self.add_retrieval_loss(
-                    output, hidden, batch.ids, retrieval_slots, num_retrieval_items
+                    output, hidden, batch.ids, retrieved_instances, num_retrieval_items
                 )
             output["loss"] = self.combine_losses(output.task_loss, output.retrieval_loss)
         return format_output(self, output, return_dict)

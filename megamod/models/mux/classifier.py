@@ -71,7 +71,7 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
-        retrieval_slots: Tensor | None = None,
+        retrieved_instances: Tensor | None = None,
         num_retrieval_items: Tensor | float | None = None,
         return_dict: bool | None = None,
         **more: object,
@@ -88,7 +88,7 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
             labels: [R] classes, or values if num_labels is 1; with labels there is a loss.
             num_items_in_batch, num_retrieval_items: divisors of the summed losses; None for the
                 numbers of items in this batch.
-            retrieval_slots: [B, T], instance that each mixed position retrieves, see
+            retrieved_instances: [B, T], instance that each mixed position retrieves, see
                 `draw_retrieved_instances`; None to draw them.
         Returns:
             `MuxOutput` with logits [R, C]; a tuple if `return_dict` is False.
@@ -114,7 +114,7 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
             output["task_loss"] = total / items
             if retrieves:
                 self.add_retrieval_loss(
-                    output, hidden, batch.ids, retrieval_slots, num_retrieval_items
+                    output, hidden, batch.ids, retrieved_instances, num_retrieval_items
                 )
             output["loss"] = self.combine_losses(output.task_loss, output.retrieval_loss)
         return format_output(self, output, return_dict)
@@ -156,7 +156,7 @@ class MuxTokenClassifier(MuxPreTrainedModel):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
-        retrieval_slots: Tensor | None = None,
+        retrieved_instances: Tensor | None = None,
         num_retrieval_items: Tensor | float | None = None,
         return_dict: bool | None = None,
         **more: object,
@@ -198,7 +198,7 @@ class MuxTokenClassifier(MuxPreTrainedModel):
             output["task_loss"] = total / items
             if self.config.retrieval_loss_coeff > 0:
                 self.add_retrieval_loss(
-                    output, hidden, batch.ids, retrieval_slots, num_retrieval_items
+                    output, hidden, batch.ids, retrieved_instances, num_retrieval_items
                 )
             output["loss"] = self.combine_losses(output.task_loss, output.retrieval_loss)
         return format_output(self, output, return_dict)

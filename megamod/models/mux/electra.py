@@ -88,7 +88,7 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
-        retrieval_slots: Tensor | None = None,
+        retrieved_instances: Tensor | None = None,
         num_retrieval_items: Tensor | float | None = None,
         return_dict: bool | None = None,
         **more: object,
@@ -100,7 +100,7 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
             attention_mask: [R, S]; the loss counts tokens where it is not 0.
             token_type_ids, position_ids: [R, S], of the tokens.
             labels: [R, S], 1 where a token was replaced; with labels there is a loss.
-            num_items_in_batch, num_retrieval_items, retrieval_slots: see `MuxMaskedLM.forward`.
+            num_items_in_batch, num_retrieval_items, retrieved_instances: see `MuxMaskedLM.forward`.
         Returns:
             `MuxOutput` (a tuple if `return_dict` is False), with logits [R, S], positive where a
             token seems replaced; with a prefix [R, S - N - 1], of the tokens that are not dropped.
@@ -112,7 +112,7 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
         check_extra_arguments(self, more)
         batch = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
         output = self.discriminate(
-            batch, labels, num_items_in_batch, retrieval_slots, num_retrieval_items
+            batch, labels, num_items_in_batch, retrieved_instances, num_retrieval_items
         )
         return format_output(self, output, return_dict)
 

@@ -191,11 +191,11 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
-        retrieval_slots: Tensor | None = None,
+        retrieved_instances: Tensor | None = None,
         num_retrieval_items: Tensor | float | None = None,
         random_ids: Tensor | None = None,
         num_generator_items: Tensor | float | None = None,
-        generator_slots: Tensor | None = None,
+        generator_retrieved_instances: Tensor | None = None,
         num_generator_retrieval_items: Tensor | float | None = None,
         return_dict: bool | None = None,
         **more: object,
@@ -214,7 +214,9 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
             num_items_in_batch, num_retrieval_items, num_generator_items,
             num_generator_retrieval_items: divisors of the summed losses of discriminator and
                 generator; None for the numbers of items in this batch.
-            retrieval_slots, generator_slots: [B, T], see `draw_retrieved_instances`; None: drawn.
+            retrieved_instances, generator_retrieved_instances: [B, T], the instance of each mixed
+                position, for discriminator and generator, see `draw_retrieved_instances`; None:
+                drawn.
         Returns:
             `MuxElectraOutput`; a tuple if `return_dict` is False.
         Raises:
@@ -238,7 +240,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
                 masked,
                 random_ids,
                 num_generator_items,
-                generator_slots,
+                generator_retrieved_instances,
                 num_generator_retrieval_items,
             )
             corrupted = masked & (replaced != labels)
@@ -246,7 +248,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
             self.prepare_batch(replaced, *fields),
             corrupted,
             num_items_in_batch,
-            retrieval_slots,
+            retrieved_instances,
             num_retrieval_items,
         )
         loss = self.config.disc_loss_weight * detected.loss
@@ -278,8 +280,8 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
 
         Args:
             fields: input_ids, attention_mask, token_type_ids, position_ids, as in `forward`.
-            labels, random_ids, retrieved_instances: `labels`, `random_ids` and `generator_slots` of
-                `forward`.
+            labels, random_ids, retrieved_instances: `labels`, `random_ids` and
+                `generator_retrieved_instances` of `forward`.
             masked: [R, S] bool, the tokens to replace.
             num_items, num_retrieval_items: divisors of the summed losses; None for the numbers of
                 items in this batch.

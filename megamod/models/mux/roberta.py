@@ -112,7 +112,7 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """Return the summed retrieval loss (nats) and the number of correct tokens, scalars.
 
-        Arguments as of `MuxPreTrainedModel._score_retrieval`.
+        Arguments as in `MuxPreTrainedModel._score_retrieval`.
         """
         if self.config.demuxing_variant == "index":
             return super()._score_retrieval(hidden, retrieved_instances, targets)
