@@ -91,6 +91,7 @@ def estimate_priors(
         experts: all of them get a weight.
         source: scores of the texts; asked to prepare them first.
         domains: domains of the texts.
+        protocol: `prior_split`, `prior_sequences`, `rule` and `batch` count here.
     Returns:
         by domain a result with `estimate`, the equal `prior` (not restricted to the top k), which
         records its text, and the `lines` of the estimate; all else is empty.
@@ -139,6 +140,7 @@ def score_mixtures(
         experts: those to mix; one with prior 0 is not run, unless `rule.first_over_all` is set.
         source: scores of the texts; asked to prepare them first.
         domains: domains of the texts.
+        protocol: settings of the estimate and of the mixtures.
         priors: priors from files by domain; None: estimate them if the mode or top-k needs them.
     Returns:
         results by domain; without a prior, none for the mode "cached_prior".
@@ -175,7 +177,7 @@ def score_mixtures(
 
 
 def _select_estimate_text(domain: str, protocol: MixingProtocol) -> TextSelection:
-    """Return the text that a domain's prior is estimated on."""
+    """Return the beginning of a domain's text on which its prior is estimated, by `protocol`."""
     return TextSelection(domain, protocol.prior_split, protocol.prior_sequences)
 
 
@@ -190,7 +192,11 @@ def _score_text(
     """Score one text under all mixtures and experts in one pass.
 
     Args:
+        experts: all experts of the forest, with the data.
+        source: scores of the text.
+        text: the text, whose domain is that of `result`.
         names: domains of the experts to run, a subset of `experts.domains`.
+        protocol: settings of the mixtures.
         result: gets `single`, `modes`, `without`, `posterior` and further `lines`; its `prior` is
             read.
     """
@@ -236,11 +242,13 @@ def _score_text(
 def _make_leave_one_out_mixtures(
     names: Sequence[str], prior: Tensor | None, protocol: MixingProtocol
 ) -> dict[str, tuple[list[int], Mixture]]:
-    """Make a mixture of all experts but one, for each of them.
+    """Make a mixture of all experts but one for each expert, for `removal_test`.
 
     Args:
         names: domains of the experts.
-        prior: [E] of them; with the mode "cached_prior" that of the others is rescaled to sum 1.
+        prior: [E] float64 weights of these experts, or None; with the mode "cached_prior" the
+            weights of the remaining experts are rescaled to sum 1.
+        protocol: mode and update rule of the mixtures.
     Returns:
         by the domain of the omitted expert: indices of the others among `names`, and their mixture.
         No entry for an only expert, and none for one that has all of the prior.
@@ -283,9 +291,11 @@ def _make_batch_record(
     """Make the record of a batch that was just mixed.
 
     Args:
+        domain, split: the text.
         mixture: state after the batch; gives the perplexity so far.
         mixed: results of the batch.
         names: domains of the experts that ran; all others have posterior 0.
+        experts: all experts of the forest, whose order that of the weights is.
     """
 
     def fill_in_all_experts(weights: Iterable[float]) -> list[float]:
@@ -304,5 +314,10 @@ def _make_batch_record(
 
 
 def _make_score(counter: PerplexityCounter, size: int) -> Score:
-    """Make the score of a counter over a text of `size` bytes; 0: unknown."""
+    """Make the score of a mixture or an expert on one text.
+
+    Args:
+        counter: counted tokens of the text.
+        size: bytes of the text; 0: unknown.
+    """
     return Score(counter.nll, counter.tokens, size)

@@ -12,9 +12,12 @@ SHOWN = 6  # experts of a prior in a table; the rest are summed
 
 
 def format_priors(results: Results) -> str:
-    """Format a table with a row per text: its `SHOWN` experts of largest prior, the others summed.
+    """Format a table of the priors: a row per text with its `SHOWN` heaviest experts and the rest.
 
     Texts without a prior have no row; without any the result is "".
+
+    Args:
+        results: results of the mixtures by domain of the text.
     """
     rows = []
     for domain, result in results.items():
@@ -34,6 +37,10 @@ def format_scores(results: Results, protocol: MixingProtocol) -> str:
 
     They compare the best single expert with the mixtures, then list every expert alone and, with
     `removal_test`, the reported mixture without each expert. Columns are the domains of the texts.
+
+    Args:
+        results: results of the mixtures by domain of the text.
+        protocol: `split`, `mode` and `removal_test` count here.
     """
     alone = {domain: result.single[result.best] for domain, result in results.items()}
     rows: dict[str, dict[str, Score]] = {"best single expert": alone}
@@ -67,6 +74,10 @@ def make_results_record(results: Results, protocol: MixingProtocol) -> dict[str,
 
     Unknown numbers are None; `files.format_json` writes those and numbers that are not finite as
     null.
+
+    Args:
+        results: results of the mixtures by domain of the text.
+        protocol: settings that the results were computed with.
     """
     rule = protocol.rule
     return {
@@ -83,14 +94,20 @@ def make_results_record(results: Results, protocol: MixingProtocol) -> dict[str,
 
 
 def format_json_lines(results: Results) -> str:
-    """Format JSON lines, domain by domain: one per batch of the estimate, then of the reported
-    mode.
+    """Format JSON lines by domain: one per batch of the estimate, then of the reported mode.
+
+    Args:
+        results: results by domain, whose `lines` are written.
     """
     return "".join(f"{format_json(line)}\n" for result in results.values() for line in result.lines)
 
 
 def _make_domain_record(result: DomainResult, protocol: MixingProtocol) -> dict[str, object]:
-    """Make the JSON value of one domain: its prior, and scores if it was scored."""
+    """Make the JSON value of one domain: its prior, and its scores if it was scored.
+
+    Args:
+        protocol: its `mode` is the one whose scores head the record.
+    """
     prior = result.prior
     record: dict[str, object] = {
         "prior": None if prior is None else dict(zip(prior.domains, prior.weights, strict=True)),
@@ -121,7 +138,9 @@ def _format_table(title: str, rows: Mapping[str, Mapping[str, Score]], bits: boo
     """Format a titled table of perplexities, or with `bits` of bits per byte.
 
     Args:
+        title: line above the table.
         rows: scores by name of the row, then domain of the text.
+        bits: bits per byte instead of perplexities.
     """
     numbers = {
         name: {d: s.bits_per_byte if bits else s.perplexity for d, s in row.items()}

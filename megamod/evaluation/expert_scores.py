@@ -76,6 +76,7 @@ class Experts:
         """Check experts and data before any model is loaded.
 
         Args:
+            forest: the forest, of which `selected` experts are used.
             held_out: the domains of the texts and the reading settings; its split is not used.
                 Without `block_size`, the shortest default length of the experts applies to all.
             device: device that experts run on.
@@ -164,10 +165,10 @@ class Experts:
         """Yield the log-probabilities of a text's targets, float32 on the CPU, batch by batch.
 
         A batch [B, T] has up to `held_out.batch_size` sequences; its rows match those of
-        `load_target_masks`. Sets `document_end` of the model.
+        `load_target_masks`. Sets `document_end` of the model. Raises UserError if one is NaN.
 
-        Raises:
-            UserError: if a log-probability is NaN.
+        Args:
+            expert: an expert from `iterate_loaded_experts`.
         """
         path = self.find_expert(expert.domain).path
         data = self.data[path]
@@ -215,6 +216,7 @@ class SequentialScores:
         """Create the cache folder if there is to be one.
 
         Args:
+            experts: experts and data.
             cache_dir: folder of cache files that later runs read; None: scores stay in memory.
         Raises:
             UserError: if the folder cannot be created.
@@ -233,6 +235,8 @@ class SequentialScores:
 
         With a cache folder they are read from its files, or written to new ones.
 
+        Args:
+            requests: domains of the experts to score each text with.
         Raises:
             UserError: if an expert cannot be loaded, or gives NaN.
         """
@@ -259,7 +263,7 @@ class SequentialScores:
     def iterate_batches(
         self, text: TextSelection, domains: Sequence[str], size: int
     ) -> Iterator[Scored]:
-        """Yield batches as `ScoreSource`, after computing those scores that were not prepared."""
+        """Yield batches as `ScoreSource.iterate_batches`; scores not yet prepared are computed."""
         self.prepare_scores({text: domains})
         masks = self.experts.load_target_masks(text)
         rows = [self._scores[text, domain] for domain in domains]
@@ -339,7 +343,7 @@ class ParallelScores:
     def iterate_batches(
         self, text: TextSelection, domains: Sequence[str], size: int
     ) -> Iterator[Scored]:
-        """Yield batches as `ScoreSource`, the same on every rank.
+        """Yield batches as `ScoreSource.iterate_batches`, the same on every rank; collective.
 
         Rank r loads experts r, r + ranks, and so on, and keeps them for the next call; a call with
         other `domains` replaces them.
@@ -370,11 +374,13 @@ class ParallelScores:
         bar.close()
 
     def _gather_scores(self, ours: list[Tensor], experts: int, count: int, span: int) -> Tensor:
-        """Gather the scores of all ranks into [E, B, T], on the CPU.
+        """Gather the scores of all ranks into [E, B, T], on the CPU; collective.
 
         Args:
             ours: [B, T] of each expert of this rank.
-            experts, count, span: E, B and T.
+            experts: number E of experts of all ranks.
+            count: sequences B of the batch.
+            span: targets T of a sequence.
         """
         if self.ranks == 1:
             return torch.stack(ours)
@@ -410,9 +416,12 @@ def _compute_batch_log_probs(
     """Run an expert on the first `rows` sequences of a batch; return its log-probabilities.
 
     Args:
+        expert: the loaded model, and the name of its expert if it has several.
         batch: `input_ids` and `labels` [B, L], `attention_mask` perhaps; L may exceed `span`, as a
             sequence may start with context, which has no targets.
+        rows: number of sequences that belong to the text.
         span: T, the most targets of a sequence.
+        device: device of the model.
     Returns:
         [rows, T] float32 on the CPU: the targets of each sequence packed to the left, then 0.
     Raises:

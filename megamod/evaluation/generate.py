@@ -74,7 +74,13 @@ class Continuation:
 
 
 class TextGenerator:
-    """A model and its tokenizer; `generate` continues a prompt."""
+    """A model and its tokenizer; `generate` continues a prompt.
+
+    Args:
+        model: a language model, whose expert is selected, or a forest; on its device.
+        tokenizer: tokenizer of the model; its eos ends a text, as does that of the generation
+            config.
+    """
 
     def __init__(
         self, model: LanguageModel | ForestForCausalLM, tokenizer: PreTrainedTokenizerBase
@@ -121,6 +127,8 @@ class TextGenerator:
         """Continue a prompt; the same arguments give the same texts.
 
         Args:
+            prompt: text to continue; "" begins a document.
+            sampling: rules of the continuation and number of continuations.
             on_text: called after every token of the first continuation with its text so far,
                 without an end that later tokens can still change. It returns False to stop.
         Raises:
@@ -152,6 +160,10 @@ class TextGenerator:
         """Decode the continuation in ids [L] of prompt and continuation, with its first blank.
 
         Decoded alone, the continuation would lose that blank in some tokenizers.
+
+        Args:
+            ids: [L] ids of prompt and continuation.
+            prompt_length: number of ids of the prompt.
         """
         text, prompt = self._decode_ids(ids), self._decode_ids(ids[:prompt_length])
         return (
@@ -228,7 +240,12 @@ class _StopTextCriteria(StoppingCriteria):
         self.stop, self.on_text = stop, on_text
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        """Return [B] bool, True for those of the rows [B, L] of ids that are to stop."""
+        """Return a mask [B] bool of rows that are to stop; transformers calls it after each token.
+
+        Args:
+            input_ids: [B, L] ids of prompts and continuations so far.
+            scores: logits of the last token, not used.
+        """
         texts = [
             self.text_generator.decode_continuation(row, self.prompt_length) for row in input_ids
         ]
@@ -313,7 +330,12 @@ def find_model_folder(model: str) -> Path:
 
 
 def _detect_folder_kind(folder: Path) -> str:
-    """Return "dense" for one model, "saved forest" for a forest in one folder, else "experts"."""
+    """Detect the kind of a folder, which decides how it is loaded.
+
+    Returns:
+        "dense" for one model, "saved forest" for a forest in one model folder (`ForestConfig`),
+            else "experts": a forest.json, independent models, or a model with experts.
+    """
     if folder.is_file() or (folder / FILE).is_file() or not is_model_folder(folder):
         return "experts"
     if is_adapter(folder):

@@ -20,6 +20,7 @@ def score_sentences(task: TaskSpec, logits: np.ndarray, labels: np.ndarray) -> S
     The loss is cross entropy in nats, or squared error for regression.
 
     Args:
+        task: the task, whose `metrics` are computed.
         logits: [n, C] float, C is 1 for regression.
         labels: [n] numbers of labels, or values of a regression.
     Raises:
@@ -37,8 +38,13 @@ def score_sentences(task: TaskSpec, logits: np.ndarray, labels: np.ndarray) -> S
 
 
 def select_answers(task: TaskSpec, logits: np.ndarray) -> np.ndarray:
-    """Select the answers [n] from logits [n, C]: int64 numbers of the best labels, or for a
-    regression the values, the first column.
+    """Select the answer to each row from its logits.
+
+    Args:
+        task: the task, of labels or a regression.
+        logits: [n, C] float.
+    Returns:
+        [n] int64 numbers of the best labels; for a regression the values, the first column.
     """
     return logits[:, 0] if task.is_regression else logits.argmax(-1)
 

@@ -68,6 +68,7 @@ def open_held_out_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmD
     Args:
         folder: folder of the model, for its tokenizer and for messages.
         config: configuration of the model.
+        held_out: the data-bin and the settings of reading.
     Raises:
         UserError: if tokenizer, vocabulary, domains or sequence length do not match.
     """
@@ -153,6 +154,7 @@ def find_document_end(
         folder: folder of the model.
         config: configuration of the model.
         data: data that it reads, for the id.
+        held_out: its `mask_documents` counts.
     Raises:
         UserError: if the model's family cannot mask documents.
     """
@@ -172,6 +174,7 @@ def check_tokenizer_matches(folder: Path, databin: DataBin, flag: str) -> None:
 
     Args:
         folder: folder of the model.
+        databin: the data, whose tokenizer is in its folder `tokenizer`.
         flag: flag that named the model, for the message.
     Raises:
         UserError: naming both folders and a word.

@@ -168,8 +168,10 @@ def _check_has_scores(
     """Refuse a model without a score on a text that has sequences.
 
     Args:
+        saved: the model that was scored.
         row: name of the row of the matrix.
         scores: scores of this row, by domain.
+        held_out: domains of the texts; with `own_only` each expert needs a score on its own alone.
     Raises:
         UserError: naming the domain: none of its tokens had a finite log-probability.
     """

@@ -171,6 +171,7 @@ class MuxPipeline:
         """Return a request that `__call__` takes in one form: a text, a pair as a tuple, or words.
 
         Args:
+            request: a request in any form that `__call__` takes.
             where: beginning of the message.
         Raises:
             ValueError: if it is no such request.
@@ -181,8 +182,10 @@ class MuxPipeline:
         return texts if len(texts) == 2 else texts[0]
 
     def _classify_rows(self, requests: Sequence[Request]) -> list[Answer]:
-        """Classify texts or pairs, one answer each.
+        """Classify texts or pairs; return an answer {"label", "score"} for each, in order.
 
+        Args:
+            requests: texts, or pairs of texts.
         Raises:
             ValueError: if a request is neither, or both are in one call.
         """
@@ -224,7 +227,7 @@ class MuxPipeline:
         return answers
 
     def _run_rows(self, encoded: EncodedRows) -> Iterator[tuple[int, Tensor]]:
-        """Yield (number, logits) of each row in order, float32 on the CPU.
+        """Run the model on all rows; yield number and logits of each row in order, on the CPU.
 
         Logits are [C]; from a classifier of tokens [L, C], padding included.
         """
@@ -249,6 +252,8 @@ class MuxPipeline:
 def _load_pipeline_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
     """Load the tokenizer of an encoder from a folder or the hub.
 
+    Args:
+        source: folder or hub name of the model or the tokenizer.
     Raises:
         UserError: if there is none, or it lacks a padding token.
     """
@@ -267,7 +272,11 @@ def _load_pipeline_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
 def _read_texts(request: object, where: str) -> tuple[str, ...]:
     """Return the text, or the two texts, of a request.
 
-    Raise ValueError, its message beginning with `where`, if it is neither a text nor a pair.
+    Args:
+        request: a text, a pair, or {"text": ..., "text_pair": ...}.
+        where: beginning of the message.
+    Raises:
+        ValueError: if it is neither a text nor a pair.
     """
     if isinstance(request, dict):
         texts = [request.get("text"), *(request[key] for key in request if key != "text")]
@@ -281,10 +290,13 @@ def _read_texts(request: object, where: str) -> tuple[str, ...]:
 
 
 def _read_words(request: object, where: str) -> list[str]:
-    """Return the words of a request: a list as it is, or a text split at blanks, tabs and line
-    ends.
+    """Return the words of a request: a list as it is, or a text split at white space.
 
-    Raise ValueError, its message beginning with `where`, if it is neither, or has no word.
+    Args:
+        request: a list of words, or a text.
+        where: beginning of the message.
+    Raises:
+        ValueError: if it is neither, or has no word.
     """
     words = re.findall(r"[^ \t\r\n]+", request) if isinstance(request, str) else request
     fits = isinstance(words, list | tuple) and all(isinstance(word, str) for word in words)

@@ -94,6 +94,7 @@ def score_words(task: TaskSpec, gold: Labels, answers: Labels) -> dict[str, floa
     If the task's labels are plain tags, a run of one tag other than O is an entity.
 
     Args:
+        task: the task, whose `metrics` are computed.
         gold, answers: labels of the words of each sentence.
     Raises:
         ValueError: if a sentence has another number of answers than labels.

@@ -117,6 +117,8 @@ def sum_batch_nll(
     runs in evaluation mode; its mode is restored.
 
     Args:
+        model: language model on `device`; its output has `token_log_probs` [B, T].
+        batches: see `iterate_eval_batches`; a batch's "weight" (1 if missing) multiplies its sums.
         domain: expert to use, for a model that takes one; else None.
         device: device of the model and of the result.
     """
@@ -194,7 +196,7 @@ def select_rank_share(batches: Iterable[Batch], part: int, parts: int) -> Iterat
 
 
 def compute_perplexities(matrix: ScoreMatrix) -> dict[str, dict[str, float]]:
-    """Compute the perplexities of a matrix of scores, by expert and domain."""
+    """Compute the perplexities exp(nll / tokens) of a matrix of scores, by expert and domain."""
     return {e: {d: s.perplexity for d, s in row.items()} for e, row in matrix.items()}
 
 
@@ -202,6 +204,9 @@ def select_own_scores(matrix: ScoreMatrix) -> dict[str, Score]:
     """Select each domain's score under the expert of the same name, else under the dense model.
 
     Domains with neither are missing in the result.
+
+    Args:
+        matrix: scores by expert, or by `DENSE`, then by domain of the text.
     """
     return {
         domain: matrix[row][domain]

@@ -170,6 +170,9 @@ def make_heat_map(models: Mapping[str, ScoreMatrix]) -> dict[str, dict[str, floa
     A dense model, and one whose experts were scored only on their own domains, is one row with the
     model's name; other models have a row per expert, whose name starts with the model's if there
     are several models.
+
+    Args:
+        models: scores by name of the model.
     """
     rows: dict[str, dict[str, float]] = {}
     for name, matrix in models.items():

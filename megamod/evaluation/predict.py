@@ -85,8 +85,7 @@ class Predictor:
 
     @torch.no_grad()
     def compute_logits(self, batch: HeldOutBatch) -> Tensor:
-        """Compute the logits of a batch's n rows, [n, C] or [n, L, C] of tokens, float32 on the
-        CPU.
+        """Compute the logits of a batch's n rows, [n, C] or [n, L, C] of tokens: float32, CPU.
 
         Copies of a row are averaged. The time of the pass counts in `instances_per_second`. The
         caller puts the module into evaluation mode.
@@ -112,6 +111,8 @@ def _store_answers(
 
     Args:
         stored: [n, C] of all rows, or [T] of all tokens; see `Predictor.__call__`.
+        encoded: rows of the split, whose offsets give the tokens of a row.
+        batch: range of the rows that `logits` are of.
         logits: [rows, C] or [rows, L, C].
     """
     if not encoded.has_token_labels:

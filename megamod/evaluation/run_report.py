@@ -123,12 +123,16 @@ def format_run_report(paths: Sequence[Path], script: str = "") -> tuple[str, lis
 
 
 def list_report_files(paths: Sequence[Path]) -> list[Path]:
-    """List the files that a page about these runs is made of, whether they exist or not."""
+    """List the files that a page about these runs is made of, whether they exist or not.
+
+    Args:
+        paths: see `format_run_report`.
+    """
     return [file for path in paths for file in (path, *(path / name for name in FILES))]
 
 
 def _make_run_names(paths: Sequence[Path]) -> list[str]:
-    """Make a distinct name of each run: as many last parts of its path as tell all apart.
+    """Make a distinct name of each run: the shortest ends of the paths that all differ.
 
     Raises:
         UserError: for the first path that is named twice.
@@ -183,7 +187,7 @@ def _read_json_if_exists(path: Path) -> dict[str, object]:
 
 
 def _flatten_objects(record: Mapping) -> dict[str, object]:
-    """Return a copy of a record with the items of its objects in their place, named `key.item`."""
+    """Return a copy of a record with `key.item` entries instead of the objects among its values."""
     flat: dict[str, object] = {}
     for key, value in record.items():
         items = value.items() if isinstance(value, dict) else ()
@@ -192,7 +196,7 @@ def _flatten_objects(record: Mapping) -> dict[str, object]:
 
 
 def _iterate_sections(runs: Sequence[_RunFiles]) -> Iterator[tuple[str, str]]:
-    """Yield title and HTML of each section; empty HTML if no run has its data."""
+    """Yield title and HTML of each section of the page; the HTML is "" if no run has its data."""
     yield (
         "Scores",
         _format_comparison_table({run.name: _select_summary_numbers(run) for run in runs}),
@@ -254,7 +258,10 @@ def _iterate_sections(runs: Sequence[_RunFiles]) -> Iterator[tuple[str, str]]:
 
 
 def _select_summary_numbers(run: _RunFiles) -> dict[str, object]:
-    """Select the numbers that say most about a run, by name; those that it lacks are absent."""
+    """Select the numbers of a run for the table of scores, by the name of their row.
+
+    Numbers that the run lacks are absent.
+    """
     trained = [record for record in run.metrics if "loss" in record]
     last = trained[-1] if trained else {}
     rates = [r["tokens_per_second"] for r in trained if r.get("tokens_per_second")]
@@ -289,7 +296,11 @@ def _get_scores_by_domain(mixture: Mapping) -> Mapping[str, Mapping]:
 
 
 def _list_priors(mixture: Mapping) -> dict[str, Mapping[str, float]]:
-    """List the prior weights of the experts by domain of the text, where there are any."""
+    """Collect the prior weights of the experts by domain of the text, where there are any.
+
+    Args:
+        mixture: content of a result of `megamod eval-ensemble`; {} without one.
+    """
     return {
         name: scores["prior"]
         for name, scores in _get_scores_by_domain(mixture).items()
@@ -316,7 +327,10 @@ def _list_expert_loads(metrics: Sequence[Mapping]) -> dict[str, dict[str, float]
 def _list_speeds_and_scores(
     runs: Sequence[_RunFiles],
 ) -> dict[str, dict[str, dict[int, tuple[float, float]]]]:
-    """List (instances per second, task score) of all runs by task, model and N instances."""
+    """Collect the points (instances per second, task score) of all runs, by task, model and N.
+
+    They come from sweeps, and from single finetuning runs under the name of the run.
+    """
     tasks: dict[str, dict[str, dict[int, tuple[float, float]]]] = {}
     for run in runs:
         for row in run.sweep:
@@ -331,7 +345,11 @@ def _list_speeds_and_scores(
 
 
 def _list_barriers(results: Mapping) -> dict[str, dict[str, tuple[float, float]]]:
-    """List mean and standard error of the barriers in a study's results, by task and variant."""
+    """Collect the barriers in results.json, by task and alignment: mean and standard error (nats).
+
+    Args:
+        results: content of results.json; that of another kind of run has no barriers: {}.
+    """
     return {
         task: {name: tuple(result["barrier"]) for name, result in variants.items()}
         for task, variants in results.items()
@@ -347,6 +365,7 @@ def _format_figure(caption: str, plot: Callable, data: object, **options: object
     Args:
         caption: caption of the figure, plain text.
         plot: function of `plots` or `run_plots`, called with `data`, a path and `options`.
+        data: first argument of `plot`.
     """
     # Ids follow from the salt, so that those of two figures differ and a page can be repeated.
     settings = {"svg.fonttype": "none", "svg.hashsalt": f"{plot.__name__} {caption}"}

@@ -54,6 +54,8 @@ def attribute_texts(args: AttributionArgs) -> None:
     The mixture runs in float32, on a GPU if there is one. With --output_dir the shares are also
     written there, in a new folder: see `_write_files`.
 
+    Args:
+        args: flags of the command; `model` and `text` must be set.
     Raises:
         UserError: if a flag is missing, the model is no mixture with moe.json or cannot be loaded,
             the output folder is not new, or the text cannot be read.
@@ -100,8 +102,12 @@ def compute_shares(model: torch.nn.Module, ids: Tensor) -> Tensor:
 
 
 def format_documents(record: MoeRecord, documents: Sequence[AttributedDocument]) -> str:
-    """Format a table with a line per document: number of tokens, the share of each expert in
-    percent, and how the text begins.
+    """Format a table with a line per document, for the console.
+
+    Columns are the number of tokens, the share of each expert in percent, and how the text begins.
+
+    Args:
+        record: content of moe.json, for the names of the experts.
     """
     rows = [("document", "tokens", *record.domains, "begins")]
     for number, document in enumerate(documents, start=1):
@@ -112,8 +118,13 @@ def format_documents(record: MoeRecord, documents: Sequence[AttributedDocument])
 
 
 def format_tokens(record: MoeRecord, documents: Sequence[AttributedDocument]) -> str:
-    """Format a table with a line per token: document from 1, position from 0, the share of each
-    expert, the expert of the largest share (first), and the text.
+    """Format a table with a line per token, for tokens.txt.
+
+    Columns are document from 1, position from 0, the share of each expert, the expert of the
+    largest share (first), and the text.
+
+    Args:
+        record: content of moe.json, for the names of the experts.
     """
     rows = [("document", "token", *record.domains, "first", "text")]
     for number, document in enumerate(documents, start=1):
@@ -132,6 +143,11 @@ def _write_files(
     """Write attribution.json, tokens.txt and attribution.png into the folder.
 
     The plot has the shares of all documents, and of the tokens of the first one.
+
+    Args:
+        folder: folder to write into, which exists.
+        args: flags, of which the paths of model and text are recorded.
+        record: content of moe.json of the mixture.
     """
     content = {
         "model": args.model,

@@ -49,6 +49,7 @@ def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
     and nothing is written.
 
     Args:
+        args: flags of the command.
         recipe_file: recipe in YAML; None: the flags alone describe the merge.
     Raises:
         UserError: for flags, recipes or models that do not fit each other.
@@ -84,9 +85,11 @@ def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
 
 
 def _extract_lora(args: MergeArgs, recipe_file: Path | None) -> None:
-    """Write the LoRA adapter that makes --extract_lora of --base_model to --output_dir; print its
-    description.
+    """Write the LoRA adapter that turns --base_model into --extract_lora; print its description.
 
+    Args:
+        args: flags, of which only those of the extraction and the output may be given.
+        recipe_file: recipe on the command line, which is refused; None: there is none.
     Raises:
         UserError: for flags or a recipe that do not go with it, without --base_model, or for models
             that do not fit each other.

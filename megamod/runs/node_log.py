@@ -72,8 +72,9 @@ class NodeLog(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append a record, cut to `LONGEST` characters; the first disk error is reported on the
-        console, and none is raised.
+        """Append a record, cut to `LONGEST` characters.
+
+        The first disk error is reported on the console, and none is raised.
         """
         text = self.format(record)
         if len(text) > LONGEST:

@@ -91,6 +91,7 @@ def compute_calibrated_rows(
     Args:
         plan: plan of the mixture that gets the rows.
         recipe: average of the experts; each of its inputs has a domain.
+        calibration: text and settings.
     Raises:
         UserError: if a domain has no text, the text does not fit the model, or a row is zero.
     """
@@ -239,8 +240,11 @@ def read_databin_texts(
 
 
 def _require_domains(domains: Sequence[str], known: Sequence[str] | Mapping, where: str) -> None:
-    """Raise UserError, whose message begins with `where`, for the first domain that is not among
-    the known ones.
+    """Raise UserError for the first domain that is not among the known ones.
+
+    Args:
+        known: domains that there is text of.
+        where: beginning of the message.
     """
     for domain in domains:
         if domain not in known:
@@ -252,8 +256,9 @@ def _require_domains(domains: Sequence[str], known: Sequence[str] | Mapping, whe
 def _select_sequence_length(
     config: LmConfig, texts: Sequence[DomainText], calibration: RouterCalibration
 ) -> int:
-    """Return the tokens per sequence: as the calibration says, but within the model's limit and few
-    enough for `HELD_OUT` sequences of the shortest text.
+    """Select the tokens per sequence, so that each text has `HELD_OUT` sequences or more.
+
+    It is that of `calibration`, by default `LONGEST`, within the limit of the model.
 
     Raises:
         UserError: if a text is too short, or --max_seq_length is above the limit.
@@ -342,6 +347,7 @@ def _measure_router_logits(
     """Measure the router's logits on held-out text.
 
     Args:
+        block: path of the feed-forward or sparse block in a layer.
         rows: [L, E, D] float64.
         texts: sequences [N, T] of each expert's domain.
     Returns:
@@ -379,8 +385,7 @@ def compute_condition_number(rows: Tensor, centred: bool) -> float:
 
 
 def _refuse_zero_rows(rows: Tensor, domains: Sequence[str]) -> None:
-    """Refuse centred rows [L, E, D] that are zero or not finite, and a single expert, whose row is
-    zero.
+    """Refuse centred rows [L, E, D] that are zero or not finite, such as those of a single expert.
 
     Raises:
         UserError: naming --calibration.
@@ -396,12 +401,15 @@ def _refuse_zero_rows(rows: Tensor, domains: Sequence[str]) -> None:
 def _warn_of_weak_rows(
     own_first: Tensor, condition: Sequence[float], domains: Sequence[str]
 ) -> None:
-    """Log a warning for each layer with a condition number above `CONDITION`, and for each expert
-    that is first on fewer tokens of its own domain than by chance.
+    """Log a warning for each layer and each expert whose router rows separate the domains badly.
+
+    That is a condition number above `CONDITION`, and an expert that has the largest logit on fewer
+    tokens of its own domain than by chance.
 
     Args:
         own_first: [L, E], see `_measure_router_logits`.
         condition: condition number of each layer's rows.
+        domains: domains of the E experts.
     """
     for layer, value in enumerate(condition):
         if value > CONDITION:
@@ -423,8 +431,10 @@ def _warn_of_weak_rows(
 
 
 def format_own_first(record: Mapping[str, object], domains: Sequence[str]) -> str:
-    """Format a table with a line per layer: the share of each domain's tokens on which its own
-    expert is first, in percent, and the condition number of the rows.
+    """Format a table with a line per layer: how well the router's rows separate the domains.
+
+    Columns are the share in percent of each domain's tokens on which its own expert has the largest
+    logit, and the condition number of the rows.
 
     Args:
         record: record of the rows, see `compute_router_rows`.

@@ -102,8 +102,9 @@ class MoeArgs(ModelOutputArgs):
 
     @property
     def router_kind(self) -> str:
-        """Origin of the router rows: "calibrated", "random" or "file". Anchored experts bring rows
-        of their own, whatever it is.
+        """Origin of the router rows: "calibrated", "random" or "file".
+
+        Without effect for anchored experts, which bring rows of their own.
         """
         return self.router or ("random" if self.calibration is None else "calibrated")
 
@@ -114,6 +115,8 @@ def run_to_moe(args: MoeArgs) -> None:
     If the router is calibrated, the share of its domain's tokens on which each expert is first is
     printed, too. With --dry_run everything is checked and nothing is written.
 
+    Args:
+        args: flags of the command.
     Raises:
         UserError: for flags or models that do not fit each other, or an output folder that is not
             new.
@@ -148,8 +151,7 @@ def run_to_moe(args: MoeArgs) -> None:
 
 
 def _format_calibration(folder: Path) -> str:
-    """Format a table of the shares of tokens on which a domain's own expert is first, from
-    moe.json.
+    """Format the table of a calibrated router from moe.json, see `format_own_first`.
 
     Args:
         folder: folder of a mixture whose router was calibrated.
@@ -165,6 +167,8 @@ def _format_calibration(folder: Path) -> str:
 def select_experts(args: MoeArgs) -> "list[Expert]":
     """Select the experts that --forest and --experts, or --models and --domains, name.
 
+    Args:
+        args: flags of the command.
     Returns:
         their forest entries in the order of the mixture.
     Raises:
@@ -209,6 +213,9 @@ def are_all_anchored(args: MoeArgs, experts: "Sequence[Expert]") -> bool:
     The anchor, the frozen seed, is then to be the first expert of the mixture, under the name
     `NAME` of `megamod.merging.moe.anchored`; it is not in `experts` yet.
 
+    Args:
+        args: flags of the command.
+        experts: forest entries of the experts.
     Raises:
         UserError: if some are anchored and others not, a flag asks for other rows or weights, or an
             expert has the anchor's name.
@@ -234,8 +241,7 @@ def are_all_anchored(args: MoeArgs, experts: "Sequence[Expert]") -> bool:
 
 
 def _make_forest_entries(path: Path, name: str | None) -> "list[Expert]":
-    """Make the forest entries of a run or model folder: of an anchored model one for each of its
-    experts, else a single one.
+    """Make the forest entry of a run or model folder, or of each expert of an anchored model.
 
     Args:
         path: OUT of a run, or a model folder.
@@ -271,6 +277,7 @@ def _get_experts_per_token(args: MoeArgs, experts: int) -> int:
     """Return the number of experts that compute a token: --topk; without it 2.
 
     Args:
+        args: flags of the command.
         experts: number of experts of the mixture.
     Raises:
         UserError: for a single expert without --topk 1.
@@ -285,6 +292,9 @@ def _make_recipe(args: MoeArgs, experts: "Sequence[Expert]") -> "MergeRecipe":
 
     Its inputs are in the order of the experts, each with its domain.
 
+    Args:
+        args: flags of the command.
+        experts: forest entries in the order of the mixture.
     Raises:
         UserError: for flags that do not go with --anchor, or another number of weights than
             experts.
@@ -305,10 +315,10 @@ def _make_recipe(args: MoeArgs, experts: "Sequence[Expert]") -> "MergeRecipe":
 
 
 def _make_rows_function(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoePlan], RouterRows]":
-    """Make the function that computes the router rows from the plan of the mixture, as --router
-    says.
+    """Make the function that computes the router rows from the plan of the mixture.
 
     Args:
+        args: flags; --router decides the origin of the rows.
         recipe: recipe of `_make_recipe`, whose average calibrated rows are computed on.
     Raises:
         UserError: if --router calibrated lacks --calibration.

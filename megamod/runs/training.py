@@ -432,9 +432,7 @@ def list_settings_to_repeat(
 
 
 def compute_code_digest() -> str:
-    """Compute the SHA-256 digest of our sources, kernels included, and of the versions of the main
-    libraries.
-    """
+    """Compute a SHA-256 of our sources, kernels included, and versions of the main libraries."""
     versions = (torch.__version__, deepspeed.__version__, transformers.__version__)
     digest = hashlib.sha256(" ".join(versions).encode())
     for name in ("megamod", "megamod_kernels"):

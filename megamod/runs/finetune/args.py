@@ -254,8 +254,9 @@ class TaskListArgs(RowArgs):
     )
 
     def __post_init__(self):
-        """Check the flags; set `mt_sampling` if one of the two flags that stand for a value of it
-        is given.
+        """Check the flags; a flag that is short for a value of --mt_sampling sets it.
+
+        These are --use_mt_uncertainty and --uniform_mt_sampling.
 
         Raises:
             UserError: for flags that ask for two samplings, or a task that is listed twice.
@@ -297,8 +298,9 @@ class ManyTasksArgs(StageArgs):
     )
 
     def __post_init__(self):
-        """Check the flags; a model name of `RELEASED_MODELS` is replaced by its encoder, and
-        `variant` by its variant, even if --variant is given.
+        """Check the flags; replace a --model of `RELEASED_MODELS` by its encoder.
+
+        `variant` becomes that of the released model, even if --variant is given.
 
         Raises:
             UserError: if --freeze_encoder_layers is not A-B, or as `StageArgs`.
@@ -310,8 +312,7 @@ class ManyTasksArgs(StageArgs):
             self.parse_frozen_blocks()  # check the flag at once
 
     def parse_frozen_blocks(self) -> tuple[int, int] | None:
-        """Return the first and the last frozen block, from 0, both included; None: no block is
-        frozen.
+        """Return the first and the last frozen block, from 0, both included; None: none is frozen.
 
         Raises:
             UserError: if the flag is not A-B.

@@ -27,9 +27,7 @@ class BestModel:
 
     @property
     def best(self) -> Record | None:
-        """Return the evaluation of the largest value, of equal ones the first; None if there is
-        none.
-        """
+        """Evaluation of the largest value, of equal ones the first; None without any evaluation."""
         return max(self.evaluations, key=self.find_value, default=None)
 
     def load_evaluations(self, step: int) -> None:
@@ -59,8 +57,9 @@ class BestModel:
         write_json(self.folder / EVALUATIONS, self.evaluations)
 
     def write_model(self, export: ModelExport, folder: Path) -> None:
-        """Write the model that a run publishes at its end: a copy of OUT/model, which is the best
-        one, or without evaluations the present model; collective.
+        """Write the model that a run publishes at its end; collective.
+
+        It is a copy of OUT/model, the best one so far, or without evaluations the present model.
 
         Args:
             export: writes the present model; it is collective.

@@ -13,20 +13,22 @@ logger = logging.getLogger(__name__)
 
 
 def list_model_labels(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the labels of a model's head in its order; () if they have the default names,
-    LABEL_0 and so on.
+    """Return the labels of a model's head in its order.
+
+    The result is () if they have the default names, LABEL_0 and so on.
     """
     names = tuple(config.id2label[number] for number in range(config.num_labels))
     return () if names == tuple(f"LABEL_{n}" for n in range(len(names))) else names
 
 
 def order_labels(names: Sequence[str], labels: Sequence[str]) -> tuple[str, ...] | None:
-    """Return the labels of a task in the order of a model's, spelled as the task does; None if the
-    two do not have the same labels.
+    """Return the labels of a task in the order of a model's, spelled as the task does.
 
     Args:
         names: names of the model's labels; capitals do not matter.
         labels: labels of the task.
+    Returns:
+        None if the two do not have the same labels.
     """
     spelled = make_label_normaliser(labels)
     ordered = tuple(spelled(name) or "" for name in names)
@@ -42,6 +44,8 @@ def match_labels_to_model(config: PreTrainedConfig, spec: TaskSpec, *, trained: 
     with a warning unless the task's labels are the numbers from 0.
 
     Args:
+        config: configuration of the model.
+        spec: the task; its labels are empty if its files have not named them.
         trained: the head answers the task already and is not trained by this run.
     Raises:
         UserError: if the model is trained and has another set or number of labels.
@@ -75,6 +79,10 @@ def set_config_labels(config: PreTrainedConfig, spec: TaskSpec) -> None:
     """Write the labels of a task and its kind of problem into the configuration of its model.
 
     A regression has one label, with the default name.
+
+    Args:
+        config: changed in place.
+        spec: the task, with its labels in the order of the model's head.
     """
     if spec.is_regression:
         config.num_labels = 1

@@ -91,8 +91,7 @@ class ManyTasksModel(FinetuneModel):
         return tuple(task.spec.name for task in self.tasks)
 
     def make_module(self, seed: int, folder: Path | None = None) -> CaMtlForMultiTask:
-        """Build the model with the weights of the run's start; blocks that the flags freeze are
-        frozen.
+        """Build the model with the weights of the run's start; blocks may be frozen by the flags.
 
         Args:
             seed: seed of the weights that are not loaded.
@@ -135,7 +134,12 @@ class ManyTasksModel(FinetuneModel):
         return [SingleTaskModel(module, number) for number in range(len(self.tasks))]
 
     def make_batches(self, division: BatchDivision, seed: int) -> TaskMixture:
-        """Return the micro-batches of a rank, mixed from the tasks as --mt_sampling says."""
+        """Make the training micro-batches of a rank, mixed from the tasks as --mt_sampling says.
+
+        Args:
+            division: division of a step over the ranks, as seen from this one.
+            seed: seed of the order of rows and tasks.
+        """
         return TaskMixture(
             [task.encoded["train"] for task in self.tasks],
             self.args.mt_sampling,
@@ -155,7 +159,12 @@ class ManyTasksModel(FinetuneModel):
     def make_row_selector(
         self, batches: TaskMixture, device: torch.device
     ) -> UncertaintySelector | None:
-        """Return the selection of the least certain rows; None with another --mt_sampling."""
+        """Make the selection of the least certain rows of each step; None with another sampling.
+
+        Args:
+            batches: the training micro-batches of this rank, with candidates of every task.
+            device: device of the model.
+        """
         if self.args.mt_sampling != "uncertainty":
             return None
         return UncertaintySelector(
@@ -220,12 +229,14 @@ def prepare_many_tasks_model(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTa
 def _list_task_specs(
     stage: ManyTasksArgs, args: TaskListArgs, ca_mtl_config: CaMtlConfig | None
 ) -> list[tuple[TaskSpec, Sequence[str] | None]]:
-    """List the tasks in the order of their ids, each with the folders to look for its files in
-    (None: the hub).
+    """List the tasks in the order of their ids, each with the folders that may have its files.
 
-    They are those of --tasks, else those of the model, else the nine of GLUE.
+    They are those of --tasks, else those of the model, else the nine of GLUE. Folders None stand
+    for the hub.
 
     Args:
+        stage: flags of the model, for messages.
+        args: flags of the tasks and their folders.
         ca_mtl_config: configuration of the CA-MTL model of --model, whose tasks decide the order;
             None: a new model around an encoder.
     Raises:
@@ -254,12 +265,16 @@ def _read_task_rows(
     args: TaskListArgs,
     ca_mtl_config: CaMtlConfig | None,
 ) -> tuple[TaskSpec, Rows]:
-    """Read the rows of a task that the stages need; return them with the task, whose labels are in
-    the order of its head.
+    """Read the rows of a task that the stages of the run need.
 
     Args:
+        spec: the task.
         folders: see `_list_task_specs`.
+        stage: flags of the stages.
+        args: flags of the rows.
         ca_mtl_config: see `_list_task_specs`.
+    Returns:
+        the task, with its labels in the order of its head, and the rows by split.
     Raises:
         UserError: for splits, files, rows or labels that do not fit.
     """
@@ -277,6 +292,9 @@ def _find_trained_labels(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]
     A task without labels takes those of the head; a regression has none: (). The heads of a
     converted model have numbers as labels; then the task's labels are returned, in its order.
 
+    Args:
+        config: configuration of the trained CA-MTL model.
+        spec: the task, one of the model's.
     Raises:
         UserError: if the task has other labels, or is of another kind.
     """
@@ -298,8 +316,9 @@ def _find_trained_labels(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]
 
 
 def _find_head_kind(spec: TaskSpec) -> str:
-    """Return the kind of a task's head: "sequence", which tasks of pairs have too, "regression" or
-    "token".
+    """Return the kind of a task's head: "sequence", "regression" or "token".
+
+    Tasks of pairs have a head of the kind "sequence", too.
     """
     return "sequence" if spec.kind == "pair" else spec.kind
 
@@ -314,6 +333,8 @@ def _build_config(
     """Build the configuration of CA-MTL around an encoder.
 
     Args:
+        stage: flags of the model, for variant and named size.
+        args: flags of the tasks, for the length of rows.
         source: configuration of the encoder; None: the named size of --config_name.
         specs: tasks in the order of their ids.
         vocab_size: vocabulary size of an encoder of a named size.
@@ -335,8 +356,11 @@ def _build_config(
 
 
 def _resolve_max_length(args: TaskListArgs, most: int) -> int:
-    """Return --max_seq_length; its default is reduced to `most` tokens.
+    """Return --max_seq_length in tokens; its default is reduced to the model's positions.
 
+    Args:
+        args: flags of the tasks.
+        most: positions of the model.
     Raises:
         UserError: if the flag is given and larger.
     """

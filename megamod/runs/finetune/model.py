@@ -40,10 +40,10 @@ class FinetuneModel(Protocol):
     ensemble: bool
 
     def make_module(self, seed: int, folder: Path | None = None) -> nn.Module:
-        """Build the model in float32 on the CPU; weights that are not in its checkpoint are drawn
-        with the seed.
+        """Build the model in float32 on the CPU; weights that its checkpoint lacks are drawn.
 
         Args:
+            seed: seed of these weights.
             folder: folder of the run that trains it; rank 0 may write a record there. None: no
                 record.
         Raises:
@@ -60,11 +60,12 @@ class FinetuneModel(Protocol):
         ...
 
     def list_classifiers(self, module: nn.Module) -> Sequence[nn.Module]:
-        """Return for each task a module that returns the `logits` of a batch, [R, C] of R rows or
-        [R, L, C] of their tokens.
+        """Return for each task a module that computes the `logits` of a batch.
 
         Args:
             module: the model; the modules share its weights.
+        Returns:
+            modules whose `logits` are [R, C] of R rows, or [R, L, C] of their tokens.
         """
         ...
 
@@ -80,13 +81,18 @@ class FinetuneModel(Protocol):
         ...
 
     def compute_steps_per_epoch(self, batches: StepBatches) -> float:
-        """Return the steps of an epoch, which need not be a whole number."""
+        """Compute the steps of an epoch over `batches`, which need not be a whole number."""
         ...
 
     def make_objective(self, device: torch.device) -> Objective:
-        """Return the training loss of a batch."""
+        """Make the training loss of a batch, for a model on `device`."""
         ...
 
     def make_row_selector(self, batches: StepBatches, device: torch.device) -> SelectBatches | None:
-        """Return the selection among the rows of a step; None: all rows are trained on."""
+        """Make the selection among the rows of a step; None: all rows are trained on.
+
+        Args:
+            batches: the micro-batches of `make_batches`.
+            device: device of the model.
+        """
         ...

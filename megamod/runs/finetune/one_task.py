@@ -71,6 +71,7 @@ class OneTaskModel(FinetuneModel):
         """Build the classifier with the weights of the run's start; others are drawn with the seed.
 
         Args:
+            seed: seed of the weights that the source lacks.
             folder: without effect.
         Raises:
             UserError: if the weights cannot be loaded, or some are missing and the run does not
@@ -95,7 +96,12 @@ class OneTaskModel(FinetuneModel):
         return [module]
 
     def make_batches(self, division: BatchDivision, seed: int) -> TrainRows:
-        """Return the micro-batches of a rank, whose rows are shuffled by the seed in each epoch."""
+        """Make the training micro-batches of a rank.
+
+        Args:
+            division: division of a step over the ranks, as seen from this one.
+            seed: seed of the order of the rows, another one in each epoch.
+        """
         return TrainRows(
             self.task.encoded["train"],
             division,
@@ -218,6 +224,7 @@ def _find_task_spec(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
     """Return the task of --task_spec or --task.
 
     Args:
+        args: flags of the task.
         words: see `prepare_one_task_model`.
     Raises:
         UserError: if none is named, it is unknown or malformed, or labels words where `words` is
@@ -240,8 +247,13 @@ def _find_task_spec(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
 
 
 def _find_data_dir(spec: TaskSpec, args: TaskArgs) -> str | None:
-    """Return the folder of the task's files: --data_dir; without it that of the --task_spec file
-    if the task is not on the hub, else None, which stands for the hub.
+    """Return the folder to look for the task's files in; None: the hub.
+
+    It is --data_dir; without it the folder of the --task_spec file, if the task is not on the hub.
+
+    Args:
+        spec: the task.
+        args: flags of the task.
     """
     if args.data_dir is None and args.task_spec is not None and spec.hub is None:
         return str(Path(args.task_spec).parent)
@@ -251,6 +263,9 @@ def _find_data_dir(spec: TaskSpec, args: TaskArgs) -> str | None:
 def _get_instance_count(config: PreTrainedConfig, stage: OneTaskArgs) -> int:
     """Return N, the number of instances that share a forward pass of the model.
 
+    Args:
+        config: configuration of the model, which has `num_instances` if it is multiplexed.
+        stage: flags of the model.
     Raises:
         UserError: if --num_instances gives another one.
     """
@@ -265,11 +280,14 @@ def _get_instance_count(config: PreTrainedConfig, stage: OneTaskArgs) -> int:
 
 
 def _set_retrieval_loss(config: PreTrainedConfig, stage: OneTaskArgs) -> None:
-    """Set the weight of the task's loss to 1, and weight and share of tokens of the retrieval loss
-    to the flags.
+    """Set the weights of the losses in the configuration of a model, in place.
 
-    A checkpoint has the values of its own pretraining, which are overwritten in `config`.
+    That of the task is 1; weight and share of tokens of the retrieval loss are those of the flags.
+    A checkpoint has the values of its own pretraining, which are overwritten.
 
+    Args:
+        config: configuration of the model; of a model that is not multiplexed it does not change.
+        stage: flags of the model.
     Raises:
         UserError: if --retrieval_loss_coeff is given for a model that is not multiplexed.
     """

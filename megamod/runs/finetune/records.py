@@ -86,6 +86,7 @@ def make_evaluation_record(
     """Return the record of an evaluation of the dev splits, an item of evaluations.json.
 
     Args:
+        model: the model and its tasks.
         scores: by task and split, see `score_splits`.
         step: finished steps.
         instances_per_second: rows per second of the forward passes.
@@ -97,10 +98,14 @@ def make_evaluation_record(
 
 
 def find_selection_value(model: FinetuneModel, evaluation: Record) -> float | None:
-    """Return the number that selects the best model, larger is better; None if the evaluation lacks
-    it.
+    """Return the number of an evaluation that selects the best model, larger is better.
 
     It is the mean score of many tasks, or the first metric of a single task on the split dev.
+
+    Args:
+        evaluation: an item of evaluations.json.
+    Returns:
+        None if the evaluation lacks it.
     """
     if model.has_many_tasks:
         return evaluation.get("score")
@@ -108,24 +113,25 @@ def find_selection_value(model: FinetuneModel, evaluation: Record) -> float | No
 
 
 def get_task_score(model: FinetuneModel, evaluation: Record) -> float:
-    """Return the task's score as GLUE defines it, of many tasks the mean, of an evaluation."""
+    """Return the task's score in an evaluation as GLUE defines it; of many tasks the mean."""
     if model.has_many_tasks:
         return evaluation["score"]
     return compute_task_score(model.tasks[0].spec, evaluation["scores"])
 
 
 def make_predictions_record(model: FinetuneModel, scores: TaskScores) -> Record:
-    """Return the entry `predicted` of results.json: the scores of predicted splits with known
-    labels.
-    """
+    """Make the entry `predicted` of results.json: scores of predicted splits with known labels."""
     return _nest_scores(model, "predicted", "predicted", scores)
 
 
 def make_peaks_record(model: FinetuneModel, evaluations: Sequence[Record]) -> Record:
-    """Return the entry `by_task` of results.json: by task and "SPLIT METRIC" the best value over
-    all evaluations and its step.
+    """Make the entry `by_task` of results.json: the best value of each metric, and its step.
 
-    Losses and values that are no numbers are skipped. The record of a model of one task is empty.
+    It is by task and "SPLIT METRIC". Losses and values that are no numbers are skipped. The record
+    of a model of one task is empty.
+
+    Args:
+        evaluations: all evaluations of the run, items of evaluations.json.
     """
     if not model.has_many_tasks:
         return {}
@@ -144,7 +150,7 @@ def make_peaks_record(model: FinetuneModel, evaluations: Sequence[Record]) -> Re
 
 
 def make_table_row(model: FinetuneModel, record: Record) -> dict[str, float] | None:
-    """Return the numbers of one seed for the table, by title of the column; None: no row.
+    """Make the row of one seed in the printed table: numbers by title of the column; None: no row.
 
     A single task has all scores of its best evaluation and of its predictions. Many tasks have one
     score each, their mean, and with all of GLUE its average; without an evaluation they have no
@@ -171,8 +177,9 @@ def make_table_row(model: FinetuneModel, record: Record) -> dict[str, float] | N
 
 
 def make_tasks_record(model: FinetuneModel) -> Record:
-    """Return the entries of results.json that are known before training: the tasks, and by split
-    the numbers of rows and of cut rows.
+    """Make the entries of results.json that are known before training.
+
+    They are the tasks, and by split the numbers of rows and of rows that were cut.
     """
     rows = {
         task.spec.name: {split: len(encoded) for split, encoded in task.encoded.items()}
@@ -219,11 +226,21 @@ def make_finetuned_card(model: FinetuneModel) -> Card:
 
 
 def _nest_scores(model: FinetuneModel, many: str, single: str, scores: TaskScores) -> Record:
-    """Return all scores under the key `many`, or the only task's scores under the key `single`."""
+    """Return scores under the key of their kind of run, as evaluations.json has them.
+
+    Args:
+        many: key of all scores, of a model of many tasks.
+        single: key of the only task's scores.
+        scores: by task and split.
+    """
     return {many: scores} if model.has_many_tasks else {single: scores[model.tasks[0].spec.name]}
 
 
 def _compute_task_scores(model: FinetuneModel, scores: TaskScores) -> dict[str, float]:
-    """Compute the score of each task as GLUE defines it."""
+    """Compute the score of each task as GLUE defines it, see `compute_task_score`.
+
+    Args:
+        scores: by task and split.
+    """
     specs = [task.spec for task in model.tasks]
     return {spec.name: compute_task_score(spec, scores[spec.name]) for spec in specs}

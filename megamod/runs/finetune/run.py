@@ -91,6 +91,9 @@ def _evaluate_only(
 
     Predictions are written into OUT/predictions.
 
+    Args:
+        parsed: see `finetune`.
+        device: device of this rank.
     Returns:
         the entry of the seed in results.json.
     """
@@ -203,7 +206,7 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
 
 
 def _set_batch_sizes(run: RunArgs, model: FinetuneModel) -> None:
-    """Set batch sizes without flags to 32 N rows, where N is the number of instances, in `run`.
+    """Set batch sizes that were not given, in `run`, to 32 N rows, where N is `model.instances`.
 
     A model of many tasks has N = 1 and keeps the defaults of `run`.
 
@@ -219,7 +222,11 @@ def _set_batch_sizes(run: RunArgs, model: FinetuneModel) -> None:
 
 
 def _set_max_steps(run: RunArgs, stage: StageArgs, steps_per_epoch: float) -> None:
-    """Set --max_steps to --num_train_epochs of `steps_per_epoch` steps, unless it was given."""
+    """Set --max_steps in `run` to the steps of --num_train_epochs, unless it was given.
+
+    Args:
+        steps_per_epoch: need not be a whole number; the product is rounded up.
+    """
     if find_origin(run, "max_steps") == "default":
         # A rounding error of the product must not add a step.
         steps = math.ceil(stage.num_train_epochs * steps_per_epoch - 1e-9)
@@ -267,7 +274,8 @@ def _make_evaluation(
     """Return the record of an evaluation, with the rows per second of this rank's forward passes.
 
     Args:
-        scores: scores of the dev splits; `predictors`: computed them, one per task.
+        scores: scores of the dev splits by task and split.
+        predictors: one per task, which computed the scores.
         step: finished steps.
     """
     speed = float(np.mean([predictor.instances_per_second for predictor in predictors]))
@@ -282,6 +290,7 @@ def _write_results(
     Args:
         records: entries by seed.
         output: OUT, created if needed.
+        stage: flags of the stages, for the name of the model and the list of files.
     Returns:
         the table and a list of the files, to print.
     """
@@ -314,7 +323,12 @@ def _write_results(
 
 
 def _format_output_files(model: FinetuneModel, output: Path, stage: StageArgs) -> str:
-    """Format the names and paths of the output files of a run, one per line, for the console."""
+    """Format the names and paths of the output files of a run, one per line, for the console.
+
+    Args:
+        output: OUT, folder of the run.
+        stage: flags of the stages that were run; with --seeds only results.json is listed.
+    """
     files = [("numbers", output / RESULTS)]
     if stage.do_train and not stage.seeds:
         files.append(("model", output / "model"))

@@ -74,6 +74,7 @@ def score_split(
 
     Args:
         split: name of a split of `task`.
+        predictor: the predictor of `task`.
         run: its batch size of evaluation and its seed are used.
     Returns:
         scores, None if the labels are hidden; and the logits of rows [R, C] float64, or the labels
@@ -148,10 +149,10 @@ def _write_predictions(
     answers: np.ndarray | list[list[str]],
     folder: Path,
 ) -> None:
-    """Write predictions as a file for the server of a benchmark, or labels of words as CoNLL
-    columns.
+    """Write predictions in the format of a benchmark's server, or labels of words as CoNLL columns.
 
     Args:
+        split: name of a split of `task`.
         answers: see `score_split`.
         folder: exists; the file is named after the split, and after the task where needed.
     """

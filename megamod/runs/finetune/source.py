@@ -25,7 +25,10 @@ def read_start_config(
     """Read the configuration that a run starts from, and find the source of its weights.
 
     Args:
+        stage: flags of the model and of the stages.
         accepts, needed: `accepts_type` and `needed_kind` of `resolve_model`.
+        accepts: returns True for a model type that the run can train, see `resolve_model`.
+        needed: the kind of model that is accepted, for the message.
     Returns:
         the configuration, None for a named size, which needs the size of the vocabulary first; and
         the folder or hub name of the weights, None for new ones.

@@ -55,6 +55,8 @@ def list_splits_to_read(spec: TaskSpec, stage: StageArgs, predicted: str) -> lis
     """List the splits that the stages need: train, all splits of dev, and those to predict.
 
     Args:
+        spec: the task.
+        stage: flags of the stages.
         predicted: beginning of the names of the splits to predict.
     Raises:
         UserError: if the task has no dev split to score, or none to predict.
@@ -88,7 +90,10 @@ def read_and_encode_task(
 
     Args:
         data_dir: folder of the files; None: the hub.
+        splits: names of the splits to read.
         config: configuration of the classifier.
+        tokenizer: tokenizer of the classifier.
+        args: flags of the rows.
         trained: the model answers the task already, so its labels must be the task's; their order
             is the model's.
         label_all: see `encode_words`.
@@ -117,6 +122,8 @@ def read_rows(
 
     Args:
         data_dir: folder of the files; None: the hub.
+        splits: names of the splits.
+        args: flags of the rows.
         labels: labels of a trained model; they take the place of those of a task of labels of
             words, and have no effect for other tasks. Empty: none.
     Returns:
@@ -148,6 +155,9 @@ def encode_rows(
     """Return the task with its rows as token ids, from the cache if it holds them.
 
     Args:
+        spec: the task, with its labels in the order of the classifier's.
+        sets: rows by split.
+        lengths: limits of a row's tokens.
         cache_dir: see `encode_with_cache`; None: there is no cache.
         label_all: see `encode_words`.
     Raises:
@@ -177,6 +187,7 @@ def find_task_and_folders(
     """Find a task by its name or YAML file.
 
     Args:
+        name: name of a task, or path of a YAML file that describes one.
         data_dir: folders of --data_dir; None: not given.
     Returns:
         the task, and the folders to look for its files in: `data_dir`, else the folder of the YAML
@@ -214,6 +225,9 @@ def make_row_length_limits(config: PreTrainedConfig, args: RowArgs) -> RowLength
 
     The maximum is --max_seq_length; its default is reduced to the model's positions.
 
+    Args:
+        config: configuration of the model.
+        args: flags of the rows.
     Raises:
         UserError: if the flag is given and the model has fewer positions.
     """

@@ -54,6 +54,7 @@ def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -
     rank 0 prints scores.
 
     Args:
+        run, safety, optim: flags of training.
         args: its `domain`, `data`, and `forest` or `model` must be set.
     Raises:
         UserError: for an unknown start, domains or a vocabulary that do not fit, or a domain that
@@ -125,11 +126,15 @@ def _build_run_spec(
     start: AdaptationStart,
     topology: DomainTopology,
 ) -> RunSpec:
-    """Return the parts of a run that trains one expert, as a dense model, on the new domain;
-    collective.
+    """Build the spec of a run that trains one expert, as a dense model, on the new domain.
+
+    Collective, because all ranks need the digest of the start's weights, which rank 0 computes.
 
     Args:
+        run, args: flags of training and of the adaptation.
+        forest: the forest that the start was selected from.
         data: data of the new domain alone.
+        start: the expert to start from.
         topology: ranks, with the new domain as the only one.
     Raises:
         UserError: as `build_dense_config`.
@@ -183,8 +188,7 @@ def _build_run_spec(
 def write_model_with_new_expert(
     expert: Expert, domain: str, export: ModelExport, folder: Path
 ) -> None:
-    """Write the model that `expert` is a member of, with the trained model as a further expert;
-    collective.
+    """Write a copy of a model with experts, with the trained one added; collective.
 
     Args:
         expert: expert of a model with experts, from which the training started.
@@ -218,6 +222,7 @@ def add_to_forest(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, o
     An entry that an earlier attempt of this run made is replaced.
 
     Args:
+        args: flags; --forest or --model is set.
         forest: opened from --forest before the training.
         start: expert that the adaptation started from.
         new: entry of the new expert.
@@ -250,8 +255,10 @@ def add_to_forest(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, o
 
 
 def _adds_expert(args: AdaptArgs, start: AdaptationStart) -> bool:
-    """Return True if the result is a further expert of the model that the adaptation started
-    from.
+    """Return True if the result is a further expert of the model that the start is an expert of.
+
+    It is so with --method feedforward and a start that is one of several experts of a model;
+    otherwise the result is a model of its own.
     """
     return args.method == "feedforward" and start.expert.member is not None
 
@@ -264,7 +271,12 @@ def _make_expert(
     state: TrainState,
     output: Path,
 ) -> Expert:
-    """Return the forest entry of the finished expert, whose only parent is the start."""
+    """Make the forest entry of the finished expert, whose only parent is the start.
+
+    Args:
+        state: progress at the end of the training.
+        output: OUT, folder of the run, with its `model`.
+    """
     return Expert(
         domain=args.domain,
         path=output / "model",
@@ -292,8 +304,11 @@ def _replace_path(expert: Expert, source: Path, target: Path) -> Expert:
 
 
 def _read_start_perplexity(output: Path, domain: str) -> float | None:
-    """Read the perplexity of the start on the new domain, per token, from OUT/metrics.jsonl; None
-    if there is none of step 0.
+    """Read the perplexity of the start on the new domain, per token; None if step 0 has none.
+
+    Args:
+        output: OUT of the run, whose metrics.jsonl has it.
+        domain: the new domain.
     """
     records = read_metrics(output / "metrics.jsonl")
     scores = [r["perplexity"][domain] for r in records if r["step"] == 0 and "perplexity" in r]

@@ -160,6 +160,8 @@ def select_start_expert(
     weight.
 
     Args:
+        forest: experts to select from.
+        args: flags of the adaptation.
         output: OUT, folder of the run.
         resume: value of --resume; with "none" start.json is not read.
         estimate: computes the weights [E] of all experts in the order of the forest; called only if
@@ -190,6 +192,7 @@ def estimate_expert_weights(
     """Estimate the prior of the experts on the new domain's valid split; collective.
 
     Args:
+        forest: the experts.
         data: data of the new domain alone.
         sequences: number of sequences, from the first one.
         batch_size: sequences per forward pass, rounded up to whole batches of the protocol.
@@ -212,6 +215,9 @@ def build_dense_config(expert: Expert, args: AdaptArgs) -> LmConfig:
 
     A configuration of type demix has the new domain as its only one; stock ones name none.
 
+    Args:
+        expert: expert to start from, whole or a member of a model.
+        args: flags of the adaptation.
     Raises:
         UserError: if the new name is invalid or taken, the experts own no feed-forward network, or
             --method feedforward does not know the model's family.
@@ -242,6 +248,7 @@ def build_dense_model(expert: Expert, config: LmConfig, method: str) -> Language
     """Build the expert as a dense model with its weights, in float32 on the CPU.
 
     Args:
+        expert: expert to start from.
         config: see `build_dense_config`.
         method: "full", or "feedforward": only feed-forward networks are trained, of an expert in a
             model with experts only the weights that are its own.
@@ -275,6 +282,7 @@ def make_start_record(forest: Forest, start: AdaptationStart, digest: str) -> di
     """Return the content of OUT/start.json, which a resumed run reads.
 
     Args:
+        forest: the forest that `start` was selected from.
         digest: see `compute_weights_digest`.
     """
     return StartRecord(
@@ -295,6 +303,9 @@ def compute_weights_digest(expert: Expert) -> str:
 def _read_recorded_start(path: Path, forest: Forest) -> AdaptationStart | None:
     """Read the start that an earlier call of this run recorded.
 
+    Args:
+        path: start.json of the run.
+        forest: the forest that this call selects from.
     Returns:
         the start; None if there is no file, or its forest is another one or lacks the expert now.
     Raises:

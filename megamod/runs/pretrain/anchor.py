@@ -58,8 +58,7 @@ def check_anchor_flags(model: ModelArgs, has_start: bool) -> None:
 def set_anchor_rows(
     network: nn.Module, seed_text: DataBin, text: DataBin, length: int, batch: int
 ) -> None:
-    """Compute the router rows of an anchored model whose experts are copies of the anchor, and set
-    them.
+    """Compute and set the router rows of an anchored model whose experts are copies of the anchor.
 
     The model is run on a GPU if there is one; its device and mode are those of before afterwards.
 
@@ -82,9 +81,9 @@ def set_anchor_rows(
     network.set_domain(held[0])  # all experts are the anchor still
 
     def compute_mean_states(databin: DataBin, domain: str) -> Tensor:
-        """Compute the mean inputs [L, D] of the feed-forwards on a domain's valid split.
+        """Compute the mean inputs [L, D] of the L layers' feed-forwards on a domain's valid split.
 
-        Raise UserError if that is shorter than one sequence.
+        Raise UserError if the split is shorter than one sequence.
         """
         ids = read_databin_texts(databin, [domain], ROW_TOKENS, network.config, where)[domain].ids
         sequences = ids[: len(ids) // length * length].view(-1, length)

@@ -58,6 +58,7 @@ def pretrain_causal_lm(
 
     Args:
         run, data_args: their `output_dir` and `data` must be set.
+        safety, model, lora, optim: flags of the same groups of megamod pretrain.
     Raises:
         UserError: for arguments, data or ranks that do not fit, before anything is written.
         PolicyStop, Interrupted: see `megamod.train.loop.train`.
@@ -191,6 +192,7 @@ def make_adapter_fields(
     """Make the fields of the `LoraConfig` of the adapter that a run trains; load no weights.
 
     Args:
+        model: flags of the model, for the name of the seed.
         lora: --lora_rank is set.
         config: configuration of the seed.
         start: folder of the seed and the flag that named it, see `find_start_folder`; None: there
@@ -211,8 +213,7 @@ def make_adapter_fields(
 
 
 def list_stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
-    """List the files of a stock model's folder that are copied into the folder of its trained
-    weights.
+    """List the files of a stock model's folder that are copied next to its trained weights.
 
     They are its tokenizer, or without one that of the data (with a warning), and its generation
     settings. Empty for named sizes and models of type demix.
@@ -220,6 +221,7 @@ def list_stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
     Args:
         model: value of --model.
         config: configuration of that model.
+        data: the training data, whose tokenizer must be that of the model.
     Raises:
         UserError: if the data were made with another tokenizer than the model's.
     """
@@ -248,7 +250,13 @@ def list_stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
 def log_start(model: ModelArgs, start: tuple[Path, str] | None, config: LmConfig) -> None:
     """Log the folder and flag that the first weights come from, or that they are new.
 
-    A DEMix model of --model is warned of, because earlier versions took its shape alone.
+    A warning says that the weights of a DEMix model of --model are used, because earlier versions
+    used its shape alone.
+
+    Args:
+        model: flags of the model.
+        start: folder of the weights and the flag that named it; None: new weights.
+        config: configuration of the model.
     """
     if start is None:
         logger.info("new weights in the shape of %s", model.model)
@@ -270,6 +278,13 @@ def make_evaluation(
 
     A call of it is collective: each rank scores its share of the batches, and with experts only
     those that it holds. Bytes of text are counted only if --eval_batches does not limit the split.
+
+    Args:
+        running: the run, whose module is scored.
+        data: domains and their held-out splits.
+        topology: ranks and the domains that each holds.
+        run: batch size and --eval_batches.
+        split: name of the split to score.
     """
     rank, apart = dist.get_rank(), topology.sharing is not Sharing.DENSE
     held = topology.get_rank_domains(rank)
@@ -297,7 +312,9 @@ def log_own_perplexity(
 
     Args:
         evaluate: see `make_evaluation`.
-        split: split that it scores, for the log; `step`: finished steps.
+        running: the run, whose monitor logs the scores.
+        split: name of the split that `evaluate` scores.
+        step: finished steps.
     """
     scores = select_own_scores(evaluate(own_only=True))
     running.monitor.log_scores(step, {d: s.perplexity for d, s in scores.items()}, split)
@@ -312,6 +329,9 @@ def make_lm_card(
     """Return the model card of a language model, or of its adapter.
 
     Args:
+        config: configuration of the model.
+        sharing: parts that domains share in training.
+        data_digest: digest of the training data.
         adapter: fields of its `LoraConfig`; None: the model is whole.
     """
     facts = {

@@ -22,6 +22,7 @@ def check_mixture_flags(model: ModelArgs, config: LmConfig) -> None:
     """Refuse flags of mixtures for another model, and a router that gets no gradient.
 
     Args:
+        model: flags of the model.
         config: configuration of the model that --model names.
     Raises:
         UserError: naming the flag.
@@ -34,8 +35,9 @@ def check_mixture_flags(model: ModelArgs, config: LmConfig) -> None:
 
 
 def read_expert_domains(model: str, config: LmConfig) -> list[str]:
-    """Read the domains of a mixture's experts from its moe.json; without one return their numbers
-    from 0, as text.
+    """Read the domains of a mixture's experts from its moe.json.
+
+    Without moe.json the experts are named by their numbers from 0, as text.
 
     Args:
         model: value of --model, a folder or hub name.

@@ -27,7 +27,7 @@ SETTINGS = ("adapt_to", "adapt_method", "adapt_steps", "adapt_learning_rate")
 def score_adaptation(
     model: Path, settings: Settings, seed: int, known: ScoredText, novel: ScoredText, output: Path
 ) -> tuple[Losses, Losses, str]:
-    """Adapt an expert of a model folder (dense or DEMix) and score it before and after.
+    """Adapt an expert of a model folder (dense or DEMix), and compute its losses before and after.
 
     Args:
         model: the model folder, which is not changed.

@@ -103,8 +103,12 @@ class HeldOutTask:
 
 
 def run_barrier_study(study: BarrierStudy, output: Path, device: torch.device) -> str:
-    """Compute missing curves; write OUT/curves, OUT/study.json, OUT/results.json and the plots.
+    """Compute the missing curves of a study; write all results and plots into OUT.
 
+    Args:
+        study: models, pairs, tasks and variants.
+        output: OUT; it gets study.json, curves/, results.json and PNG files.
+        device: device that models run on.
     Returns:
         the table to print.
     Raises:
@@ -173,6 +177,9 @@ def _read_calibration(
 ) -> Sequence[Sequence[int]] | None:
     """Read the token ids that a variant compares features on; None for methods that need no text.
 
+    Args:
+        variant: name of the variant.
+        held_out: the task, whose training rows are used if the variant names no file.
     Raises:
         UserError: if there is no text, or the fraction is less than one item.
     """
@@ -203,6 +210,7 @@ def open_held_out(
     """Open the tokenizer and the held-out data of a task.
 
     Args:
+        settings: data, tokenizer and sizes.
         task: "mlm", "clm", or the name of a task with labels.
         first: folder or hub name of the first model.
         char_split: see `space_characters` of `read_text_blocks`.
@@ -240,7 +248,7 @@ def open_held_out(
 
 
 def _require_positions(model: PreTrainedModel, settings: HeldOutSettings) -> PreTrainedModel:
-    """Return the model. Raise UserError if it has too few positions for a block of text."""
+    """Return the model; raise UserError if it has too few positions for a block of text."""
     positions = find_position_limit(model.config)
     if positions is not None and settings.max_seq_length > positions:
         raise UserError(

@@ -68,6 +68,8 @@ def run_barrier_cell(
     """Train the models that are not trained yet, align them, and measure the losses between them.
 
     Args:
+        study: the study of the cell.
+        cell: arm, rung and seed, with their settings.
         inputs: folder of the inputs, with a folder `domains`.
         work: folder of the study's data-bins and runs, which stay there for other cells.
     Returns:
@@ -125,7 +127,10 @@ def _align_models(
     """Align the second model to the first.
 
     Args:
+        first: the reference; its weights are not changed.
+        second: the model to align; its weights are not changed.
         batches: calibration text; None: weights alone decide.
+        options: options of the alignment.
         descent_rounds: see `align_models`; None: its default.
     Returns:
         copies of the weights of the reference and of the aligned model, and True if the output
@@ -149,7 +154,7 @@ def _measure_barriers(
     held_out: np.ndarray,
     points: int,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Measure the scores in nats per token, and the curve between the first two models.
+    """Measure barriers and other scores, in nats per token, and the curve between two models.
 
     Args:
         models: the reference and one or two others. The weights of the second one are overwritten,
@@ -186,7 +191,13 @@ def _measure_barriers(
 
 
 def _compute_cosines(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, float]:
-    """Compute the cosine between the matrices of two models, by name."""
+    """Compute the cosine between the matrices of equal name in two models, flattened.
+
+    Args:
+        first, second: tensors by name; those that are no matrices are skipped.
+    Returns:
+        cosines by name, rounded to three decimals.
+    """
     return {
         name: round(float(cosine_similarity(tensor.flatten(), second[name].flatten(), 0)), 3)
         for name, tensor in first.items()
@@ -197,10 +208,12 @@ def _compute_cosines(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) 
 def _compute_loss_of_mean(
     probe: PreTrainedModel, states: Sequence[dict[str, Tensor]], losses: Losses
 ) -> float:
-    """Compute the loss of the mean of weights, in nats per token; `probe` has them afterwards.
+    """Compute the loss of the mean of several models' weights, in nats per token.
 
     Args:
+        probe: model that the mean is loaded into.
         states: weights by name of two models or more.
+        losses: computes the losses of a model, of which "loss" is used.
     """
     mean = states[0]
     for count, state in enumerate(states[1:], start=1):
@@ -214,6 +227,11 @@ def _read_rows(databin: DataBin, split: str, count: int, length: int) -> np.ndar
 
     Domains have equally many rows, up to one.
 
+    Args:
+        databin: the text.
+        split: name of the split.
+        count: number of rows of all domains together.
+        length: tokens of a row.
     Raises:
         UserError: if the text of a domain is shorter than its rows.
     """

@@ -44,8 +44,10 @@ class HeldOutSettings(Schema):
 
     @model_validator(mode="after")
     def _check_masking(self) -> "HeldOutSettings":
-        """Return the settings. Raise ValueError if one that only the task mlm uses is set
-        without it.
+        """Return the settings; a validator that pydantic calls.
+
+        Raises:
+            ValueError: if a setting that only the task mlm uses is set without this task.
         """
         for key in sorted({"seed", "mlm_probability"} & self.model_fields_set):
             if MLM not in self.tasks:
@@ -54,16 +56,19 @@ class HeldOutSettings(Schema):
 
 
 def _number_models(value: object) -> object:
-    """Return models by name: a list by its numbers from 1; any other value is returned
-    unchanged.
+    """Return models by name, for pydantic: those of a list are named by their numbers from 1.
+
+    Any other value is returned unchanged.
     """
     return dict(enumerate(value, start=1)) if isinstance(value, list) else value
 
 
 def _fill_pairs(value: object, info: ValidationInfo) -> object:
-    """Return all pairs of the models if a study names no pairs; otherwise its value unchanged.
+    """Return the pairs of a study, for pydantic: all pairs of its models if `value` is None.
 
-    The models are validated before the pairs.
+    Args:
+        value: pairs in the file, returned unchanged; None: there are none.
+        info: holds the models, which are validated before.
     """
     models = info.data.get("models", ())
     return tuple(itertools.combinations(models, 2)) if value is None else value
@@ -110,7 +115,7 @@ class BarrierStudy(HeldOutSettings):
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "BarrierStudy":
-        """Return the study. Raise ValueError for a pair that is not two different models of it."""
+        """Return the study; raise ValueError for a pair that is not two different models of it."""
         for pair in self.pairs:
             if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(self.models):
                 raise ValueError(f"pairs: {[*pair]} is not two of {', '.join(self.models)}")
@@ -171,14 +176,16 @@ class Curve(Schema):
 
 
 def make_study_record(study: BarrierStudy, output: Path) -> dict[str, object]:
-    """Make the content of OUT/study.json, the settings as JSON values, and check that it continues
-    the study that OUT holds; write nothing.
+    """Make the content of OUT/study.json, and check that it continues the study in OUT.
 
-    Models, pairs, tasks and variants may have been added or removed since the file in OUT, if any,
-    but no other setting, and no model or variant of an earlier name, may differ.
+    Nothing is written. Models, pairs, tasks and variants may have been added or removed since the
+    file in OUT, if any, but no other setting, and no model or variant of an earlier name, may
+    differ.
 
     Args:
         output: OUT, which need not exist.
+    Returns:
+        the settings as JSON values.
     Raises:
         UserError: if the folder holds results of a different study, or study.json is malformed.
     """

@@ -98,6 +98,11 @@ def _write_results(
 
     A prior that was estimated is written to --prior_output, by default prior_DOMAIN.json in the
     folder of --output, without it in the current folder.
+
+    Args:
+        args: flags, which name the files.
+        protocol: settings of the mixture, for the tables.
+        results: results by domain of the text.
     """
     parts = [format_priors(results)]
     if not args.estimate_only:

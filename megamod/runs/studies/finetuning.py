@@ -44,6 +44,8 @@ def run_finetuning_cell(
     With the setting `one_model_a_task` of the launcher mtl each task has a run.
 
     Args:
+        study: the study of the cell, not used.
+        cell: arm, rung and seed, with their settings.
         inputs: folder that `data_dir` is below.
         work: folder in which the runs are.
     Returns:
@@ -87,7 +89,10 @@ def _run_finetuning(
 
     Args:
         settings: flags of the launcher.
+        launcher: a key of `CLASSES`: "glue", "ner" or "mtl".
+        seed: seed of the run.
         inputs: folder that `data_dir` is below.
+        folder: output folder of the run.
     Returns:
         the digest of the model's weights, 16 hexadecimal digits, under the key `model`; empty
         unless the model is in a package.
@@ -127,8 +132,10 @@ def _run_finetuning(
 
 
 def find_package_folder(text: str) -> Path:
-    """Return the folder that `package:NAME/FOLDER` names.
+    """Find a folder inside an installed Python package, such as one that brings model weights.
 
+    Args:
+        text: `package:NAME/FOLDER`.
     Raises:
         UserError: if the package is not installed or has no such folder.
     """
@@ -148,6 +155,11 @@ def _add_task_scores(results: Results, launcher: str, figures: Figures) -> None:
 
     A row has `score` (the task's score as GLUE defines it), `instances_per_second`, and each metric
     as SPLIT_METRIC.
+
+    Args:
+        results: content of results.json of the run.
+        launcher: launcher of the run; "mtl" has several tasks.
+        figures: figures of the cell, changed in place.
     """
     (seed,) = results.seeds.values()
     last = seed.last

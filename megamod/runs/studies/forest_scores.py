@@ -66,6 +66,10 @@ class ForestLosses:
 def score_expert(model: Path, expert: str, text: ScoredText) -> dict[str, float]:
     """Score a dense model (`expert` is `DENSE`), or one expert of a model with experts, on a text.
 
+    Args:
+        model: model folder.
+        expert: name of the expert, or `DENSE`.
+        text: the text to score.
     Returns:
         nats per token by domain.
     """
@@ -160,11 +164,16 @@ def _make_leave_one_out_mixtures(prior: Prior) -> dict[str, tuple[list[int], Mix
 
 
 def _add_losses(losses: Losses, domain: str, counters: Mapping[str, PerplexityCounter]) -> None:
-    """Add the losses of a domain, in nats per token by row, to `losses`."""
+    """Add the losses of one domain to `losses`, in place.
+
+    Args:
+        losses: nats per token by row, then domain.
+        counters: counted tokens of the domain's text by row.
+    """
     for row, counter in counters.items():
         losses.setdefault(row, {})[domain] = _compute_loss(counter.nll, counter.tokens)
 
 
 def _compute_loss(nll: float, tokens: int) -> float:
-    """Compute nats per token, rounded to six decimals, from their sum."""
+    """Compute nats per token from the sum over `tokens` tokens, rounded to six decimals."""
     return round(nll / tokens, 6)

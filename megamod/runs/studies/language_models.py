@@ -157,6 +157,7 @@ def train_forest(
     their own.
 
     Args:
+        flags: flags of megamod pretrain.
         extras: settings of `OWN_SETTINGS`.
     Raises:
         UserError: if the experts cannot share the batch, or there is no seed to be the anchor.
@@ -211,11 +212,14 @@ def train_forest(
 def train_and_average_strangers(
     flags: Settings, extras: Mapping[str, object], text: StudyText, work: Path
 ) -> Path:
-    """Train a model on each domain from a random seed of its own, for the steps of a forest's seed,
-    and average them once aligned; return the folder of the average in `work`, which is kept.
+    """Train a model on each domain from a seed of its own ("stranger"), align and average them.
 
     Args:
+        flags: flags of megamod pretrain; each model trains for the steps of a forest's seed.
         extras: settings of `OWN_SETTINGS`; `strangers` is set.
+        text: text of the study.
+    Returns:
+        the folder of the average in `work`, which is kept.
     Raises:
         UserError: as `merge`, such as for an alignment that does not exist.
     """
@@ -251,9 +255,13 @@ def _train_seed(flags: Settings, extras: Mapping[str, object], text: StudyText, 
 
 
 def write_stock_config(family: str, flags: Settings, databin: DataBin, work: Path) -> Settings:
-    """Write the configuration of a stock family, in the shape of the flags and with tied
-    embeddings, into a folder in `work`.
+    """Write the configuration of a stock family in the shape of the flags, with tied embeddings.
 
+    Args:
+        family: model type of transformers.
+        flags: flags of a cell's runs.
+        databin: training text, for the size of the vocabulary.
+        work: folder that gets the configuration, in a folder of its own.
     Returns:
         the flags of its runs: `model`, this folder, in place of those of the shape.
     Raises:
@@ -388,10 +396,12 @@ def _average_scores(losses: Mapping[str, float], scored: ScoredText) -> dict[str
 
 
 def _count_tokens(flags: Settings, runs: Mapping[str, Path], extras: Mapping[str, object]) -> int:
-    """Count the target tokens that all runs were trained on, the seed once.
+    """Count the target tokens that all runs of a cell were trained on, the seed's once.
 
     Args:
-        extras: `seed_share`; None: there is no seed.
+        flags: flags of megamod pretrain, for the batch and length of the seed.
+        runs: folders of the runs by domain.
+        extras: its `seed_share` counts; None: there is no seed.
     """
     total = 0
     for folder in runs.values():
@@ -424,7 +434,7 @@ def _sum_training_seconds(run: Path) -> float:
 
 
 def _compute_value_digest(value: object) -> str:
-    """Compute the digest of a JSON value, 16 hexadecimal digits, whatever the order of keys."""
+    """Compute a digest of a JSON value, 16 hexadecimal digits; its order of keys does not count."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 

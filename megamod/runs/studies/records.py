@@ -78,6 +78,8 @@ def make_record(
     """Return the content of a cell's file, with the machine and the code that made it.
 
     Args:
+        study: the study of the cell.
+        cell: the cell that was run.
         figures: result of the cell.
         inputs: digests of the data, part of the configuration.
         seconds: by the clock.
@@ -108,14 +110,18 @@ def make_record(
 
 
 def make_configuration(study: Study, cell: Cell, inputs: Mapping[str, object]) -> dict[str, object]:
-    """Return all settings that decide a cell's figures: kind, seed, settings, and digests of the
-    inputs.
+    """Make the configuration of a cell: all that decides its figures.
+
+    Args:
+        inputs: digests of the inputs by name.
+    Returns:
+        kind, seed, settings and `inputs`.
     """
     return {"kind": study.file.kind, "seed": cell.seed, **cell.settings, "inputs": dict(inputs)}
 
 
 def compute_configuration_digest(config: Mapping[str, object]) -> str:
-    """Compute the digest of a configuration, 16 hexadecimal digits, whatever the order of keys."""
+    """Compute a digest of a configuration, 16 hexadecimal digits, whatever its order of keys."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -153,10 +159,13 @@ def read_record(folder: Path, cell: Cell) -> Record | None:
 
 
 def find_largest_difference(before: Record, now: Record) -> tuple[float, str]:
-    """Return the largest relative difference between the scores of two records, and the row and
-    value that have it.
+    """Find the largest relative difference between the scores of two records of one cell.
 
-    Speeds and times are not compared. It is infinite if `now` lacks a score of `before`.
+    Speeds and times are not compared.
+
+    Returns:
+        the difference, infinite if `now` lacks a score of `before`, and the row and value that have
+            it.
     """
     worst, where = 0.0, "no score"
     for row, values in before["scores"].items():

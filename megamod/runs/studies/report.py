@@ -42,8 +42,7 @@ def read_records(study: Study, evidence: Path) -> dict[str, Record]:
 
 
 def format_markdown(study: Study, records: Mapping[str, Record]) -> str:
-    """Format a study's table in Markdown, with a caption that says how to read it and the time it
-    took.
+    """Format a study's table in Markdown, with a caption on how to read it and the time it took.
 
     Cells of the table without figures hold `EMPTY`.
 
@@ -79,6 +78,10 @@ def plot_study(study: Study, records: Mapping[str, Record], output: Path) -> boo
 
     It has the ratios to the baseline by the training tokens per parameter; for a study of barriers
     the losses on the line between the models.
+
+    Args:
+        records: files of figures by cell.
+        output: file to write.
     """
     table, lines = study.file.table, {}
     if study.file.kind == "barriers":
@@ -105,8 +108,14 @@ def plot_study(study: Study, records: Mapping[str, Record], output: Path) -> boo
 
 
 def _plot_curves(study: Study, records: Mapping[str, Record], output: Path) -> bool:
-    """Write a PNG of the losses between models at the first rung, by the lines to plot; return
-    False, and write nothing, if there are no figures.
+    """Write a PNG of the losses on the line between models at the first rung, by alignment.
+
+    Args:
+        study: a study of barriers; the lines in its `table.plot` are drawn.
+        records: files of figures by cell.
+        output: file to write.
+    Returns:
+        False, and nothing is written, if there are no figures.
     """
     table, (rung, *_) = study.file.table, study.file.rungs
     curves = {
@@ -143,7 +152,7 @@ def fill_document(text: str, studies: Mapping[str, StudyFigures]) -> str:
             text = f"{before}{begin}\n\n{format_markdown(*studies[name])}\n\n{end}{after}"
 
     def replace_cell(match: re.Match[str]) -> str:
-        """Return a match of `CELL` with new text between its markers."""
+        """Return a match of `CELL`, a pair of markers, with the present figure between them."""
         if match["study"] not in studies:
             return match[0]
         text_of_cell = format_cell(*studies[match["study"]], match["line"], match["column"])
@@ -162,6 +171,7 @@ def format_cell(study: Study, records: Mapping[str, Record], line: str, column: 
     """Format one cell of a study's table, as `format_markdown` shows it.
 
     Args:
+        records: files of figures by cell.
         line, column: titles in the table.
     Raises:
         UserError: if there is no such line or column.
@@ -181,6 +191,9 @@ def _list_rung_rows(study: Study, records: Mapping[str, Record]) -> list[list[st
     """List the cells of a table with a column per rung, the head first.
 
     Each line is one row of one arm's scores; all but the baseline's are compared with it.
+
+    Args:
+        records: files of figures by cell.
     """
     table = study.file.table
     rows = [["", *study.file.rungs]]
@@ -197,10 +210,12 @@ def _list_rung_rows(study: Study, records: Mapping[str, Record]) -> list[list[st
 
 
 def _list_score_rows(study: Study, records: Mapping[str, Record]) -> list[list[str]]:
-    """List the cells of a table with a column per row of scores, and one for their mean, the head
-    first.
+    """List the cells of a table with a column per row of scores and one of their mean, head first.
 
     All are of the first rung. Only means are compared with the baseline's.
+
+    Args:
+        records: files of figures by cell.
     """
     table, (rung, *_) = study.file.table, study.file.rungs
     rows = [["", *table.rows, "mean"]]
@@ -221,7 +236,7 @@ def _list_score_rows(study: Study, records: Mapping[str, Record]) -> list[list[s
 
 
 def _average_rows(by_row: Sequence[Values]) -> Values:
-    """Return means over rows by seed, of the seeds that have all rows.
+    """Average the values of several rows of scores by seed, over the seeds that have all rows.
 
     Args:
         by_row: values by seed of each row.
@@ -235,6 +250,10 @@ def _compare_line(
 ) -> tuple[Estimate, int] | None:
     """Compare a row of an arm's scores at a rung with the table's baseline, by seed.
 
+    Args:
+        table: the table, whose `value` is compared with that of its baseline.
+        records: files of figures by cell.
+        arm, row, rung: names of the arm, the row of its scores and the rung.
     Returns:
         see `compare_to_baseline`; None if no seed has both.
     """
@@ -251,6 +270,10 @@ def _select_values(
     """Select one value, such as "perplexity", of a row of an arm's scores at a rung, by seed.
 
     Seeds without it are left out.
+
+    Args:
+        records: files of figures by cell.
+        value: name of the value.
     """
     return {
         record["seed"]: record["scores"][row][value]
@@ -260,11 +283,13 @@ def _select_values(
 
 
 def _format_values(values: Values, compared: tuple[Estimate, int] | None, table: Table) -> str:
-    """Format the mean over seeds, followed by its comparison with the baseline in brackets; `EMPTY`
-    if there are no values.
+    """Format a cell of the table: the mean over seeds, and in brackets its comparison.
 
     Args:
-        compared: see `compare_to_baseline`; None: the mean alone is shown.
+        values: value by seed; without any the result is `EMPTY`.
+        compared: comparison with the baseline, see `compare_to_baseline`; None: the mean alone is
+            shown.
+        table: the table, for its decimals and kind of comparison.
     """
     if not values:
         return EMPTY
@@ -277,9 +302,9 @@ def _format_values(values: Values, compared: tuple[Estimate, int] | None, table:
 
 
 def _read_seconds(record: Record) -> float:
-    """Return the seconds that a cell took, or its training seconds if these are more.
+    """Return the seconds of a cell: of its run, or of its training steps if these are more.
 
-    Its training may have been done for another cell before.
+    Its training may have been done for another cell before, and be missing in the former.
     """
     return max(record["seconds"], record["details"].get("training_seconds", 0.0))
 

@@ -79,13 +79,16 @@ def build_greedy_soup(
     copy_tokenizer: bool = True,
     quiet: bool = False,
 ) -> tuple[MergePlan, list[Candidate]]:
-    """Select models of a recipe and write their average as `merge` does, with the losses in its
-    record.
+    """Select models of a recipe greedily and write their average as `merge` does.
 
-    Selection holds two models and the soup in memory. Models run on a GPU if one is available;
-    with `dry_run` only alignment by text runs any. The arguments are those of `merge`. The record
-    of an aligned soup has the first model even if that is left out, with weight 0.
+    Selection holds two models and the soup in memory. Models run on a GPU if one is available; with
+    `dry_run` only alignment by text runs any. The arguments are those of `merge`. The record of an
+    aligned soup has the first model even if that is left out, with weight 0.
 
+    Args:
+        recipe: a recipe of the method greedy_soup, with its `evaluation:` block.
+        output: folder to write; None with `dry_run`.
+        shard_bytes, dry_run, threads, copy_tokenizer, quiet: see `merge`.
     Returns:
         the plan of the merge, and all candidates, smallest loss first; none with `dry_run`.
     Raises:
@@ -132,6 +135,12 @@ def _plan_soup(
 
     Aligned models are those of the plan `whole` of all models, which are in the feature order of
     the first; others are opened again, until the stack is closed.
+
+    Args:
+        recipe: the recipe of all models.
+        candidates: all models, with the decision about each.
+        shard_bytes: size above which weights are split into several files.
+        stack: closes the models that are opened here.
     """
     kept = {candidate.number for candidate in candidates if candidate.kept}
     if recipe.align is None:
@@ -159,6 +168,7 @@ def select_soup_models(
         paths: folders of the models.
         load: loads the model of a number.
         losses: computes the losses of a model; their mean is compared.
+        device: device that models run on.
     Returns:
         all candidates in the order of the trials.
     Raises:
@@ -204,9 +214,13 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
 def _add_to_mean(
     soup: Mapping[str, Tensor], state: Mapping[str, Tensor], count: int
 ) -> dict[str, Tensor]:
-    """Return the mean of `state` and of the `count` models whose mean is `soup`.
+    """Compute the mean of weights with one more model.
 
     Integer tensors are those of the first model. The arguments are not changed.
+
+    Args:
+        soup: mean of the weights of `count` models, by name; empty if `count` is 0.
+        state: weights of the further model.
     """
     if not count:
         return {name: tensor.clone() for name, tensor in state.items()}

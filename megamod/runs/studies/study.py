@@ -58,6 +58,9 @@ def run_cells(study: Study, cells: Sequence[Cell], folders: StudyFolders) -> Non
 
     Cells that another process works on are skipped.
 
+    Args:
+        cells: cells to run, in this order.
+        folders: folders of inputs, work and figures.
     Raises:
         UserError: if a cell fails by its settings, or there are figures of other settings.
     """
@@ -79,6 +82,8 @@ def run_cell(study: Study, cell: Cell, folders: StudyFolders) -> Record:
     It runs on one thread, on which sums have one order; the process keeps this setting. Its printed
     lines are appended to WORK/logs/CELL.txt.
 
+    Args:
+        folders: folders of inputs, work and figures.
     Raises:
         UserError: for settings that are missing or do not go together, or inputs that do not fit.
     """
@@ -100,6 +105,8 @@ def run_cells_in_processes(
     Their output is appended to WORK/logs/process-N.txt.
 
     Args:
+        cells: cells that the processes run.
+        folders: folders of inputs, work and figures.
         command: arguments of python that make a process run the cells one after the other.
         jobs: largest number of processes.
     Raises:
@@ -125,11 +132,13 @@ def run_cells_in_processes(
 
 
 def repeat_cell(study: Study, cell: Cell, folders: StudyFolders, new_work: Path) -> str:
-    """Run a cell again; return a sentence with the largest difference of its scores to the recorded
-    ones.
+    """Run a cell again and compare its scores with the recorded ones.
 
     Args:
+        folders: folders of inputs, work and figures.
         new_work: folder of the new run in place of `folders.work`.
+    Returns:
+        a sentence with the largest relative difference, for the console.
     Raises:
         UserError: if there are no figures, the inputs are others, or the scores differ by more than
             `TOLERANCE`.
@@ -151,9 +160,12 @@ def repeat_cell(study: Study, cell: Cell, folders: StudyFolders, new_work: Path)
 
 
 def format_progress(study: Study, cells: Sequence[Cell], folders: StudyFolders) -> str:
-    """Format the number of cells done, and an estimate of the time of the others in one process, as
-    hours:minutes.
+    """Format the number of cells done, and an estimate of the time of the others, hours:minutes.
 
+    The time is that of one process.
+
+    Args:
+        cells: cells to count.
     Raises:
         UserError: if there are figures of other settings.
     """
@@ -167,8 +179,12 @@ def format_progress(study: Study, cells: Sequence[Cell], folders: StudyFolders) 
 
 
 def _estimate_seconds(cell: Cell, records: Sequence[Record]) -> float:
-    """Return the mean seconds of the cells done of the same arm and rung, else of the same rung,
-    else of all; 0 as long as there is none.
+    """Estimate the seconds of a cell from those of the cells done; 0 as long as there is none.
+
+    It is the mean of the cells of the same arm and rung, else of the same rung, else of all.
+
+    Args:
+        records: records of the cells done.
     """
     groups = [
         [r["seconds"] for r in records if r["arm"] == cell.arm and r["rung"] == cell.rung],
@@ -181,10 +197,12 @@ def _estimate_seconds(cell: Cell, records: Sequence[Record]) -> float:
 
 @contextmanager
 def _lock_cell(work: Path, cell: Cell) -> Iterator[bool]:
-    """Yield True and hold the cell's lock for the block, or yield False if another process holds
-    it.
+    """Hold the lock of a cell for the block, without waiting: the file WORK/locks/CELL.lock.
 
-    The lock is the file WORK/locks/CELL.lock.
+    Yields True, or False if another process holds it.
+
+    Args:
+        work: WORK, folder of the study's work in progress.
     """
     folder = work / "locks"
     folder.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ Settings = dict[str, object]
 
 
 def _check_setting(value: object) -> object:
-    """Return the value of a setting, or the dictionary of its values by rung.
+    """Return the value of a setting, or the dictionary of its values by rung, unchanged.
 
     Raises:
         ValueError: for a value that no flag has, or keys that are no text.
@@ -94,8 +94,10 @@ class Table(Schema):
 
     @model_validator(mode="after")
     def _check_lines(self) -> "Table":
-        """Return the table. Raise ValueError if a line or the baseline is not as `columns` needs
-        it.
+        """Return the table; a validator that pydantic calls.
+
+        Raises:
+            ValueError: if a line or the baseline is not as `columns` needs it.
         """
         size = 2 if self.columns == "rungs" else 1
         for name, line in {**self.lines, "baseline": self.baseline}.items():
@@ -127,7 +129,11 @@ class StudyFile(Schema):
 
     @model_validator(mode="after")
     def _check_fit(self) -> "StudyFile":
-        """Return the study. Raise ValueError if text, seeds or arms do not fit each other."""
+        """Return the study; a validator that pydantic calls.
+
+        Raises:
+            ValueError: if text, seeds or arms do not fit each other.
+        """
         if (self.text is None) is not (self.kind == "finetuning"):
             raise ValueError("`text` goes with kind: language_models and barriers, which need it")
         if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
@@ -195,13 +201,15 @@ def read_study(path: Path) -> Study:
 
 
 def _merge_settings(file: StudyFile, arm: str, rung: str, path: Path) -> Settings:
-    """Return the settings of an arm at a rung: common ones, replaced by the rung's, and those by
-    the arm's.
+    """Merge the settings of an arm at a rung: common ones, the rung's, the arm's; later ones win.
 
-    None removes a setting.
+    A setting of None is removed.
 
+    Args:
+        file: content of the study's file.
+        path: the file, for messages.
     Raises:
-        UserError: naming `path` for a setting by rung that lacks one of the rungs or has others.
+        UserError: for a setting by rung that lacks one of the rungs or has others.
     """
     merged: Settings = {}
     for level in (file.common, file.rungs[rung], file.arms[arm]):
@@ -214,6 +222,8 @@ def _select_rung_value(value: object, rung: str, rungs: Mapping[str, object], wh
     """Return the value for a rung if it is a mapping by rungs, otherwise the value itself.
 
     Args:
+        value: value of a setting, or a mapping of values by rung.
+        rung: name of the rung.
         rungs: all rungs, by name.
         where: file and key of the value, for messages.
     Raises:

@@ -49,7 +49,7 @@ flag has a value."""
 
 
 def _check_flags(flags: dict[str, object]) -> dict[str, object]:
-    """Return the flags. Raise ValueError for a flag that the sweep itself sets."""
+    """Return the flags, for pydantic; raise ValueError for a flag that the sweep itself sets."""
     for name in flags:
         if name.replace("-", "_") in ("output_dir", "seed", "seeds"):
             raise ValueError(f"{name} is chosen for each run; leave it out")
@@ -174,6 +174,7 @@ def run_sweep(
     """Run unfinished jobs, then write summary.json and the plots.
 
     Args:
+        jobs: runs of the sweep, see `read_sweep`.
         output: folder of all runs, created if needed.
         launchers: folder of finetune_glue.py and the other finetuning launchers.
         at_once: largest number of concurrent processes.
@@ -208,6 +209,8 @@ def _make_jobs(task: str, model: str, file: SweepFile, where: str) -> Iterator[S
     one replaces an earlier one; {N} in texts becomes that number. The launcher is glue by default.
 
     Args:
+        task, model: names in the file.
+        file: content of the file.
         where: the file, for messages.
     Raises:
         UserError: for a launcher or a number of instances that is not allowed, or flags of a number
@@ -246,9 +249,12 @@ def _make_jobs(task: str, model: str, file: SweepFile, where: str) -> Iterator[S
 
 
 def _is_finished(job: SweepJob, output: Path) -> bool:
-    """Return True if the job has results from an earlier sweep; False if it never ran or was
-    interrupted.
+    """Return True if the job has results from an earlier sweep.
 
+    False if it never ran, or was interrupted, so that it runs (again).
+
+    Args:
+        output: folder of the sweep.
     Raises:
         UserError: if the folder of the job holds a run with other flags.
     """
@@ -271,6 +277,8 @@ def _run_job(job: SweepJob, output: Path, launchers: Path, command: Sequence[str
     Its folder gets job.json before, and log.txt is appended to.
 
     Args:
+        output: folder of the sweep.
+        launchers: folder of the finetuning launchers.
         command: words before the launcher's file.
     """
     folder, words = job.get_folder(output), job.list_arguments(output)
@@ -292,6 +300,9 @@ def _run_job(job: SweepJob, output: Path, launchers: Path, command: Sequence[str
 def _write_summary(jobs: Sequence[SweepJob], output: Path) -> str:
     """Write summary.json of finished jobs and, if any was scored, scores.png and trade_off.png.
 
+    Args:
+        jobs: jobs of the sweep, all with results.
+        output: folder of the sweep.
     Returns:
         a table of scores and a list of the files.
     """

@@ -49,8 +49,9 @@ class StudyText:
 
     @cached_property
     def random_bin(self) -> Path:
-        """Folder of the data-bin of the same training text, randomly split into as many parts as
-        there are domains; it is written at the first use.
+        """Folder of a data-bin with the same training text, randomly divided into as many domains.
+
+        It is written at the first use.
         """
         count = len(self.domains)
         documents = [
@@ -99,6 +100,7 @@ class StudyText:
         """Write the data-bin WORK/data/KIND and return its folder; one of the same text is kept.
 
         Args:
+            kind: name of the data-bin's folder; "domains" is the one that may train a tokenizer.
             inputs: folder of text by domain.
         """
         output = self.work / "data" / kind
@@ -108,8 +110,12 @@ class StudyText:
         return output
 
     def _cut_held_out(self, name: str) -> Path:
-        """Write a domain's text with its held-out splits cut to `held_out_bytes`, and return the
-        folder; if nothing is to be cut, return the folder of the source.
+        """Write a domain's text with held-out splits cut to `held_out_bytes`; return its folder.
+
+        If nothing is to be cut, it is the folder of the source.
+
+        Args:
+            name: the domain.
         """
         if self.held_out_bytes is None:
             return self.source / name
@@ -161,8 +167,9 @@ def _limit_documents(documents: Iterable[str], limit: int | None) -> Iterator[st
 
 
 def _write_documents(folder: Path, split: str, documents: Iterable[str]) -> None:
-    """Write documents as FOLDER/SPLIT.jsonl, an object with `text` per line; the folder is created
-    if needed.
+    """Write documents as FOLDER/SPLIT.jsonl, an object with the key `text` per line.
+
+    The folder is created if needed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
