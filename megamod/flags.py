@@ -307,6 +307,10 @@ def _split_items(text: str | list[str], separator: str) -> list[str]:
     """Split the items of a list at blanks, or a single word at the separator, as `0.1,0.9`.
 
     A word with an empty item, such as `a::b`, is left whole.
+
+    Args:
+        text: text of an environment variable, or the words of a flag.
+        separator: character between the items of one word, see `option`.
     """
     words = text.split() if isinstance(text, str) else text
     items = words[0].split(separator) if len(words) == 1 else words

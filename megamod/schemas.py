@@ -291,7 +291,14 @@ def _read_bytes(path: Path, kind: str, origin: str) -> bytes:
 
 
 def _decode_text(data: bytes, origin: str) -> str:
-    """Decode UTF-8 without its byte order mark; raise UserError at the first invalid byte."""
+    """Decode UTF-8 without its byte order mark.
+
+    Args:
+        data: content of a file or a request.
+        origin: name of it in the message.
+    Raises:
+        UserError: at the first invalid byte.
+    """
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -283,7 +283,7 @@ class Driver:
         self.screen.print_message(job.fault.partition("\n")[0])
 
     def _show_progress(self, jobs: Sequence[TaskState], redraw_now: bool = False) -> None:
-        """Read the progress of all started jobs and show the table, see `Screen.show_jobs`."""
+        """Read the progress of all started jobs, and show the table by `Screen.show_jobs`."""
         for job in jobs:
             if job.active or job.ended:
                 update_progress_row(job.task.folder, job.row)

@@ -76,7 +76,7 @@ def update_progress_row(folder: Path | None, row: ProgressRow) -> None:
 
 
 def format_jobs(rows: Sequence[ProgressRow]) -> str:
-    """Format a table with a line per job: `COLUMNS`, with numbers aligned at the right."""
+    """Format a table of jobs with a line per row: `COLUMNS`, with numbers aligned at the right."""
     return format_table(
         [COLUMNS, *(row.format_cells() for row in rows)],
         right_aligned_columns=range(2, len(COLUMNS) - 1),

@@ -123,10 +123,15 @@ def _select_dense_weights(
 
 
 def _scale_embeddings(tokens: Tensor, source: Path) -> Tensor:
-    """Multiply the embeddings [V, D] by sqrt(D), the factor that our model applies in each pass.
+    """Multiply the embeddings by sqrt(D), the factor that our model applies in each forward pass.
 
-    The product is rounded to the dtype of the weights, as in our model. Raise UserError if it is
-    not finite.
+    The product is rounded to the dtype of the weights, as in our model.
+
+    Args:
+        tokens: [V, D] matrix of token embeddings.
+        source: model folder, for the message.
+    Raises:
+        UserError: if the product is not finite.
     """
     scaled = math.sqrt(tokens.shape[1]) * tokens
     if not torch.isfinite(scaled).all():

@@ -106,6 +106,7 @@ def _make_domain_record(result: DomainResult, protocol: MixingProtocol) -> dict[
     """Make the JSON value of one domain: its prior, and its scores if it was scored.
 
     Args:
+        result: results on the text of the domain.
         protocol: its `mode` is the one whose scores head the record.
     """
     prior = result.prior

@@ -125,6 +125,7 @@ def compute_router_rows(
         block: path of the feed-forward or sparse block in a layer.
         texts: text of each expert's domain, in the order of the experts.
         domains: domains of the experts, for messages and the record.
+        calibration: settings; its `texts` are read already.
     Returns:
         rows [L, E, D] float32 on the CPU, and their record: settings, digests of the texts, per
         layer the share of each domain's tokens on which its own expert is first, and the condition

@@ -4,20 +4,17 @@ Each kind of run (such as `runs/pretrain/causal_lm.py`) fills a `RunSpec`; `exec
 all kinds have in common, in a fixed order.
 """
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
-import transformers
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers import PreTrainedConfig
@@ -42,6 +39,7 @@ from megamod.flags import Arguments
 from megamod.folder_lock import lock_folder
 from megamod.models.lm.routing import is_mixture
 from megamod.run_recipe import write_run_recipe
+from megamod.runs.code_digest import compute_code_digest
 from megamod.runs.node_log import write_node_log
 from megamod.states.checkpoint_folder import TrainState
 from megamod.train.checkpoint import Checkpoints
@@ -170,6 +168,7 @@ def execute_run(
     Rank 0 prints a table of the ranks. A run with checkpoints in OUT continues as --resume says.
 
     Args:
+        spec: parts that depend on the kind of run.
         parsed: all arguments, `RunArgs`, `SafetyArgs` and `OptimArgs` among them.
         workers: processes that read data, per rank.
         checkpointing: recompute blocks in the backward pass.
@@ -235,8 +234,10 @@ def _train_and_publish(
     The part of `execute_run` that writes into the output folder, which `lock_output` has locked.
 
     Args:
+        spec, parsed: see `execute_run`.
         settings: settings of the run, with the values of the DeepSpeed file.
         batches: this rank's micro-batches.
+        device: device of this rank.
         table: table of the ranks, for the log.
         workers, checkpointing, compiled: see `execute_run`.
     """
@@ -337,6 +338,10 @@ def write_run_records(
 
     They hold the arguments, the resolved configuration of DeepSpeed and the environment.
 
+    Args:
+        folder: output folder of the run, created if needed.
+        config: resolved configuration of DeepSpeed.
+        parsed: all arguments of the command.
     Raises:
         UserError: on every rank, if the folder cannot be written.
     """
@@ -368,6 +373,8 @@ def make_monitor(
 
     Args:
         groups, unit: see `RunSpec`.
+        engine: engine with the model, for the sizes of its parameters.
+        topology: ranks and domains, for the bytes.
         flops_per_token: operations of a training step per token; None: no MFU is logged.
         first_step: finished steps.
         tokens: tokens of this rank in a step of a language model; otherwise 0.
@@ -417,10 +424,17 @@ def make_monitor(
 def list_settings_to_repeat(
     parsed: Sequence[Arguments], data_digest: str, global_batch: int
 ) -> dict[str, object]:
-    """Return the settings that a resumed run must repeat, since they decide its numbers.
+    """List the settings that a resumed run must repeat, since they decide its numbers.
 
-    They are the arguments outside of `FREE_ON_RESUME` and of `free_on_resume` of their class, the
-    digest of the data, and the sequences per step of all ranks (`global_batch`).
+    They are the arguments outside of `FREE_ON_RESUME` and of `free_on_resume` of their class, and
+    those below.
+
+    Args:
+        parsed: all arguments of the command.
+        data_digest: digest of the training data.
+        global_batch: sequences per step of all ranks.
+    Returns:
+        value by name, as state.json stores them.
     """
     kept = {
         field.name: getattr(args, field.name)
@@ -429,18 +443,6 @@ def list_settings_to_repeat(
         if field.name not in FREE_ON_RESUME | args.free_on_resume
     }
     return {**kept, "data digest": data_digest, "sequences per step": global_batch}
-
-
-def compute_code_digest() -> str:
-    """Compute a SHA-256 of our sources, kernels included, and versions of the main libraries."""
-    versions = (torch.__version__, deepspeed.__version__, transformers.__version__)
-    digest = hashlib.sha256(" ".join(versions).encode())
-    for name in ("megamod", "megamod_kernels"):
-        package = Path(find_spec(name).origin).resolve().parent
-        for path in sorted(package.rglob("*.py")):
-            digest.update(str(path.relative_to(package)).encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _find_arguments(parsed: Sequence[Arguments], kind: type) -> Arguments:

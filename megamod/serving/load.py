@@ -35,6 +35,7 @@ def load_service(
         max_tokens: most tokens that a completion may ask for.
         max_batch: groups of a classifier in a forward pass.
         max_seq_length: tokens of a classifier's row; None: as in the run.yaml of its run, else 128.
+        device: device that the model runs on.
     Raises:
         UserError: if there is no such model, or it is of another kind.
     """

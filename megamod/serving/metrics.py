@@ -90,7 +90,10 @@ class RequestCounter:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application for one request, then count it by path and status, with its seconds.
 
-        A request whose response never starts counts with status 500. Arguments are those of ASGI.
+        A request whose response never starts counts with status 500.
+
+        Args:
+            scope, receive, send: request and its channels, see the specification of ASGI.
         """
         if scope["type"] != "http":
             await self.app(scope, receive, send)

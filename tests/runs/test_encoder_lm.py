@@ -33,11 +33,8 @@ from megamod.models.mux.bert import MuxBertForMaskedLM
 from megamod.models.mux.configuration import MuxBertConfig, MuxElectraConfig
 from megamod.models.mux.generator import MuxElectraForReplacedTokens
 from megamod.runs.pretrain import encoder_lm
-from megamod.runs.pretrain.encoder_lm import (
-    build_encoder_config,
-    make_loss_function,
-    make_masking,
-)
+from megamod.runs.pretrain.encoder_lm import build_encoder_config, make_loss_function
+from megamod.runs.pretrain.encoder_vocabulary import make_masking
 from megamod.train.encoder_objective import (
     EncoderObjective,
     compute_masked_lm_losses,

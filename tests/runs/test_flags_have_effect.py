@@ -22,7 +22,7 @@ from megamod.args import (
 from megamod.data.corpus.binarize import binarize
 from megamod.errors import UserError
 from megamod.flags import _parse_field_type, parse_args
-from megamod.runs.pretrain import adapt_start, causal_lm, encoder_lm
+from megamod.runs.pretrain import adapt_start, causal_lm, encoder_lm, encoder_vocabulary
 from megamod.runs.pretrain.adapt_args import AdaptArgs
 from megamod.states.forest import Expert, Forest
 from megamod.train.deepspeed_settings import resolve_settings
@@ -114,7 +114,7 @@ def described(folder: Path, monkeypatch, flags: tuple[str, ...]) -> str:
     for module in (causal_lm, encoder_lm):
         monkeypatch.setattr(module, "execute_run", execute_run)
     monkeypatch.setattr(
-        encoder_lm, "read_mask_id", lambda data: 4
+        encoder_vocabulary, "read_mask_id", lambda data: 4
     )  # reading a tokenizer takes long
     opened = []
     original = encoder_lm.DataBin.open_split

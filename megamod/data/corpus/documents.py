@@ -232,7 +232,11 @@ def read_documents(
 def _read_plain_documents(path: Path, decoding: Decoding) -> Iterator[str]:
     """Yield the documents of a text file, which blank lines separate.
 
-    Log a warning if the first line is a JSON object.
+    Logs a warning if the first line is a JSON object.
+
+    Args:
+        path: the file, perhaps compressed.
+        decoding: treatment of bytes that are not text.
     """
     lines: list[str] = []
     for number, line in read_decoded_lines(path, decoding):

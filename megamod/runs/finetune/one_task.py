@@ -201,7 +201,7 @@ def select_head_class(spec: TaskSpec) -> type:
 
 
 def _load_classifier(kind: type, source: str, complete: bool, **options: object) -> nn.Module:
-    """Load a classifier in float32.
+    """Load a classifier in float32 from a folder or the hub, for `OneTaskModel`.
 
     Args:
         kind: Auto class of transformers.

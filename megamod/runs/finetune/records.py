@@ -157,6 +157,7 @@ def make_table_row(model: FinetuneModel, record: Record) -> dict[str, float] | N
     row.
 
     Args:
+        model: the model and its tasks.
         record: entry of the seed in results.json.
     """
     if model.has_many_tasks:

@@ -116,6 +116,7 @@ def _train_with_seeds(
     """Train once with --seed, or once for each of --seeds in OUT/seed-S; collective.
 
     Args:
+        model: the model and its tasks.
         parsed: see `finetune`; not changed.
     Returns:
         the entries of results.json by seed; None with --print_groups.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.convert.sources import has_weights, is_model_source, resolve_model
@@ -17,7 +17,6 @@ from megamod.data.lm.batches import Batch
 from megamod.data.lm.databin import DataBin
 from megamod.data.lm.masking import (
     MaskedBatches,
-    Masking,
     count_full_blocks,
     iterate_masked_eval_batches,
 )
@@ -26,7 +25,7 @@ from megamod.dist.process import get_rank as my_rank
 from megamod.dist.process import read_launcher_rank, read_launcher_world_size, sum_over_ranks
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
-from megamod.errors import UserError, report_damage
+from megamod.errors import UserError
 from megamod.evaluation.encoder_lm import score_encoder
 from megamod.evaluation.held_out_data import check_tokenizer_matches
 from megamod.evaluation.perplexity import select_rank_share
@@ -37,6 +36,7 @@ from megamod.models import build
 from megamod.models.build import FAMILIES, LOSSES
 from megamod.models.presets import SHAPE
 from megamod.models.pretrained import load_pretrained
+from megamod.runs.pretrain.encoder_vocabulary import DataVocabulary, make_masking
 from megamod.runs.training import ActiveRun, RunSpec, execute_run
 from megamod.train.encoder_objective import (
     ComputeLosses,
@@ -74,6 +74,7 @@ def pretrain_encoder(
 
     Args:
         run, data_args: their `output_dir` and `data` must be set.
+        safety, model, optim, mux: flags of the same groups of megamod pretrain.
     Raises:
         UserError: for arguments or data that do not fit, before anything is written.
         PolicyStop, Interrupted: see `megamod.train.loop.train`.
@@ -117,7 +118,10 @@ def pretrain_encoder(
     last: dict[str, float] = {}
 
     def evaluate(running: ActiveRun, step: int) -> None:
-        """Score the model on the held-out split, log the scores, set them in `last`; collective."""
+        """Score the model on the held-out split after `step` steps; collective.
+
+        The scores are logged by the monitor of the run `running`, and set in `last`.
+        """
         losses = make_loss_function(mux, config, running.device)
         scores = score_encoder(
             running.engine.module,
@@ -168,12 +172,15 @@ def pretrain_encoder(
 def make_loss_function(
     mux: MuxArgs, config: PreTrainedConfig, device: torch.device
 ) -> ComputeLosses:
-    """Return the loss function of --objective: from model, batch and the divisors of its sums, in
-    the order of `ITEM_FIELDS`, to losses.
+    """Make the function that computes the losses of a batch for --objective.
 
     Args:
-        config: configuration of the model; `device`: device of the model, to which batches are
-            moved.
+        mux: flags of the objective and its weights.
+        config: configuration of the model.
+        device: device of the model, to which batches are moved.
+    Returns:
+        a function of the model, a batch and the divisors of the loss's sums, in the order of
+            `ITEM_FIELDS`.
     """
     if mux.objective == "masked_lm":
         return partial(compute_masked_lm_losses, device=device, multiplexed=mux.num_instances > 1)
@@ -185,39 +192,15 @@ def make_loss_function(
     )
 
 
-@dataclass(frozen=True)
-class DataVocabulary:
-    """Vocabulary of the data, as configurations need it."""
-
-    data: DataBin
-
-    @property
-    def size(self) -> int:
-        """Number of ids."""
-        return self.data.vocab_size
-
-    @property
-    def bos(self) -> int:
-        """Id that begins a sequence, [CLS] of BERT."""
-        return self.data.bos_id
-
-    @property
-    def pad(self) -> int:
-        """Id of padding."""
-        return self.data.pad_id
-
-    @property
-    def mask(self) -> int:
-        """Id of [MASK], read from the tokenizer each time; UserError if there is none."""
-        return read_mask_id(self.data)
-
-
 def build_encoder_config(
     model: ModelArgs, mux: MuxArgs, data: DataBin, length: int
 ) -> PreTrainedConfig:
     """Build the configuration of the encoder that --model names: a preset, folder or hub name.
 
     Args:
+        model: flags of the model.
+        mux: flags of objective and multiplexing.
+        data: data-bin, whose vocabulary the model must have.
         length: tokens per sequence.
     Raises:
         UserError: for an unknown size, or a model that does not fit the data or the flags.
@@ -263,13 +246,15 @@ def _check_held_out_fills_a_pass(batches: MaskedBatches, split: str) -> None:
 
 
 def _read_source_config(source: str, mux: MuxArgs, data: DataBin) -> PreTrainedConfig:
-    """Read the configuration of a model; a stock encoder's becomes multiplexed if --num_instances
-    is above 1.
+    """Read the configuration of a model that training starts from.
 
-    A model that is multiplexed already gets the loss weights of the flags.
+    With --num_instances above 1 that of a stock encoder becomes multiplexed; that of a multiplexed
+    model gets the loss weights of the flags.
 
     Args:
         source: model folder, or hub name OWNER/MODEL.
+        mux: flags of objective and multiplexing.
+        data: data-bin to train on.
     Raises:
         UserError: if it is of another family, or contradicts the flags or the data.
     """
@@ -298,12 +283,15 @@ def _read_source_config(source: str, mux: MuxArgs, data: DataBin) -> PreTrainedC
 def _check_flags_fit_multiplexed_model(
     source: str, config: PreTrainedConfig, mux: MuxArgs, data: DataBin
 ) -> None:
-    """Check that flags given by the user agree with a multiplexed model and, for replaced_token,
-    that its [MASK] is that of the data.
+    """Check that the flags which the user gave agree with a multiplexed model to start from.
+
+    For replaced_token its [MASK] must also be that of the data.
 
     Args:
         source: model folder or hub name, for messages.
         config: configuration of that model, which is multiplexed.
+        mux: flags of objective and multiplexing.
+        data: data-bin to train on.
     Raises:
         UserError: naming the flag and the model.
     """
@@ -314,49 +302,11 @@ def _check_flags_fit_multiplexed_model(
                 f"--{name} {getattr(mux, name)}: cannot change the model {source}, which has {held}"
             )
     refuse_values_without_effect(mux, ("generator_size",), f"the model {source} has its size")
-    if mux.objective == "replaced_token" and config.mask_token_id != read_mask_id(data):
+    if mux.objective == "replaced_token" and config.mask_token_id != DataVocabulary(data).mask:
         raise UserError(
             f"--model {source}: its mask_token_id {config.mask_token_id} is not the "
-            f"{read_mask_id(data)} of the tokenizer in --data {data.path}"
+            f"{DataVocabulary(data).mask} of the tokenizer in --data {data.path}"
         )
-
-
-def read_mask_id(data: DataBin) -> int:
-    """Read the id of [MASK] from the tokenizer of the data.
-
-    Raises:
-        UserError: if the tokenizer cannot be read or has none.
-    """
-    folder = data.path / "tokenizer"
-    with report_damage(f"--data {data.path}: its tokenizer cannot be read"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if tokenizer.mask_token_id is None:
-        raise UserError(
-            f"--data {data.path}: its tokenizer has no mask token; preprocess with one of BERT"
-        )
-    return tokenizer.mask_token_id
-
-
-def make_masking(data: DataBin, mux: MuxArgs) -> Masking:
-    """Return the masking settings with the ids of the data's tokenizer.
-
-    For masked_lm 80 % of the selected tokens become [MASK] and 10 % random ones; for replaced_token
-    85 % become [MASK], to be replaced by a generator or random ids. The others stay as they are.
-
-    Raises:
-        UserError: if the tokenizer has no [MASK].
-    """
-    mask = read_mask_id(data)
-    shares = {"masked": 0.85, "random": 0.0} if mux.objective == "replaced_token" else {}
-    return Masking(
-        mask,
-        data.pad_id,
-        (data.bos_id, data.eos_id, data.pad_id, mask),
-        data.vocab_size,
-        probability=mux.mlm_probability,
-        max_pad_tokens=mux.max_pad_tokens,
-        **shares,
-    )
 
 
 @dataclass(frozen=True)
@@ -372,11 +322,15 @@ class WeightSource:
 
 
 def find_weight_source(model: ModelArgs, config: PreTrainedConfig) -> WeightSource | None:
-    """Return the source of the initial weights: --init_from, or --model if it has weights and
-    --from_scratch is not given; None: new weights.
+    """Find the source of the initial weights: --init_from, or --model with weights.
+
+    With --from_scratch those of --model are not used.
 
     Args:
+        model: flags of the model.
         config: configuration of the model to train.
+    Returns:
+        None if all weights are new.
     Raises:
         UserError: if they are those of another family or number of instances.
     """
@@ -403,12 +357,13 @@ def find_weight_source(model: ModelArgs, config: PreTrainedConfig) -> WeightSour
 def build_initial_encoder(
     config: PreTrainedConfig, seed: int, start: WeightSource | None, objective: str
 ) -> nn.Module:
-    """Build an encoder in float32 with the weights of a source as far as it has them, others new.
+    """Build an encoder in float32, with the weights that a source has, and new ones otherwise.
 
     A stock encoder starts a multiplexed one: its embeddings and layers are kept, multiplexer and
     demultiplexer are new. Tensors that are new or not used are logged.
 
     Args:
+        config: configuration of the encoder.
         seed: seed of the new weights.
         start: source of the weights; None: all are new.
         objective: value of --objective, which selects the class.
@@ -437,7 +392,12 @@ def build_initial_encoder(
 
 
 def _make_encoder_card(mux: MuxArgs, data_digest: str) -> Card:
-    """Return the model card of an encoder: objective, instances per pass, digest of its data."""
+    """Make the model card of an encoder: objective, instances per pass, digest of its data.
+
+    Args:
+        mux: flags of objective and multiplexing.
+        data_digest: digest of the data-bin.
+    """
     kind = "multiplexed " if mux.num_instances > 1 else ""
     masked = mux.objective == "masked_lm"
     what = "masked language model" if masked else "discriminator of replaced tokens"

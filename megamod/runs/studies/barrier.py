@@ -261,10 +261,10 @@ def _require_positions(model: PreTrainedModel, settings: HeldOutSettings) -> Pre
 def _open_text_task(
     settings: HeldOutSettings, task: str, first: str, char_split: bool
 ) -> HeldOutTask:
-    """Open held-out text for the task mlm or clm, as blocks of `max_seq_length` tokens.
+    """Open a text file as blocks of `max_seq_length` tokens for the task mlm or clm.
 
-    Raises:
-        UserError: without text, or if the tokenizer has no [MASK], which mlm needs.
+    Args and errors are those of `open_held_out`, whose helper this is; also refused are no text,
+    and for mlm a tokenizer without [MASK].
     """
     if settings.data is None:
         raise UserError(f"data is missing: give a text file to measure the {task} loss on")
@@ -338,11 +338,13 @@ def _compute_curve(
     device: torch.device,
     advance: Callable[[], object],
 ) -> dict[str, object]:
-    """Compute the content of a curve's file, see `Curve`: losses on the line between two models,
-    the second aligned to the first.
+    """Compute the content of a curve's file, see `Curve`: losses between two aligned models.
 
     Args:
+        variant: alignment of the second model of the `pair` to its first.
+        held_out: data and loss of the `task`.
         items: see `_read_calibration`.
+        device: device that both models run on.
         advance: called after every point.
     """
     options = study.variants[variant]

@@ -19,8 +19,6 @@ Settings are flags of megamod pretrain, and
 """
 
 import fcntl
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -49,7 +47,7 @@ from megamod.runs.studies.forest_scores import (
     score_forest,
 )
 from megamod.runs.studies.parameter_counts import count_parameters
-from megamod.runs.studies.records import Figures
+from megamod.runs.studies.records import Figures, compute_json_digest
 from megamod.runs.studies.study_file import Cell, Settings, Study
 from megamod.runs.studies.texts import StudyText, open_study_text
 from megamod.states.checkpoint_folder import StateRecord, parse_checkpoint_step
@@ -107,7 +105,7 @@ def run_language_model_cell(
     if extras["adapt_to"] is not None:
         novel = ScoredText(text.novel_bin, [extras["adapt_to"]], scored.split)
         settings = {**flags, **extras}
-        output = work / f"adapted-{_compute_value_digest({**settings, 'text': text.digest})}"
+        output = work / f"adapted-{compute_json_digest({**settings, 'text': text.digest})}"
         known, unseen, start = adaptation.score_adaptation(
             models[0], settings, cell.seed, scored, novel, output
         )
@@ -141,7 +139,7 @@ def provide_trained_run(
     Raises:
         UserError: as `pretrain_causal_lm`.
     """
-    folder = work / f"run-{_compute_value_digest({**flags, 'text': DataBin(databin).digest})}"
+    folder = work / f"run-{compute_json_digest({**flags, 'text': DataBin(databin).digest})}"
     with _wait_for_folder_lock(folder):
         _train_in_folder(flags, databin, folder, stop)
     return folder
@@ -198,7 +196,7 @@ def train_forest(
                 "anchor": str(text.training_bin),
                 "max_steps": flags["max_steps"] - seed_steps,
             }
-        folder = work / f"expert-{_compute_value_digest({**expert_flags, **seed_identity})}"
+        folder = work / f"expert-{compute_json_digest({**expert_flags, **seed_identity})}"
         with _wait_for_folder_lock(folder):
             branched = seed is not None and not extras["anchor"]
             if branched and not list_checkpoints(folder / "checkpoints"):
@@ -235,7 +233,7 @@ def train_and_average_strangers(
         align["calibration"] = {"path": str(text.write_excerpts(_CALIBRATION_BYTES))}
     if extras["strangers_refine_steps"]:
         align["refine_steps"] = extras["strangers_refine_steps"]
-    folder = work / f"strangers-{_compute_value_digest([[run.name for run in runs], align])}"
+    folder = work / f"strangers-{compute_json_digest([[run.name for run in runs], align])}"
     with _wait_for_folder_lock(folder):
         if not folder.exists():
             sources = [(run / "model", None) for run in runs]
@@ -245,7 +243,10 @@ def train_and_average_strangers(
 
 
 def _train_seed(flags: Settings, extras: Mapping[str, object], text: StudyText, work: Path) -> Path:
-    """Return the folder of the model that a forest's experts start from, trained if needed."""
+    """Train the model that a forest's experts start from, unless `work` has it; return its folder.
+
+    It is the seed, or with `strangers` an average. Arguments are those of `train_forest`.
+    """
     if extras["strangers"]:
         return train_and_average_strangers(flags, extras, text, work)
     steps = _count_seed_steps(flags, extras)
@@ -280,7 +281,7 @@ def write_stock_config(family: str, flags: Settings, databin: DataBin, work: Pat
         max_position_embeddings=flags["max_seq_length"],
         tie_word_embeddings=True,
     )
-    folder = work / f"{family}-{_compute_value_digest(config.to_dict())}"
+    folder = work / f"{family}-{compute_json_digest(config.to_dict())}"
     config.save_pretrained(folder)
     return {name: value for name, value in flags.items() if name not in shape} | {
         "model": str(folder)
@@ -294,17 +295,19 @@ def make_mixture(
     text: StudyText,
     work: Path,
 ) -> Path:
-    """Convert a forest's runs to a mixture in `work`, and train it with `mixture_train`.
+    """Convert a forest's runs to a mixture in `work`; train it if the setting mixture_train asks.
 
     Args:
+        flags: flags of megamod pretrain of the cell.
         extras: settings of `OWN_SETTINGS`.
         runs: folders of the experts' runs, by domain.
+        text: text of the study, which calibrates and trains the router.
     Returns:
         a folder whose `model` is the mixture.
     """
     databin, settings = text.training_bin, {k: extras[k] for k in mixtures.SETTINGS}
     identity = {"runs": [folder.name for folder in runs.values()], **settings}
-    folder = work / f"mixture-{_compute_value_digest(identity | {'seed': flags['seed']})}"
+    folder = work / f"mixture-{compute_json_digest(identity | {'seed': flags['seed']})}"
     with _wait_for_folder_lock(folder):
         start = mixtures.convert_experts(runs, extras, flags["seed"], databin, folder / "model")
         if extras["mixture_train"] is None:
@@ -315,9 +318,10 @@ def make_mixture(
 
 
 def _train_in_folder(flags: Settings, databin: Path, folder: Path, stop: int | None = None) -> None:
-    """Train to step `stop` (None: to the end) from the last checkpoint, unless that is done.
+    """Train in `folder` to step `stop` (None: to the end), from its last checkpoint on.
 
-    Flags that only affect evaluation, logging and saving are added here.
+    A run that has this step already is left as it is. Flags that only affect evaluation, logging
+    and saving are added to `flags`.
     """
     steps = [parse_checkpoint_step(path) for path in list_checkpoints(folder / "checkpoints")]
     last = flags["max_steps"] if stop is None else stop
@@ -353,6 +357,7 @@ def _compute_losses(
 
     Args:
         runs: folders by domain; the only run of a dense, DEMix or sparse model has the domain "".
+        scored: the text to score.
     """
     models = {domain: folder / "model" for domain, folder in runs.items()}
     if list(runs) == [""]:
@@ -360,7 +365,7 @@ def _compute_losses(
             return {"own": score_expert(models[""], DENSE, scored)}, {}
         losses = score_forest(open_forest(models[""]), scored)
     else:
-        folder = work / f"forest-{_compute_value_digest([folder.name for folder in runs.values()])}"
+        folder = work / f"forest-{compute_json_digest([folder.name for folder in runs.values()])}"
         with _wait_for_folder_lock(folder):
             shutil.rmtree(folder, ignore_errors=True)
             with edit_forest(folder) as experts:
@@ -377,10 +382,11 @@ def _compute_losses(
 
 
 def _average_scores(losses: Mapping[str, float], scored: ScoredText) -> dict[str, float]:
-    """Return means over domains: `perplexity` per token, and `bits_per_byte` of the text.
+    """Compute means over domains: `perplexity` per token, and `bits_per_byte` of the text.
 
     Args:
         losses: nats per token, by domain.
+        scored: the text, for its numbers of tokens and bytes.
     """
     databin = DataBin(scored.databin)
     bits, perplexities = [], []
@@ -431,11 +437,6 @@ def _sum_training_seconds(run: Path) -> float:
             seconds += record["step_ms"] / 1000 * (record["step"] - before)
             before = record["step"]
     return seconds
-
-
-def _compute_value_digest(value: object) -> str:
-    """Compute a digest of a JSON value, 16 hexadecimal digits; its order of keys does not count."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -20,8 +20,8 @@ import torch
 
 from megamod.errors import UserError
 from megamod.files import format_json, write_json
+from megamod.runs.code_digest import compute_code_digest
 from megamod.runs.studies.study_file import Cell, Study
-from megamod.runs.training import compute_code_digest
 from megamod.schemas import Number, Schema, read_checked_file
 from megamod.version import __version__
 
@@ -94,7 +94,7 @@ def make_record(
         "rung": cell.rung,
         "seed": cell.seed,
         "config": config,
-        "config_digest": compute_configuration_digest(config),
+        "config_digest": compute_json_digest(config),
         "code": {"version": __version__, "digest": compute_code_digest()[:16]},
         "machine": {
             "processor": _read_cpu_name(),
@@ -120,9 +120,9 @@ def make_configuration(study: Study, cell: Cell, inputs: Mapping[str, object]) -
     return {"kind": study.file.kind, "seed": cell.seed, **cell.settings, "inputs": dict(inputs)}
 
 
-def compute_configuration_digest(config: Mapping[str, object]) -> str:
-    """Compute a digest of a configuration, 16 hexadecimal digits, whatever its order of keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+def compute_json_digest(value: object) -> str:
+    """Compute a digest of a JSON value, 16 hexadecimal digits; the order of keys has no effect."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_record(folder: Path, record: Record) -> None:
