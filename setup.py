@@ -41,6 +41,7 @@ DEV = [
     "pytest-xdist>=3.8",
     "hypothesis>=6.150",
     "httpx>=0.28,<1",
+    "selenium>=4.40,<5",
     "trl>=1.16,<2",
     "ruff>=0.14",
     "pre-commit>=4",

@@ -31,6 +31,10 @@ BEAT = 10.0  # seconds
 WATCH = 60.0  # seconds that a lock of another machine is watched for a sign of life
 STALE = 120.0  # a lock of another machine that is this much older than a new file is not watched
 
+LOCK = ".in_use"
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+"""Names of the temporary files of `write_atomic`."""
+
 _WITHOUT_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """Errors of a file system that has no hard links."""
 
@@ -98,6 +102,7 @@ class FolderLock:
                 self._delete_if_dead()
         except OSError as error:
             raise UserError(f"{self.title}: cannot be written: {error.strerror}") from error
+        self._delete_dead_temporaries()
         threading.Thread(
             target=self._touch_until_released, name=f"lock {self.file}", daemon=True
         ).start()
@@ -152,6 +157,21 @@ class FolderLock:
                 return touched is not None and _read_holder(self.file) == holder
         return False
 
+    def _delete_dead_temporaries(self) -> None:
+        """Delete temporary siblings of the lock file that processes left that were killed.
+
+        Those of processes that try to lock now are kept: they name a process that is alive, or are
+        young.
+        """
+        for left in _list_lock_temporaries(self.file):
+            holder, touched = _read_holder(left), _read_touch_time(left)
+            if holder is not None and holder.machine == self.holder.machine:
+                dead = _read_process_start(holder.pid) != holder.started
+            else:
+                dead = touched is not None and _read_file_system_time(self.file) - touched > STALE
+            if dead:
+                left.unlink(missing_ok=True)
+
     def _touch_until_released(self) -> None:
         """Touch the lock file every `BEAT` seconds until the lock is released.
 
@@ -180,8 +200,8 @@ def lock_folder(folder: Path, title: str | None = None) -> Iterator[None]:
     """Lock a folder that a run continues for the time of the block, by `FOLDER/.in_use`.
 
     The folder is created if needed, and deleted afterwards if it is new and still empty. Temporary
-    files that killed processes left in it are deleted. If this process holds the folder already,
-    nothing happens.
+    files that killed processes left in it, and in its subfolders that have no lock of their own,
+    are deleted. If this process holds the folder already, nothing happens.
 
     Args:
         title: names the folder in messages; None: "--output_dir FOLDER".
@@ -194,15 +214,27 @@ def lock_folder(folder: Path, title: str | None = None) -> Iterator[None]:
         return
     with (
         _create_folder_for_block(path, title),
-        _acquire_for_block(path / ".in_use", title) as _held[path],
+        _acquire_for_block(path / LOCK, title) as _held[path],
     ):
-        for file in path.glob(".*.tmp"):
-            if file.is_file() and re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", file.name):
-                file.unlink(missing_ok=True)
+        _delete_temporaries(path)
         try:
             yield
         finally:
             del _held[path]
+
+
+def _delete_temporaries(folder: Path) -> None:
+    """Delete the temporary files of `write_atomic` in a folder that this process holds, and below.
+
+    Subfolders with a lock of their own are those of other runs, and left out.
+    """
+    for root, subfolders, files in os.walk(folder):
+        if LOCK in files and Path(root) != folder:
+            subfolders.clear()
+            continue
+        for name in files:
+            if TEMPORARY.fullmatch(name) and not name.startswith(f"{LOCK}."):
+                (Path(root) / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -218,7 +250,7 @@ def lock_folder_name(path: Path) -> Iterator[None]:
     path, title = Path(path).absolute(), f"--output_dir {path}"
     with (
         _create_folder_for_block(path.parent, title),
-        _acquire_for_block(path.with_name(f".{path.name}.in_use"), title),
+        _acquire_for_block(path.with_name(f".{path.name}{LOCK}"), title),
     ):
         for left in path.parent.glob(".tmp-*"):
             if re.fullmatch(rf"\.tmp-{re.escape(path.name)}-[0-9a-f]{{8}}", left.name):
@@ -233,8 +265,9 @@ def delete_leftovers(path: Path, *folders: Path) -> None:
     without a lock, if its holder is alive or on another machine, or where nothing can be written.
     """
     path = Path(path).absolute()
-    holder = _read_holder(path.with_name(f".{path.name}.in_use"))
-    if holder is None or holder.machine != _read_machine_id():
+    file = path.with_name(f".{path.name}{LOCK}")
+    holders = [_read_holder(left) for left in (file, *_list_lock_temporaries(file))]
+    if _read_machine_id() not in [holder.machine for holder in holders if holder is not None]:
         return
     with suppress(UserError), lock_folder_name(path):
         for folder in folders:
@@ -284,6 +317,13 @@ def _create_folder_for_block(folder: Path, title: str) -> Iterator[None]:
         for part in missing:
             with suppress(OSError):
                 part.rmdir()
+
+
+def _list_lock_temporaries(file: Path) -> list[Path]:
+    """List the temporary siblings of a lock file, which exist while it is created or deleted."""
+    return [
+        left for left in file.parent.glob(f"{file.name}.*.tmp") if TEMPORARY.fullmatch(left.name)
+    ]
 
 
 def _create_lock_file(file: Path, text: str) -> bool:

@@ -94,6 +94,15 @@ def poisoned(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A headless Chromium, see browser.py; tests that use it are skipped without one."""
+    from browser import open_browser
+
+    with open_browser(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
+
+
+@pytest.fixture(scope="session")
 def warm():
     """A warm process for drills, see drills/warm.py."""
     from drills.warm import warm_process

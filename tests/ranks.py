@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.multiprocessing
 
-WAIT = 240  # seconds until ranks that do not answer are killed
+WAIT = 240  # seconds for one test of ordinary size
 
 # Ranks are forked from a process that has imported everything: imports take seconds of each rank.
 _CONTEXT = torch.multiprocessing.get_context("forkserver")
@@ -24,9 +24,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def on_ranks(world_size: int, function: Callable[..., object], *args: object) -> list[object]:
+def on_ranks(
+    world_size: int, function: Callable[..., object], *args: object, wait: float = WAIT
+) -> list[object]:
     """Call function(rank, *args) on every rank and return the results by rank.
 
+    Args:
+        wait: seconds until ranks that do not answer are killed.
     Raises:
         AssertionError: with the traceback of the first rank that failed, or naming the silent ones.
     """
@@ -43,7 +47,7 @@ def on_ranks(world_size: int, function: Callable[..., object], *args: object) ->
     for process in processes:
         process.start()
     answers: dict[int, object] = {}
-    deadline = time.monotonic() + WAIT
+    deadline = time.monotonic() + wait
     try:
         while len(answers) < world_size and time.monotonic() < deadline:
             try:
@@ -55,7 +59,7 @@ def on_ranks(world_size: int, function: Callable[..., object], *args: object) ->
             assert error is None, f"rank {rank} failed:\n{error}"
             answers[rank] = value
         silent = set(range(world_size)) - set(answers)
-        assert not silent, f"ranks {sorted(silent)} did not answer in {WAIT} s"
+        assert not silent, f"ranks {sorted(silent)} did not answer in {wait} s"
     finally:
         for process in processes:
             process.join(5)

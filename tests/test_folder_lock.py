@@ -41,6 +41,30 @@ def refused(folder) -> str:
     return str(caught.value)
 
 
+def test_temporary_files_below_go_but_not_those_of_other_runs(tmp_path):
+    out, name = tmp_path / "out", ".latest.0123abcd.tmp"
+    for folder in ("checkpoints", "seed-2/checkpoints"):
+        (out / folder).mkdir(parents=True)
+        (out / folder / name).write_text("cut")
+    (out / "seed-2" / ".in_use").write_text("{}")
+    with lock_folder(out):
+        left = [str(path.relative_to(out)) for path in out.rglob("*.tmp")]
+    assert left == [f"seed-2/checkpoints/{name}"]
+
+
+def test_temporary_files_of_locks_go_after_the_death_of_their_processes(tmp_path):
+    alive, lock = Holder.make_for_this_process(), tmp_path / ".out.in_use"
+    texts = {"0000000a": json.dumps(asdict(alive)), "0000000c": "", "0000000d": ""}
+    texts["0000000b"] = json.dumps(asdict(replace(alive, started=1)))
+    for number, text in texts.items():
+        lock.with_name(f"{lock.name}.{number}.tmp").write_text(text)
+    os.utime(tmp_path / ".out.in_use.0000000d.tmp", (1, 1))  # of a machine that is long dead
+    with lock_folder_name(tmp_path / "out"):
+        pass
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".out.in_use.0000000a.tmp", ".out.in_use.0000000c.tmp"]
+
+
 def test_a_second_process_is_refused_at_once_until_the_first_is_dead(other, tmp_path):
     out = tmp_path / "out"
     began = time.monotonic()

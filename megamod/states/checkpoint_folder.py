@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, model_validator
 from safetensors import safe_open
 
-from megamod.files import hash_file, write_json
+from megamod.files import hash_file, sync_folder, write_atomic, write_json
 from megamod.schemas import Items, Schema, read_checked_file
 from megamod.states.manifest import MANIFEST
 from megamod.states.weight_files import ADAPTER_CONFIG
@@ -40,6 +40,20 @@ Muon in the precision of its gradients."""
 
 Fragments = Mapping[str, tuple[int, Mapping[str, "Tensor"]]]
 """By the parameter's name: offset of the range in elements, and a tensor for each kind."""
+
+
+def write_latest(folder: Path, checkpoint: Path) -> None:
+    """Write the name of the newest checkpoint of a run to `LATEST`; both names are then on disk.
+
+    A file that names it already is not changed.
+
+    Args:
+        folder: folder of the run's checkpoints, `checkpoint` one in it.
+    """
+    file, name = folder / LATEST, f"{checkpoint.name}\n"
+    if not file.is_file() or file.read_text(encoding="utf-8", errors="replace") != name:
+        write_atomic(file, name)
+    sync_folder(folder)
 
 
 @dataclass

@@ -7,20 +7,22 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.files import create_folder_atomically
-from megamod.folder_lock import lock_folder_name
+from megamod.folder_lock import delete_leftovers, lock_folder_name
 from megamod.states.checkpoint_folder import write_model_manifests
 
 
 def check_new_folder(path: Path) -> None:
-    """Check that `create_new_folder` can create the folder `path`; nothing is written.
+    """Check that `create_new_folder` can create the folder `path`.
 
-    Messages name it as the value of --output_dir.
+    Nothing is written. Of a folder that is complete already the lock of a killed process is
+    deleted. Messages name it as the value of --output_dir.
 
     Raises:
         UserError: if it exists and is not an empty folder, or lies where nothing can be written.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        delete_leftovers(path)
         raise UserError(f"--output_dir {path}: exists already; name a new or an empty folder")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

@@ -30,7 +30,6 @@ from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError, report_damage
 from megamod.files import hash_file, sync_file, sync_folder, write_atomic
 from megamod.states.checkpoint_folder import (
-    LATEST,
     PENDING,
     SOUND,
     STATE,
@@ -42,6 +41,7 @@ from megamod.states.checkpoint_folder import (
     parse_checkpoint_step,
     read_fragment_ranges,
     write_fragments,
+    write_latest,
     write_manifest,
 )
 from megamod.states.manifest import find_checkpoint, list_checkpoints
@@ -132,8 +132,9 @@ class Checkpoints:
             written = False
         if is_true_on_all_ranks(written) and dist.get_rank() == 0:
             try:
-                self._commit(temporary, final)
+                # Before the commit: a run killed after it saves this checkpoint no second time.
                 self._record_sound_step(history or History())
+                self._commit(temporary, final)
                 self._delete_older_checkpoints(final, history or History())
             except OSError as error:
                 logger.error("checkpoint %s: %s", final.name, error)
@@ -159,6 +160,8 @@ class Checkpoints:
         if dist.get_rank() == 0:
             for stale in self.folder.glob(".tmp-*"):
                 shutil.rmtree(stale, ignore_errors=True)
+            if path is not None and path.parent == self.folder:
+                write_latest(self.folder, path)
         dist.barrier()
         return state
 
@@ -365,7 +368,7 @@ class Checkpoints:
             # It is invalid, or of later steps than the checkpoint that --resume PATH named.
             shutil.rmtree(final)
         os.rename(temporary, final)
-        write_atomic(self.folder / LATEST, final.name + "\n")  # syncs both names
+        write_latest(self.folder, final)
 
     def _record_sound_step(self, history: History) -> None:
         """Write the step of a new sound checkpoint, if `history` has one, to the file `SOUND`."""

@@ -271,7 +271,8 @@ def publish_model(export: Callable[[Path], object], folder: Path) -> None:
     """Write the final model folder, whole or not at all; collective.
 
     A folder of that name is replaced. Every model folder in it gets a manifest with the digests of
-    its files, as a checkpoint has. It is written as `.NAME.tmp` beside it and then renamed.
+    its files, as a checkpoint has. It is written as `.NAME.tmp` beside it and then renamed, while
+    the replaced one is `.NAME.old`, see `recover_model`.
 
     Args:
         export: a `ModelExport`, or another function that writes into a folder on every rank.
@@ -297,8 +298,31 @@ def publish_model(export: Callable[[Path], object], folder: Path) -> None:
         if not bad and dist.get_rank() == 0:
             write_model_manifests(temporary)
             sync_tree(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
+            recover_model(folder)
+            if folder.exists():
+                folder.rename(_get_replaced_folder(folder))
             temporary.rename(folder)
             sync_folder(folder.parent)
+            recover_model(folder)
     if bad:
         raise PolicyStop(f"the model holds weights that are not finite, so {folder} is not written")
+
+
+def recover_model(folder: Path) -> None:
+    """Bring back the model that `publish_model` was replacing when the process was killed.
+
+    After its replacement by a new one it is deleted. One rank alone may call it.
+
+    Args:
+        folder: the model folder.
+    """
+    replaced = _get_replaced_folder(folder)
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    elif replaced.exists():
+        replaced.rename(folder)
+
+
+def _get_replaced_folder(folder: Path) -> Path:
+    """Return the path of a model folder while a new one takes its place."""
+    return folder.with_name(f".{folder.name}.old")

@@ -140,6 +140,6 @@ def list_leftovers(folder: Path) -> list[str]:
     return sorted(
         str(path.relative_to(folder))
         for path in folder.rglob(".*")
-        if path.name.endswith((".tmp", ".in_use", ".partial"))
+        if path.name.endswith((".tmp", ".in_use", ".partial", ".old"))
         or path.name.startswith((".tmp-", ".start"))
     )

@@ -14,6 +14,7 @@ FLIPS = pick(60, 1000)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_every_flipped_bit_is_reported(warm, inputs, tmp_path, record_property):
     draw, files = random.Random(SEED), []
     for name, check in (

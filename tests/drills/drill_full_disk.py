@@ -17,6 +17,7 @@ NAMES = tuple(COMMANDS) if SIZE == "nightly" else IN_A_PUSH
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_full_disk_at_any_phase(name, warm, inputs, undisturbed, tmp_path, record_property):
     draw = random.Random(f"{SEED} {name}")

@@ -97,6 +97,7 @@ KINDS = (_pickle, _pickle, _yaml, _index, _code, _archive)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.filterwarnings("ignore")
 def test_nothing_is_executed_or_written_elsewhere(tmp_path, monkeypatch, record_property):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))

@@ -19,6 +19,7 @@ NAMES = tuple(COMMANDS) if SIZE == "nightly" else IN_A_PUSH
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_commands_write_what_others_write(
     name, warm, inputs, undisturbed, tmp_path, record_property
@@ -38,7 +39,8 @@ def test_killed_commands_write_what_others_write(
                 break
         else:
             outcome = warm.run(Command(COMMANDS[name], str(folder)))
-        if outcome.code != 0:
+        # A command that was killed after its output was complete may refuse to write it again.
+        if outcome.code != 0 and not (outcome.code == 2 and "exists already" in outcome.text):
             lost.append((events, outcome.code, outcome.text[-1000:]))
             continue
         tree, left = read_tree(folder / "out"), list_leftovers(folder)

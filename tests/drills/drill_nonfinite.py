@@ -213,7 +213,7 @@ def test_a_fault_changes_no_weight(policy, world, tmp_path, record_property):
     cases, lost = [draw_case(draw, policy, world) for _ in range(CASES)], []
     for start in range(0, CASES, BATCH):
         batch = cases[start : start + BATCH]
-        results = on_ranks(world, run_cases, tmp_path / str(start), batch, world)
+        results = on_ranks(world, run_cases, tmp_path / str(start), batch, world, wait=1200)
         for case, texts in zip(batch, zip(*results, strict=True), strict=True):
             lost += [(case, text) for rank_texts in texts for text in rank_texts]
     report(record_property, CASES, len(lost))

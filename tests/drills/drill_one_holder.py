@@ -12,6 +12,7 @@ ROUNDS = pick(1, 6)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_held_folder_is_refused(name, warm, inputs, tmp_path, record_property):
     folder = make_workplace(tmp_path / "here", inputs)
@@ -25,6 +26,7 @@ def test_a_held_folder_is_refused(name, warm, inputs, tmp_path, record_property)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", ["merge", "preprocess", "dense", "classifier"])
 def test_of_equal_commands_one_wins(name, warm, inputs, undisturbed, tmp_path, record_property):
     expected, _ = undisturbed(name)

@@ -36,7 +36,7 @@ def train(rank: int, root) -> list[tuple[int, int]]:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_memory_and_open_files_stay(tmp_path, record_property):
-    (seen,) = on_ranks(1, train, tmp_path)
+    (seen,) = on_ranks(1, train, tmp_path, wait=3600)
     (first, files), (last, files_at_end) = seen[1], seen[-1]
     record_property("figures", f"RSS {first / 2**20:.0f} to {last / 2**20:.0f} MiB")
     report(record_property, STEPS, int(last > first * (1 + GROWTH)) + (files_at_end > files))

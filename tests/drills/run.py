@@ -6,10 +6,10 @@
     python tests/drills/run.py K --size nightly --seed 3
     python tests/drills/run.py F --size nightly --share 0.1     a tenth of the cases of a night
 
-Each drill is some files; `make test` runs those named test_*.py in the size of a push. The table
-has a row for each: its tests and how many failed, the cases in them (kills, files, flipped bits,
-steps) and how many lost something, which must be none. --table adds the rows to a JSON file as they
-come, and shows all that are in it.
+Each drill is some files; `make test` runs them in the size of a push, without the further files of
+a night that are marked long. The table has a row for each: its tests and how many failed, the cases
+in them (kills, files, flipped bits, steps) and how many lost something, which must be none. --table
+adds the rows to a JSON file as they come, and shows all that are in it.
 """
 
 import argparse
@@ -30,6 +30,8 @@ from megamod.tables import format_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FAILURES = ("failure", "error")
+PROCESSES = "3"  # of a push; drills wait for signals and timeouts for much of their time
+LOAD = ("--dist", "loadfile", "--no-loadscope-reorder")
 HEAD = ("drill", "shows", "size", "seed", "tests", "failed", "cases", "lost", "seconds")
 
 
@@ -112,9 +114,10 @@ def list_tests(name: str, size: str) -> list[str]:
 def run_drills(
     names: Sequence[str], size: str, share: float, seed: int
 ) -> dict[str, tuple[str, ...]]:
-    """Run drills in one process, which shares the imports; return their rows of the table.
+    """Run drills in a few processes, which share imports; return their rows of the table.
 
-    A drill without results, because the process died, counts as one that failed.
+    At night there is one process, so that no drill is slowed by another. A drill without results,
+    because its process died, counts as one that failed.
     """
     tests = {name: list_tests(name, size) for name in names}
     variables = {"SIZE": size, "SHARE": str(share), "SEED": str(seed)}
@@ -123,6 +126,7 @@ def run_drills(
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         command += ["-o", "junit_family=xunit1", f"--junitxml={report}"]
+        command += ["-n", PROCESSES, *LOAD] if size == "push" else []
         subprocess.run(
             [*command, *(test for part in tests.values() for test in part)],
             cwd=REPOSITORY,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megamod.files import write_json
 from megamod.runs.finetune.records import EVALUATIONS, Evaluation, Record
 from megamod.schemas import read_checked_file
-from megamod.train.export import ModelExport
+from megamod.train.export import ModelExport, recover_model
 
 
 class BestModel:
@@ -31,14 +31,17 @@ class BestModel:
         return max(self.evaluations, key=self.find_value, default=None)
 
     def load_evaluations(self, step: int) -> None:
-        """Read the evaluations up to `step`, at which the run resumes; later ones are dropped.
+        """Read the evaluations up to `step`, at which the run resumes; collective.
 
-        Those without a value are dropped, too. At step 0, or if evaluations.json or OUT/model is
-        missing, nothing is read. The file itself is not changed before `save_evaluations`.
+        Later ones and those without a value are dropped. At step 0, or if evaluations.json or
+        OUT/model is missing, nothing is read. The file is not changed before `save_evaluations`.
 
         Raises:
             UserError: if evaluations.json is malformed.
         """
+        if dist.get_rank() == 0:
+            recover_model(self.folder / "model")
+        dist.barrier()
         file = self.folder / EVALUATIONS
         if step and file.exists() and (self.folder / "model").is_dir():
             recorded = read_checked_file(file, list[Evaluation])
@@ -48,7 +51,12 @@ class BestModel:
             self.evaluations = [item for item in earlier if self.find_value(item) is not None]
 
     def add_evaluation(self, evaluation: Record) -> bool:
-        """Add an evaluation, which must have a value; return True if it is the best one so far."""
+        """Add an evaluation, which must have a value; return True if it is the best one so far.
+
+        It replaces one of the same step: a run killed during an evaluation repeats it.
+        """
+        step = evaluation["step"]
+        self.evaluations = [item for item in self.evaluations if item["step"] != step]
         self.evaluations.append(evaluation)
         return self.best is self.evaluations[-1]
 
