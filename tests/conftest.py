@@ -94,12 +94,21 @@ def poisoned(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory):
+def chromium(tmp_path_factory):
     """A headless Chromium, see browser.py; tests that use it are skipped without one."""
     from browser import open_browser
 
     with open_browser(tmp_path_factory.mktemp("profile")) as driver:
         yield driver
+
+
+@pytest.fixture
+def browser(chromium):
+    """The Chromium of the session, without errors of earlier pages."""
+    from browser import list_errors
+
+    list_errors(chromium)
+    return chromium
 
 
 @pytest.fixture(scope="session")

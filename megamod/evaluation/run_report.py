@@ -38,7 +38,7 @@ h1 { font-size: 1.6em } h2 { border-bottom: 1px solid #ccc; margin-top: 2em }
 svg { max-width: 100%; height: auto } figure { margin: 1em 0 } figcaption { font-weight: bold }
 table { border-collapse: collapse } td, th { padding: .2em .8em; text-align: right }
 td:first-child, th:first-child { text-align: left } tr:nth-child(even) { background: #f5f5f5 }
-tr.differs { background: #fff3cd !important }
+tr.differs { background: #fff3cd !important } .wide { overflow-x: auto }
 """
 
 
@@ -392,12 +392,12 @@ def _format_comparison_table(columns: Mapping[str, Mapping[str, object]]) -> str
         rows.append((len({*cells} - {MISSING}) > 1, name, cells))
     rows.sort(key=lambda row: not row[0])
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    lines = [f"<table>\n<tr><th></th>{head}</tr>"]
+    lines = [f'<div class="wide"><table>\n<tr><th></th>{head}</tr>']
     for differs, name, cells in rows:
         mark = ' class="differs"' if differs else ""
         tail = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         lines.append(f"<tr{mark}><td>{escape(name)}</td>{tail}</tr>")
-    return "\n".join([*lines, "</table>"]) if rows else ""
+    return "\n".join([*lines, "</table></div>"]) if rows else ""
 
 
 def _format_cell(value: object) -> str:
