@@ -79,6 +79,21 @@ def report_damage(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {text if plain else f'{kind} {text}'.strip()}") from error
 
 
+@contextmanager
+def name_origin(origin: str) -> Iterator[None]:
+    """Begin the message of a UserError of the block with `origin`, unless it names that already.
+
+    Args:
+        origin: document and place of a value that the block uses, such as a path that it names.
+    """
+    try:
+        yield
+    except UserError as error:
+        if origin in str(error):
+            raise
+        raise UserError(f"{origin}: {error}") from error
+
+
 def shorten(value: object) -> str:
     """Return the representation of a value, cut to a length that fits a message."""
     text = _short.repr(value)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megamod.errors import UserError
+from megamod.errors import UserError, name_origin
 from megamod.folder_lock import delete_leftovers
 from megamod.merging.compatibility import check_configs_match
 from megamod.merging.config_check import check_config_fits_weights
@@ -324,14 +324,15 @@ def _open_input_model(model: InputModel, origin: str, stack: ExitStack) -> Tenso
     """
     if not os.path.exists(model.path):  # also False for a name that is too long
         raise UserError(f"{origin}: {model.path}: is not a folder")
-    folder = stack.enter_context(
-        ModelFolder(model.path, model.member, beside_anchor=model.beside_anchor)
-    )
-    if model.adapter is None:
-        return folder
-    from megamod.merging.lora import AdaptedFolder
+    with name_origin(origin):
+        folder = stack.enter_context(
+            ModelFolder(model.path, model.member, beside_anchor=model.beside_anchor)
+        )
+        if model.adapter is None:
+            return folder
+        from megamod.merging.lora import AdaptedFolder
 
-    return AdaptedFolder(folder, model.adapter)
+        return AdaptedFolder(folder, model.adapter)
 
 
 def _unite_vocabularies(recipe: MergeRecipe) -> Vocabulary | None:

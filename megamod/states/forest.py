@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from megamod.errors import UserError, shorten
+from megamod.errors import UserError, name_origin, shorten
 from megamod.files import write_json
 from megamod.names import check_name
 from megamod.schemas import Items, Schema, read_checked_file
@@ -312,7 +312,8 @@ def _check_experts(experts: list[Expert], where: Path) -> None:
     sizes: dict[int, str] = {}
     compares_sizes = False
     for expert in experts:
-        config = read_model_config(expert.path)
+        with name_origin(f"{where}: {expert.domain}"):
+            config = read_model_config(expert.path)
         has_experts = config.get("untie", "none") != "none"
         if has_experts and expert.member not in config["domains"]:
             raise UserError(

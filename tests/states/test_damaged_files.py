@@ -1,21 +1,29 @@
 """Damaged files of others end in one sentence, whatever their reader stumbles over."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launch import launch
 from safetensors.torch import save_file
 from saved_models import make_model
+from tokenizers import Tokenizer, models
 
 from megamod.convert.sources import resolve_model
 from megamod.data.corpus.tokenizers import load_tokenizer
+from megamod.data.tasks.specs import TASKS
+from megamod.data.tasks.text_labels import read_text_task
 from megamod.errors import UserError, report_damage
+from megamod.merging.merge import merge
+from megamod.merging.recipe_file import read_recipe
 from megamod.models.lm.configuration import read_lm_config
 from megamod.models.lm.load import build_lm, load_lm
 from megamod.states.checkpoint_folder import StateRecord
 from megamod.states.config_file import read_config_file
+from megamod.states.forest import open_forest
 from megamod.states.manifest import find_file_faults
 from megamod.states.stream import ModelFolder
 from megamod.states.verify import check_path
@@ -205,3 +213,28 @@ def test_every_error_of_a_reader_becomes_one_sentence(error):
     assert "weights_only" not in refused(read)
     with pytest.raises(KeyboardInterrupt), report_damage("FILE"):
         raise KeyboardInterrupt
+
+
+def test_messages_name_the_document_that_names_the_folder(tmp_path):
+    """A path that a document names is wrong: the document is what the user mends."""
+    file, wrong = tmp_path / "some.yml", "/etc/passwd"
+    inputs = [{"model": str(make_model(tmp_path / "model"))}, {"model": wrong}]
+    file.write_text(json.dumps({"merge_method": "linear", "models": inputs}))
+    assert "some.yml: /etc/passwd" in refused(merge, read_recipe(file), None, dry_run=True)
+    forest = tmp_path / "forest.json"
+    launch("forest", "add", "--forest", forest, "--path", tmp_path / "model", "--domain", "law")
+    document = json.loads(forest.read_text())
+    document["experts"][0]["path"] = wrong
+    forest.write_text(json.dumps(document))
+    assert "forest.json: law: /etc/passwd" in refused(open_forest, forest)
+    (tmp_path / "plain").write_text("a\tb\n")
+    task = replace(TASKS["sst-2"], folder="", files={"train": ("plain",)})
+    assert f"task sst-2 in {tmp_path}" in refused(read_text_task, task, tmp_path, ["train"])
+
+
+def test_ids_that_no_file_of_tokens_can_hold(tmp_path):
+    vocabulary = {"[UNK]": 0, "</s>": 1, "far": 2**31}
+    Tokenizer(models.WordLevel(vocabulary, "[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
+    assert "'far' has the id 2147483648" in refused(load_tokenizer, tmp_path)

@@ -19,7 +19,7 @@ import numpy as np
 from megamod.data.corpus import sentencepiece_model
 from megamod.data.corpus.fast_tokenizers import load_fast_tokenizer
 from megamod.data.corpus.indexed import Dictionary
-from megamod.errors import UserError, report_damage
+from megamod.errors import UserError, report_damage, shorten
 from megamod.files import write_atomic
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ SENTENCEPIECE_FILE = "sentencepiece.model"
 GPT2_FILES = ("encoder.json", "vocab.bpe", "dict.txt")
 FAIRSEQ_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
 ALPHABET = 1000  # most frequent characters that trained word pieces cover
+LARGEST_ID = 2**31 - 1  # ids are int32
 LONGEST = 1 << 20  # characters of a text encoded at once: bounds the memory for a huge document
 
 
@@ -324,11 +325,18 @@ def _wrap_fast_tokenizer(tokenizer: "PreTrainedTokenizerFast", spec: str) -> Tok
     Args:
         spec: the user's name of the tokenizer, for messages.
     Raises:
-        UserError: if it has neither eos nor sep.
+        UserError: if it has neither eos nor sep, or an id above `LARGEST_ID`.
     """
     eos = _select_first_id(tokenizer.eos_token_id, tokenizer.sep_token_id)
     if eos is None:
         raise UserError(f"--tokenizer {spec}: it defines neither an eos nor a sep token")
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
+    token = max(vocabulary, key=vocabulary.get)
+    if vocabulary[token] > LARGEST_ID:
+        raise UserError(
+            f"--tokenizer {spec}: token {shorten(token)} has the id {vocabulary[token]}; the "
+            f"largest id that a tokenizer may have is {LARGEST_ID}"
+        )
     return Tokenizer(
         "huggingface",
         tokenizer.backend_tokenizer,

@@ -28,7 +28,7 @@ from megamod.data.tasks.task_rows import (
     open_json_table,
     open_parquet_table,
 )
-from megamod.errors import UserError
+from megamod.errors import UserError, name_origin
 
 FORMATS = ("TSV", "text", "CSV", "JSON lines", "JSON", "Parquet")
 
@@ -87,7 +87,8 @@ def read_text_task(
             names = " or ".join(task.files[split]) if split in task.files else split
             source = data_dir if data_dir is not None else "the hub"
             raise UserError(f"task {task.name}: {source} has no split {split} ({names})")
-    rows = {split: list(_read_rows(task, split, source)) for split, source in sources.items()}
+    with name_origin(f"task {task.name} in {data_dir or 'the hub'}"):
+        rows = {split: list(_read_rows(task, split, source)) for split, source in sources.items()}
     for split, examples in rows.items():
         if not examples:
             where = getattr(sources[split], "where", sources[split])

@@ -103,7 +103,7 @@ class Table(Schema):
         for name, line in {**self.lines, "baseline": self.baseline}.items():
             if len(line) != size:
                 words = "an arm and a row of its scores" if size == 2 else "an arm"
-                raise ValueError(f"{name}: {line} is not {words}")
+                raise ValueError(f"{name}: {shorten(line)} is not {words}")
         if self.columns == "rows" and not self.rows:
             raise ValueError("columns: rows needs the list `rows`")
         return self
