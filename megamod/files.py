@@ -47,17 +47,22 @@ def write_json(path: Path, value: object) -> None:
 def format_json(value: object, indent: int | None = None) -> str:
     """Format a value as JSON text, with null for numbers that are not finite.
 
-    JSON has no word for them, and other readers refuse Python's spelling (`Infinity`, `NaN`).
+    JSON has no word for them, and other readers refuse Python's spelling (`Infinity`, `NaN`). Text
+    that UTF-8 cannot hold, half of a surrogate pair, is escaped.
 
     Args:
         indent: blanks per level of nesting; None: all on one line.
     """
     try:
-        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        return json.dumps(
-            _replace_non_finite(value), indent=indent, ensure_ascii=False, allow_nan=False
-        )
+        value = _replace_non_finite(value)
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    return text
 
 
 def _replace_non_finite(value: object) -> object:

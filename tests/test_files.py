@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import json
 import math
 import os
 
@@ -56,6 +57,8 @@ def test_json_has_no_word_for_numbers_that_are_not_finite():
     value = {"a": [math.inf, (1.5, -math.inf)], "b": {"c": math.nan}, "d": "é", "e": True}
     text = files.format_json(value)
     assert text == '{"a": [null, [1.5, null]], "b": {"c": null}, "d": "é", "e": true}'
+    half = {"half of a pair": "\ud800"}
+    assert json.loads(files.format_json(half).encode()) == half
     assert files.format_json({"a": 1}, indent=2) == '{\n  "a": 1\n}'
 
 

@@ -1,10 +1,14 @@
 """Checks that config.json describes the weights beside it, so that their merge can be loaded."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-from megamod.errors import UserError, report_damage
+import torch
+
+from megamod.errors import UserError, report_damage, shorten
 from megamod.merging.tensors import TensorSource
 from megamod.names import is_domain
 from megamod.states.forest import read_model_config
@@ -40,6 +44,7 @@ def check_config_fits_weights(source: TensorSource) -> None:
         UserError: naming config.json and what is wrong in it.
     """
     file, fields = source.folder / "config.json", read_model_config(source.folder)
+    _check_numbers_and_dtype(file, fields)
     if "model_type" not in fields or not fields.keys() & {*_WIDTHS, *_DEPTHS, *_OTHER_SIZES}:
         return
     if _have_usual_values(fields) and _sizes_match_tensors(fields, source):
@@ -80,6 +85,26 @@ def check_config_fits_weights(source: TensorSource) -> None:
     ):
         if layers:
             raise UserError(f"{file}: {text}, such as {min(layers)[:-1]}")
+
+
+def _check_numbers_and_dtype(file: Path, fields: Mapping[str, object]) -> None:
+    """Refuse values that no model class checks before it needs them.
+
+    Args:
+        file: config.json, for messages; `fields`: its content.
+    Raises:
+        UserError: for a number that is not finite, or a `dtype` that torch does not have.
+    """
+    for key, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{file}: {key} is {value}, which is not finite")
+        named = isinstance(value, str) and key in ("dtype", "torch_dtype")
+        if named and not isinstance(
+            getattr(torch, value.removeprefix("torch."), None), torch.dtype
+        ):
+            raise UserError(
+                f"{file}: {key} is {shorten(value)}, not a type of torch such as 'float32'"
+            )
 
 
 def _have_usual_values(fields: Mapping[str, object]) -> bool:

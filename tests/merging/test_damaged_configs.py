@@ -24,6 +24,8 @@ CHANGES = [
     *(("untie", 3), ("untie", "x"), ("domain", "law"), ("model_type", "llama"), ("model_type", 3)),
     *(("layer_norm_eps", []), ("hidden_dropout_prob", "x"), ("architectures", 3)),
     *(("tie_word_embeddings", "yes"), ("transformers_version", {}), ("use_cache", [])),
+    *(("layer_norm_eps", float("nan")), ("hidden_dropout_prob", float("inf"))),
+    *(("dtype", "floa432"), ("torch_dtype", "auto")),
 ]
 
 
