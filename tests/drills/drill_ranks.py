@@ -31,7 +31,7 @@ DIFFERENT = (
         ("--max_steps", "5"),
         ("--untie", "feedforward"),
     ),
-    *(("--gradient_accumulation_steps", "1"), ("--max_seq_length", "8"), ("--data", "in/bin2")),
+    *(("--global_batch_size", "8"), ("--max_seq_length", "8"), ("--data", "in/bin2")),
     *(("--nonfinite", "skip"), ("--save_steps", "1"), ("--domains", "law")),
 )
 
