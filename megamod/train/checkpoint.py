@@ -118,6 +118,7 @@ class Checkpoints:
             state: the step and what else a resumed run continues from.
             history: steps since the last checkpoint; None: nothing is known of them.
         """
+        history = history or History()
         final = self.folder / format_checkpoint_name(state.step)
         nonce = broadcast_from_rank_0(secrets.randbits(32))
         temporary = self.folder / f".tmp-{format_checkpoint_name(state.step)}-{nonce:08x}"
@@ -133,9 +134,10 @@ class Checkpoints:
         if is_true_on_all_ranks(written) and dist.get_rank() == 0:
             try:
                 # Before the commit: a run killed after it saves this checkpoint no second time.
-                self._record_sound_step(history or History())
+                if history.sound is not None:
+                    write_atomic(self.folder / SOUND, f"{history.sound}\n")
                 self._commit(temporary, final)
-                self._delete_older_checkpoints(final, history or History())
+                self._delete_older_checkpoints(final, history)
             except OSError as error:
                 logger.error("checkpoint %s: %s", final.name, error)
                 written = False
@@ -369,11 +371,6 @@ class Checkpoints:
             shutil.rmtree(final)
         os.rename(temporary, final)
         write_latest(self.folder, final)
-
-    def _record_sound_step(self, history: History) -> None:
-        """Write the step of a new sound checkpoint, if `history` has one, to the file `SOUND`."""
-        if history.sound is not None:
-            write_atomic(self.folder / SOUND, f"{history.sound}\n")
 
     def _delete_older_checkpoints(self, final: Path, history: History) -> None:
         """Delete the checkpoints beyond the number to keep, but not the recorded sound one.
