@@ -60,6 +60,7 @@ class CommandParser(argparse.ArgumentParser):
     """
 
     def __init__(self, doc: str | None, **options: object):
+        """Set up help and abbreviations, and add --traceback; see the class for the arguments."""
         description, _, epilog = (doc or "").strip().partition("\n\n")
         super().__init__(
             description=description,

@@ -83,6 +83,7 @@ class FolderLock:
     """
 
     def __init__(self, file: Path, title: str):
+        """Make the record of this process; the file is created by `acquire`."""
         self.file, self.title = file, title
         self.holder = Holder.make_for_this_process()
         self._released = threading.Event()

@@ -52,9 +52,9 @@ def is_domain(name: str) -> bool:
 
 
 def parse_name(value: object) -> str:
-    """Return a value from a file as a name; numbers become text, as YAML reads `1` as one.
+    """Return a value from a file as a name: text as it is, a number as text.
 
-    For the type `Name`.
+    YAML reads `1` as a number. A validator, for the type `Name`.
 
     Raises:
         ValueError: if it is neither text nor a number, or cannot be part of a file's name, see

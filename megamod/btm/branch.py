@@ -236,6 +236,7 @@ def _copy_optimizer(source: ParentModel, folder: Path, number: int, prefix: str)
     source_prefix = f"{source.world}:" if source.world else ""
 
     def is_selected(name: str) -> bool:
+        """Return True for a parameter that all experts share or that is the selected expert's."""
         return name.startswith(source_prefix) and parse_expert_domain(name) in (None, source.member)
 
     for part, file in enumerate(list_optimizer_files(source.folder)):

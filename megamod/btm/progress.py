@@ -92,6 +92,7 @@ class Screen:
     """
 
     def __init__(self, stream: TextIO = sys.stdout, redraw_seconds: float = 1.0):
+        """Start with an empty screen; see the class for the arguments."""
         self.stream = stream
         self.every = redraw_seconds
         self.height = 0

@@ -30,16 +30,16 @@ def format_campaign_scores(campaign: Campaign, in_one_world: bool) -> str:
     for domain in campaign.domains:
         run = _read_scores(get_expert_folder(campaign, WORLD if in_one_world else domain) / SCORES)
         rows = run.get("perplexity", {})
-        experts[domain] = (rows.get(domain) or _get_first_row(rows)).get(domain)
+        experts[domain] = (rows.get(domain) or _get_first_value(rows)).get(domain)
         split = run.get("split", split)
     columns: dict[str, Scores] = {
-        f"seed, {seed.get('split')}": _get_first_row(seed.get("perplexity", {})),
+        f"seed, {seed.get('split')}": _get_first_value(seed.get("perplexity", {})),
         f"own expert, {split}": experts,
         f"mixture, {mixture.get('split')}": {
             name: scores["perplexity"] for name, scores in mixture.get("domains", {}).items()
         },
-        f"{AVERAGE}, {average.get('split')}": _get_first_row(
-            _get_first_row(average.get("models", {})).get("perplexity", {})
+        f"{AVERAGE}, {average.get('split')}": _get_first_value(
+            _get_first_value(average.get("models", {})).get("perplexity", {})
         ),
     }
     columns = {title: scores for title, scores in columns.items() if any(scores.values())}
@@ -58,10 +58,9 @@ def _read_scores(path: Path) -> dict:
         return {}
 
 
-def _get_first_row(rows: Mapping) -> Mapping:
-    """Return the scores of a model without experts: the only value of `rows`; {} if that is empty.
+def _get_first_value(rows: Mapping) -> Mapping:
+    """Return the first value of a mapping; {} if it is empty.
 
-    Args:
-        rows: scores by expert, then by domain; a model without experts has one row.
+    Scores of a model without experts have one row, as files about a single model have one model.
     """
     return next(iter(rows.values()), {})

@@ -390,6 +390,7 @@ class _StandIn:
         pass
 
     def __setstate__(self, state: object) -> None:
+        """Store the state from the pickle as it is, without interpreting it."""
         self.__dict__["state"] = state
 
 

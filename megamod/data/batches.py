@@ -33,6 +33,7 @@ class BatchDivision:
     ranks: int
 
     def __post_init__(self):
+        """Check that the batch can be divided; raise UserError if it cannot, see the class."""
         parts = {"ranks": self.ranks, "samples of a micro-batch": self.micro_batch}
         check_global_batch_size(self.global_batch, parts)
 
@@ -66,6 +67,7 @@ class StepBatches(Dataset):
     """
 
     def __init__(self, division: BatchDivision):
+        """Store the division of the global batch over ranks and micro-batches."""
         self.division = division
 
     @property

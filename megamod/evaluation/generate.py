@@ -85,6 +85,7 @@ class TextGenerator:
     def __init__(
         self, model: LanguageModel | ForestForCausalLM, tokenizer: PreTrainedTokenizerBase
     ):
+        """Collect the ids that end a text; see the class for the arguments."""
         self.model = model
         self.tokenizer = tokenizer
         ends = model.generation_config.eos_token_id
@@ -236,6 +237,7 @@ class _StopTextCriteria(StoppingCriteria):
         stop: Sequence[str],
         on_text: Callable[[str], bool] | None,
     ):
+        """Store the arguments, see the class."""
         self.text_generator, self.prompt_length = text_generator, prompt_length
         self.stop, self.on_text = stop, on_text
 

@@ -93,6 +93,7 @@ class MuxPipeline:
         ensemble: bool = False,
         seed: int = 0,
     ):
+        """Check the model and its limits; see the class for arguments and errors."""
         config, name = model.config, type(model).__name__
         if not name.endswith(tuple(AUTO)):
             raise ValueError(f"{name} is no classifier; their names end in {', '.join(AUTO)}")
@@ -163,7 +164,7 @@ class MuxPipeline:
         if not self.per_token:
             return self._classify_rows(batch)
         answers = self._classify_words(
-            [_read_words(item, f"request {number}") for number, item in enumerate(batch)]
+            [_parse_words(item, f"request {number}") for number, item in enumerate(batch)]
         )
         return answers if isinstance(requests, list) else answers[0]
 
@@ -177,8 +178,8 @@ class MuxPipeline:
             ValueError: if it is no such request.
         """
         if self.per_token:
-            return _read_words(request, where)
-        texts = _read_texts(request, where)
+            return _parse_words(request, where)
+        texts = _parse_texts(request, where)
         return texts if len(texts) == 2 else texts[0]
 
     def _classify_rows(self, requests: Sequence[Request]) -> list[Answer]:
@@ -189,7 +190,7 @@ class MuxPipeline:
         Raises:
             ValueError: if a request is neither, or both are in one call.
         """
-        rows = [_read_texts(item, f"request {number}") for number, item in enumerate(requests)]
+        rows = [_parse_texts(item, f"request {number}") for number, item in enumerate(requests)]
         for number, row in enumerate(rows):
             if len(row) != len(rows[0]):
                 raise ValueError(
@@ -269,7 +270,7 @@ def _load_pipeline_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def _read_texts(request: object, where: str) -> tuple[str, ...]:
+def _parse_texts(request: object, where: str) -> tuple[str, ...]:
     """Return the text, or the two texts, of a request.
 
     Args:
@@ -289,7 +290,7 @@ def _read_texts(request: object, where: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _read_words(request: object, where: str) -> list[str]:
+def _parse_words(request: object, where: str) -> list[str]:
     """Return the words of a request: a list as it is, or a text split at white space.
 
     Args:

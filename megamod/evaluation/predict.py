@@ -32,6 +32,7 @@ class Predictor:
         parts: int = 1,
         reduce: Callable[[Tensor], object] = lambda tensor: None,
     ):
+        """Store the arguments, see the class; the module is not moved."""
         self.module, self.inputs, self.device = module, tuple(inputs), device
         self.part, self.parts, self.reduce = part, parts, reduce
         self._passes: list[tuple[int, float]] = []  # rows that were answered, seconds

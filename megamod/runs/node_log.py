@@ -65,6 +65,7 @@ class NodeLog(logging.Handler):
     """
 
     def __init__(self, path: Path):
+        """Open the file for appending; see the class for the argument and errors."""
         super().__init__()
         self.path = path
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

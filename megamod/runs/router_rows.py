@@ -431,7 +431,7 @@ def _warn_of_weak_rows(
         )
 
 
-def format_own_first(record: Mapping[str, object], domains: Sequence[str]) -> str:
+def format_own_expert_shares(record: Mapping[str, object], domains: Sequence[str]) -> str:
     """Format a table with a line per layer: how well the router's rows separate the domains.
 
     Columns are the share in percent of each domain's tokens on which its own expert has the largest

@@ -139,7 +139,7 @@ def run_to_moe(args: MoeArgs) -> None:
     plan = convert_to_moe(
         recipe,
         None if args.output_dir is None else Path(args.output_dir),
-        read_trained_router_rows if anchored else _make_rows_function(args, recipe),
+        read_trained_router_rows if anchored else _make_router_rows_function(args, recipe),
         [expert.data_digest for expert in experts],
         experts_per_token=experts_per_token,
         anchor=args.anchor or anchored,
@@ -151,16 +151,16 @@ def run_to_moe(args: MoeArgs) -> None:
 
 
 def _format_calibration(folder: Path) -> str:
-    """Format the table of a calibrated router from moe.json, see `format_own_first`.
+    """Format the table of a calibrated router from moe.json, see `format_own_expert_shares`.
 
     Args:
         folder: folder of a mixture whose router was calibrated.
     """
     from megamod.merging.moe.record import read_moe_record
-    from megamod.runs.router_rows import format_own_first
+    from megamod.runs.router_rows import format_own_expert_shares
 
     record = read_moe_record(folder)
-    table = format_own_first(record.router, record.domains)
+    table = format_own_expert_shares(record.router, record.domains)
     return f"share of each domain's tokens on which its own expert is first:\n{table}"
 
 
@@ -314,7 +314,9 @@ def _make_recipe(args: MoeArgs, experts: "Sequence[Expert]") -> "MergeRecipe":
     return replace(recipe, align={"method": args.align_method}, origin="--align")
 
 
-def _make_rows_function(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoePlan], RouterRows]":
+def _make_router_rows_function(
+    args: MoeArgs, recipe: "MergeRecipe"
+) -> "Callable[[MoePlan], RouterRows]":
     """Make the function that computes the router rows from the plan of the mixture.
 
     Args:

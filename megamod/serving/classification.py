@@ -36,6 +36,7 @@ class ClassifierService:
     """
 
     def __init__(self, pipeline: MuxPipeline, name: str):
+        """Set route and group size by the kind of the pipeline's model."""
         self.pipeline, self.name = pipeline, name
         self.kind = "tagging" if pipeline.per_token else "classification"
         self.path = "/v1/tag" if pipeline.per_token else "/v1/classify"

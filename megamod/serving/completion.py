@@ -126,6 +126,7 @@ class CompletionService:
     group_size = max_groups = 1
 
     def __init__(self, text_generator: TextGenerator, name: str, max_tokens: int):
+        """Store the arguments, see the class; tokens are not counted until `on_tokens` is set."""
         self.text_generator, self.name, self.max_tokens = text_generator, name, max_tokens
         self.on_tokens: Callable[[int], None] = lambda count: None
 

@@ -37,6 +37,7 @@ class RefusedRequestError(UserError):
     """A request that is refused with another status than 400."""
 
     def __init__(self, status: int, message: str):
+        """Make the error for an HTTP `status`, with one sentence for the client as `message`."""
         super().__init__(message)
         self.status = status
 

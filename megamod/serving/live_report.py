@@ -38,6 +38,7 @@ class LivePage:
     """
 
     def __init__(self, paths: Sequence[Path]):
+        """Start without a page: the first request draws it."""
         self.paths = list(paths)
         self.lock = threading.Lock()  # matplotlib draws one figure at a time
         self.version, self.text = "", ""
@@ -92,6 +93,7 @@ class LiveServer(ThreadingHTTPServer):
     block_on_close = False
 
     def __init__(self, page: LivePage, bound: socket.socket):
+        """Start to listen on the bound socket; see the class for the arguments."""
         super().__init__(bound.getsockname(), _Handler, bind_and_activate=False)
         self.socket.close()
         self.socket, self.page = bound, page

@@ -26,6 +26,7 @@ class Metrics:
     """
 
     def __init__(self, queue: RequestQueue):
+        """Register all metrics, and count batches through `on_batch` of the queue."""
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.requests = Counter(
@@ -85,6 +86,7 @@ class RequestCounter:
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]):
+        """Store the arguments, see the class."""
         self.app, self.metrics, self.paths = app, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

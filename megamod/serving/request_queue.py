@@ -29,6 +29,7 @@ class QueueFullError(RuntimeError):
     """
 
     def __init__(self, waiting: int, limit: int, retry_after: int):
+        """Make the error; `limit` is the largest number of waiting requests."""
         super().__init__(
             f"{waiting} requests are waiting, of {limit} at most; try again in {retry_after} s"
         )
@@ -39,6 +40,7 @@ class DrainingError(RuntimeError):
     """The queue answers what it has accepted and accepts nothing new."""
 
     def __init__(self):
+        """Make the error, whose message clients see."""
         super().__init__("the server is shutting down and accepts no new requests")
 
 

@@ -21,6 +21,7 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, greeting: str):
+        """Configure uvicorn without its access log; see the class for the arguments."""
         super().__init__(
             uvicorn.Config(
                 app,

@@ -23,6 +23,7 @@ class Decoding:
     replaced: int = 0
 
     def __post_init__(self) -> None:
+        """Check the value of `errors`; raise UserError for one that is not allowed."""
         if self.errors not in ("strict", "replace"):
             raise UserError(f"--encoding_errors {self.errors}: allowed are strict and replace")
 

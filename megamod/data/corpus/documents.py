@@ -65,6 +65,7 @@ class DocumentSource:
         seed: int,
         line_readers: Mapping[str, Callable[[], Iterator[str]]] | None = None,
     ) -> None:
+        """Store the arguments, see the class; nothing is read."""
         self.where, self.readers, self.decoding, self.seed = where, readers, decoding, seed
         self.line_readers = line_readers or {}
 

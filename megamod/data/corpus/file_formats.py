@@ -202,6 +202,7 @@ class _ZstandardFile(io.RawIOBase):
     """
 
     def __init__(self, file: BinaryIO):
+        """Start before the first frame of `file`, the open compressed file."""
         from zstandard import ZstdDecompressor, ZstdError
 
         self._file, self._error = file, ZstdError

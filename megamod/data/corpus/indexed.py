@@ -60,6 +60,7 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype):
+        """Check the dtype; the files are opened when the context is entered."""
         self.bin_path, self.idx_path = _build_file_paths(prefix)
         self.dtype = np.dtype(dtype)
         if self.dtype not in CODES:
@@ -69,6 +70,7 @@ class IndexedWriter:
         self._partial = self.bin_path.with_name(f".{self.bin_path.name}.{secrets.token_hex(4)}.tmp")
 
     def __enter__(self) -> "IndexedWriter":
+        """Open a temporary file for the ids, beside the later .bin."""
         self._file = open(self._partial, "wb")
         return self
 
@@ -96,6 +98,7 @@ class IndexedWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        """Sync and rename the files, unless the block raised; the temporary file is deleted."""
         try:
             with self._file:
                 if kind is not None:
@@ -138,6 +141,7 @@ class IndexedDataset:
     """
 
     def __init__(self, prefix: str | Path, vocab_size: int | None = None, scan: bool = True):
+        """Map the files and check them; see the class for arguments and errors."""
         self.prefix, self.vocab_size = Path(prefix), vocab_size
         self.bin_path, self.idx_path = _build_file_paths(prefix)
         try:
@@ -157,6 +161,7 @@ class IndexedDataset:
             self.check_all_ids(vocab_size)
 
     def __len__(self) -> int:
+        """Return the number of items."""
         return len(self.sizes)
 
     def __getitem__(self, item: int) -> np.ndarray:
@@ -165,7 +170,7 @@ class IndexedDataset:
         return self.tokens[self.offsets[item] : self.offsets[item + 1]]
 
     def __reduce__(self) -> tuple[type, tuple[Path, int | None, bool]]:
-        # A worker process maps the file, it gets no copy.
+        """Return class and arguments for pickle: a worker process maps the file again."""
         return IndexedDataset, (self.prefix, self.vocab_size, False)
 
     def check_read_ids(self, ids: np.ndarray, start: int) -> None:
@@ -177,7 +182,7 @@ class IndexedDataset:
         Raises:
             UserError: naming the first id that is negative or not below `vocab_size`.
         """
-        if self.vocab_size is not None and has_ids_outside(ids, self.vocab_size):
+        if self.vocab_size is not None and has_ids_outside_vocabulary(ids, self.vocab_size):
             self._raise_for_outside_id(start, ids, self.vocab_size)
 
     def check_all_ids(self, vocab_size: int) -> None:
@@ -188,7 +193,7 @@ class IndexedDataset:
         """
         for start in range(0, len(self.tokens), SCAN):
             chunk = self.tokens[start : start + SCAN]
-            if has_ids_outside(chunk, vocab_size):
+            if has_ids_outside_vocabulary(chunk, vocab_size):
                 self._raise_for_outside_id(start, chunk, vocab_size)
 
     def _raise_for_outside_id(self, start: int, ids: np.ndarray, vocab_size: int) -> NoReturn:
@@ -208,7 +213,7 @@ class IndexedDataset:
         )
 
 
-def has_ids_outside(ids: np.ndarray, vocab_size: int) -> bool:
+def has_ids_outside_vocabulary(ids: np.ndarray, vocab_size: int) -> bool:
     """Return True if an id is negative or not below the size of the vocabulary."""
     # As unsigned numbers negative ids are the largest, so that one pass finds both.
     return ids.size > 0 and int(ids.view(f"u{ids.dtype.itemsize}").max()) >= vocab_size
@@ -254,6 +259,7 @@ class Dictionary:
     """
 
     def __init__(self) -> None:
+        """Start with the four special symbols."""
         self.symbols = list(SPECIALS)
         self.counts = [1] * len(SPECIALS)
         self._ids = {symbol: number for number, symbol in enumerate(SPECIALS)}
@@ -308,6 +314,7 @@ class Dictionary:
         write_atomic(Path(path), "".join(lines))
 
     def __len__(self) -> int:
+        """Return the number of symbols, special ones included."""
         return len(self.symbols)
 
     def get_id(self, symbol: str) -> int:

@@ -24,6 +24,7 @@ class ItemCounter:
     bytes: int = 0
 
     def __post_init__(self) -> None:
+        """Start the digest."""
         self._hash = hashlib.sha256()
 
     def add_item(self, text: str) -> None:

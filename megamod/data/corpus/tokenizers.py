@@ -64,6 +64,7 @@ class Tokenizer:
     exact: sentencepiece_model.ExactEncoder | None = None
 
     def __post_init__(self) -> None:
+        """Set up the backend in place: no truncation or padding, special tokens as configured."""
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = self.literal_specials

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megamod.data.corpus.indexed import IndexedDataset, has_ids_outside
+from megamod.data.corpus.indexed import IndexedDataset, has_ids_outside_vocabulary
 from megamod.errors import UserError
 
 IGNORE = -100
@@ -78,6 +78,7 @@ class TokenBlocks:
         pad_id: int,
         domain_token: int | None = None,
     ):
+        """Compute the number of tokens per block; see the class for arguments and errors."""
         self.dataset = dataset
         self.eos_id, self.pad_id, self.domain_token = eos_id, pad_id, domain_token
         self.span = block_size - (domain_token is not None)
@@ -86,6 +87,7 @@ class TokenBlocks:
             raise UserError(f"--max_seq_length {block_size}: no room for a token of text")
 
     def __len__(self) -> int:
+        """Return the number of blocks, a short last one included."""
         return -(-self.total // self.span)
 
     def count_targets(self, block_indices: np.ndarray) -> np.ndarray:
@@ -143,7 +145,7 @@ class TokenBlocks:
             UserError: naming the file and the place of an id outside the vocabulary.
         """
         limit = self.dataset.vocab_size
-        if limit is not None and has_ids_outside(rows, limit):
+        if limit is not None and has_ids_outside_vocabulary(rows, limit):
             for row, index in zip(rows, block_indices, strict=True):
                 self.dataset.check_read_ids(row, int(index) * self.span - 1)
 

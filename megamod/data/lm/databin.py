@@ -59,6 +59,7 @@ class DataBin:
     """
 
     def __init__(self, path: str | Path, verify: str = "sample", share: tuple[int, int] = (0, 1)):
+        """Read the header, or the folder of fairseq; see the class for arguments and errors."""
         self.path, self.verify, self.share = Path(path), verify, share
         self._header: DataBinHeader | None = None
         self._flat = False

@@ -109,6 +109,7 @@ class MaskedBatches(StepBatches):
         seed: int,
         prefix: int = 0,
     ):
+        """Check the micro-batch and store the arguments, see the class."""
         super().__init__(division)
         check_fills_instance_groups(
             "--per_device_train_batch_size", division.micro_batch, instances

@@ -47,6 +47,7 @@ class KeyedPermutation:
     """
 
     def __init__(self, n: int | np.ndarray, key: int | np.ndarray):
+        """Check the sizes and store the arguments, see the class."""
         self.n = np.asarray(n, dtype=np.int64)
         self.key = make_random_key(key) if isinstance(key, int) else key
         if (self.n < 1).any():
@@ -83,6 +84,7 @@ class Sampler:
     """
 
     def __init__(self, blocks_per_domain: Sequence[int], seed: int):
+        """Check the numbers of blocks and store the arguments, see the class."""
         self.lengths = np.array(blocks_per_domain, dtype=np.int64)
         self.seed = seed
         if len(self.lengths) == 0 or self.lengths.min() < 1:
@@ -162,6 +164,7 @@ class TemperatureSampler(Sampler):
     """
 
     def __init__(self, blocks_per_domain: Sequence[int], seed: int, alpha: float):
+        """Draw the domain of each sample of a cycle; see the class for arguments and errors."""
         super().__init__(blocks_per_domain, seed)
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha {alpha} is not between 0 and 1")

@@ -96,6 +96,7 @@ class EncodedRows:
     longest: int
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return len(self.offsets) - 1
 
     @property
@@ -195,7 +196,7 @@ def encode_texts(
         ids_of.append(_flatten_rows(ids, np.int32))
         types_of.append(_flatten_rows(types, np.int8))
         sizes += map(len, ids)
-    _warn_of_cuts(cut, len(texts), limits)
+    _warn_of_cut_rows(cut, len(texts), limits)
     return EncodedRows(
         np.concatenate(ids_of),
         np.concatenate(types_of),
@@ -257,7 +258,7 @@ def encode_words(
                     if index < kept_tokens:
                         target[index] = number[name]
             targets.append(target)
-    _warn_of_cuts(cut, len(rows), limits)
+    _warn_of_cut_rows(cut, len(rows), limits)
     ids = _flatten_rows(rows, np.int32)
     return EncodedRows(
         ids,
@@ -296,6 +297,7 @@ class TrainRows(StepBatches):
         instances: int,
         pad_to: int | None,
     ):
+        """Check the micro-batch and store the arguments, see the class."""
         super().__init__(division)
         check_fills_instance_groups(
             "--per_device_train_batch_size", division.micro_batch, instances
@@ -431,7 +433,7 @@ def _flatten_rows(rows: Sequence[Sequence[int]], kind: type) -> np.ndarray:
     return np.fromiter((value for row in rows for value in row), dtype=kind)
 
 
-def _warn_of_cuts(cut_rows: int, row_count: int, limits: RowLengthLimits) -> None:
+def _warn_of_cut_rows(cut_rows: int, row_count: int, limits: RowLengthLimits) -> None:
     """Log a warning with the number of rows that were cut to `limits.max_tokens`, if any were.
 
     Args:

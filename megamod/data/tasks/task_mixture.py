@@ -51,6 +51,7 @@ class TaskMixture(StepBatches):
         seed: int,
         alpha: float,
     ):
+        """Make the samplers of the tasks; see the class for the arguments."""
         super().__init__(division)
         self.encoded, self.sampling, self.seed = tuple(encoded), sampling, seed
         sizes = [len(rows) for rows in encoded]

@@ -51,6 +51,7 @@ class TextSet:
     origins: list[str]
 
     def __len__(self) -> int:
+        """Return the number of examples."""
         return len(self.origins)
 
     def take_first(self, count: int | None) -> "TextSet":

@@ -22,6 +22,7 @@ class TokenSet:
     unit: str = "line"
 
     def __len__(self) -> int:
+        """Return the number of sentences."""
         return len(self.words)
 
     def take_first(self, count: int | None) -> "TokenSet":

@@ -22,6 +22,7 @@ class BestModel:
     """
 
     def __init__(self, folder: Path, find_value: Callable[[Record], float | None]):
+        """Start without evaluations; `load_evaluations` reads those of a resumed run."""
         self.folder, self.find_value = folder, find_value
         self.evaluations: list[Record] = []
 

@@ -42,7 +42,7 @@ from megamod.runs.finetune.tasks import (
     FinetuneTask,
     Rows,
     encode_rows,
-    find_first_folder,
+    find_folder_with_files,
     find_task_and_folders,
     list_splits_to_read,
     read_rows,
@@ -282,7 +282,7 @@ def _read_task_rows(
     labels = _find_trained_labels(ca_mtl_config, spec) if ca_mtl_config else ()
     if labels and spec.kind != "token":
         spec = replace(spec, labels=labels)
-    folder = None if folders is None else find_first_folder(spec, folders)
+    folder = None if folders is None else find_folder_with_files(spec, folders)
     return read_rows(spec, folder, splits, args, labels)
 
 

@@ -245,6 +245,7 @@ class _DevEvaluation:
     """
 
     def __init__(self, model: FinetuneModel, run: RunArgs, running: ActiveRun, best: BestModel):
+        """Make a predictor for each task, which reads the weights in training."""
         self.model, self.run, self.running, self.best = model, run, running, best
         self.predictors = make_predictors(model, running.engine.module, running.device)
 

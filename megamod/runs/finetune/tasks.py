@@ -203,7 +203,7 @@ def find_task_and_folders(
     return spec, data_dir
 
 
-def find_first_folder(spec: TaskSpec, folders: Sequence[str]) -> str:
+def find_folder_with_files(spec: TaskSpec, folders: Sequence[str]) -> str:
     """Return the first of the folders that has files of the task.
 
     Raises:

@@ -96,9 +96,9 @@ def run_barrier_cell(
     databin = DataBin(text.training_bin)
     batches = None
     if extras["calibration_rows"] is not None:
-        rows = _read_rows(databin, "train", extras["calibration_rows"], length)
+        rows = _read_evenly_spaced_rows(databin, "train", extras["calibration_rows"], length)
         batches = list(iterate_whole_batches(rows.tolist(), BATCH))
-    held_out = _read_rows(databin, "test", extras["held_out_rows"], length)
+    held_out = _read_evenly_spaced_rows(databin, "test", extras["held_out_rows"], length)
     started = time.process_time()
     pairs = [
         _align_models(models[0], m, batches, options, extras["descent_rounds"]) for m in models[1:]
@@ -222,7 +222,7 @@ def _compute_loss_of_mean(
     return losses(probe)["loss"]
 
 
-def _read_rows(databin: DataBin, split: str, count: int, length: int) -> np.ndarray:
+def _read_evenly_spaced_rows(databin: DataBin, split: str, count: int, length: int) -> np.ndarray:
     """Read rows [count, length] int64 of a split, spread evenly over the text of each domain.
 
     Domains have equally many rows, up to one.

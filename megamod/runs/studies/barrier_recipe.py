@@ -74,7 +74,7 @@ def _fill_pairs(value: object, info: ValidationInfo) -> object:
     return tuple(itertools.combinations(models, 2)) if value is None else value
 
 
-def _parse_label(value: object) -> str:
+def _parse_variant_name(value: object) -> str:
     """Return the name of a variant as text; unlike other names it may have blanks within.
 
     Raises:
@@ -85,7 +85,7 @@ def _parse_label(value: object) -> str:
     return str(value)
 
 
-_Label = Annotated[str, BeforeValidator(_parse_label)]
+_VariantName = Annotated[str, BeforeValidator(_parse_variant_name)]
 _Variant = Annotated[EffectiveAlignmentOptions, BeforeValidator(lambda value: value or {})]
 
 
@@ -109,7 +109,7 @@ class BarrierStudy(HeldOutSettings):
         Items[Name],
         BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
     ] = Field((MLM,), alias="task", min_length=1)
-    variants: dict[_Label, _Variant] = Field(min_length=1)
+    variants: dict[_VariantName, _Variant] = Field(min_length=1)
     points: int = Field(21, ge=2)
     char_split: bool = False
 

@@ -186,7 +186,7 @@ def select_soup_models(
     best, count = math.inf, 0
     for number in show_progress(order, "soup", unit="model"):
         model = load(number).to(device).eval()
-        updated = _add_to_mean(soup, model.state_dict(), count)
+        updated = _update_mean(soup, model.state_dict(), count)
         if count:
             model.load_state_dict(updated)
         loss = _compute_mean_loss(losses, model) if count else alone[number]
@@ -211,7 +211,7 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
     return "\n".join(lines)
 
 
-def _add_to_mean(
+def _update_mean(
     soup: Mapping[str, Tensor], state: Mapping[str, Tensor], count: int
 ) -> dict[str, Tensor]:
     """Compute the mean of weights with one more model.

@@ -45,7 +45,9 @@ class StudyText:
     @cached_property
     def training_bin(self) -> Path:
         """Folder of the data-bin of the training domains, which is written at the first use."""
-        return self._make_bin("domains", {name: self._cut_held_out(name) for name in self.domains})
+        return self._write_databin(
+            "domains", {name: self._cut_held_out(name) for name in self.domains}
+        )
 
     @cached_property
     def random_bin(self) -> Path:
@@ -69,12 +71,12 @@ class StudyText:
                     _limit_documents(self._iterate_documents(name, split), self.held_out_bytes),
                 )
             inputs[f"part{part}"] = folder
-        return self._make_bin("random", inputs)
+        return self._write_databin("random", inputs)
 
     @cached_property
     def novel_bin(self) -> Path:
         """Folder of the data-bin of the novel domains, which is written at the first use."""
-        return self._make_bin("novel", {name: self._cut_held_out(name) for name in self.novel})
+        return self._write_databin("novel", {name: self._cut_held_out(name) for name in self.novel})
 
     def write_excerpts(self, limit: int) -> Path:
         """Write an excerpt of the training text as one file; return the file.
@@ -96,7 +98,7 @@ class StudyText:
         """Digest of the data-bin of the training domains, which is written if it is missing."""
         return DataBin(self.training_bin).digest
 
-    def _make_bin(self, kind: str, inputs: dict[str, Path]) -> Path:
+    def _write_databin(self, kind: str, inputs: dict[str, Path]) -> Path:
         """Write the data-bin WORK/data/KIND and return its folder; one of the same text is kept.
 
         Args:
