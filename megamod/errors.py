@@ -173,7 +173,7 @@ def format_expected_error(error: Exception) -> str:
 
 
 def is_distributed_failure(error: RuntimeError) -> bool:
-    """Return True if a collective lost another rank, by the text of gloo, NCCL or the store."""
+    """Return True for an error of a collective that lost another rank (gloo, NCCL, store)."""
     from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
     lost_peer_texts = (

@@ -282,6 +282,8 @@ def _write_new_optimizer(start_folder: Path, path: Path, prefix: str) -> None:
     Moments are not written: a run that resumes takes missing ones as zero.
 
     Args:
+        start_folder: folder of the start model.
+        path: optimizer file of the new checkpoint.
         prefix: see `_copy_optimizer`.
     """
     fragments = {}

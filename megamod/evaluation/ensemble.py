@@ -107,7 +107,7 @@ def estimate_priors(
         result = DomainResult(text.domain)
 
         def append_record(mixture: Mixture, mixed: MixedBatch, result=result) -> None:
-            """Add the record of a batch to the lines of this text."""
+            """Add the record of a mixed batch to the lines of `result`, that of this text."""
             result.lines.append(
                 _make_batch_record(
                     result.domain, protocol.prior_split, mixture, mixed, experts.domains, experts

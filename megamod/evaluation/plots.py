@@ -415,7 +415,7 @@ def plot_ratios(
 
 
 def _draw_ratios_by_name(axes: "Axes", ratios: Mapping[str, Estimate], label: str) -> None:
-    """Draw a ratio with its interval per name, the first at the top; `label` is that of x."""
+    """Draw ratios with intervals, one per name, first at the top; `label` titles the x-axis."""
     axes.axvline(1.0, color="black", lw=0.8)
     for position, ratio in enumerate(ratios.values()):
         axes.plot(ratio.mean, position, "o", c="tab:blue", ms=5)

@@ -362,7 +362,7 @@ def _measure_router_logits(
     expert = 0
 
     def add_logits(layer: int, states: Tensor) -> None:
-        """Add the moments of the layer's logits, and the tokens whose first expert is `expert`."""
+        """Add one batch of a layer's block inputs, `states` [B, T, D], to `moments` and `first`."""
         logits = states.flatten(0, -2).double() @ rows[layer].T
         numbers = (logits.new_tensor(logits.numel()), logits.sum(), logits.square().sum())
         moments[layer] += torch.stack(numbers).cpu()

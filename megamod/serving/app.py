@@ -72,7 +72,7 @@ def make_app(service: Service, *, max_wait: float, max_queue: int) -> FastAPI:
 
     @asynccontextmanager
     async def run_queue(_: FastAPI) -> AsyncIterator[None]:
-        """Serve the queue while the application runs; at its end answer what is accepted."""
+        """Serve the queue while the application runs, then drain it; the lifespan of FastAPI."""
         worker = asyncio.ensure_future(queue.serve())
         yield
         await queue.drain()

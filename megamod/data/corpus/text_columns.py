@@ -39,7 +39,7 @@ def read_csv_column(path: Path, column: str, decode_line: Decode) -> Cells:
     """
 
     def decode_lines() -> Iterator[str]:
-        """Yield the lines as text with their ends, without a byte order mark."""
+        """Yield the decoded lines of the file with their ends, without a byte order mark."""
         offset = 0
         for raw in read_raw_lines(path):
             begin = len(BOM) if offset == 0 and raw.startswith(BOM) else 0

@@ -187,7 +187,7 @@ class DataBin:
         return self._header.domains[domain][split].bytes if self._header else 0
 
     def _check_domain_and_split(self, domain: str, split: str) -> None:
-        """Raise UserError if the data-bin lacks the domain or its split."""
+        """Raise UserError if the data-bin has no such domain, or the domain no such split."""
         if domain not in self.domains:
             raise UserError(
                 f"domain {domain!r} is not in the data-bin {self.path}; it holds "

@@ -105,7 +105,7 @@ def _read_cached_rows(path: Path) -> EncodedRows:
 
 
 def _serialise_rows(encoded: EncodedRows) -> bytes:
-    """Return the content of a cache file, in safetensors, for encoded rows."""
+    """Serialise encoded rows to the content of a cache file, which `_read_cached_rows` reads."""
     arrays = {name: getattr(encoded, name) for name in ARRAYS}
     if encoded.word_starts is not None:
         arrays["heads"] = np.concatenate(encoded.word_starts)

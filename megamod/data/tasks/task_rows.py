@@ -66,7 +66,13 @@ def open_parquet_table(path: Path) -> RowTable:
 
 
 def _read_label_names(metadata: bytes | None) -> dict[str, list[str]]:
-    """Read names of labels by column from the metadata of `datasets`; empty if there are none."""
+    """Read names of labels by column, as `datasets` stores them in a Parquet file.
+
+    Args:
+        metadata: JSON in the entry "huggingface" of the file's schema; None: there is none.
+    Returns:
+        names by column; {} if there are none.
+    """
     try:
         features = json.loads(metadata or b"{}")["info"]["features"]
         columns = {name: feature.get("feature", feature) for name, feature in features.items()}

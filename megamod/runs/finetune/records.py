@@ -203,7 +203,7 @@ def make_tasks_record(model: FinetuneModel) -> Record:
 
 
 def make_finetuned_card(model: FinetuneModel) -> Card:
-    """Return the model card: tasks, labels in order, and the class that loads the model."""
+    """Make the model card of a finetuned model: tasks, labels in order, and the class to load."""
     names = [task.spec.name for task in model.tasks]
     tasks = ", ".join(names)
     if model.has_many_tasks:

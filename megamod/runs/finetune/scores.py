@@ -152,6 +152,8 @@ def _write_predictions(
     """Write predictions in the format of a benchmark's server, or labels of words as CoNLL columns.
 
     Args:
+        model: the model; of many tasks, files are named after the task too.
+        task: the task that was predicted.
         split: name of a split of `task`.
         answers: see `score_split`.
         folder: exists; the file is named after the split, and after the task where needed.

@@ -316,7 +316,13 @@ def _read_start_perplexity(output: Path, domain: str) -> float | None:
 
 
 def _make_adapted_card(args: AdaptArgs, start: AdaptationStart, data_digest: str) -> Card:
-    """Return the model card: the domain, the expert it started from, and the digest of its data."""
+    """Make the model card of an adapted model.
+
+    Args:
+        args: flags, for the domain and the trained parts.
+        start: expert that the adaptation started from.
+        data_digest: digest of the data-bin.
+    """
     facts = {
         "adapted to the domain": args.domain,
         "trained": "feed-forward networks" if args.method == "feedforward" else "everything",

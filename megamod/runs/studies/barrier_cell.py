@@ -163,7 +163,9 @@ def _measure_barriers(
         held_out: token ids [rows, length].
         points: models evaluated on the line, ends included.
     Returns:
-        scores by row, and the weights (of the reference) and losses of the curve.
+        scores by name ("barrier"; "worst", the larger loss of the first two models; "average", that
+            of their mean minus "worst"; "average_of_three" if there are three), and the weights (of
+            the reference) and losses of the curve.
     """
 
     def compute_losses(model: torch.nn.Module) -> dict[str, float]:

@@ -428,7 +428,7 @@ def _count_seed_steps(flags: Settings, extras: Mapping[str, object]) -> int:
 
 
 def _sum_training_seconds(run: Path) -> float:
-    """Return the seconds of a run's own steps, summed over the processes that made them."""
+    """Sum the seconds of a run's training steps from its metrics, without steps of its parent."""
     branched = read_branch_record(run)
     before = branched.start_update if branched else 0
     seconds = 0.0
@@ -441,7 +441,7 @@ def _sum_training_seconds(run: Path) -> float:
 
 @contextmanager
 def _wait_for_folder_lock(folder: Path) -> Iterator[None]:
-    """Hold a lock file beside the folder for a `with` block; other processes wait for it."""
+    """Hold a lock file beside `folder` for the block, so that one process at a time writes it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
