@@ -211,6 +211,11 @@ def test_sigterm_then_the_same_command_is_the_run_without_it(folder):
     numbers = [(out / "perplexity.json").read_text() for out in (whole, cut)]
     assert numbers[0] == numbers[1]
 
+    done = start(*command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{cut}: has its {steps} steps already, nothing is trained" in done.stderr
+    assert_outputs(cut, steps)
+
 
 # --- mistakes: one process runs them all -----------------------------------------------------
 
