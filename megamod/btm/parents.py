@@ -8,9 +8,9 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.mixture.prior import read_prior
 from megamod.states.adapter import is_adapter
-from megamod.states.checkpoint_folder import STATE, StateRecord, parse_checkpoint_step
+from megamod.states.checkpoint_folder import StateRecord, is_checkpoint, parse_checkpoint_step
 from megamod.states.forest import open_forest, read_model_config
-from megamod.states.manifest import MANIFEST, find_file_faults, list_checkpoints
+from megamod.states.manifest import find_file_faults, list_checkpoints
 from megamod.states.model_folder import is_model_folder, list_model_folders
 
 
@@ -106,7 +106,7 @@ def select_checkpoint(
     Raises:
         UserError: if the run has no checkpoint, or `path` is a checkpoint and step or share is set.
     """
-    if (path / STATE).is_file() or (path / MANIFEST).is_file():
+    if is_checkpoint(path):
         if step is not None or step_share is not None:
             raise UserError(
                 f"--parents {path}: is a single checkpoint, so --step and --share do not apply"

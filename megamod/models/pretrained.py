@@ -5,6 +5,7 @@ model that would lack more than a tenth of its encoder, or ignore tensors that n
 has, is an error.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -16,6 +17,7 @@ from transformers.utils import logging
 from megamod.errors import UserError, report_damage
 from megamod.states.weights import check_finite
 
+_LAYER = re.compile(r"(.*?\.)(\d+)\.")  # beginning of a tensor's name, and the number of its layer
 MAX_MISSING = 0.1  # largest share of the stock encoder's elements that a file may lack
 MAX_FOREIGN = 0.02  # largest share of a file's tensors with foreign names; two are always allowed
 STOCK_TYPES = {
@@ -62,7 +64,7 @@ def load_pretrained(
         the model and transformers' loading report.
     Raises:
         UserError: if it cannot be loaded or has weights that are not finite; as
-            `check_missing_weights` and `check_foreign_weights`.
+            `check_missing_weights`, `check_foreign_weights` and `check_all_layers_used`.
     """
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # the report is checked instead of printed
@@ -82,6 +84,7 @@ def load_pretrained(
         logging.set_verbosity(before)
     check_missing_weights(model, report, f"{flag} {source}")
     check_foreign_weights(model, report, f"{flag} {source}")
+    check_all_layers_used(model, report["unexpected_keys"], f"{flag} {source}")
     check_finite(model.named_parameters(), f"{flag} {source}")
     return model, report
 
@@ -132,6 +135,32 @@ def check_all_weights_loaded(report: Mapping[str, Iterable], source: str) -> Non
             f"{source}: {len(missing)} of its weights are missing or of another shape, such as "
             f"{min(missing)}; train it first"
         )
+
+
+def check_all_layers_used(model: PreTrainedModel, unused: Iterable[str], source: str) -> None:
+    """Refuse weights of a deeper model: a configuration of fewer layers would cut it silently.
+
+    Args:
+        unused: names of the file's tensors that the model does not have.
+        source: beginning of the message.
+    Raises:
+        UserError: if one of `unused` is in a layer beside those of the model.
+    """
+    prefix = f"{model.base_model_prefix}."
+
+    def find_layer(name: str) -> tuple[str, str]:
+        """Return the list of layers that a tensor is in, and the number there; "" for none."""
+        match = _LAYER.match(name.removeprefix(prefix))
+        return (match[1], match[2]) if match else ("", "")
+
+    layers = {find_layer(name) for name in model.state_dict()}
+    lists = {name for name, _ in layers if name}
+    for name in sorted(unused):
+        layer = find_layer(name)
+        if layer[0] in lists and layer not in layers:
+            raise UserError(
+                f"{source}: config.json does not describe all layers of the weights, such as {name}"
+            )
 
 
 def check_foreign_weights(

@@ -15,23 +15,27 @@ needs no torch.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from safetensors import safe_open
 
+from megamod.errors import UserError, report_damage, shorten
 from megamod.files import hash_file, sync_folder, write_atomic, write_json
 from megamod.schemas import Items, Schema, read_checked_file
-from megamod.states.manifest import MANIFEST
+from megamod.states.manifest import MANIFEST, STATE, list_checkpoints
+from megamod.states.model_folder import is_model_folder
 from megamod.states.weight_files import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LATEST, SOUND, PENDING, STATE = "latest", "sound", "evaluating", "state.json"
+LATEST, SOUND, PENDING = "latest", "sound", "evaluating"
 """File names, see above."""
 WINDOW = 100  # data steps over which steps that are not finite are counted
 KINDS = ("master", "exp_avg", "exp_avg_sq", "momentum")
@@ -95,6 +99,10 @@ class TrainState:
 
 
 _Count = Annotated[int, Field(ge=0)]
+# Smallest values of the loss scaler's counters; the scale itself is above 0.
+_SMALLEST = {"cur_iter": 0, "last_overflow_iter": -1, "scale_window": 1, "delayed_shift": 1}
+_SMALLEST |= {"cur_hysteresis": 1}
+_POSITIVE = ("cur_scale", "scale_factor", "min_scale")
 
 
 class _TrainStateEntry(Schema):
@@ -126,6 +134,18 @@ class _StateFile(Schema):
     settings: dict[str, Any] = Field({})
     world_size: Annotated[int, Field(ge=1)] = 1
     branched: bool = False
+
+    @field_validator("loss_scaler")
+    @classmethod
+    def _check_loss_scaler(cls, values: dict[str, bool | int | float]) -> dict[str, object]:
+        """Return the numbers. Raise ValueError for one that no loss scaler can have."""
+        for name, value in values.items():
+            number = type(value) is not bool and math.isfinite(value)
+            if name in _POSITIVE and not (number and value > 0):
+                raise ValueError(f"{name} is {value}, not a finite number above 0")
+            if name in _SMALLEST and not (type(value) is int and value >= _SMALLEST[name]):
+                raise ValueError(f"{name} is {value}, not a whole number from {_SMALLEST[name]}")
+        return values
 
     @model_validator(mode="after")
     def _check_updates(self) -> "_StateFile":
@@ -199,6 +219,17 @@ def parse_checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Return True if the folder has a state, or is named as a checkpoint, or has only a manifest.
+
+    The name counts too, so that a checkpoint that lost both files is checked as one. Without a
+    state, a manifest beside a model is that of a published model; checkpoints of independent models
+    have models and states in folders below.
+    """
+    has_manifest_only = (path / MANIFEST).exists() and not is_model_folder(path)
+    return has_manifest_only or (path / STATE).exists() or path in list_checkpoints(path.parent)
+
+
 def is_optimizer_file(file: Path) -> bool:
     """Return True if the file name is that of optimizer fragments."""
     return file.name.startswith("optimizer-") and file.suffix == ".safetensors"
@@ -243,33 +274,74 @@ def read_fragments(
     Args:
         is_selected: returns True for the names of parameters to read.
     Raises:
-        SafetensorError, OSError: if the file cannot be read.
+        UserError: if the file cannot be read, or as `read_fragment_ranges`.
     """
-    with safe_open(file, framework="pt") as tensors:
-        held = set(tensors.keys())
-        # Metadata come in another order in every process, and copies must be equal bit for bit.
-        for name, start in sorted((tensors.metadata() or {}).items()):
-            if not is_selected(name):
-                continue
-            kinds = [kind for kind in KINDS if f"{kind}/{name}" in held]
-            yield name, int(start), {kind: tensors.get_tensor(f"{kind}/{name}") for kind in kinds}
+    with report_damage(f"{file}: cannot be read"), safe_open(file, framework="pt") as tensors:
+        for name, start, _, kinds in _list_fragments(file, tensors):
+            if is_selected(name):
+                yield name, start, {kind: tensors.get_tensor(f"{kind}/{name}") for kind in kinds}
 
 
 def read_fragment_ranges(folder: Path) -> dict[str, list[tuple[int, int, Path]]]:
     """Read the ranges of each parameter that the optimizer files of a checkpoint store.
 
     Returns:
-        by name: start and stop in elements of the flattened parameter, and the file.
+        by name: start and stop in elements of the flattened parameter, and the file, by rising
+        start.
     Raises:
-        SafetensorError, OSError: if a file cannot be read.
+        UserError: if a file cannot be read; for an offset that is no number, tensors that are
+            missing, of unequal length or of integers, and for ranges that overlap.
     """
     ranges: dict[str, list[tuple[int, int, Path]]] = {}
     for file in list_optimizer_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name, start in sorted((tensors.metadata() or {}).items()):
-                size = tensors.get_slice(f"{KINDS[0]}/{name}").get_shape()[0]
-                ranges.setdefault(name, []).append((int(start), int(start) + size, file))
+        with report_damage(f"{file}: cannot be read"), safe_open(file, framework="np") as tensors:
+            for name, start, size, _ in _list_fragments(file, tensors):
+                ranges.setdefault(name, []).append((start, start + size, file))
+    for name, rows in ranges.items():
+        rows.sort()
+        for (_, stop, first), (start, _, second) in pairwise(rows):
+            if start < stop:
+                raise UserError(
+                    f"{second}: the range of {shorten(name)} from element {start} overlaps that of "
+                    f"{first.name}, up to {stop}"
+                )
     return ranges
+
+
+def _list_fragments(file: Path, tensors: "safe_open") -> list[tuple[str, int, int, list[str]]]:
+    """List the fragments in the header of an open file, by name.
+
+    Metadata come in another order in every process, and copies must be equal bit for bit.
+
+    Returns:
+        name of the parameter, start and size of the range in elements, and the kinds of tensors.
+    Raises:
+        UserError: see `read_fragment_ranges`.
+    """
+    held, fragments = set(tensors.keys()), []
+    for name, start in sorted((tensors.metadata() or {}).items()):
+        kinds = [kind for kind in KINDS if f"{kind}/{name}" in held]
+        if KINDS[0] not in kinds:
+            raise UserError(f"{file}: has no tensor {shorten(f'{KINDS[0]}/{name}')}")
+        if not (start.isascii() and start.isdecimal() and len(start) < 20):
+            raise UserError(
+                f"{file}: the offset of {shorten(name)} is {shorten(start)}, not a whole number"
+            )
+        slices = [tensors.get_slice(f"{kind}/{name}") for kind in kinds]
+        shapes = [list(part.get_shape()) for part in slices]
+        if len(shapes[0]) != 1 or shapes != [shapes[0]] * len(shapes):
+            raise UserError(
+                f"{file}: the tensors of {shorten(name)} have the shapes {shorten(shapes)}, not "
+                "one length"
+            )
+        for part in slices:
+            if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                raise UserError(
+                    f"{file}: a tensor of {shorten(name)} holds {part.get_dtype()}, not "
+                    "floating-point numbers"
+                )
+        fragments.append((name, int(start), shapes[0][0], kinds))
+    return fragments
 
 
 def make_digest_entry(file: Path, digest: str | None = None) -> dict[str, object]:

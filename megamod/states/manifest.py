@@ -7,19 +7,22 @@ they are checked without DeepSpeed.
 """
 
 import logging
+import os
+import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from megamod.errors import UserError
+from megamod.errors import UserError, shorten
 from megamod.files import hash_file
 from megamod.schemas import Schema, read_checked_file
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 FULL_CHECK_BYTES = 10**11  # above this, opening a checkpoint checks sizes only; `verify` checks all
+_CHECKPOINT_NAME = re.compile("step-(0|[1-9][0-9]*)")
 THREADS = 8  # that compute digests; they wait for the disk, not for each other
 
 
@@ -35,10 +38,22 @@ class _Manifest(Schema):
 
     files: dict[str, _FileEntry] = Field(min_length=1)
 
+    @field_validator("files")
+    @classmethod
+    def _check_names(cls, files: dict[str, _FileEntry]) -> dict[str, _FileEntry]:
+        """Return the entries. Raise ValueError for a name that is no path below the folder."""
+        for name in files:
+            path = PurePosixPath(name)
+            if str(path) != name or path.is_absolute() or ".." in path.parts or "\0" in name:
+                raise ValueError(f"{shorten(name)} is not the path of a file below the folder")
+        return files
+
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints step-N in `folder` by rising step, valid or not."""
-    folders = [path for path in Path(folder).glob("step-*") if path.name[5:].isdigit()]
+    folders = [
+        path for path in Path(folder).glob("step-*") if _CHECKPOINT_NAME.fullmatch(path.name)
+    ]
     return sorted(folders, key=lambda path: int(path.name[5:]))
 
 
@@ -91,8 +106,8 @@ def find_checkpoint(folder: Path, choice: str, below: int | None = None) -> Path
 def find_file_faults(path: Path, check_digests: bool = True) -> list[str]:
     """List the faults of the files in a checkpoint or model folder, against its manifest.
 
-    A folder without a manifest has this one fault. Files that the manifest does not list are not
-    looked at.
+    A folder without a manifest has this one fault. Of the files that the manifest does not list,
+    weights, optimizer states and state.json are faults: without a digest nobody may read them.
 
     Args:
         path: the folder.
@@ -108,10 +123,18 @@ def find_file_faults(path: Path, check_digests: bool = True) -> list[str]:
     except UserError as error:
         return [str(error)]
 
+    unlisted = [
+        f"{file} is not in {MANIFEST}, so it has no digest"
+        for file in sorted(path.rglob("*"))
+        if (file.suffix == ".safetensors" or file.name == STATE)
+        and str(file.relative_to(path)) not in listed
+        and (file.parent == path or not (file.parent / MANIFEST).exists())
+    ]
+
     def find_fault(name: str) -> str | None:
         """Describe the first fault of the file `name`, listed in the manifest; None without one."""
         file, size, digest = path / name, listed[name].bytes, listed[name].sha256
-        if not file.is_file():
+        if not os.path.isfile(file):  # False for a name that is too long
             return f"{file} is missing"
         if file.stat().st_size != size:
             return f"{file} has {file.stat().st_size} bytes, not {size}"
@@ -120,4 +143,4 @@ def find_file_faults(path: Path, check_digests: bool = True) -> list[str]:
         return None
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return [text for text in pool.map(find_fault, listed) if text is not None]
+        return [text for text in pool.map(find_fault, listed) if text is not None] + unlisted

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.states.adapter import check_seed_weights, find_seed_folder, is_adapter
-from megamod.states.checkpoint_folder import LATEST, STATE
+from megamod.states.checkpoint_folder import (
+    LATEST,
+    STATE,
+    StateRecord,
+    is_checkpoint,
+    read_fragment_ranges,
+)
 from megamod.states.config_file import read_config_file
 from megamod.states.forest import FILE, open_forest
 from megamod.states.manifest import MANIFEST, find_file_faults, list_checkpoints
@@ -30,7 +36,7 @@ def check_path(path: Path) -> Iterator[CheckResult]:
     """
     if path.name == FILE or (path / FILE).is_file():
         yield from check_forest(path)
-    elif _is_checkpoint(path):
+    elif is_checkpoint(path):
         yield check_checkpoint(path)
     elif is_model_folder(path):
         yield check_model_files(path)
@@ -96,10 +102,23 @@ def check_checkpoints(folder: Path) -> Iterator[CheckResult]:
 
 
 def check_checkpoint(path: Path) -> CheckResult:
-    """Check the files of a checkpoint against its manifest, digests included."""
+    """Check the files of a checkpoint against its manifest, digests included.
+
+    If they agree, the states and the headers of optimizer files must be readable, too: a manifest
+    says only that the files are as they were written.
+    """
     files = [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
-    return f"{path}: checkpoint, {len(files)} files, {size:,} bytes", find_file_faults(path)
+    faults = find_file_faults(path)
+    if not faults:
+        try:
+            for file in files:
+                if file.name == STATE:
+                    StateRecord.read(file.parent)
+            read_fragment_ranges(path)
+        except UserError as error:
+            faults = [str(error)]
+    return f"{path}: checkpoint, {len(files)} files, {size:,} bytes", faults
 
 
 def check_model_files(path: Path) -> CheckResult:
@@ -156,12 +175,3 @@ def _check_adapter_files(path: Path) -> CheckResult:
         return f"{path}: adapter", [str(error)]
     faults = find_file_faults(path) if (path / MANIFEST).exists() else []
     return f"{path}: adapter of {seed}", faults
-
-
-def _is_checkpoint(path: Path) -> bool:
-    """Return True if the folder `path` has a checkpoint's manifest or state, or its name.
-
-    The name counts too, so that a checkpoint that lost both files is checked as one.
-    """
-    has_manifest_only = (path / MANIFEST).exists() and not (path / "config.json").exists()
-    return has_manifest_only or (path / STATE).exists() or path in list_checkpoints(path.parent)

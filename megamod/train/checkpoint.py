@@ -235,7 +235,7 @@ class Checkpoints:
         """Return True if the evaluation after `step` began and did not end; collective."""
         record, due = self.folder / PENDING, False
         if dist.get_rank() == 0 and record.is_file():
-            due = record.read_text(encoding="utf-8").strip() == str(step)
+            due = record.read_text(encoding="utf-8", errors="replace").strip() == str(step)
         return bool(broadcast_from_rank_0(due))
 
     def find_newest_checkpoint(self, below: int | None = None) -> Path | None:
@@ -419,9 +419,14 @@ def _read_optimizer(
         prefix: prefix of the names in its files, before those in the engine.
         branched: moments that the checkpoint lacks are set to zero.
     Raises:
-        UserError: if elements are missing; some fragments are filled then.
+        UserError: if elements are missing or too many; some fragments are filled then.
     """
     pieces = read_fragment_ranges(path)
+    for name, parameter in engine.module.named_parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        _, stop, file = pieces.get(prefix + name, [(0, 0, path)])[-1]
+        if stop > size:
+            raise UserError(f"{file}: holds {stop} elements of {prefix + name}, which has {size}")
     opened = {file: safe_open(file, framework="pt") for row in pieces.values() for *_, file in row}
     keys = {file: set(tensors.keys()) for file, tensors in opened.items()}
     for fragment in iterate_fragments(engine):

@@ -22,6 +22,7 @@ from megamod.btm.parents import (
     select_forest_parents,
 )
 from megamod.errors import UserError
+from megamod.states.checkpoint_folder import write_model_manifests
 from megamod.states.forest import Expert, edit_forest
 from megamod.states.manifest import find_file_faults
 from megamod.states.weights import extract_expert_weights, read_weights
@@ -225,6 +226,17 @@ def test_an_average_begins_afresh(tmp_path):
         assert torch.equal(start[name], got[name].flatten())
     assert not masters(folder, "exp_avg")  # a run takes moments that are missing as zero
     assert state_of(folder)["optimizer_steps"] == 0.0
+
+
+def test_a_published_model_with_its_manifest_is_a_parent(tmp_path):
+    seed = make_model(tmp_path / "run" / "model")
+    write_model_manifests(seed)
+    parent = find_parent(seed)
+    assert parent == ParentModel(seed)
+    folder = write_branch_checkpoint([parent], [1.0], ["law"], tmp_path / "law")
+    assert folder.name == "step-0" and find_file_faults(folder) == []
+    with pytest.raises(UserError, match="is a model folder"):
+        find_parent(seed, step=1)
 
 
 def test_the_checkpoint_is_the_nearest(tmp_path):

@@ -13,7 +13,8 @@ NAMES = (
     *("text", "jsonl", "tsv", "conll", "bin", "idx", "databin.json", "recipe", "deepspeed"),
     *("hostfile", "safetensors", "config.json", "config of a merge", "merge recipe", "index"),
     *("forest.json", "tokenizer.json", "tokenizer_config", "sentencepiece", "task", "sweep"),
-    *("barrier study", "study", "state.json"),
+    *("barrier study", "study", "state.json", "signed state", "signed optimizer"),
+    *("signed configuration", "manifest"),
 )
 
 

@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+from drills import signed
 from drills.malformed import Format
 
 from megamod.data.corpus.binarize import binarize
@@ -170,6 +171,8 @@ def make_formats(root: Path) -> dict[str, tuple[Format, Path]]:
         "json",
         StateRecord.read,
     )
+    for name, file, kind, read in signed.FORMATS:
+        add(name, signed.make_checkpoint(root / name), file, kind, read)
     return result
 
 

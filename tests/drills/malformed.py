@@ -43,7 +43,8 @@ class Format:
     Attributes:
         file: name of the damaged file below the folder; its valid content is there already.
         read: reads the folder. It may check what was read by another way, with `assert`.
-        kind: "json", "yaml", "lines" or "binary": how the file is changed.
+        kind: "json", "yaml", "lines", "binary" or "header" (the JSON header of a safetensors file):
+            how the file is changed.
     """
 
     file: str
@@ -145,6 +146,8 @@ def damage(content: bytes, kind: str, draw: random.Random) -> bytes:
     for _ in range(draw.randint(1, 3)):
         if kind in ("json", "yaml") and draw.random() < 0.75:
             content = _damage_document(content, kind, draw)
+        elif kind == "header":
+            content = _damage_header(content, draw)
         elif kind == "lines" and draw.random() < 0.5:
             content = _damage_lines(content, draw)
         else:
@@ -186,6 +189,15 @@ def _damage_document(content: bytes, kind: str, draw: random.Random) -> bytes:
         return yaml.dump(root["root"], allow_unicode=True).encode("utf-8", "surrogatepass")
     except (yaml.YAMLError, ValueError, UnicodeError):
         return _damage_bytes(content, draw)
+
+
+def _damage_header(content: bytes, draw: random.Random) -> bytes:
+    """Change the header of a safetensors file, or its recorded length, but no tensor."""
+    stop = 8 + int.from_bytes(content[:8], "little")
+    if draw.random() < 0.1:
+        return _damage_bytes(content[:stop], draw) + content[stop:]
+    header = _damage_document(content[8:stop], "json", draw)
+    return struct.pack("<Q", len(header)) + header + content[stop:]
 
 
 def _damage_lines(content: bytes, draw: random.Random) -> bytes:

@@ -25,6 +25,7 @@ from megamod.models.lm.demix import (
     initialise_lm_weights,
 )
 from megamod.models.lm.host import find_stock_class, make_dense_class, make_host_classes
+from megamod.models.pretrained import check_all_layers_used
 from megamod.states.adapter import find_seed_folder, is_adapter
 from megamod.states.weight_files import has_weights
 from megamod.states.weights import assign_to_experts, check_finite, read_weights
@@ -226,6 +227,7 @@ def load_lm(
             raise UserError(f"{where}: {error}") from error
     if report["missing_keys"]:
         raise UserError(f"{where}: the weights lack {min(report['missing_keys'])}")
+    check_all_layers_used(model, report["unexpected_keys"], where)
     check_finite(model.named_parameters(), where)
     if split:
         model.untie_feed_forwards(config.domains if local_domains is None else local_domains)
