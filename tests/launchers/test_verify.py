@@ -49,7 +49,7 @@ def write_model(folder: Path) -> Path:
 def write_checkpoint(folder: Path) -> Path:
     """A folder as the training loop leaves it, its manifest made without the project's code."""
     write_model(folder)
-    (folder / "state.json").write_text('{"state": {"step": 4}}')
+    (folder / "state.json").write_text('{"state": {"step": 4, "data_step": 4, "tokens": {}}}')
     files = {
         file.name: {
             "bytes": len(file.read_bytes()),
@@ -145,8 +145,8 @@ def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path, monkeypatch):
         ('{"files": {}}', "files: {} has fewer than 1 items"),
         ('{"files": {"x": {"bytes": 3}}}', "files.x.sha256 is missing"),
         ('{"files": {"x": {"bytes": 3, "sha256": "0"}}}', "x is missing"),
-        ('{"files": {"state.json": {"bytes": 3, "sha256": "0"}}}', "has 22 bytes, not 3"),
-        ('{"files": {"state.json": {"bytes": 22, "sha256": "0"}}}', "SHA-256 digest of its man"),
+        ('{"files": {"state.json": {"bytes": 3, "sha256": "0"}}}', "has 52 bytes, not 3"),
+        ('{"files": {"state.json": {"bytes": 52, "sha256": "0"}}}', "SHA-256 digest of its man"),
     ],
 )
 def test_what_is_wrong_with_a_manifest_is_told(tmp_path, monkeypatch, content, message):
@@ -154,11 +154,24 @@ def test_what_is_wrong_with_a_manifest_is_told(tmp_path, monkeypatch, content, m
     (folder / "manifest.json").unlink()
     if content is not None:
         (folder / "manifest.json").write_text(content)
-    (fault,) = check(monkeypatch, folder)
-    assert message in fault
+    fault, *unlisted = check(monkeypatch, folder)
+    assert message in fault and all("has no digest" in text for text in unlisted)
     assert find_checkpoint(tmp_path / "none", "auto") is None
     with pytest.raises(UserError, match="none of 1 checkpoints is valid"):
         find_checkpoint(tmp_path, "auto")
+
+
+def test_a_state_that_cannot_be_read_is_a_fault_whatever_its_digest(tmp_path, monkeypatch):
+    folder = write_checkpoint(tmp_path / "step-4")
+    content = b'{"state": {"step": 4, "data_step": -4, "tokens": {}}}'
+    (folder / "state.json").write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"]["state.json"] = entry
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert find_file_faults(folder) == []
+    (fault,) = check(monkeypatch, folder)
+    assert "state.json, state.data_step: -4 is not 0 or more" in fault
 
 
 def test_sizes_alone_are_checked_on_request(tmp_path):
