@@ -101,7 +101,7 @@ class Heartbeat:
     def __init__(self, timeout: float):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.timeout = timeout
-        self.steps = 0
+        self.last_step = time.monotonic()
         store = dist.distributed_c10d._get_default_store()
         # A store has one connection, on which a waiting call holds up all others.
         self._writer, self._reader = store.clone(), store.clone()
@@ -109,21 +109,26 @@ class Heartbeat:
             connection.set_timeout(timedelta(seconds=5 * BEAT))
         self._stop = threading.Event()
         self._write_sign_of_life(0)
-        self._thread = threading.Thread(target=self._run_until_stopped, daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=run, daemon=True)
+            for run in (self._run_until_stopped, self._watch_steps)
+        ]
+        for thread in self._threads:
+            thread.start()
         LOSS_DESCRIBERS.append(self.describe_lost_ranks)
 
     def record_step(self) -> None:
-        """Note that a step of the run has ended, which the thread sees: the rank is not stalled."""
-        self.steps += 1
+        """Note that a step of the run has ended now: the rank is not stalled."""
+        self.last_step = time.monotonic()
 
     def stop(self) -> None:
-        """End the thread, and remove `describe_lost_ranks` from the messages of failures.
+        """End the threads, and remove `describe_lost_ranks` from the messages of failures.
 
-        Waits at most two beats, so the thread may still end after that.
+        Waits at most two beats for each, so a thread may still end after that.
         """
         self._stop.set()
-        self._thread.join(2 * BEAT)
+        for thread in self._threads:
+            thread.join(2 * BEAT)
         with suppress(ValueError):
             LOSS_DESCRIBERS.remove(self.describe_lost_ranks)
 
@@ -168,15 +173,13 @@ class Heartbeat:
         return texts
 
     def _run_until_stopped(self) -> None:
-        """Run the thread until `stop`: write signs of life, and report silent and stalled ranks.
+        """Run the first thread until `stop`: write signs of life, and report silent ranks.
 
         Every `BEAT` seconds the sign of life of this rank is written. Rank 0 reports other ranks
-        that are silent, see `_report_silent_ranks`. If no step of this rank has ended for the share
-        `STALLED` of the timeout, its stacks are printed to standard error, once per stall. The
-        thread ends without a message when the store is gone.
+        that are silent, see `_report_silent_ranks`. The thread ends without a message when the
+        store is gone.
         """
         count, seen, reported = 0, [("", time.monotonic())] * self.world, set()
-        steps, since, dumped = self.steps, time.monotonic(), False
         while not self._stop.wait(BEAT):
             count += 1
             try:
@@ -185,14 +188,22 @@ class Heartbeat:
                     self._report_silent_ranks(seen, reported)
             except RuntimeError:
                 return  # the store is gone: collectives fail, and the error there names rank 0
-            now = time.monotonic()
-            if self.steps != steps:
-                steps, since, dumped = self.steps, now, False
-            elif not dumped and now - since > STALLED * self.timeout:
-                dumped = True
+
+    def _watch_steps(self) -> None:
+        """Run the second thread until `stop`: print the stacks of this rank if it is stalled.
+
+        They are printed to standard error, once per stall, when no step has ended for the share
+        `STALLED` of the timeout: before a collective fails that began after the last step.
+        """
+        pause, dumped = min(BEAT, (1 - STALLED) * self.timeout / 4), None
+        while not self._stop.wait(pause):
+            last = self.last_step
+            seconds = time.monotonic() - last
+            if last != dumped and seconds > STALLED * self.timeout:
+                dumped = last
                 print(
                     f"rank {self.rank} on {os.uname().nodename}: no step has ended for "
-                    f"{now - since:.0f} s; its stacks:",
+                    f"{seconds:.0f} s; its stacks:",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -128,6 +129,22 @@ def heartbeat(monkeypatch):
     beat = Heartbeat(timeout=1.0)
     yield beat, store
     beat.stop()
+
+
+def test_a_rank_whose_store_is_gone_prints_its_stacks(heartbeat, capfd, monkeypatch):
+    beat, store = heartbeat
+    gone = threading.Event()
+
+    def wait_for_no_answer(key, value):
+        gone.set()
+        time.sleep(30)  # as long as the process that holds the store is stopped
+
+    monkeypatch.setattr(store, "set", wait_for_no_answer)
+    assert gone.wait(1)
+    beat.record_step()
+    time.sleep(0.95)  # of a timeout of one second
+    shown = capfd.readouterr().err
+    assert shown.count("no step has ended for") == 1 and "test_watch.py" in shown
 
 
 def test_silent_ranks_are_reported_once_and_stacks_before_the_timeout(heartbeat, capfd):

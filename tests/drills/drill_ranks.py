@@ -1,13 +1,16 @@
 """D: a rank that dies or stops at any call that changes the disk, and ranks that disagree.
 
 The others end with exit code 4 within the timeout and ten seconds, and name the rank that is lost;
-no process is left, and the same command goes on to what undisturbed ranks write. Ranks that were
-started with different flags or data all end with exit code 2 before the first step.
+those that wait for one that is stopped print their stacks before. No process is left, and the port
+where the ranks met can be bound again. The same command goes on to what undisturbed ranks write.
+Ranks that were started with different flags or data all end with exit code 2 before the first step.
 """
 
 import os
 import random
+import socket
 import time
+from collections.abc import Collection
 
 import psutil
 import pytest
@@ -37,10 +40,17 @@ DIFFERENT = (
 
 
 def start_ranks(
-    warm: Warm, folder: str, world: int, victim: int = 0, further: tuple = (), **event: object
+    warm: Warm,
+    folder: str,
+    world: int,
+    victim: int = 0,
+    further: tuple = (),
+    port: int | None = None,
+    **event: object,
 ) -> list[int]:
     """Start the ranks of a run; `further` arguments or an `event` are those of the victim."""
-    meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(world))
+    meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port or free_port()))
+    meet["WORLD_SIZE"] = str(world)
     return [
         warm.start(
             Command(
@@ -67,7 +77,8 @@ def wait_for_stop(pid: int) -> bool:
 
 def lose_rank(warm: Warm, folder: str, world: int, victim: int, site: int, event: str) -> list[str]:
     """Lose a rank; returns descriptions of what is wrong with the end of the others."""
-    pids = start_ranks(warm, folder, world, victim, site=site, event=event)
+    port = free_port()
+    pids = start_ranks(warm, folder, world, victim, port=port, site=site, event=event)
     wrong: list[str] = []
     try:
         if event == "stop":
@@ -80,10 +91,40 @@ def lose_rank(warm: Warm, folder: str, world: int, victim: int, site: int, event
             outcome = warm.wait(pids[rank], TIMEOUT + GRACE + 5)
             seconds = time.monotonic() - began
             wrong += check_end(outcome, rank, victim, seconds)
+            if event == "stop" and not wrong:
+                wrong += check_stacks(outcome, rank)
     finally:
         warm.kill(pids[victim])
         if event == "stop":
             warm.wait(pids[victim])
+    return wrong + list_remains(pids, port)
+
+
+def check_stacks(outcome: Outcome, rank: int) -> list[str]:
+    """Describe what is wrong if a rank did not print its stacks before it ended for a timeout."""
+    before = outcome.text.rpartition("DistributedFailure")[0]
+    words = f"rank {rank} on {os.uname().nodename}: no step has ended", "most recent call first"
+    missing = [text for text in words if text not in before]
+    return [f"rank {rank} printed no stacks ({missing}): {before[-500:]}"] if missing else []
+
+
+def list_remains(groups: Collection[int], port: int) -> list[str]:
+    """Describe processes of the process groups that are left, and the port if it is still held."""
+    alive = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) in groups and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process.pid)
+        except (OSError, psutil.Error):
+            continue
+    wrong = [f"processes {alive} are left"] * bool(alive)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
+        try:
+            listener.bind(("127.0.0.1", port))
+            listener.listen()
+        except OSError as error:
+            wrong.append(f"port {port} is still held: {error.strerror}")
     return wrong
 
 
