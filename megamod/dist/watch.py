@@ -138,21 +138,35 @@ class Heartbeat:
         The text says so if there is none, or if the store does not answer. This rank is marked as
         one that ends by itself. Takes some seconds.
         """
-        try:
-            self._reader.set(f"failed/{self.rank}", "1")  # it ends, but it is not the reason
-            before = self._read_signs_of_life(range(self.world))
-            time.sleep(2.5 * BEAT)
-            after = self._read_signs_of_life(range(self.world))
-            silent = [
-                rank
-                for rank in range(self.world)
-                if before[rank] == after[rank] and not self._reader.check([f"failed/{rank}"])
-            ]
-        except RuntimeError:  # the store lies in the process of rank 0 or of its launcher
+        silent: list[str] | None = None
+        answered = threading.Event()
+
+        def find_silent_ranks() -> None:
+            """Set `silent`, and `answered` after the first answer of the store."""
+            nonlocal silent
+            with suppress(RuntimeError):
+                self._reader.set(f"failed/{self.rank}", "1")  # it ends, but it is not the reason
+                before = self._read_signs_of_life(range(self.world))
+                answered.set()
+                time.sleep(2.5 * BEAT)
+                after = self._read_signs_of_life(range(self.world))
+                silent = [
+                    _format_rank(rank, after[rank])
+                    for rank in range(self.world)
+                    if before[rank] == after[rank] and not self._reader.check([f"failed/{rank}"])
+                ]
+
+        # A store whose process is stopped accepts a question and never answers: no timeout of the
+        # connection covers that.
+        thread = threading.Thread(target=find_silent_ranks, daemon=True)
+        thread.start()
+        if answered.wait(2 * BEAT):
+            thread.join(4 * BEAT)
+        if silent is None:  # the store lies in the process of rank 0 or of its launcher
             return f"no answer from rank 0 on {os.environ.get('MASTER_ADDR')}"
         if not silent:
             return "all ranks show signs of life"
-        return "no sign of life of " + ", ".join(_format_rank(rank, after[rank]) for rank in silent)
+        return "no sign of life of " + ", ".join(silent)
 
     def _write_sign_of_life(self, count: int) -> None:
         """Write this rank's sign of life: `count`, host and process.

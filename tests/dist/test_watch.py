@@ -147,6 +147,15 @@ def test_a_rank_whose_store_is_gone_prints_its_stacks(heartbeat, capfd, monkeypa
     assert shown.count("no step has ended for") == 1 and "test_watch.py" in shown
 
 
+def test_a_store_without_an_answer_is_not_waited_for(heartbeat, monkeypatch):
+    beat, store = heartbeat
+    monkeypatch.setattr(store, "check", lambda keys: time.sleep(30))
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    began = time.monotonic()
+    assert beat.describe_lost_ranks() == "no answer from rank 0 on node0"
+    assert time.monotonic() - began < 5
+
+
 def test_silent_ranks_are_reported_once_and_stacks_before_the_timeout(heartbeat, capfd):
     beat, store = heartbeat
     store.values["failed/3"] = b"1"  # it ended because another one did
