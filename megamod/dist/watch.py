@@ -162,6 +162,8 @@ class Heartbeat:
         thread.start()
         if answered.wait(2 * BEAT):
             thread.join(4 * BEAT)
+        if self.rank == 0:  # the store may end with this process, and others still read from it
+            time.sleep(BEAT)
         if silent is None:  # the store lies in the process of rank 0 or of its launcher
             return f"no answer from rank 0 on {os.environ.get('MASTER_ADDR')}"
         if not silent:
