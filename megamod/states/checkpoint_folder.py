@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
@@ -282,15 +283,20 @@ def read_fragments(
                 yield name, start, {kind: tensors.get_tensor(f"{kind}/{name}") for kind in kinds}
 
 
-def read_fragment_ranges(folder: Path) -> dict[str, list[tuple[int, int, Path]]]:
+def read_fragment_ranges(
+    folder: Path, sizes: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, list[tuple[int, int, Path]]]:
     """Read the ranges of each parameter that the optimizer files of a checkpoint store.
 
+    Args:
+        sizes: elements of parameters by name; those of other parameters are not known.
     Returns:
         by name: start and stop in elements of the flattened parameter, and the file, by rising
         start.
     Raises:
         UserError: if a file cannot be read; for an offset that is no number, tensors that are
-            missing, of unequal length or of integers, and for ranges that overlap.
+            missing, of unequal length or of integers, ranges that overlap, and for one beyond the
+            size of its parameter.
     """
     ranges: dict[str, list[tuple[int, int, Path]]] = {}
     for file in list_optimizer_files(folder):
@@ -299,6 +305,11 @@ def read_fragment_ranges(folder: Path) -> dict[str, list[tuple[int, int, Path]]]
                 ranges.setdefault(name, []).append((start, start + size, file))
     for name, rows in ranges.items():
         rows.sort()
+        _, stop, file = rows[-1]
+        if stop > sizes.get(name, stop):
+            raise UserError(
+                f"{file}: holds {stop} elements of {shorten(name)}, which has {sizes[name]}"
+            )
         for (_, stop, first), (start, _, second) in pairwise(rows):
             if start < stop:
                 raise UserError(

@@ -421,12 +421,9 @@ def _read_optimizer(
     Raises:
         UserError: if elements are missing or too many; some fragments are filled then.
     """
-    pieces = read_fragment_ranges(path)
-    for name, parameter in engine.module.named_parameters():
-        size = getattr(parameter, "ds_numel", parameter.numel())
-        _, stop, file = pieces.get(prefix + name, [(0, 0, path)])[-1]
-        if stop > size:
-            raise UserError(f"{file}: holds {stop} elements of {prefix + name}, which has {size}")
+    named = engine.module.named_parameters()
+    sizes = {prefix + name: getattr(p, "ds_numel", p.numel()) for name, p in named}
+    pieces = read_fragment_ranges(path, sizes)
     opened = {file: safe_open(file, framework="pt") for row in pieces.values() for *_, file in row}
     keys = {file: set(tensors.keys()) for file, tensors in opened.items()}
     for fragment in iterate_fragments(engine):

@@ -38,7 +38,7 @@ FRAGMENTS = {  # of rank 1, whose range is 30 to 64
     "overlap": ({"weight": 0}, 34, {}, "from element 0 overlaps"),
     "a hole": ({"weight": 31}, 33, {}, "is incomplete"),
     "too short": ({"weight": 30}, 33, {}, "is incomplete"),
-    "too long": ({"weight": 30}, 40, {}, "holds 70 elements of weight, which has 64"),
+    "too long": ({"weight": 30}, 40, {}, "holds 70 elements of 'weight', which has 64"),
     "other length": ({"weight": 30}, 34, {"exp_avg": torch.ones(1)}, "have the shapes"),
     "rank 2": ({"weight": 30}, 34, {k: torch.ones(34, 1) for k in KINDS}, "have the shapes"),
     "integers": ({"weight": 30}, 34, {"exp_avg": torch.ones(34, dtype=torch.int64)}, "holds I64"),
