@@ -147,7 +147,8 @@ def read_json_object(path: Path) -> dict[str, object]:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: is not an object")
-    if b"\\ud" in data.lower():  # maybe half of a character, which no file can be written with
+    # Maybe half of a character, escaped or as bytes, with which no file can be written.
+    if b"\\ud" in data.lower() or b"\xed" in data:
         try:
             json.dumps(content, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

@@ -64,6 +64,14 @@ def test_configurations(tmp_path, text):
     assert "--model" in refused(resolve_model, str(folder), "--model", {"gpt2"}.__contains__)
 
 
+@pytest.mark.parametrize("half", [b"\\ud800", b"\xed\xa0\x80"])
+def test_half_of_a_character(tmp_path, half):
+    folder = make_model(tmp_path / "model")
+    content = (folder / "config.json").read_bytes().rstrip().removesuffix(b"}")
+    (folder / "config.json").write_bytes(content + b', "note": "' + half + b'"}')
+    assert "cannot be written as UTF-8" in refused(read_config_file, folder)
+
+
 @pytest.mark.parametrize("text", INDICES, ids=range(len(INDICES)))
 def test_indices(tmp_path, text):
     folder = make_model(tmp_path / "model", "feedforward")
