@@ -295,7 +295,8 @@ def _make_batch_record(
         mixture: state after the batch; gives the perplexity so far.
         mixed: results of the batch.
         names: domains of the experts that ran; all others have posterior 0.
-        experts: all experts of the forest, whose order that of the weights is.
+        experts: all experts of the forest; the lists of the record have a number for each of them,
+            in their order.
     """
 
     def fill_in_all_experts(weights: Iterable[float]) -> list[float]:

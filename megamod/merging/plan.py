@@ -116,10 +116,11 @@ def make_merge_plan(
     Logs a warning for each parameter of the recipe that the method does not read.
 
     Args:
-        folders: folders of the recipe's models, under common names.
+        folders: the recipe's models, open, with tensors named as in the template model, see
+            `rename_to_template`.
         shard_bytes: size above which weights are split into several files.
         vocabulary: vocabulary that the folders are read with; None: each has its own.
-        copied: names of tensors that are taken from the template as they are.
+        copied: names of tensors that only the template model has, which are copied and not merged.
     Raises:
         UserError: naming the folder, tensor or parameter, if they cannot be merged.
     """
@@ -138,18 +139,20 @@ def make_merge_plan(
             if not tensor_plan.copied:
                 rows = _count_merged_rows(METHODS[recipe.method], tensor_plan, folders, name)
                 tensor_plans[name] = replace(tensor_plan, merged_rows=rows)
+                # A result with fewer rows of embeddings has a smaller vocabulary.
                 if rows is not None and spec.shape[0] == config.get("vocab_size"):
                     config["vocab_size"] = rows
                 shape = spec.shape if rows is None else (rows, *spec.shape[1:])
             spec = TensorSpec(getattr(torch, stored) if stored else spec.dtype, shape)
         specs[name] = spec
+    # Models with experts have a file for each expert, so that one can be read alone.
     if config.get("model_type") in ("demix", HOST_TYPE) and config.get("untie") != "none":
         files: dict[str, list[str]] = {}
         for name in specs:
             files.setdefault(select_weight_file(name, has_experts=True), []).append(name)
     else:
         files = plan_shards(specs, shard_bytes)
-    statistics = [None] * len(folders)
+    statistics = [None] * len(folders)  # opened by the caller, for methods that weight by them
     return MergePlan(recipe, folders, statistics, tensor_plans, specs, files, config, vocabulary)
 
 
@@ -165,15 +168,16 @@ def _list_all_scopes(recipe: MergeRecipe) -> list[Scope]:
 def _warn_of_unused_parameters(recipe: MergeRecipe) -> None:
     """Log a warning for each parameter of the recipe that its method does not read.
 
-    Those of other methods are allowed, as in mergekit, and have no effect.
+    Parameters of other methods are allowed, as in mergekit, and have no effect.
     """
     method = METHODS[recipe.method]
-    used = {*method.per_model, *method.overall, *WITHOUT_EFFECT}
+    # Those without effect on any method change mergekit's use of memory, and not its results.
+    expected = {*method.per_model, *method.overall, *WITHOUT_EFFECT}
     unused = [
         (where, name)
         for where, settings in _list_all_scopes(recipe)
         for name in settings
-        if name not in used
+        if name not in expected
     ]
     for where, name in dict.fromkeys(unused):
         logger.warning("%s, %s: has no effect with %s", where, name, recipe.method)

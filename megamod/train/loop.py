@@ -180,7 +180,7 @@ def train(
         monitor.write_record(state)
     saver.save(state, diverged=stop is Stop.NONFINITE)
     if stop is Stop.NONFINITE:
-        raise PolicyStop(_format_stop_reason(plan, state, saver))
+        raise PolicyStop(_format_nonfinite_stop(plan, state, saver))
     if state.step and not is_true_on_all_ranks(state.skipped < state.step):
         raise PolicyStop(
             f"none of {state.step} steps had a finite loss and gradient, so nothing was trained "
@@ -318,7 +318,7 @@ def _apply_skip_policy(plan: LoopPlan, state: TrainState, saver: "_Saver") -> St
     return Stop.NO
 
 
-def _format_stop_reason(plan: LoopPlan, state: TrainState, saver: "_Saver") -> str:
+def _format_nonfinite_stop(plan: LoopPlan, state: TrainState, saver: "_Saver") -> str:
     """Format the message of a run that stops because a step was not finite.
 
     It names the policy of `plan`, the step of `state`, and checkpoints of `saver` to resume from.

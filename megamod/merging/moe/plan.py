@@ -68,7 +68,7 @@ class MoePlan:
         return sum(tensor.layer is not None for tensor in self.tensors.values())
 
     @property
-    def width(self) -> int:
+    def hidden_size(self) -> int:
         """Features D that a router reads."""
         return int(self.config["hidden_size"])
 

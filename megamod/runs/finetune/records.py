@@ -56,6 +56,7 @@ class Results(Schema):
 
     Attributes:
         task: task of a run on one; `tasks`, `variant`: those of a run on many.
+        num_instances: inputs in a forward pass, of a run on one task.
         rows: number of rows by split, of many tasks by task and split; `cut_rows`: number of those
             that were cut to --max_seq_length.
         model: value of --model or --config_name.
@@ -178,9 +179,10 @@ def make_table_row(model: FinetuneModel, record: Record) -> dict[str, float] | N
 
 
 def make_tasks_record(model: FinetuneModel) -> Record:
-    """Make the entries of results.json that are known before training.
+    """Make the entries of results.json that do not depend on the training: tasks and their rows.
 
-    They are the tasks, and by split the numbers of rows and of rows that were cut.
+    Of one task: `task`, `num_instances`, and by split the numbers of `rows` and of `cut_rows`. Of
+    many: `tasks`, `variant` of the model, and the numbers of rows by task and split.
     """
     rows = {
         task.spec.name: {split: len(encoded) for split, encoded in task.encoded.items()}
