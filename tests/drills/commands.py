@@ -136,10 +136,17 @@ def _drop_unstable(value: object) -> object:
 
 
 def list_leftovers(folder: Path) -> list[str]:
-    """Names of locks and temporary files below a folder."""
+    """Names of locks and temporary files below a folder.
+
+    Without an empty one of a process that was killed before it wrote its name: nobody can tell that
+    its owner is dead before it is two minutes old.
+    """
     return sorted(
         str(path.relative_to(folder))
         for path in folder.rglob(".*")
-        if path.name.endswith((".tmp", ".in_use", ".partial", ".old"))
-        or path.name.startswith((".tmp-", ".start"))
+        if not (path.match(".*in_use.*.tmp") and path.stat().st_size == 0)
+        and (
+            path.name.endswith((".tmp", ".in_use", ".partial", ".old"))
+            or path.name.startswith((".tmp-", ".start"))
+        )
     )
