@@ -144,7 +144,8 @@ def check_all_layers_used(model: PreTrainedModel, unused: Iterable[str], source:
         unused: names of the file's tensors that the model does not have.
         source: beginning of the message.
     Raises:
-        UserError: if one of `unused` is in a layer beside those of the model.
+        UserError: if one of `unused` is in a layer beside those of the model, or the model has no
+            layers.
     """
     prefix = f"{model.base_model_prefix}."
 
@@ -157,7 +158,7 @@ def check_all_layers_used(model: PreTrainedModel, unused: Iterable[str], source:
     lists = {name for name, _ in layers if name}
     for name in sorted(unused):
         layer = find_layer(name)
-        if layer[0] in lists and layer not in layers:
+        if layer[0] and layer not in layers and (layer[0] in lists or not lists):
             raise UserError(
                 f"{source}: config.json does not describe all layers of the weights, such as {name}"
             )

@@ -122,6 +122,12 @@ def test_an_equal_output_matrix_is_dropped(tmp_path):
         ({"output_projection__weight": torch.ones(2, WIDTH)}, "output_projection.weight differs"),
         ({"layernorm_embedding__weight": torch.ones(WIDTH)}, "layernorm_embedding.weight is unexp"),
         ({"layers__9__fc1__weight": torch.ones(INNER, WIDTH)}, "decoder.layers.3.fc1.bias is miss"),
+        # Neither a layer beyond any model nor the last possible one takes time or memory.
+        ({"layers__999999999__fc1__weight": torch.ones(INNER, WIDTH)}, "is unexpected"),
+        (
+            {"layers__9999__fc1__weight": torch.ones(INNER, WIDTH)},
+            "decoder.layers.10.fc1.bias is missing",
+        ),
         ({"layers__2__fc2__bias": None}, "decoder.layers.2.fc2.bias is missing"),
         ({"embed_positions__weight": None}, "no language model of fairseq"),
         ({"embed_tokens__weight": torch.ones(3)}, "embed_tokens.weight has shape (3,), not a mat"),

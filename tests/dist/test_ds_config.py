@@ -161,6 +161,8 @@ def test_all_conflicts_are_in_one_message(refusal):
         ({"zero_optimization": {"stage": "2"}}, ["zero_optimization.stage", "'2'"]),
         ({"zero_optimization": True}, ["zero_optimization", "block"]),
         ({"zero_optimization": {"reduce_bucket_size": 0}}, ["reduce_bucket_size", "greater than"]),
+        ({"zero_optimization": {"reduce_bucket_size": 10**40}}, ["no size or interval can be"]),
+        ({"train_micro_batch_size_per_gpu": 10**40}, ["no size or interval can be"]),
         ({"bf16": {"enabled": "yes"}}, ["bf16.enabled", "'yes'"]),
         ({"bf16": {"enabled": True, "check_grad_overflow": False}}, ["check_grad_overflow"]),
         ({"gradient_clipping": -1}, ["gradient_clipping", "-1"]),

@@ -156,19 +156,21 @@ def processes(output: Path) -> list[psutil.Process]:
 
 
 def digests(output: Path) -> dict[str, str]:
-    """Digests of models and of all checkpoints, and what the forest says of its experts.
+    """Digests of every file of models and checkpoints, and what the forest says of its experts.
 
-    Only run.yaml, and the manifests with its digest, name the folder and so differ.
+    run.yaml names the folder, which is left out, and manifests without its digest are compared.
     """
-    files = sorted(output.glob("experts/*/model/*.safetensors"))
-    files += [
-        file
-        for file in sorted(output.glob("experts/*/checkpoints/step-*/*"))
-        if file.name not in ("run.yaml", "manifest.json")
-    ]
-    message = {
-        str(f.relative_to(output)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files
-    }
+    message = {}
+    files = [*output.glob("experts/*/model/*"), *output.glob("experts/*/checkpoints/step-*/*")]
+    for file in sorted(files):
+        content = file.read_bytes()
+        if file.name == "run.yaml":
+            content = content.replace(str(output).encode(), b"")
+        if file.name == "manifest.json":
+            listed = json.loads(content)["files"]
+            del listed["run.yaml"]
+            content = json.dumps(listed).encode()
+        message[str(file.relative_to(output))] = hashlib.sha256(content).hexdigest()
     for entry in json.loads((output / "forest.json").read_text())["experts"]:
         kept = {key: value for key, value in entry.items() if key != "parents"}
         message[entry["domain"]] = json.dumps(kept, sort_keys=True)

@@ -55,6 +55,7 @@ def test_text_to_data_bin(tmp_path):
         ([], "pass --input NAME=PATH or --builtin"),
         (["--builtin", "--input", "c_headers=x"], "--builtin has a domain of that name"),
         (["--input", "a=setup.py", "--workers", "0"], "allowed are 1 to"),
+        (["--input", "a=setup.py", "--workers", "1000000"], "--workers 1000000: allowed are 1 to"),
         (["--input", "a=LICENSE"], "LICENSE: the ending '' is not one of"),
         (["--builtin", "--tokenizer", "sentencepiece:x"], "write the number of ids"),
     ],

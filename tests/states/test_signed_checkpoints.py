@@ -107,11 +107,12 @@ def test_names_that_are_nearly_those_of_checkpoints(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-8"]
 
 
-def test_a_configuration_of_fewer_layers_cuts_no_model(tmp_path):
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_configuration_of_fewer_layers_cuts_no_model(tmp_path, layers):
     folder = make_model(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     assert config["num_hidden_layers"] == 2
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
     with pytest.raises(UserError, match="does not describe all layers of the weights"):
         load_lm(folder)
 

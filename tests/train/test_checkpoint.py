@@ -20,6 +20,7 @@ from ranks import on_ranks
 from train.tiny_runs import build_tiny, masters, run_tiny
 
 from megamod.errors import UserError
+from megamod.states import manifest
 from megamod.states.checkpoint_folder import TrainState
 from megamod.states.manifest import find_checkpoint, find_file_faults, list_checkpoints
 from megamod.train.checkpoint import Checkpoints
@@ -264,6 +265,27 @@ def test_every_flipped_bit_is_found(message, tmp_path):
         assert find_file_faults(folder), (file.name, bytes(content))
         file.write_bytes(before)
     assert find_file_faults(folder) == []
+
+
+@pytest.mark.slow
+def test_digests_are_compared_before_a_run_resumes(message, tmp_path, monkeypatch):
+    """Up to a size that checkpoints of many gigabytes have; above it names and sizes alone."""
+    whole = message["root"] / "limit" / "checkpoints" / "step-12"
+    folder = shutil.copytree(whole, tmp_path / "step-12")
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    assert manifest.FULL_CHECK_BYTES >= 10**11
+    for limit, is_checked in ((sum(f.stat().st_size for f in folder.iterdir()), True), (10, False)):
+        monkeypatch.setattr(manifest, "FULL_CHECK_BYTES", limit)
+        if is_checked:
+            with pytest.raises(UserError, match="does not have the SHA-256 digest"):
+                manifest.find_checkpoint(tmp_path, "auto")
+        else:
+            assert manifest.find_checkpoint(tmp_path, "auto") == folder
+    with pytest.raises(UserError, match="does not have the SHA-256 digest"):
+        manifest.find_checkpoint(tmp_path, str(folder))
 
 
 def full_disk(rank: int, root: Path) -> dict[str, str]:

@@ -236,7 +236,8 @@ def list_stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
             model,
             data.databin.path,
         )
-        return [*files, *(sorted(data.tokenizer_folder.iterdir()) if data.tokenizer_folder else ())]
+        vocabulary = sorted(data.tokenizer_folder.iterdir()) if data.tokenizer_folder else ()
+        return [*files, *(file for file in vocabulary if file.is_file())]
     theirs = data.databin.tokenizer_digest
     if theirs is not None and load_tokenizer(folder).digest != theirs:
         raise UserError(
