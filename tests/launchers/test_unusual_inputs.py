@@ -17,8 +17,8 @@ OUT = ("--output_dir", "out")
 
 
 @pytest.fixture
-def place(inputs, tmp_path):
-    folder = make_workplace(tmp_path / "place", inputs)
+def workplace(inputs, tmp_path):
+    folder = make_workplace(tmp_path / "workplace", inputs)
     shutil.copytree(inputs / "bin", folder / "bin")
     return folder
 
@@ -48,43 +48,46 @@ def run(warm, folder, *words):
     ],
     ids=range(12),
 )
-def test_one_sentence_and_exit_code_2(warm, place, words, message):
+def test_one_sentence_and_exit_code_2(warm, workplace, words, message):
     for name, size in (("large", 10**18), ("huge", 10**40)):
         content = {"zero_optimization": {"stage": 2, "reduce_bucket_size": size}}
-        (place / f"{name}.json").write_text(json.dumps(content))
-    outcome = run(warm, place, *words)
+        (workplace / f"{name}.json").write_text(json.dumps(content))
+    outcome = run(warm, workplace, *words)
     assert outcome.code == 2 and message in outcome.text, outcome.text[-900:]
     assert len(outcome.text.splitlines()[-1]) < 1000
-    assert not list(place.glob("out/checkpoints/step-*")) and not (place / "out/model").exists()
+    assert (
+        not list(workplace.glob("out/checkpoints/step-*"))
+        and not (workplace / "out/model").exists()
+    )
 
 
 @pytest.mark.slow
-def test_a_resumed_run_notices_changed_data_under_an_equal_header(warm, place):
+def test_a_resumed_run_notices_changed_data_under_an_equal_header(warm, workplace):
     words = (*RUN, *OUT, "--data", "bin")
-    assert run(warm, place, *words, "--stop_step", "4").code == 0
+    assert run(warm, workplace, *words, "--stop_step", "4").code == 0
     for file, at in (("law/train.bin", 100), ("tokenizer/tokenizer.json", 300)):
-        before = (place / "bin" / file).read_bytes()
+        before = (workplace / "bin" / file).read_bytes()
         changed = bytearray(before)
         changed[at] ^= 1
-        (place / "bin" / file).write_bytes(changed)
-        outcome = run(warm, place, *words)
+        (workplace / "bin" / file).write_bytes(changed)
+        outcome = run(warm, workplace, *words)
         assert outcome.code == 2 and f"bin/{file}" in outcome.text, outcome.text[-900:]
-        (place / "bin" / file).write_bytes(before)
-    outcome = run(warm, place, *words)
+        (workplace / "bin" / file).write_bytes(before)
+    outcome = run(warm, workplace, *words)
     assert outcome.code == 0 and "resumes at step 4" in outcome.text
 
 
 @pytest.mark.slow
-def test_a_folder_among_the_files_of_a_tokenizer_is_not_copied(warm, place, tmp_path):
-    (place / "bin" / "tokenizer" / "notes").mkdir()
-    assert run(warm, place, *RUN, *OUT, "--data", "bin").code == 0
-    for folder in (place / "out" / "model", place / "out" / "checkpoints" / "step-6"):
+def test_a_folder_among_the_files_of_a_tokenizer_is_not_copied(warm, workplace, tmp_path):
+    (workplace / "bin" / "tokenizer" / "notes").mkdir()
+    assert run(warm, workplace, *RUN, *OUT, "--data", "bin").code == 0
+    for folder in (workplace / "out" / "model", workplace / "out" / "checkpoints" / "step-6"):
         assert (folder / "tokenizer.json").is_file() and not (folder / "notes").exists()
     # A stock model without a tokenizer gets that of the data.
     model = tiny_stock("gpt2")
     model.config.save_pretrained(tmp_path / "gpt2")
-    databin = SimpleNamespace(path=place / "bin", tokenizer_digest=None)
-    data = SimpleNamespace(databin=databin, tokenizer_folder=place / "bin" / "tokenizer")
+    databin = SimpleNamespace(path=workplace / "bin", tokenizer_digest=None)
+    data = SimpleNamespace(databin=databin, tokenizer_folder=workplace / "bin" / "tokenizer")
     files = list_stock_files(str(tmp_path / "gpt2"), model.config, data)
     assert "tokenizer.json" in [file.name for file in files]
     assert all(file.is_file() for file in files)
