@@ -217,14 +217,14 @@ def lock_folder(folder: Path, title: str | None = None) -> Iterator[None]:
         _create_folder_for_block(path, title),
         _acquire_for_block(path / LOCK, title) as _held[path],
     ):
-        _delete_temporaries(path)
+        delete_temporaries(path)
         try:
             yield
         finally:
             del _held[path]
 
 
-def _delete_temporaries(folder: Path) -> None:
+def delete_temporaries(folder: Path) -> None:
     """Delete the temporary files of `write_atomic` in a folder that this process holds, and below.
 
     Subfolders with a lock of their own are those of other runs, and left out.

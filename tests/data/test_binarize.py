@@ -259,6 +259,8 @@ def test_finished_parts_of_an_interrupted_run_are_kept(
     with pytest.raises(KeyboardInterrupt):
         binarize(inputs, tokenizer, tmp_path / "out", workers=1)
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    # As a kill leaves a file that was being written, or a full disk.
+    (tmp_path / ".out.partial" / "databin" / ".dict.txt.0123abcd.tmp").write_text("cut")
     binarize(inputs, tokenizer, tmp_path / "out", workers=1)
     assert calls[4:] == ["train", "valid_alpha", "test_alpha"]
     assert tree(tmp_path / "out") == tree(baseline)

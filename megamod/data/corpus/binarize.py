@@ -39,7 +39,7 @@ from megamod.data.corpus.tokenizers import (
 )
 from megamod.errors import UserError
 from megamod.files import format_json, hash_file, sync_folder, sync_tree, write_atomic, write_json
-from megamod.folder_lock import delete_leftovers, lock_folder_name
+from megamod.folder_lock import delete_leftovers, delete_temporaries, lock_folder_name
 from megamod.names import check_domain
 from megamod.progress import show_progress
 from megamod.schemas import read_checked_file
@@ -351,13 +351,13 @@ def _open_work_folder(output: Path, key: str) -> Iterator[Path]:
         key: identity of the data-bin, see `_compute_identity`; run.json records it.
     """
     work = _build_work_path(output)
-    (work / "parts").mkdir(parents=True, exist_ok=True)
     record, content = work / "run.json", format_json({"key": key}, indent=2) + "\n"
     if not record.exists() or record.read_text(encoding="utf-8") != content:
         for folder in ("parts", "databin"):
             shutil.rmtree(work / folder, ignore_errors=True)
-        (work / "parts").mkdir()
-        write_atomic(record, content)
+    (work / "parts").mkdir(parents=True, exist_ok=True)
+    delete_temporaries(work)
+    write_atomic(record, content)
     yield work
     shutil.rmtree(work, ignore_errors=True)
 
