@@ -25,7 +25,7 @@ from train.tiny_runs import run_tiny
 
 from megamod.states.weights import read_weights
 
-CUTS = pick(2, 20)  # of each command, and on each number of ranks
+CUTS = pick(1, 20)  # of each command, and on each number of ranks
 TRAINING = ("dense", "demix", "independent", "encoder", "classifier", "tasks", "adapt", "seeds")
 NAMES = TRAINING if SIZE == "nightly" else ("demix",)
 WORLDS = (1, 2, 4) if SIZE == "nightly" else (2,)

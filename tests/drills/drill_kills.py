@@ -12,9 +12,9 @@ from drills.commands import COMMANDS, list_leftovers, make_workplace, read_tree
 from drills.sizes import SEED, SIZE, pick, report
 from drills.warm import KILLED, Command, Outcome, Warm
 
-KILLS = pick(3, 24)  # of each command
+KILLS = pick(2, 24)  # of each command
 AGAIN = 3  # kills of a run, one after the other, before it may end
-IN_A_PUSH = ("merge", "preprocess", "demix", "classifier", "adapt")
+IN_A_PUSH = ("merge", "preprocess", "demix", "classifier")
 NAMES = tuple(COMMANDS) if SIZE == "nightly" else IN_A_PUSH
 
 

@@ -24,7 +24,7 @@ from serving.tiny_services import (
     read_error,
 )
 
-REQUESTS = pick(1_000, 10_000)
+REQUESTS = pick(300, 10_000)
 PART = REQUESTS // 10
 CLIENTS = 64
 GROWTH = 0.02
@@ -131,7 +131,7 @@ def test_a_signal_under_load(tmp_path, record_property):
             await asyncio.sleep(4)
             signalled = time.monotonic()
             server.send_signal(signal.SIGTERM)
-            await asyncio.sleep(4)
+            await asyncio.sleep(2)
             until.set()
             return signalled, [outcome for task in tasks for outcome in await task]
 
