@@ -16,7 +16,7 @@ except ModuleNotFoundError:  # tests that need a GPU do without
 LONGEST = ("test_forest.py", "test_resume.py", "test_pretrain.py", "test_sharing.py")
 LONGEST += ("test_loop.py", "test_btm.py", "test_demux.py", "test_planning_recipes.py")
 LONGEST += ("test_two_hosts.py", "test_mixture_pretrain.py", "test_lora_runs.py")
-LONGEST += ("test_checkpoint.py",)
+LONGEST += ("test_checkpoint.py", "drill_kills.py", "drill_cuts.py", "drill_ranks.py")
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
