@@ -37,8 +37,8 @@ def option(
         help: one line, shown by `--help`.
         least, most: inclusive bounds of a number.
         alias: a second spelling of the flag, without dashes; None: it has none.
-        separator: also divides the items of a list that is written as one word; None: only blanks
-            do, or in a list of numbers the comma.
+        separator: character between the items of a list that is written as one word, besides
+            blanks; None: blanks alone. A comma always divides a list of numbers.
     """
     metadata = dict(help=help, least=least, most=most, alias=alias, separator=separator)
     return field(default=default, metadata=metadata)

@@ -148,10 +148,12 @@ def read_vocabulary_request(
 def _read_row_origin(
     entry: TokenEntry, find: Callable[[object, str], int | None], where: str
 ) -> RowOrigin:
-    """Read the source of the row of one token.
+    """Read the model and token whose embedding row a token gets.
 
     Args:
-        entry: a token's entry in the block `tokenizer:`.
+        entry: a token's entry in the block `tokenizer:`. Its `source` is the name of a model, for
+            the row of the same token; `{kind: zero}`; or `{kind: model_token, model: NAME}` with
+            `token` or `token_id` for the row of another token.
         find, where: see `read_vocabulary_request`.
     Raises:
         UserError: naming the key, if its value is neither a model, zeros nor a token of a model.

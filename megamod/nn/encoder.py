@@ -206,7 +206,8 @@ class EncoderLayer(nn.Module):
 
         Args:
             x, mask, queries: as in `attend`.
-            attended: output of the attention heads on x [B, L, D], if it is computed already.
+            attended: output of the attention heads on x [B, L, D], if it is computed already;
+                `mask` and `queries` are then not used, and all L positions returned.
             norm: False leaves the final LayerNorm to the caller.
         """
         if attended is None:

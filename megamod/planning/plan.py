@@ -64,10 +64,11 @@ class JobPlan:
     def compute_memory_with_setting(
         self, setting: TrainingSetting, topology: DomainTopology | None = None
     ) -> Memory:
-        """Compute the memory of a rank with any setting, and any ranks, in place of the job's.
+        """Compute the memory of a rank if the job had another setting or topology.
 
         Args:
-            setting: training setting; a pass may be measured, see `_find_peak_activations`.
+            setting: training setting; a new micro-batch or recomputation costs a pass through the
+                model without storage, see `_find_peak_activations`.
             topology: None: that of the job. A rank must hold as many experts as in the job.
         """
         passed = self._find_peak_activations(setting.micro_batch, setting.checkpointing)

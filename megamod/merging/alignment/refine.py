@@ -209,7 +209,7 @@ class Refinement:
         for start in range(0, len(self._held_out), ROWS):
             rows = self._held_out[start : start + ROWS]
             count = sum(len(ids) - 1 for ids, _ in rows)
-            total += float(self._compute_mixed_loss(mixed, rows)) * count
+            total += float(self._compute_loss_with_weights(mixed, rows)) * count
             tokens += count
         loss = total / tokens
         if not math.isfinite(loss):
@@ -225,9 +225,9 @@ class Refinement:
         Args:
             parameters: parameters of the maps, by group and role.
             share: share of the mapped model.
-            rows: rows of text, see `_compute_mixed_loss`.
+            rows: rows of text, see `_compute_loss_with_weights`.
         """
-        return self._compute_mixed_loss(self._interpolate_models(parameters, share), rows)
+        return self._compute_loss_with_weights(self._interpolate_models(parameters, share), rows)
 
     def _interpolate_models(
         self, parameters: Mapping[MapKey, Tensor], share: float
@@ -283,11 +283,15 @@ class Refinement:
                     changes.setdefault(axis.tensor, []).append(change)
         return changes
 
-    def _compute_mixed_loss(self, tensors: Mapping[str, Tensor], rows: "Sequence[_Row]") -> Tensor:
+    def _compute_loss_with_weights(
+        self, tensors: Mapping[str, Tensor], rows: "Sequence[_Row]"
+    ) -> Tensor:
         """Compute the mean cross entropy of next tokens of the rows, in nats per token.
 
         Args:
             tensors: weights to run the model with; its own are not changed.
+            rows: token ids and domain (None: a model without domains) of each; those of one domain
+                are one batch.
         """
         losses, count = [], 0
         for domain in dict.fromkeys(domain for _, domain in rows):

@@ -67,7 +67,10 @@ def dare_ties(target: MergeTensor) -> Iterator[Tensor]:
 
 @_method("breadcrumbs", per_model=_TAU | {"gamma": 0.01}, overall=_SUM)
 def breadcrumbs(target: MergeTensor) -> Iterator[Tensor]:
-    """Apply task arithmetic without the smallest and the very largest entries.
+    """Apply task arithmetic to task vectors without their largest and smallest entries.
+
+    The fraction `gamma` of largest magnitude is dropped, the fraction `density` below it is kept.
+    Yields the merged tensor piece by piece.
 
     Args:
         target: the tensor to merge, as every model has it.

@@ -245,8 +245,8 @@ def _build_average_recipe(
 
     Args:
         kept: indices of these models.
-        reference: index of a model that is named in the recipe, with weight 0 unless it is kept;
-            None: none.
+        reference: index of the model whose order of features the aligned models have; it stays an
+            input of the new recipe, with weight 0 unless it is kept. None: only kept ones are.
     Raises:
         UserError: for keys that a soup does not support.
     """
