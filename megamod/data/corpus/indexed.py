@@ -341,7 +341,7 @@ class Dictionary:
         return self._ids[symbol]
 
     def _append_symbol(self, symbol: str, count: int) -> int:
-        """Append a symbol with its frequency `count`; return its id, a further one if it has one."""
+        """Append a symbol with its frequency `count`; return its new id, even if it has one."""
         self._ids[symbol] = len(self.symbols)
         self.symbols.append(symbol)
         self.counts.append(count)
