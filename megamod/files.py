@@ -16,6 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def build_temporary_path(path: Path) -> Path:
+    """Build the path of a new hidden sibling of `path`, to write and then rename to it.
+
+    `TEMPORARY_NAME` of `megamod.folder_lock` recognises those that a killed process left.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `content` to `path` by a temporary sibling, fsync, rename and fsync of the folder.
 
@@ -25,7 +33,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         OSError: if the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = build_temporary_path(path)
     data = content.encode() if isinstance(content, str) else content
     try:
         with open(temporary, "wb") as file:

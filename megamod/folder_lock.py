@@ -32,8 +32,8 @@ WATCH = 60.0  # seconds that a lock of another machine is watched for a sign of 
 STALE = 120.0  # a lock of another machine that is this much older than a new file is not watched
 
 LOCK = ".in_use"
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-"""Names of the temporary files of `write_atomic`."""
+TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+"""Names that `build_temporary_path` of `megamod.files` makes, which this module may not import."""
 
 _WITHOUT_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """Errors of a file system that has no hard links."""
@@ -225,7 +225,7 @@ def lock_folder(folder: Path, title: str | None = None) -> Iterator[None]:
 
 
 def delete_temporaries(folder: Path) -> None:
-    """Delete the temporary files of `write_atomic` in a folder that this process holds, and below.
+    """Delete the files of `build_temporary_path` in a folder that this process holds, and below.
 
     Subfolders with a lock of their own are those of other runs, and left out.
     """
@@ -234,7 +234,7 @@ def delete_temporaries(folder: Path) -> None:
             subfolders.clear()
             continue
         for name in files:
-            if TEMPORARY.fullmatch(name) and not name.startswith(f"{LOCK}."):
+            if TEMPORARY_NAME.fullmatch(name) and not name.startswith(f"{LOCK}."):
                 (Path(root) / name).unlink(missing_ok=True)
 
 
@@ -320,10 +320,17 @@ def _create_folder_for_block(folder: Path, title: str) -> Iterator[None]:
                 part.rmdir()
 
 
+def _build_lock_temporary(file: Path) -> Path:
+    """Build the path of a new temporary sibling of a lock file, whose name is hidden already."""
+    return file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
+
+
 def _list_lock_temporaries(file: Path) -> list[Path]:
     """List the temporary siblings of a lock file, which exist while it is created or deleted."""
     return [
-        left for left in file.parent.glob(f"{file.name}.*.tmp") if TEMPORARY.fullmatch(left.name)
+        left
+        for left in file.parent.glob(f"{file.name}.*.tmp")
+        if TEMPORARY_NAME.fullmatch(left.name)
     ]
 
 
@@ -333,7 +340,7 @@ def _create_lock_file(file: Path, text: str) -> bool:
     The text is written to a temporary sibling, which is then linked to `file`, so that no other
     process sees an incomplete lock file. Raises OSError if it cannot be written.
     """
-    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _build_lock_temporary(file)
     try:
         temporary.write_text(text, encoding="utf-8")
         try:
@@ -372,7 +379,7 @@ def _delete_lock_file(file: Path, holder: Holder | None) -> None:
         file: the lock file.
         holder: the dead holder; None for a malformed lock file.
     """
-    aside = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
+    aside = _build_lock_temporary(file)
     try:
         os.rename(file, aside)
     except FileNotFoundError:
@@ -409,7 +416,7 @@ def _read_file_system_time(file: Path) -> float:
 
     It need not be the time of this machine.
     """
-    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _build_lock_temporary(file)
     try:
         temporary.touch()
         return temporary.stat().st_mtime

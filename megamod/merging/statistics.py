@@ -6,7 +6,6 @@ They are computed during a merge on text of the recipe, or from Python and writt
 """
 
 import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megamod.errors import UserError
-from megamod.files import sync_file, sync_folder
+from megamod.files import build_temporary_path, sync_file, sync_folder
 from megamod.merging.methods.statistics import INPUT_FIRST
 from megamod.merging.recipe import InputModel, MergeRecipe
 from megamod.progress import show_progress
@@ -138,7 +137,7 @@ def write_statistics(path: Path, statistics: Mapping[str, Tensor]) -> None:
         OSError: if it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = build_temporary_path(path)
     try:
         write_tensors(temporary, statistics, {"format": "pt"})
         sync_file(temporary)

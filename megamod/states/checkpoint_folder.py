@@ -57,8 +57,9 @@ def write_latest(folder: Path, checkpoint: Path) -> None:
     """
     file, name = folder / LATEST, f"{checkpoint.name}\n"
     if not file.is_file() or file.read_text(encoding="utf-8", errors="replace") != name:
-        write_atomic(file, name)
-    sync_folder(folder)
+        write_atomic(file, name)  # syncs the folder
+    else:
+        sync_folder(folder)
 
 
 @dataclass

@@ -10,7 +10,6 @@ Source: fairseq MMapIndexedDataset and Dictionary.
 import hashlib
 import os
 import re
-import secrets
 import struct
 from collections.abc import Iterable
 from functools import partial
@@ -21,7 +20,7 @@ from typing import NoReturn
 import numpy as np
 
 from megamod.errors import UserError
-from megamod.files import sync_folder, write_atomic
+from megamod.files import build_temporary_path, sync_folder, write_atomic
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -67,7 +66,7 @@ class IndexedWriter:
             raise ValueError(f"{self.dtype} is no dtype of a token file")
         self.sizes: list[int] = []
         self._limits = np.iinfo(self.dtype)
-        self._partial = self.bin_path.with_name(f".{self.bin_path.name}.{secrets.token_hex(4)}.tmp")
+        self._partial = build_temporary_path(self.bin_path)
 
     def __enter__(self) -> "IndexedWriter":
         """Open a temporary file for the ids, beside the later .bin."""

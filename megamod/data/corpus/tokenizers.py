@@ -331,14 +331,7 @@ def _wrap_fast_tokenizer(tokenizer: "PreTrainedTokenizerFast", spec: str) -> Tok
     eos = _select_first_id(tokenizer.eos_token_id, tokenizer.sep_token_id)
     if eos is None:
         raise UserError(f"--tokenizer {spec}: it defines neither an eos nor a sep token")
-    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
-    token = max(vocabulary, key=vocabulary.get)
-    if vocabulary[token] > LARGEST_ID:
-        raise UserError(
-            f"--tokenizer {spec}: token {shorten(token)} has the id {vocabulary[token]}; the "
-            f"largest id that a tokenizer may have is {LARGEST_ID}"
-        )
-    return Tokenizer(
+    loaded = Tokenizer(
         "huggingface",
         tokenizer.backend_tokenizer,
         bos_id=_select_first_id(tokenizer.bos_token_id, tokenizer.cls_token_id, eos),
@@ -348,6 +341,14 @@ def _wrap_fast_tokenizer(tokenizer: "PreTrainedTokenizerFast", spec: str) -> Tok
         literal_specials=bool(tokenizer.split_special_tokens),
         original=tokenizer,
     )
+    if loaded.vocab_size > LARGEST_ID + 1:
+        vocabulary = loaded.backend.get_vocab(with_added_tokens=True)
+        token = max(vocabulary, key=vocabulary.get)
+        raise UserError(
+            f"--tokenizer {spec}: token {shorten(token)} has the id {vocabulary[token]}; the "
+            f"largest id that a tokenizer may have is {LARGEST_ID}"
+        )
+    return loaded
 
 
 def _select_first_id(*ids: int | None) -> int | None:
