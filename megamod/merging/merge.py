@@ -7,7 +7,7 @@ which solves for a whole layer, holds one layer.
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -222,7 +222,8 @@ def open_merge_plan(recipe: MergeRecipe, shard_bytes: int, stack: ExitStack) -> 
     Raises:
         UserError: as `average_folders`.
     """
-    folders = [_open_input_model(model, recipe.origin, stack) for model in recipe.inputs]
+    with name_origin(recipe.document) if recipe.document else nullcontext():
+        folders = [_open_input_model(model, stack) for model in recipe.inputs]
     for folder in {source.folder: source for source in folders}.values():
         check_config_fits_weights(folder)
     check_statistics_settings(recipe)
@@ -314,25 +315,22 @@ def write_config_and_tokenizer(plan: MergePlan, folder: Path, tokenizer: Path | 
     write_files_besides_weights(template, tokenizer, folder, plan.config, chat, plan.vocabulary)
 
 
-def _open_input_model(model: InputModel, origin: str, stack: ExitStack) -> TensorSource:
+def _open_input_model(model: InputModel, stack: ExitStack) -> TensorSource:
     """Open the folder of a model until the stack is closed, with its adapter if it has one.
-
-    `origin` is that of the recipe, for messages.
 
     Raises:
         UserError: if its weights or its adapter cannot be read.
     """
     if not os.path.exists(model.path):  # also False for a name that is too long
-        raise UserError(f"{origin}: {model.path}: is not a folder")
-    with name_origin(origin):
-        folder = stack.enter_context(
-            ModelFolder(model.path, model.member, beside_anchor=model.beside_anchor)
-        )
-        if model.adapter is None:
-            return folder
-        from megamod.merging.lora import AdaptedFolder
+        raise UserError(f"{model.path}: is not a folder")
+    folder = stack.enter_context(
+        ModelFolder(model.path, model.member, beside_anchor=model.beside_anchor)
+    )
+    if model.adapter is None:
+        return folder
+    from megamod.merging.lora import AdaptedFolder
 
-        return AdaptedFolder(folder, model.adapter)
+    return AdaptedFolder(folder, model.adapter)
 
 
 def _unite_vocabularies(recipe: MergeRecipe) -> Vocabulary | None:

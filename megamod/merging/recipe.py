@@ -126,6 +126,11 @@ class MergeRecipe:
     align: Mapping[str, Setting] | None = None
 
     @property
+    def document(self) -> str | None:
+        """The recipe file, for messages about models that it names; None: flags name them."""
+        return None if self.origin.startswith("--") else self.origin
+
+    @property
     def is_stacked(self) -> bool:
         """True if the layers of the result are stacked from layers of the models."""
         return bool(self.parts) and self.parts[0].sources[0].layers is not None
