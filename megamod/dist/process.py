@@ -13,7 +13,13 @@ import torch
 import torch.distributed
 
 from megamod.dist.watch import start_heartbeat, stop_heartbeat, watch_launcher
-from megamod.errors import PeerError, UserError, is_distributed_failure, is_user_fixable
+from megamod.errors import (
+    DistributedFailure,
+    PeerError,
+    UserError,
+    is_distributed_failure,
+    is_user_fixable,
+)
 
 
 @dataclass(frozen=True)
@@ -198,10 +204,16 @@ def join_process_group(timeout_seconds: float) -> torch.device:
     torch.distributed.distributed_c10d.default_pg_nccl_timeout = timeout
     on_cpu = accelerator.device_name() == "cpu"
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()
-    if alone and not torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized():
+        rank, world = read_launcher_rank(), read_launcher_world_size()
         # A store in memory: runs that start together cannot compete for a port.
+        store = torch.distributed.HashStore() if alone else _connect_store(rank, world, timeout)
+        # Before the ranks meet, so that one that is lost in between is named.
+        start_heartbeat(store, rank, world, timeout_seconds)
         torch.distributed.init_process_group(
-            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
+            backend,
+            store=torch.distributed.PrefixStore("default_pg", store),  # as torch names it
+            **dict(rank=rank, world_size=world, timeout=timeout),
         )
     deepspeed.init_distributed(
         dist_backend=backend,
@@ -211,8 +223,34 @@ def join_process_group(timeout_seconds: float) -> torch.device:
     )
     # Otherwise threads of gloo may outlive the interpreter, which aborts the process.
     atexit.register(_destroy_process_group)
-    start_heartbeat(timeout_seconds)
     return torch.device(accelerator.device_name(local_rank))
+
+
+def _connect_store(rank: int, world: int, timeout: timedelta) -> torch.distributed.Store:
+    """Connect to the store where the ranks meet, at MASTER_ADDR and MASTER_PORT.
+
+    It is in the process of rank 0, or of torchrun's agent. It is opened as torch's rendezvous does,
+    except that nobody waits there for the others: ranks that do not come could not be named.
+
+    Raises:
+        DistributedFailure: if there is no answer within `timeout`; it names rank 0.
+        RuntimeError: on rank 0, if it cannot listen.
+    """
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and not has_agent
+    try:
+        return torch.distributed.TCPStore(
+            **dict(host_name=address, port=port, world_size=world, is_master=serves),
+            **dict(timeout=timeout, wait_for_workers=False, multi_tenant=not has_agent),
+        )
+    except torch.distributed.DistNetworkError as error:
+        if serves:
+            raise
+        raise DistributedFailure(
+            f"no answer from {'the agent of ' if has_agent else ''}rank 0 on {address}, port "
+            f"{port}, within {timeout.total_seconds():.0f} s"
+        ) from error
 
 
 def make_tensor_for_collectives(values: Sequence[float]) -> torch.Tensor:

@@ -24,6 +24,7 @@ POLL = 1.0  # seconds between two looks at the launcher
 BEAT = 2.0  # seconds between two signs of life
 REPORT_EVERY = 5  # signs of life between two looks for silent ranks
 SILENCE = 30.0  # seconds without one until rank 0 reports a rank
+_LOSS = "lost"  # key of the store for the description of the first loss
 STALLED = 0.8  # share of the timeout without a step until stacks are printed
 
 # Launchers as programs and as modules of Python.
@@ -89,20 +90,23 @@ def _is_alive(process: psutil.Process) -> bool:
 class Heartbeat:
     """Thread that writes this rank's signs of life (heartbeats) and watches the other ranks'.
 
-    The signs of life are in the store of the process group. Construction starts the thread and
+    The signs of life are in the store where the ranks meet. Construction starts the thread and
     registers `describe_lost_ranks` for the message of a distributed failure.
 
     Args:
+        store: shared by all ranks; connections of its own are opened.
+        rank: this rank.
+        world: number of ranks.
         timeout: seconds after which a collective without an answer fails.
     Raises:
         RuntimeError: if the store does not answer.
     """
 
-    def __init__(self, timeout: float):
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+    def __init__(self, store: dist.Store, rank: int, world: int, timeout: float):
+        self.rank, self.world = rank, world
         self.timeout = timeout
         self.last_step = time.monotonic()
-        store = dist.distributed_c10d._get_default_store()
+        self._loss = ""  # text of the rank that first described one, as far as it is known
         # A store has one connection, on which a waiting call holds up all others.
         self._writer, self._reader = store.clone(), store.clone()
         for connection in (self._writer, self._reader):
@@ -138,37 +142,49 @@ class Heartbeat:
         The text says so if there is none, or if the store does not answer. This rank is marked as
         one that ends by itself. Takes some seconds.
         """
-        silent: list[str] | None = None
+        loss: str | None = None
         answered = threading.Event()
 
-        def find_silent_ranks() -> None:
-            """Set `silent`, and `answered` after the first answer of the store."""
-            nonlocal silent
+        def find_loss() -> None:
+            """Set `loss`, and `answered` after the first answer of the store."""
+            nonlocal loss
             with suppress(RuntimeError):
                 self._reader.set(f"failed/{self.rank}", "1")  # it ends, but it is not the reason
                 before = self._read_signs_of_life(range(self.world))
                 answered.set()
-                time.sleep(2.5 * BEAT)
-                after = self._read_signs_of_life(range(self.world))
-                silent = [
-                    _format_rank(rank, after[rank])
-                    for rank in range(self.world)
-                    if before[rank] == after[rank] and not self._reader.check([f"failed/{rank}"])
-                ]
+                if not self._reader.check([_LOSS]):
+                    time.sleep(2.5 * BEAT)
+                    self._publish_loss(before)
+                loss = self._reader.get(_LOSS).decode() if self._reader.check([_LOSS]) else ""
 
         # A store whose process is stopped accepts a question and never answers: no timeout of the
         # connection covers that.
-        thread = threading.Thread(target=find_silent_ranks, daemon=True)
+        thread = threading.Thread(target=find_loss, daemon=True)
         thread.start()
         if answered.wait(2 * BEAT):
             thread.join(4 * BEAT)
         if self.rank == 0:  # the store may end with this process, and others still read from it
-            time.sleep(BEAT)
-        if silent is None:  # the store lies in the process of rank 0 or of its launcher
-            return f"no answer from rank 0 on {os.environ.get('MASTER_ADDR')}"
-        if not silent:
-            return "all ranks show signs of life"
-        return "no sign of life of " + ", ".join(silent)
+            time.sleep(1.5 * BEAT)
+        if loss is None:  # the store lies in the process of rank 0 or of its launcher
+            return self._loss or f"no answer from rank 0 on {os.environ.get('MASTER_ADDR')}"
+        return loss or "all ranks show signs of life"
+
+    def _publish_loss(self, before: Sequence[str]) -> None:
+        """Write into the store which ranks are silent, if there is one: the first text stays.
+
+        A rank that ends for a loss ends others, which could not tell whose end came first.
+
+        Args:
+            before: signs of life of all ranks some beats ago.
+        """
+        after = self._read_signs_of_life(range(self.world))
+        silent = [
+            _format_rank(rank, after[rank])
+            for rank in range(self.world)
+            if before[rank] == after[rank] and not self._reader.check([f"failed/{rank}"])
+        ]
+        if silent:
+            self._reader.compare_set(_LOSS, "", "no sign of life of " + ", ".join(silent))
 
     def _write_sign_of_life(self, count: int) -> None:
         """Write this rank's sign of life: `count`, host and process.
@@ -191,19 +207,21 @@ class Heartbeat:
     def _run_until_stopped(self) -> None:
         """Run the first thread until `stop`: write signs of life, and report silent ranks.
 
-        Every `BEAT` seconds the sign of life of this rank is written. Rank 0 reports other ranks
-        that are silent, see `_report_silent_ranks`. The thread ends without a message when the
-        store is gone.
+        Every `BEAT` seconds the sign of life of this rank is written, and a loss that another rank
+        has described is read. Rank 0 reports other ranks that are silent, see
+        `_report_silent_ranks`. The thread ends without a message when the store is gone.
         """
         count, seen, reported = 0, [("", time.monotonic())] * self.world, set()
         while not self._stop.wait(BEAT):
             count += 1
             try:
                 self._write_sign_of_life(count)
+                if not self._loss and self._writer.check([_LOSS]):
+                    self._loss = self._writer.get(_LOSS).decode()
                 if self.rank == 0 and count % REPORT_EVERY == 0:
                     self._report_silent_ranks(seen, reported)
             except RuntimeError:
-                return  # the store is gone: collectives fail, and the error there names rank 0
+                return  # the store is gone: collectives fail, and the error there names the loss
 
     def _watch_steps(self) -> None:
         """Run the second thread until `stop`: print the stacks of this rank if it is stalled.
@@ -244,23 +262,25 @@ class Heartbeat:
 
 
 def _format_rank(rank: int, text: str) -> str:
-    """Format a rank with host and process from its last sign of life; alone if that is empty."""
-    words = text.split()
-    return f"rank {rank} on {words[1]} (process {words[2]})" if len(words) == 3 else f"rank {rank}"
+    """Format a rank with host and process from its last sign of life."""
+    if not text:
+        return f"rank {rank}, which has not joined"
+    _, host, process = text.split()
+    return f"rank {rank} on {host} (process {process})"
 
 
 _heartbeat: Heartbeat | None = None
 
 
-def start_heartbeat(timeout: float) -> None:
+def start_heartbeat(store: dist.Store, rank: int, world: int, timeout: float) -> None:
     """Start the `Heartbeat` of this process, unless it runs or this rank is alone.
 
     Args:
-        timeout: see `Heartbeat`.
+        store: see `Heartbeat`, and so are the other arguments.
     """
     global _heartbeat
-    if dist.get_world_size() > 1 and _heartbeat is None:
-        _heartbeat = Heartbeat(timeout)
+    if world > 1 and _heartbeat is None:
+        _heartbeat = Heartbeat(store, rank, world, timeout)
 
 
 def stop_heartbeat() -> None:

@@ -58,37 +58,59 @@ def test_a_rank_ends_after_its_launcher(tmp_path, number):
 
 
 RANK = """
-import os, signal, torch
+import os, signal, sys, torch
 from megamod.dist.process import join_process_group
 from megamod.errors import run_main
 def main():
-    join_process_group(60)
+    join_process_group(float(sys.argv[1]))
     torch.distributed.barrier()
-    if os.environ["RANK"] == "1":
+    rank = int(os.environ["RANK"])
+    if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    while True:
-        torch.distributed.all_reduce(torch.ones(1))
+    torch.distributed.recv(torch.ones(1), 1 if rank == 0 else 0)
 run_main(main)
 """
 
 
-@pytest.mark.slow  # starts ranks
-def test_a_lost_rank_is_named_with_its_host():
-    meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="3")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", RANK],
+def run_ranks(ranks, world, timeout):
+    """From each of `ranks` of a job of `world` to its process and what it printed of errors."""
+    meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(world))
+    processes = {
+        rank: subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", RANK, str(timeout)],
             env={**os.environ, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(3)
-    ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [4, -signal.SIGKILL, 4]
-    name = f"no sign of life of rank 1 on {os.uname().nodename} (process {ranks[1].pid})"
+        for rank in ranks
+    }
+    return {
+        rank: (process, process.communicate(timeout=120)[1]) for rank, process in processes.items()
+    }
+
+
+@pytest.mark.slow  # starts ranks
+def test_a_lost_rank_is_named_with_its_host_also_by_ranks_that_wait_for_others():
+    """Rank 2 waits for rank 0, whose process, with the store, has ended when rank 2 notices."""
+    ranks = run_ranks(range(3), 3, 60)
+    assert [ranks[rank][0].returncode for rank in range(3)] == [4, -signal.SIGKILL, 4]
+    name = f"no sign of life of rank 1 on {os.uname().nodename} (process {ranks[1][0].pid})"
     for rank in (0, 2):
-        assert f"rank {rank} on {os.uname().nodename} lost its peers; {name}: " in errors[rank]
+        assert f"rank {rank} on {os.uname().nodename} lost its peers; {name}: " in ranks[rank][1]
+
+
+@pytest.mark.slow  # starts ranks
+@pytest.mark.parametrize(
+    ("absent", "named"),
+    [
+        (1, "no sign of life of rank 1, which has not joined"),
+        (0, "no answer from rank 0 on 127.0.0.1, port "),
+    ],
+)
+def test_a_rank_that_does_not_come_is_named(absent, named):
+    present = 1 - absent
+    process, shown = run_ranks([present], 2, 4)[present]
+    assert process.returncode == 4 and named in shown
 
 
 class Store:
@@ -107,11 +129,15 @@ class Store:
         self.values[key] = value.encode()
 
     def get(self, key):
-        rank = int(key.removeprefix("beat/"))
-        if rank in self.beating:
+        kind, _, rank = key.partition("/")
+        if kind == "beat" and int(rank) in self.beating:
             self.count += 1
-            self.values[key] = f"{self.count} node{rank} {100 + rank}".encode()
+            self.values[key] = f"{self.count} node{rank} 10{rank}".encode()
         return self.values[key]
+
+    def compare_set(self, key, expected, value):
+        assert expected == ""
+        self.values.setdefault(key, value.encode())
 
     def check(self, keys):
         return all(key in self.values for key in keys)
@@ -123,10 +149,7 @@ def heartbeat(monkeypatch):
     store.values |= {f"beat/{rank}": b"0 node1 101" for rank in range(4)}
     monkeypatch.setattr(watch, "BEAT", 0.02)
     monkeypatch.setattr(watch, "SILENCE", 0.3)
-    monkeypatch.setattr(watch.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(watch.dist, "get_world_size", lambda: 4)
-    monkeypatch.setattr(watch.dist.distributed_c10d, "_get_default_store", lambda: store)
-    beat = Heartbeat(timeout=1.0)
+    beat = Heartbeat(store, rank=0, world=4, timeout=1.0)
     yield beat, store
     beat.stop()
 

@@ -136,7 +136,8 @@ def check_end(outcome: Outcome, rank: int, victim: int, seconds: float) -> list[
         return [f"rank {rank} took {seconds:.0f} s"]
     if outcome.code != 4:
         return [f"rank {rank} ended with {outcome.code}: {outcome.text[-500:]}"]
-    if f"rank {victim} on {host}" not in outcome.text and f"rank {victim}: " not in outcome.text:
+    names = (f"rank {victim} on {host}", f"rank {victim}: ", f"rank {victim}, which has not joined")
+    if not any(name in outcome.text for name in names):
         return [f"rank {rank} does not name rank {victim}: {outcome.text[-500:]}"]
     return []
 
