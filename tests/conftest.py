@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import json
 import os
 import shutil
 import tempfile
@@ -111,34 +112,52 @@ def browser(chromium):
     return chromium
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared(tmp_path_factory):
+    """A folder that all workers of pytest-xdist share, with the warm process of launch.py."""
+    from launch import SESSIONS
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    os.environ["MEGAMOD_TEST_SHARED"] = str(folder)
+    with SESSIONS:
+        yield folder
+
+
 @pytest.fixture(scope="session")
-def warm():
-    """A warm process for drills, see drills/warm.py."""
-    from drills.warm import warm_process
+def warm(shared):
+    """A session of the warm process, see drills/warm.py."""
+    from launch import open_warm_session
 
-    with warm_process() as process:
-        yield process
+    return open_warm_session()
 
 
 @pytest.fixture(scope="session")
-def inputs(tmp_path_factory):
+def inputs(shared):
     """Folder with the inputs of all commands of drills/commands.py."""
     from drills.commands import make_inputs
+    from drills.warm import hold
 
-    return make_inputs(tmp_path_factory.mktemp("drill") / "in")
+    folder = shared / "drill-inputs"
+    with hold(shared / "inputs.lock"):
+        return folder if folder.exists() else make_inputs(folder)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(warm, inputs, tmp_path_factory):
+def undisturbed(warm, inputs, shared):
     """From a command to the digests of what it writes, and the number of its sites."""
     from drills.commands import COMMANDS, make_workplace, read_tree
-    from drills.warm import Command
+    from drills.warm import Command, hold
 
     @functools.cache
     def run(name: str) -> tuple[dict[str, str], int]:
-        folder = make_workplace(tmp_path_factory.mktemp("undisturbed") / name, inputs)
-        outcome = warm.run(Command(COMMANDS[name], str(folder)))
-        assert outcome.code == 0, outcome.text
-        return read_tree(folder / "out"), outcome.sites
+        record = shared / f"undisturbed-{name}.json"
+        with hold(record.with_suffix(".lock")):
+            if not record.exists():
+                folder = make_workplace(shared / f"undisturbed-{name}", inputs)
+                outcome = warm.run(Command(COMMANDS[name], str(folder)))
+                assert outcome.code == 0, outcome.text
+                record.write_text(json.dumps([read_tree(folder / "out"), outcome.sites]))
+        return tuple(json.loads(record.read_text()))
 
     return run

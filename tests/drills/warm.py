@@ -4,19 +4,26 @@ The warm process has imported everything, so a launcher starts in a moment. A ch
 or its disk fail, before its N-th call that changes the disk below its folder (a site): opening a
 file to write, fsync, rename, link, unlink, mkdir.
 
-    python tests/drills/warm.py     reads requests from standard input, one JSON object each
+    python tests/drills/warm.py SOCKET     serves connections until standard input ends
+
+Workers of pytest share one warm process. It forks a session for every connection, which reads
+requests, one JSON object a line.
 """
 
 import builtins
 import errno
+import fcntl
+import importlib
 import io
 import json
 import os
+import pkgutil
 import resource
 import runpy
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -51,6 +58,7 @@ class Command:
         event: "kill", "stop" (by SIGSTOP), "exit" or "error" (that nobody foresees); "full" or
             "read-only": this call and all later ones fail.
         variables: added to the environment.
+        separate: whether standard error is apart from standard output.
     """
 
     words: Sequence[str]
@@ -58,6 +66,7 @@ class Command:
     site: int | None = None
     event: str = "kill"
     variables: dict[str, str] = field(default_factory=dict)
+    separate: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,11 +77,13 @@ class Outcome:
         code: exit code, `-signal`, or `HUNG`.
         text: what it printed.
         sites: calls that changed the disk, as far as it came.
+        errors: what it printed on standard error, if that is separate.
     """
 
     code: int | str
     text: str
     sites: int
+    errors: str = ""
 
     @property
     def is_clean(self) -> bool:
@@ -81,16 +92,15 @@ class Outcome:
 
 
 class Warm:
-    """The warm process."""
+    """A session of the warm process."""
 
-    def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path[:1] + _paths())},
-        )
+    def __init__(self, connection: socket.socket):
+        self._stream = connection.makefile("rw")
+        connection.close()  # the stream keeps it open
+
+    def close(self) -> None:
+        """End the session; its children end with it."""
+        self._stream.close()
 
     def start(self, command: Command) -> int:
         """Start a child; returns its process number."""
@@ -111,49 +121,97 @@ class Warm:
         return self.wait(self.start(command), seconds)
 
     def _ask(self, request: dict[str, object]) -> object:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        """End the warm process; its children end with it."""
-        self.process.stdin.close()
-        self.process.wait(30)
+        self._stream.write(json.dumps(request) + "\n")
+        self._stream.flush()
+        return json.loads(self._stream.readline())
 
 
 @contextmanager
-def warm_process() -> Iterator[Warm]:
-    """Yield a warm process that lives as long as the block."""
-    warm = Warm()
+def open_session(folder: Path) -> Iterator[Warm]:
+    """Yield a session of the warm process of a folder, which is started if there is none.
+
+    Args:
+        folder: exists and is one for all workers.
+    """
+    address = str(folder / "warm.socket")
+    process, connection = None, socket.socket(socket.AF_UNIX)
+    with hold(folder / "warm.lock"):
+        try:
+            connection.connect(address)
+        except OSError:
+            Path(address).unlink(missing_ok=True)  # of a process that has ended
+            process = _start_warm_process(address)
+            connection.connect(address)
+    session = Warm(connection)
     try:
-        yield warm
+        yield session
     finally:
-        warm.close()
+        session.close()
+        if process is not None:  # it goes on for the sessions of other workers
+            process.stdin.close()
+
+
+@contextmanager
+def hold(lock: Path) -> Iterator[None]:
+    """Hold a lock that all workers share."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _start_warm_process(address: str) -> subprocess.Popen:
+    """Start a warm process; return when it listens at `address`."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", __file__, address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path[:1] + _paths())},
+    )
+    assert process.stdout.readline(), "the warm process has ended"
+    return process
 
 
 def _paths() -> list[str]:
     return [str(REPOSITORY), str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", "")]
 
 
-def serve() -> None:
-    """Answer requests until standard input ends."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+def serve(address: str) -> None:
+    """Fork a session for every connection to a socket, until standard input ends."""
     _import_everything()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for sessions
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        print("ready", flush=True)
+        os.dup2(2, 1)  # from here on, what children print
+        while sys.stdin.fileno() not in (ready := select.select([listener, 0], [], [])[0]):
+            connection, _ = ready[0].accept()
+            with connection:
+                if os.fork() == 0:
+                    listener.close()
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    _serve_session(connection)
+                    os._exit(0)
+
+
+def _serve_session(connection: socket.socket) -> None:
+    """Answer the requests of a connection until it is closed; its children end then."""
     children: set[int] = set()
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request.pop("do") == "start":
-            pid = os.fork()
-            if pid == 0:
-                _be_child(Command(**request))
-            children.add(pid)
-            reply: object = pid
-        else:
-            reply = _wait(request["pid"], request["seconds"])
-            children.discard(request["pid"])
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+    with connection.makefile("rw") as stream:
+        for line in stream:
+            request = json.loads(line)
+            if request.pop("do") == "start":
+                pid = os.fork()
+                if pid == 0:
+                    connection.close()
+                    _be_child(Command(**request))
+                children.add(pid)
+                reply: object = pid
+            else:
+                reply = _wait(request["pid"], request["seconds"])
+                children.discard(request["pid"])
+            stream.write(json.dumps(reply) + "\n")
+            stream.flush()
     for pid in children:
         os.killpg(pid, signal.SIGKILL)
 
@@ -164,17 +222,21 @@ def _import_everything() -> None:
     import transformers  # noqa: F401
 
     import megamod.btm.branch
+    import megamod.commands
     import megamod.convert
     import megamod.data.corpus.binarize
     import megamod.merging.merge
     import megamod.runs.finetune.run
     import megamod.runs.pretrain.causal_lm
-    import megamod.runs.pretrain.encoder_lm  # noqa: F401
+    import megamod.runs.pretrain.encoder_lm
+
+    for module in pkgutil.iter_modules(megamod.commands.__path__):
+        importlib.import_module(f"megamod.commands.{module.name}")
 
     torch.set_num_threads(1)
 
 
-def _wait(pid: int, seconds: float) -> tuple[int | str, str, int]:
+def _wait(pid: int, seconds: float) -> tuple[int | str, str, int, str]:
     """Wait for a child; returns the fields of its `Outcome`."""
     descriptor = os.pidfd_open(pid)
     hung = not select.select([descriptor], [], [], seconds)[0]
@@ -182,27 +244,25 @@ def _wait(pid: int, seconds: float) -> tuple[int | str, str, int]:
     if hung:
         os.killpg(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    output, count = _log_of(pid), _count_of(pid)
-    text = output.read_text(errors="replace")
-    sites = int.from_bytes(count.read_bytes(), "little") if count.exists() else 0
-    for file in (output, count):
+    sites, text, errors = (file.read_bytes() if file.exists() else b"" for file in _files_of(pid))
+    for file in _files_of(pid):
         file.unlink(missing_ok=True)
-    return HUNG if hung else code, text, sites
+    texts = [part.decode(errors="replace") for part in (text, errors)]
+    return HUNG if hung else code, texts[0], int.from_bytes(sites, "little"), texts[1]
 
 
-def _log_of(pid: int) -> Path:
-    return Path(tempfile.gettempdir()) / f"megamod-drill-{os.getuid()}-{pid}.log"
-
-
-def _count_of(pid: int) -> Path:
-    return _log_of(pid).with_suffix(".sites")
+def _files_of(pid: int) -> list[Path]:
+    """Files of a child: the number of its sites, standard output and standard error."""
+    name = f"megamod-drill-{os.getuid()}-{pid}"
+    return [Path(tempfile.gettempdir()) / f"{name}.{kind}" for kind in ("sites", "out", "err")]
 
 
 def _be_child(command: Command) -> None:
     """Run a command in this process, which ends with it."""
     os.setsid()
-    log = os.open(_log_of(os.getpid()), os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-    for number in (1, 2):
+    for number, file in enumerate(_files_of(os.getpid())[1:], 1):
+        if number == 1 or command.separate:
+            log = os.open(file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         os.dup2(log, number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdin, sys.stdout, sys.stderr = (
@@ -237,7 +297,7 @@ def _watch_sites(folder: Path, site: int | None, event: str) -> None:
     """Count the calls that change the disk below a folder; do something before one of them."""
     prefix, parent, count = f"{folder}{os.sep}", os.getpid(), [0]
     numbers = {"full": errno.ENOSPC, "read-only": errno.EROFS}
-    counter = os.open(_count_of(parent), os.O_CREAT | os.O_WRONLY)
+    counter = os.open(_files_of(parent)[0], os.O_CREAT | os.O_WRONLY)
 
     def pass_site() -> None:
         number, count[0] = count[0], count[0] + 1
@@ -285,4 +345,4 @@ def _changes_disk(name: str, arguments: tuple, options: dict, prefix: str) -> bo
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])

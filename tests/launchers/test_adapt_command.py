@@ -1,18 +1,8 @@
 """launchers/adapt.py as people start it."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from launch import run_launcher
 from saved_models import make_data, make_model
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def launch(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, f"launchers/{launcher}.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
 
 
 def test_an_expert_more_from_command_to_scores(tmp_path):
@@ -20,7 +10,7 @@ def test_an_expert_more_from_command_to_scores(tmp_path):
     demix = make_model(tmp_path / "demix", untie="feedforward", domains=["law", "code"])
     flags = ("--forest", demix, "--data", data, "--domain", "art", "--output_dir", tmp_path / "out")
     sizes = ("--max_steps", 2, "--per_device_train_batch_size", 1, "--prior_sequences", 2)
-    done = launch("adapt", *flags, *sizes, "--report_to", "none")
+    done = run_launcher("adapt", *flags, *sizes, "--report_to", "none")
     assert done.returncode == 0, done.stderr
     assert "of the highest posterior" in done.stdout and "after adaptation" in done.stdout
     grown = tmp_path / "out" / "model"
@@ -28,7 +18,7 @@ def test_an_expert_more_from_command_to_scores(tmp_path):
     kept = (tmp_path / "out" / "run.yaml").read_text()
     assert "learning_rate: 5.0e-05  # default" in kept and "method: feedforward" in kept
     assert (tmp_path / "out" / "start.json").exists()
-    done = launch("verify", grown)
+    done = run_launcher("verify", grown)
     assert done.returncode == 0, done.stderr
 
 
@@ -41,7 +31,7 @@ def test_an_expert_more_from_command_to_scores(tmp_path):
     ],
 )
 def test_a_mistake_is_one_message_and_exit_2(arguments, message):
-    done = launch("adapt", *arguments)
+    done = run_launcher("adapt", *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("UserError: ") and message in done.stderr
     assert done.stderr.count("\n") == 1

@@ -1,16 +1,15 @@
 """launchers/check_hostfile.py as people start it."""
 
+import functools
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from launch import run_launcher
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "launchers" / "check_hostfile.py"
 
 
-def check(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, LAUNCHER, *words]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True)
+check = functools.partial(run_launcher, "check_hostfile")
 
 
 def test_a_good_file_and_its_experts(tmp_path):

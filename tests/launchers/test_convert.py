@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 import json
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import run_launcher
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForPreTraining
 
@@ -26,9 +28,7 @@ needs_golden = pytest.mark.skipif(
 )
 
 
-def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(LAUNCHER), "--format", "fairseq_lm", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+launch = functools.partial(run_launcher, "convert", "--format", "fairseq_lm")
 
 
 def convert_here(monkeypatch, *arguments: object) -> str:
@@ -150,7 +150,9 @@ def test_a_hostile_pickle_ends_with_exit_2_and_leaves_nothing(tmp_path, zipped):
     content = {"model": {"decoder.version": Hostile(tmp_path / "canary")}}
     torch.save(content, inside / "checkpoint_last.pt", _use_new_zipfile_serialization=zipped)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = launch("--input", inside, "--output_dir", tmp_path / "out")
+    command = [sys.executable, str(LAUNCHER), "--format", "fairseq_lm", "--input", str(inside)]
+    command += ["--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10  # seconds
     assert done.returncode == 2

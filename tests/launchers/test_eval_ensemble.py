@@ -1,19 +1,17 @@
+import functools
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import run_launcher
 from saved_models import TOKENS, make_data, make_model
 
 from megamod.errors import UserError
 from megamod.flags import parse_args
 from megamod.runs.studies.ensemble import evaluate_ensemble
 from megamod.runs.studies.ensemble_args import EnsembleArgs
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +22,7 @@ def root(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launchers/eval_ensemble.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+launch = functools.partial(run_launcher, "eval_ensemble")
 
 
 def test_estimate_then_score(root, tmp_path):

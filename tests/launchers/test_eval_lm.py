@@ -1,19 +1,13 @@
+import functools
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from launch import run_launcher
 from saved_models import DOMAINS, make_data, make_model, plain_perplexity
 
 from megamod.models.lm.demix import DemixForCausalLM
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launchers/eval_lm.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+launch = functools.partial(run_launcher, "eval_lm")
 
 
 def test_two_models_side_by_side(tmp_path):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launch import run_launcher
 
 from megamod.errors import UserError
 from megamod.runs.studies.sweep import SweepJob, read_sweep, run_sweep
@@ -14,17 +15,6 @@ from megamod.runs.studies.sweep import SweepJob, read_sweep, run_sweep
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
 HEADER = "sentence\tlabel\n"
-
-
-def start(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
-    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", str(LAUNCHERS / f"{name}.py"), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        env={key: value for key, value in os.environ.items() if key not in left_out},
-        timeout=300,
-    )
 
 
 @pytest.fixture
@@ -46,7 +36,8 @@ def root(tmp_path) -> Path:
 @pytest.mark.parametrize("name", ["finetune_glue", "finetune_ner", "finetune_all"])
 def test_help_is_quick_and_shows_commands(name):
     begin = os.times().children_user
-    done = start(name, "--help")
+    command = [sys.executable, "-W", "ignore", LAUNCHERS / f"{name}.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and f"megamod {name.replace('_', '-')} " in done.stdout
     assert "--output_dir" in done.stdout and os.times().children_user - begin < 1
 
@@ -57,12 +48,12 @@ def test_a_run_from_the_command_line_and_a_mistake_in_its_file(root):
         "--tokenizer_name", root / "tokenizer", "--do_train", "--do_eval", "--max_steps", 2,
         "--per_device_train_batch_size", 2, "--output_dir",
     ]  # fmt: skip
-    done = start("finetune_glue", *flags, root / "out")
+    done = run_launcher("finetune_glue", *flags, root / "out")
     assert done.returncode == 0, done.stderr
     assert "dev accuracy" in done.stdout and (root / "out" / "model" / "config.json").exists()
     file = root / "data" / "dev.tsv"
     file.write_text(HEADER + "good film\t1\nbad film\t2\n")
-    done = start("finetune_glue", *flags, root / "no")
+    done = run_launcher("finetune_glue", *flags, root / "no")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"{file}, line 3: label '2' is not one of task sst-2: 0, 1" in done.stderr
     assert not (root / "no").exists()

@@ -1,11 +1,12 @@
+import functools
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launch import run_launcher
 from saved_models import make_data, make_model
 from transformers import BertConfig
 
@@ -15,13 +16,7 @@ from megamod.states.forest import Expert, Parent, open_forest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch(name: str, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "ignore", ROOT / "launchers" / f"{name}.py"]
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
-
-
-def forest(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return launch("forest", *arguments, cwd=cwd)
+forest = functools.partial(run_launcher, "forest")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +138,7 @@ def test_pretraining_goes_on_from_a_branch(tmp_path):
     common = ("--data", data, "--max_seq_length", 8, "--max_steps", 6, "--logging_steps", 1)
     common += ("--hidden_size", 16, "--num_attention_heads", 2, "--report_to", "none")
     common += ("--per_device_train_batch_size", 2)
-    seeded = launch(
+    seeded = run_launcher(
         *("pretrain", *common, "--domains", "law", "code", "--global_batch_size", 4),
         *("--save_steps", 1, "--stop_step", 4, "--output_dir", seed),
     )
@@ -153,9 +148,13 @@ def test_pretraining_goes_on_from_a_branch(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert [item.name for item in (law / "checkpoints").iterdir()] == ["step-2"]
-    wrong = launch("pretrain", *common, "--learning_rate", 1, "--domains=law", "--output_dir", law)
+    wrong = run_launcher(
+        "pretrain", *common, "--learning_rate", 1, "--domains=law", "--output_dir", law
+    )
     assert wrong.returncode == 2 and "learning_rate: 0.0005 then, 1.0 now" in wrong.stderr
-    trained = launch("pretrain", *common, "--domains", "law", "--seed", 8, "--output_dir", law)
+    trained = run_launcher(
+        "pretrain", *common, "--domains", "law", "--seed", 8, "--output_dir", law
+    )
     assert trained.returncode == 0, trained.stderr
     rates = {}
     for run in (seed, law):
@@ -181,4 +180,4 @@ def test_pretraining_goes_on_from_a_branch(tmp_path):
         config_digest=built.config_digest,
     )
     assert len(built.config_digest) == 64
-    assert launch("verify", tmp_path).returncode == 0
+    assert run_launcher("verify", tmp_path).returncode == 0

@@ -1,17 +1,17 @@
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launch import run_launcher
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHER = REPOSITORY / "launchers" / "preprocess.py"
 
 
-def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(LAUNCHER), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+launch = functools.partial(run_launcher, "preprocess")
 
 
 def test_help_does_not_load_torch():
