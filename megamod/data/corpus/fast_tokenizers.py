@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megamod.data.corpus.lines import read_lines
-from megamod.errors import UserError
+from megamod.errors import UserError, name_origin, shorten
+from megamod.schemas import read_json_object
 
 if TYPE_CHECKING:
     import tokenizers
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CASED_SHARE = 0.2  # of the tokens with letters; BERT's cased vocabulary has 0.4, Chinese BERT 0.003
+LARGEST_ID = 2**24 - 1  # libraries visit every id below the largest, also those without a token
 TRIED = 200  # tokens tried at least, spread over the vocabulary; all of a smaller one
 
 
@@ -30,7 +32,8 @@ def load_fast_tokenizer(spec: str, do_lower_case: bool | None = None) -> "PreTra
         do_lower_case: overrides the folder's setting, for BERT word pieces only. None: the folder's
             setting; with vocab.txt alone True unless capitals are a real part of the vocabulary.
     Raises:
-        UserError: if `do_lower_case` does not apply, or the tokenizer is slow or encodes no text.
+        UserError: if `do_lower_case` does not apply, the tokenizer is slow or encodes no text, or
+            a file of the folder has an id above `LARGEST_ID`.
         OSError, ValueError, KeyError, ImportError: from transformers, if there is no tokenizer.
     """
     from transformers import AutoTokenizer, BertTokenizerFast
@@ -43,6 +46,9 @@ def load_fast_tokenizer(spec: str, do_lower_case: bool | None = None) -> "PreTra
         fast = BertTokenizerFast(vocab=vocab, do_lower_case=lower)
         _check_encodes_text(fast, spec)
         return fast
+    for name in sorted(names & {"tokenizer.json", "vocab.json"}):
+        with name_origin(f"--tokenizer {spec}"):
+            _check_ids(folder / name)
     options = {} if do_lower_case is None else {"do_lower_case": do_lower_case}
     fast = AutoTokenizer.from_pretrained(spec, trust_remote_code=False, **options)
     if not fast.is_fast:
@@ -55,6 +61,31 @@ def load_fast_tokenizer(spec: str, do_lower_case: bool | None = None) -> "PreTra
         )
     _check_encodes_text(fast, spec)
     return fast
+
+
+def _check_ids(path: Path) -> None:
+    """Refuse ids above `LARGEST_ID` in a vocabulary, tokenizer.json or vocab.json.
+
+    A file of some bytes would take minutes and gigabytes as soon as a library has it. Parts that
+    are no vocabulary are left to the library, whose error says more.
+
+    Raises:
+        UserError: naming token and id; or if the file is no JSON object.
+    """
+    content = read_json_object(path)
+    model = content.get("model", {"vocab": content})
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
+    added = content.get("added_tokens")
+    for entry in added if isinstance(added, list) else ():
+        if isinstance(entry, dict):
+            ids.append((entry.get("content"), entry.get("id")))
+    for token, number in ids:
+        if isinstance(number, int) and number > LARGEST_ID:
+            raise UserError(
+                f"{path}: token {shorten(token)} has the id {shorten(number)}; the largest id that "
+                f"a tokenizer may have is {LARGEST_ID}"
+            )
 
 
 def _check_encodes_text(tokenizer: "PreTrainedTokenizerFast", spec: str) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megamod.data.corpus import sentencepiece_model
-from megamod.data.corpus.fast_tokenizers import load_fast_tokenizer
+from megamod.data.corpus.fast_tokenizers import LARGEST_ID, load_fast_tokenizer
 from megamod.data.corpus.indexed import Dictionary
 from megamod.errors import UserError, report_damage, shorten
 from megamod.files import write_atomic
@@ -30,7 +30,6 @@ SENTENCEPIECE_FILE = "sentencepiece.model"
 GPT2_FILES = ("encoder.json", "vocab.bpe", "dict.txt")
 FAIRSEQ_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
 ALPHABET = 1000  # most frequent characters that trained word pieces cover
-LARGEST_ID = 2**31 - 1  # ids are int32
 LONGEST = 1 << 20  # characters of a text encoded at once: bounds the memory for a huge document
 
 
