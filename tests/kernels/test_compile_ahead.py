@@ -56,7 +56,7 @@ for build in found.values():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long  # compiles every kernel
 def test_kernels_can_be_launched_where_a_number_is_one():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-c", ONES]

@@ -89,6 +89,7 @@ def test_attention_against_float64(arguments, poisoned):
             assert error(result, target) <= 5e-6
 
 
+@pytest.mark.long  # half a minute of the interpreter
 def test_large_tiles(monkeypatch, poisoned):
     """Tuned tiles on sizes that no tile divides, which tests are too small to be given."""
     tuned = module.select_matmul_tile(2**20, 2)

@@ -167,7 +167,7 @@ def test_torchrun_trains_independent_models(folder):
             assert naive_perplexity(model, data, domain) == pytest.approx(output, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # three runs; drills/drill_cuts.py has more of them with each push
 def test_sigterm_then_the_same_command_is_the_run_without_it(folder):
     """The second run is the run.yaml of the first, which so is shown to repeat a run."""
     steps, whole, cut = 60, folder / "whole", folder / "cut"

@@ -180,7 +180,10 @@ def bert() -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "backend"), [(mux_bert, "inductor"), (bert, "aot_eager")])
+@pytest.mark.parametrize(
+    ("make", "backend"),
+    [pytest.param(mux_bert, "inductor", marks=pytest.mark.long), (bert, "aot_eager")],
+)
 def test_encoders(make, backend):
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip(NO_COMPILER)
