@@ -59,7 +59,7 @@ def test_correlations_are_those_of_numpy_whatever_the_batches(far):
         sums = CrossCovariance(5)
         for entry, other in zip(first.split(sizes), second.split(sizes), strict=True):
             sums.add_batch(entry, other)
-        result = sums.compute_moments().compute_correlation()
+        result = sums.compute_moments().overwrite_cross_by_correlation()
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
         assert not result[1].any()
 
@@ -209,7 +209,7 @@ def test_features_are_those_of_a_plain_loop(level, special):
         first, second, [group], (), iterate_whole_batches(texts(20), 3), options
     )
     assert measured.row_count == len(rows[0])
-    result = measured.covariances[group.name].compute_moments().compute_correlation()
+    result = measured.covariances[group.name].compute_moments().overwrite_cross_by_correlation()
     expected = np.corrcoef(rows[0].T, rows[1].T)[:16, 16:]
     torch.testing.assert_close(result, torch.from_numpy(expected), rtol=0, atol=2e-4)
 

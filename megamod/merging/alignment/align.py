@@ -326,7 +326,7 @@ def _match_groups(
         count = measured.row_count if by_tokens else None
         moments = [measured.covariances[name].compute_moments(count) for name in names]
         mean = average_moments(moments) if len(moments) > 1 else moments[0]
-        matrix = (mean.cross if options.covariance else mean.compute_correlation()).cpu()
+        matrix = (mean.cross if options.covariance else mean.overwrite_cross_by_correlation()).cpu()
         return matrix.abs() if options.absolute else matrix
 
     if options.method == "identity":

@@ -211,7 +211,8 @@ def _match_features(group: PermutationGroup, measured: FeatureStatistics) -> Gro
 
     The sums of the group in `measured` are overwritten.
     """
-    correlation = measured.covariances[group.name].compute_moments().compute_correlation().cpu()
+    moments = measured.covariances[group.name].compute_moments()
+    correlation = moments.overwrite_cross_by_correlation().cpu()
     if any(axis.role == "sign" for axis in group.axes):
         return match_signed_features(correlation)
     match = assign_features(correlation)

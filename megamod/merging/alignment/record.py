@@ -67,7 +67,7 @@ class Alignment:
 
     def find_maps(self, group: PermutationGroup) -> Maps:
         """Return the maps of a group by role; empty if it has none."""
-        return self.maps.get("res.emb" if group.family == "res" else group.name, {})
+        return self.maps.get(find_map_name(group), {})
 
     def find_applied_permutations(self, symmetry: Symmetry) -> dict[str, Tensor]:
         """Return the permutations that are applied to a model, by group of its symmetry.
@@ -151,6 +151,15 @@ class Alignment:
                 write_json(temporary / _RECORD, record)
         except FileExistsError as error:
             raise UserError(f"{folder}: exists already") from error
+
+
+def find_map_name(group: PermutationGroup) -> str:
+    """Return the name under which `Alignment.maps` has the maps of a group.
+
+    All groups of the residual stream share those of "res.emb": there is one stream, and the layers
+    add to it.
+    """
+    return "res.emb" if group.family == "res" else group.name
 
 
 def make_identity_alignment(symmetry: Symmetry, options: AlignmentOptions) -> Alignment:

@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from megamod.errors import UserError
 from megamod.files import write_atomic
 from megamod.merging.alignment.calibration import CalibrationBatch, iterate_whole_batches
-from megamod.merging.alignment.groups import PermutationGroup
 from megamod.merging.alignment.orthogonal import (
     FREE,
     PLANES,
@@ -43,7 +42,7 @@ from megamod.merging.alignment.permute import (
     make_axis_change,
     permute_state,
 )
-from megamod.merging.alignment.record import Alignment
+from megamod.merging.alignment.record import Alignment, find_map_name
 from megamod.merging.alignment.symmetry import Symmetry
 from megamod.progress import show_progress
 
@@ -276,7 +275,7 @@ class Refinement:
         """
         changes: dict[str, list[AxisChange]] = {}
         for group in self._symmetry.groups.values():
-            maps = {role: b for (name, role), b in blocks.items() if name == _find_map_name(group)}
+            maps = {role: b for (name, role), b in blocks.items() if name == find_map_name(group)}
             for axis in group.axes if maps else ():
                 change = make_axis_change(group, axis, None, maps)
                 if change.blocks is not None:
@@ -344,11 +343,6 @@ class Refinement:
         }
         numbers = {"step": str(state.step), "best_loss": state.best_loss.hex()}
         write_atomic(self._file, save(tensors, numbers))
-
-
-def _find_map_name(group: PermutationGroup) -> str:
-    """Find the name under which an alignment has the maps of a group; see `Alignment.maps`."""
-    return "res.emb" if group.family == "res" else group.name
 
 
 def _read_progress_file(path: Path, keys: Sequence[MapKey]) -> _RefinementState:

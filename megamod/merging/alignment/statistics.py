@@ -20,17 +20,19 @@ class Moments:
 
     Attributes:
         first, second: variances [C] of the features of each.
-        cross: covariances [C, C]; rows are features of the first model.
+        cross: covariances [C, C]; rows are features of the first model. They are correlations after
+            `overwrite_cross_by_correlation`.
     """
 
     first: Tensor
     second: Tensor
     cross: Tensor
 
-    def compute_correlation(self) -> Tensor:
-        """Compute correlations [C, C], 0 where a feature is constant; rows as in `cross`.
+    def overwrite_cross_by_correlation(self) -> Tensor:
+        """Divide `cross` in place by the standard deviations, and return it: correlations [C, C].
 
-        They overwrite `cross`, to save memory, so it can be called once.
+        They are 0 where a feature is constant. The covariances are lost, which saves the memory of
+        a second tensor, so it can be called once.
         """
         first, second = self.first.clamp(min=0).sqrt(), self.second.clamp(min=0).sqrt()
         scale = torch.outer(first, second).nan_to_num_(0.0).clamp_(min=_SMALLEST)

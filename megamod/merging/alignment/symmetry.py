@@ -87,7 +87,8 @@ def find_symmetry(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fa
             for alias, source in family.tied
             if names.may_have_tensor(alias)
         }
-    output_heads, readers = _find_output_readers(names)
+    output_heads = _find_output_heads(names)
+    readers = _list_output_readers(names, output_heads)
     groups: list[PermutationGroup] = []
     if family.residual:
         groups.append(_make_embedding_group(names))
@@ -255,40 +256,46 @@ def _make_group(
     return PermutationGroup(name, family, size, heads, tuple(out), tuple(into), tuple(hooks))
 
 
-def _find_output_readers(
-    names: _ModuleNames,
-) -> tuple[list[tuple[Head, str | None]], list[TensorAxis]]:
-    """Find the output heads of a model, and all axes that read the last hidden states.
+def _find_output_heads(names: _ModuleNames) -> list[tuple[Head, str | None]]:
+    """Find the output heads of a model: those of its family whose dense module it has.
 
     Args:
         names: of the modules of the model.
     Returns:
-        (head, module that reads its features or None) of each head of the family that the model
-        has; axes of these heads and of other readers, such as an output matrix.
+        each head, and the module that reads its features; None: no module does.
     """
-    family, heads, into = names.family, [], []
-    for head in family.output_heads:
-        dense = names.find_head_module(head)
-        if names.has_module(dense):
-            aliases = [alias for alias, _ in family.tied]
-            reader = next(
-                (
-                    reader
-                    for reader in head.readers
-                    if names.has_module(reader) or f"{reader}.weight" in aliases
-                ),
-                None,
-            )
-            heads.append((head, reader))
-            into.append(TensorAxis(f"{dense}.weight", 1, role="stream"))
-    taken = {reader for _, reader in heads}
+    aliases = {alias for alias, _ in names.family.tied}
+    heads = []
+    for head in names.family.output_heads:
+        if names.has_module(names.find_head_module(head)):
+            # A tied output matrix need not be stored.
+            readers = (r for r in head.readers if names.has_module(r) or f"{r}.weight" in aliases)
+            heads.append((head, next(readers, None)))
+    return heads
+
+
+def _list_output_readers(
+    names: _ModuleNames, output_heads: Sequence[tuple[Head, str | None]]
+) -> list[TensorAxis]:
+    """List the axes that read the last hidden states: of output heads, then of other modules.
+
+    Another module is an output matrix, for example; those that read the features of a head are not
+    among them.
+
+    Args:
+        names: of the modules of the model.
+        output_heads: see `_find_output_heads`.
+    """
+    family = names.family
+    modules = [names.find_head_module(head) for head, _ in output_heads]
+    after_heads = {reader for _, reader in output_heads}
     for reader in family.readers:
         module = names.prefix + reader if names.has_module(names.prefix + reader) else reader
-        alias = any(alias == f"{module}.weight" for alias, _ in family.tied)
-        exists = names.has_module(module) or (alias and names.may_have_tensor(f"{module}.weight"))
-        if exists and module not in taken:
-            into.append(TensorAxis(f"{module}.weight", 1, role="stream"))
-    return heads, into
+        tied = any(alias == f"{module}.weight" for alias, _ in family.tied)
+        exists = names.has_module(module) or (tied and names.may_have_tensor(f"{module}.weight"))
+        if exists and module not in after_heads:
+            modules.append(module)
+    return [TensorAxis(f"{module}.weight", 1, role="stream") for module in modules]
 
 
 def _make_embedding_group(names: _ModuleNames) -> PermutationGroup:
