@@ -104,14 +104,6 @@ def has_weights(name: str) -> bool:
     return not path.is_dir() or weight_files.has_weights(path)
 
 
-def has_auto_class(auto: type, model_type: str) -> bool:
-    """Return True if `auto`, an Auto class of transformers, has a class for this model type."""
-    try:
-        return auto._model_mapping.get(CONFIG_MAPPING[model_type], None) is not None
-    except KeyError:
-        return False
-
-
 def _is_foreign_type(kind: object) -> bool:
     """Return True unless `kind` is a model type of megamod: a stock type or an unknown one."""
     known = isinstance(kind, str) and kind in CONFIG_MAPPING

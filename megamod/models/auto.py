@@ -1,9 +1,12 @@
-"""From a preset, folder or hub name to the configuration of a language model to train."""
+"""Resolve a preset, folder or hub name to the configuration of a language model to train.
+
+Also asks the Auto classes of transformers about model types of every kind.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from megamod.errors import UserError
 from megamod.models.lm.configuration import (
@@ -20,6 +23,14 @@ from megamod.models.presets import PRESETS
 from megamod.states.adapter import find_seed_folder, is_adapter
 from megamod.states.hub import try_download_from_hub
 from megamod.states.weight_files import has_weights
+
+
+def has_auto_class(auto: type, model_type: str) -> bool:
+    """Return True if `auto`, an Auto class of transformers, has a class for this model type."""
+    try:
+        return auto._model_mapping.get(CONFIG_MAPPING[model_type], None) is not None
+    except KeyError:
+        return False
 
 
 def resolve_model_folder(model: str, flag: str = "--model") -> Path | None:

@@ -1,10 +1,15 @@
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
 import megamod  # noqa: F401  (makes the models known)
 from megamod.errors import UserError
-from megamod.models.auto import make_lm_config
+from megamod.models.auto import has_auto_class, make_lm_config
 from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.models.lm.demix_model import DemixModel
@@ -27,6 +32,12 @@ def config_of(model: str = "tiny", **changes) -> DemixConfig:
         overrides={"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": None},
     )
     return make_lm_config(model, **{**arguments, **changes})
+
+
+def test_model_types_of_an_auto_class():
+    assert has_auto_class(AutoModelForSequenceClassification, "mux_bert")
+    assert not has_auto_class(AutoModelForSequenceClassification, "demix")
+    assert not has_auto_class(AutoModelForSequenceClassification, "unknown")
 
 
 def test_a_preset_with_what_the_data_say():

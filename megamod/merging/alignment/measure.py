@@ -20,12 +20,13 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from megamod.convert.sources import has_auto_class, resolve_model
+from megamod.convert.sources import resolve_model
 from megamod.errors import UserError
 from megamod.merging.alignment.calibration import CalibrationBatch
 from megamod.merging.alignment.groups import Hook, PermutationGroup
 from megamod.merging.alignment.options import AlignmentOptions
 from megamod.merging.alignment.statistics import CrossCovariance
+from megamod.models.auto import has_auto_class
 from megamod.models.pretrained import load_pretrained
 from megamod.progress import show_progress
 

@@ -12,12 +12,12 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from megamod.convert.sources import has_auto_class
 from megamod.data.batches import BatchDivision
 from megamod.data.tasks.classification import TrainRows
 from megamod.data.tasks.specs import TaskSpec, find_text_task, make_token_task
 from megamod.data.tasks.task_file import read_task_spec
 from megamod.errors import UserError
+from megamod.models.auto import has_auto_class
 from megamod.models.build import make_bert_config
 from megamod.models.classifier_inputs import (
     compute_max_row_tokens,

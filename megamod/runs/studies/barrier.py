@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from megamod.convert.sources import has_auto_class, resolve_model
+from megamod.convert.sources import resolve_model
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.masking import Masking
 from megamod.data.lm.text_blocks import read_text_blocks
@@ -55,6 +55,7 @@ from megamod.merging.alignment.measure import load_model
 from megamod.merging.alignment.permute import apply_alignment
 from megamod.merging.alignment.symmetry import find_symmetry
 from megamod.merging.compatibility import describe_config_differences, refuse_quantised_model
+from megamod.models.auto import has_auto_class
 from megamod.models.classifier_inputs import list_input_fields
 from megamod.progress import show_progress
 from megamod.runs.finetune.args import RowArgs
@@ -420,8 +421,7 @@ def _write_results(study: BarrierStudy, output: Path) -> str:
         baseline = variants[vanilla]["barrier"][0]
         for name, result in variants.items():
             mean, error = result["barrier"]
-            reduction = 1 - mean / baseline if baseline > 0 else None
-            result["reduction"] = reduction
+            reduction = result["reduction"] = 1 - mean / baseline if baseline > 0 else None
             over, over_error = result["barrier_over_mean"]
             rows[f"{title}, {name}" if len(record) > 1 else name] = {
                 "barrier": f"{mean:.4f} ± {error:.4f}",
