@@ -31,16 +31,15 @@ from megamod.states.checkpoint_folder import (
     TrainState,
     build_optimizer_path,
     format_checkpoint_name,
+    list_checkpoints,
     list_optimizer_files,
-    make_digest_entries,
     read_fragment_ranges,
     read_fragments,
     write_fragments,
-    write_manifest,
 )
 from megamod.states.dense import make_dense_config, write_dense_model
 from megamod.states.forest import Parent, read_model_config
-from megamod.states.manifest import MANIFEST, list_checkpoints
+from megamod.states.manifest import MANIFEST, make_digest_entries, write_manifest
 from megamod.states.stream import ModelFolder
 from megamod.states.weights import read_weights
 

@@ -9,14 +9,18 @@ from megamod.errors import UserError
 from megamod.run_recipe import read_run_recipe
 from megamod.schemas import Items, Schema, read_checked_file
 from megamod.states.adapter import find_seed_folder, is_adapter
-from megamod.states.checkpoint_folder import STATE, StateRecord, is_optimizer_file
+from megamod.states.checkpoint_folder import (
+    STATE,
+    StateRecord,
+    is_optimizer_file,
+    list_checkpoints,
+)
 from megamod.states.forest import (
     Expert,
     Forest,
     Parent,
     read_model_config,
 )
-from megamod.states.manifest import list_checkpoints
 from megamod.states.model_folder import is_model_folder
 from megamod.tables import format_table
 

@@ -8,9 +8,14 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.mixture.prior import read_prior
 from megamod.states.adapter import is_adapter
-from megamod.states.checkpoint_folder import StateRecord, is_checkpoint, parse_checkpoint_step
+from megamod.states.checkpoint_folder import (
+    StateRecord,
+    is_checkpoint,
+    list_checkpoints,
+    parse_checkpoint_step,
+)
 from megamod.states.forest import open_forest, read_model_config
-from megamod.states.manifest import find_file_faults, list_checkpoints
+from megamod.states.manifest import find_file_faults
 from megamod.states.model_folder import is_model_folder, list_model_folders
 
 

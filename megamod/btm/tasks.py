@@ -19,7 +19,7 @@ from megamod.btm.campaign import Campaign, Parsed
 from megamod.errors import UserError
 from megamod.flags import find_origin, format_flags
 from megamod.schemas import read_json_object
-from megamod.states.manifest import list_checkpoints
+from megamod.states.checkpoint_folder import list_checkpoints
 
 FOLDER_SHAPE_FLAGS: dict[str, object] = {
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads")),

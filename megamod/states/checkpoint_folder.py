@@ -1,4 +1,4 @@
-"""Format of a checkpoint folder: names of its files, state.json, optimizer fragments, manifest.
+"""Checkpoint folders: how they are found, their files, state.json and optimizer fragments.
 
     checkpoints/latest                  name of the newest checkpoint
     checkpoints/sound                   step of the newest one that finite steps followed
@@ -7,7 +7,7 @@
                       /optimizer-R.safetensors   fragments of rank R (optimizer-R-P: part P of them)
                       /state.json       step, data position, tokens, run settings (independent
                                         models: in the folder of each)
-                      /manifest.json    bytes and SHA-256 of every file
+                      /manifest.json    bytes and SHA-256 of every file, see `manifest.py`
 
 A fragment is a range of one flattened parameter: tensors KIND/NAME for those of `KINDS` that its
 optimizer has, and the offset of the range under NAME in the metadata of the file. Importing this
@@ -15,8 +15,10 @@ needs no torch.
 """
 
 import json
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -27,18 +29,21 @@ from pydantic import Field, field_validator, model_validator
 from safetensors import safe_open
 
 from megamod.errors import UserError, report_damage, shorten
-from megamod.files import hash_file, sync_folder, write_atomic, write_json
+from megamod.files import sync_folder, write_atomic
 from megamod.schemas import Items, Schema, read_checked_file
-from megamod.states.manifest import MANIFEST, STATE, list_checkpoints
+from megamod.states.manifest import MANIFEST, STATE, find_file_faults
 from megamod.states.model_folder import is_model_folder
-from megamod.states.weight_files import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 LATEST, SOUND, PENDING = "latest", "sound", "evaluating"
 """File names, see above."""
 WINDOW = 100  # data steps over which steps that are not finite are counted
+FULL_CHECK_BYTES = 10**11  # above this, opening a checkpoint checks sizes only; `verify` checks all
+_CHECKPOINT_NAME = re.compile("step-(0|[1-9][0-9]*)")
 KINDS = ("master", "exp_avg", "exp_avg_sq", "momentum")
 """Tensors of a fragment: the weight in float32; AdamW's two moments in float32, or the momentum of
 Muon in the precision of its gradients."""
@@ -221,6 +226,60 @@ def parse_checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints step-N in `folder` by rising step, valid or not."""
+    folders = [
+        path for path in Path(folder).glob("step-*") if _CHECKPOINT_NAME.fullmatch(path.name)
+    ]
+    return sorted(folders, key=parse_checkpoint_step)
+
+
+def find_checkpoint(folder: Path, choice: str, below: int | None = None) -> Path | None:
+    """Find the checkpoint that a value of `--resume` means; None: start from step 0.
+
+    Digests are compared too, with "auto" those of checkpoints of at most `FULL_CHECK_BYTES`. Logs a
+    warning for each newer checkpoint that is not valid.
+
+    Args:
+        folder: folder of the run's checkpoints.
+        choice: "auto", the valid one with the largest step, if there are any; "none"; or the path
+            of a checkpoint.
+        below: "auto" considers checkpoints of smaller steps only; None: all.
+    Raises:
+        UserError: if `choice` is a path that is not a valid checkpoint; if it is "auto" and
+            checkpoints exist but none is valid; if it is "none" and checkpoints exist.
+    """
+    if choice not in ("auto", "none"):
+        path = Path(choice)
+        faults = find_file_faults(path)
+        if faults:
+            raise UserError(f"--resume {choice}: not a valid checkpoint: {faults[0]}")
+        return path
+    existing = list_checkpoints(folder)
+    if below is not None:
+        existing = [path for path in existing if parse_checkpoint_step(path) < below]
+    if choice == "none":
+        if existing:
+            raise UserError(
+                f"--resume none: {folder} holds checkpoints already ({existing[-1].name}); "
+                "choose another --output_dir or resume"
+            )
+        return None
+    faults: list[str] = []
+    for path in reversed(existing):
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        faults = find_file_faults(path, check_digests=size <= FULL_CHECK_BYTES)
+        if not faults:
+            return path
+        logger.warning("checkpoint %s is not valid (%s); trying the one before", path, faults[0])
+    if existing:
+        raise UserError(
+            f"{folder}: none of {len(existing)} checkpoints is valid ({faults[0]}); "
+            "remove the folder to start afresh"
+        )
+    return None
+
+
 def is_checkpoint(path: Path) -> bool:
     """Return True if the folder has a state, or is named as a checkpoint, or has only a manifest.
 
@@ -354,39 +413,3 @@ def _list_fragments(file: Path, tensors: "safe_open") -> list[tuple[str, int, in
                 )
         fragments.append((name, int(start), shapes[0][0], kinds))
     return fragments
-
-
-def make_digest_entry(file: Path, digest: str | None = None) -> dict[str, object]:
-    """Make the entry of a file in the manifest: its size in bytes and its SHA-256.
-
-    Args:
-        digest: the SHA-256, if it is known; None: computed from the file.
-    """
-    return {"bytes": file.stat().st_size, "sha256": digest or hash_file(file)}
-
-
-def write_manifest(folder: Path, entries: Mapping[str, Mapping[str, object]]) -> None:
-    """Write manifest.json into the folder of a checkpoint or model, atomically.
-
-    Args:
-        entries: by path below `folder`, see `make_digest_entry`.
-    """
-    write_json(folder / MANIFEST, {"files": dict(sorted(entries.items()))})
-
-
-def make_digest_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, object]]:
-    """Make the manifest entries of files in a folder, by relative path."""
-    return {str(file.relative_to(folder)): make_digest_entry(file) for file in files}
-
-
-def write_model_manifests(folder: Path) -> None:
-    """Write a manifest into every model folder at or below `folder`, replacing those that exist.
-
-    It lists all files of the folder but adapter_config.json, where a user may have to change the
-    path of the seed.
-    """
-    names = ("config.json", ADAPTER_CONFIG)
-    for model in sorted({config.parent for name in names for config in folder.rglob(name)}):
-        skipped_names = (MANIFEST, ADAPTER_CONFIG)
-        files = (f for f in model.iterdir() if f.is_file() and f.name not in skipped_names)
-        write_manifest(model, make_digest_entries(model, files))

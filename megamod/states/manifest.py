@@ -1,28 +1,23 @@
-"""Validate folders of checkpoints and models: their files against the manifest.
+"""Manifests of checkpoint and model folders: written, and compared with the files.
 
     step-N/manifest.json    {"files": {NAME: {"bytes": ..., "sha256": ...}}}, written last
 
-`megamod.train.checkpoint` writes checkpoints, `megamod.states.checkpoint_folder` manifests; here
-they are checked without DeepSpeed.
+Importing this needs no torch.
 """
 
-import logging
 import os
-import re
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from pydantic import Field, field_validator
 
 from megamod.errors import UserError, shorten
-from megamod.files import hash_file
+from megamod.files import hash_file, write_json
 from megamod.schemas import Schema, read_checked_file
-
-logger = logging.getLogger(__name__)
+from megamod.states.weight_files import ADAPTER_CONFIG
 
 MANIFEST, STATE = "manifest.json", "state.json"
-FULL_CHECK_BYTES = 10**11  # above this, opening a checkpoint checks sizes only; `verify` checks all
-_CHECKPOINT_NAME = re.compile("step-(0|[1-9][0-9]*)")
 THREADS = 8  # that compute digests; they wait for the disk, not for each other
 
 
@@ -47,60 +42,6 @@ class _Manifest(Schema):
             if str(path) != name or path.is_absolute() or ".." in path.parts or "\0" in name:
                 raise ValueError(f"{shorten(name)} is not the path of a file below the folder")
         return files
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints step-N in `folder` by rising step, valid or not."""
-    folders = [
-        path for path in Path(folder).glob("step-*") if _CHECKPOINT_NAME.fullmatch(path.name)
-    ]
-    return sorted(folders, key=lambda path: int(path.name[5:]))
-
-
-def find_checkpoint(folder: Path, choice: str, below: int | None = None) -> Path | None:
-    """Find the checkpoint that a value of `--resume` means; None: start from step 0.
-
-    Digests are compared too, with "auto" those of checkpoints of at most `FULL_CHECK_BYTES`. Logs a
-    warning for each newer checkpoint that is not valid.
-
-    Args:
-        folder: folder of the run's checkpoints.
-        choice: "auto", the valid one with the largest step, if there are any; "none"; or the path
-            of a checkpoint.
-        below: "auto" considers checkpoints of smaller steps only; None: all.
-    Raises:
-        UserError: if `choice` is a path that is not a valid checkpoint; if it is "auto" and
-            checkpoints exist but none is valid; if it is "none" and checkpoints exist.
-    """
-    if choice not in ("auto", "none"):
-        path = Path(choice)
-        faults = find_file_faults(path)
-        if faults:
-            raise UserError(f"--resume {choice}: not a valid checkpoint: {faults[0]}")
-        return path
-    existing = list_checkpoints(folder)
-    if below is not None:
-        existing = [path for path in existing if int(path.name[5:]) < below]
-    if choice == "none":
-        if existing:
-            raise UserError(
-                f"--resume none: {folder} holds checkpoints already ({existing[-1].name}); "
-                "choose another --output_dir or resume"
-            )
-        return None
-    faults: list[str] = []
-    for path in reversed(existing):
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        faults = find_file_faults(path, check_digests=size <= FULL_CHECK_BYTES)
-        if not faults:
-            return path
-        logger.warning("checkpoint %s is not valid (%s); trying the one before", path, faults[0])
-    if existing:
-        raise UserError(
-            f"{folder}: none of {len(existing)} checkpoints is valid ({faults[0]}); "
-            "remove the folder to start afresh"
-        )
-    return None
 
 
 def find_file_faults(path: Path, check_digests: bool = True) -> list[str]:
@@ -144,3 +85,39 @@ def find_file_faults(path: Path, check_digests: bool = True) -> list[str]:
 
     with ThreadPoolExecutor(THREADS) as pool:
         return [text for text in pool.map(find_fault, listed) if text is not None] + unlisted
+
+
+def make_digest_entry(file: Path, digest: str | None = None) -> dict[str, object]:
+    """Make the entry of a file in the manifest: its size in bytes and its SHA-256.
+
+    Args:
+        digest: the SHA-256, if it is known; None: computed from the file.
+    """
+    return {"bytes": file.stat().st_size, "sha256": digest or hash_file(file)}
+
+
+def write_manifest(folder: Path, entries: Mapping[str, Mapping[str, object]]) -> None:
+    """Write manifest.json into the folder of a checkpoint or model, atomically.
+
+    Args:
+        entries: by path below `folder`, see `make_digest_entry`.
+    """
+    write_json(folder / MANIFEST, {"files": dict(sorted(entries.items()))})
+
+
+def make_digest_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, object]]:
+    """Make the manifest entries of files in a folder, by relative path."""
+    return {str(file.relative_to(folder)): make_digest_entry(file) for file in files}
+
+
+def write_model_manifests(folder: Path) -> None:
+    """Write a manifest into every model folder at or below `folder`, replacing those that exist.
+
+    It lists all files of the folder but adapter_config.json, where a user may have to change the
+    path of the seed.
+    """
+    names = ("config.json", ADAPTER_CONFIG)
+    for model in sorted({config.parent for name in names for config in folder.rglob(name)}):
+        skipped_names = (MANIFEST, ADAPTER_CONFIG)
+        files = (f for f in model.iterdir() if f.is_file() and f.name not in skipped_names)
+        write_manifest(model, make_digest_entries(model, files))

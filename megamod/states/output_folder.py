@@ -8,7 +8,7 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.files import create_folder_atomically
 from megamod.folder_lock import delete_leftovers, lock_folder_name
-from megamod.states.checkpoint_folder import write_model_manifests
+from megamod.states.manifest import write_model_manifests
 
 
 def check_new_folder(path: Path) -> None:

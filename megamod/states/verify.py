@@ -14,11 +14,12 @@ from megamod.states.checkpoint_folder import (
     STATE,
     StateRecord,
     is_checkpoint,
+    list_checkpoints,
     read_fragment_ranges,
 )
 from megamod.states.config_file import read_config_file
 from megamod.states.forest import FILE, open_forest
-from megamod.states.manifest import MANIFEST, find_file_faults, list_checkpoints
+from megamod.states.manifest import MANIFEST, find_file_faults
 from megamod.states.model_folder import is_model_folder, list_model_folders
 from megamod.states.weight_files import INDEX_FILE, read_index
 

@@ -36,15 +36,15 @@ from megamod.states.checkpoint_folder import (
     StateRecord,
     TrainState,
     build_optimizer_path,
+    find_checkpoint,
     format_checkpoint_name,
-    make_digest_entry,
+    list_checkpoints,
     parse_checkpoint_step,
     read_fragment_ranges,
     write_fragments,
     write_latest,
-    write_manifest,
 )
-from megamod.states.manifest import find_checkpoint, list_checkpoints
+from megamod.states.manifest import make_digest_entry, write_manifest
 from megamod.train.branched_model import check_branched_model
 from megamod.train.fragments import (
     copy_masters_to_weights,

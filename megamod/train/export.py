@@ -27,7 +27,7 @@ from megamod.dist.topology import DomainTopology
 from megamod.errors import PolicyStop
 from megamod.files import sync_folder, sync_tree
 from megamod.models.lm.adapter import list_adapters, write_adapter
-from megamod.states.checkpoint_folder import write_model_manifests
+from megamod.states.manifest import write_model_manifests
 from megamod.states.weights import find_non_finite_weight, write_index, write_weights
 from megamod.train.expert_parallel import gather_experts, list_expert_names, map_to_stock_names
 from megamod.version import __version__

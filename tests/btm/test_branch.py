@@ -22,9 +22,8 @@ from megamod.btm.parents import (
     select_forest_parents,
 )
 from megamod.errors import UserError
-from megamod.states.checkpoint_folder import write_model_manifests
 from megamod.states.forest import Expert, edit_forest
-from megamod.states.manifest import find_file_faults
+from megamod.states.manifest import find_file_faults, write_model_manifests
 from megamod.states.weights import extract_expert_weights, read_weights
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")

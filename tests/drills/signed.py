@@ -16,14 +16,8 @@ from megamod.dist.scope import Sharing
 from megamod.errors import UserError
 from megamod.files import hash_file
 from megamod.models.lm.load import load_lm
-from megamod.states.checkpoint_folder import (
-    StateRecord,
-    TrainState,
-    make_digest_entries,
-    write_fragments,
-    write_manifest,
-)
-from megamod.states.manifest import find_file_faults
+from megamod.states.checkpoint_folder import StateRecord, TrainState, write_fragments
+from megamod.states.manifest import find_file_faults, make_digest_entries, write_manifest
 from megamod.states.verify import check_checkpoint
 from megamod.states.weights import read_weights
 from megamod.train.checkpoint import Checkpoints

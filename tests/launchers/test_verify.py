@@ -12,8 +12,9 @@ import torch
 
 from megamod.data.corpus.binarize import binarize
 from megamod.errors import UserError
+from megamod.states.checkpoint_folder import find_checkpoint
 from megamod.states.forest import Expert, edit_forest
-from megamod.states.manifest import find_checkpoint, find_file_faults
+from megamod.states.manifest import find_file_faults
 from megamod.states.weights import write_index, write_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]

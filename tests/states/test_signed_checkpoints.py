@@ -9,8 +9,8 @@ from saved_models import make_model
 
 from megamod.errors import UserError
 from megamod.models.lm.load import load_lm
-from megamod.states.checkpoint_folder import is_checkpoint, write_fragments, write_model_manifests
-from megamod.states.manifest import find_file_faults, list_checkpoints
+from megamod.states.checkpoint_folder import is_checkpoint, list_checkpoints, write_fragments
+from megamod.states.manifest import find_file_faults, write_model_manifests
 from megamod.states.verify import check_path
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")

@@ -20,9 +20,9 @@ from ranks import on_ranks
 from train.tiny_runs import build_tiny, masters, run_tiny
 
 from megamod.errors import UserError
-from megamod.states import manifest
-from megamod.states.checkpoint_folder import TrainState
-from megamod.states.manifest import find_checkpoint, find_file_faults, list_checkpoints
+from megamod.states import checkpoint_folder
+from megamod.states.checkpoint_folder import TrainState, find_checkpoint, list_checkpoints
+from megamod.states.manifest import find_file_faults
 from megamod.train.checkpoint import Checkpoints
 from megamod.train.fragments import iterate_fragments
 
@@ -276,16 +276,16 @@ def test_digests_are_compared_before_a_run_resumes(message, tmp_path, monkeypatc
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
-    assert manifest.FULL_CHECK_BYTES >= 10**11
+    assert checkpoint_folder.FULL_CHECK_BYTES >= 10**11
     for limit, is_checked in ((sum(f.stat().st_size for f in folder.iterdir()), True), (10, False)):
-        monkeypatch.setattr(manifest, "FULL_CHECK_BYTES", limit)
+        monkeypatch.setattr(checkpoint_folder, "FULL_CHECK_BYTES", limit)
         if is_checked:
             with pytest.raises(UserError, match="does not have the SHA-256 digest"):
-                manifest.find_checkpoint(tmp_path, "auto")
+                find_checkpoint(tmp_path, "auto")
         else:
-            assert manifest.find_checkpoint(tmp_path, "auto") == folder
+            assert find_checkpoint(tmp_path, "auto") == folder
     with pytest.raises(UserError, match="does not have the SHA-256 digest"):
-        manifest.find_checkpoint(tmp_path, str(folder))
+        find_checkpoint(tmp_path, str(folder))
 
 
 def full_disk(rank: int, root: Path) -> dict[str, str]:

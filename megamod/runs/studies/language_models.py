@@ -50,9 +50,8 @@ from megamod.runs.studies.parameter_counts import count_parameters
 from megamod.runs.studies.records import Figures, compute_json_digest
 from megamod.runs.studies.study_file import Cell, Settings, Study
 from megamod.runs.studies.texts import StudyText, open_study_text
-from megamod.states.checkpoint_folder import StateRecord, parse_checkpoint_step
+from megamod.states.checkpoint_folder import StateRecord, list_checkpoints, parse_checkpoint_step
 from megamod.states.forest import edit_forest, open_forest
-from megamod.states.manifest import list_checkpoints
 
 OWN_SETTINGS = (
     *("seed_share", "expert_learning_rate", "random_split", "score_split", "score_novel"),
