@@ -18,7 +18,8 @@ def format_campaign_scores(campaign: Campaign, in_one_world: bool) -> str:
     """Format the perplexities that the jobs of a campaign have written, as a table by domain.
 
     The columns are the seed, each domain's own expert, the mixture and the average, with the scored
-    split; a column without any score is skipped, and a missing score is blank.
+    split. Files of jobs that have not run are missing: a column without any score is skipped, and a
+    missing score is blank.
 
     Args:
         in_one_world: the experts are in one run, OUT/experts/world.
@@ -30,6 +31,7 @@ def format_campaign_scores(campaign: Campaign, in_one_world: bool) -> str:
     for domain in campaign.domains:
         run = _read_scores(get_expert_folder(campaign, WORLD if in_one_world else domain) / SCORES)
         rows = run.get("perplexity", {})
+        # In one world every expert has a row with its scores; a run of its own has a single row.
         experts[domain] = (rows.get(domain) or _get_first_value(rows)).get(domain)
         split = run.get("split", split)
     columns: dict[str, Scores] = {

@@ -261,34 +261,40 @@ def _take_step(
     for number, micro_batch in enumerate(micro_batches, start=1):
         scores.append(objective.compute_loss(engine, micro_batch, item_shares))
         loss = scores[-1].loss
-        if (
-            plan.spike_factor
-            and number == len(micro_batches)
-            and _detect_loss_spike(scores, plan, state, group)
-        ):
-            # A gradient that is not finite makes every rank skip the update.
-            loss = loss * float("nan")
+        if plan.spike_factor and number == len(micro_batches):
+            step_loss = _average_loss(scores, group)
+            if _is_loss_spike(step_loss, plan, state):
+                # A gradient that is not finite makes every rank skip the update.
+                loss = loss * float("nan")
+            else:
+                _update_mean_loss(state, step_loss)
         engine.backward(loss)
         grad_norm = finish_micro_step(engine, plan.max_grad_norm)
     return scores, grad_norm
 
 
-def _detect_loss_spike(
-    scores: Sequence[BatchScore], plan: LoopPlan, state: TrainState, group: dist.ProcessGroup | None
-) -> bool:
-    """Return True if a step's loss is a spike or not finite, else update the mean; collective.
+def _average_loss(scores: Sequence[BatchScore], group: dist.ProcessGroup | None) -> float:
+    """Average the loss over all items of a step; collective.
 
-    A spike is above `plan.spike_factor` times the running mean in `state`. `scores` are those of
-    this rank's micro-batches; `group` are the ranks whose tokens form one loss, None: all.
+    Args:
+        scores: of this rank's micro-batches.
+        group: ranks whose items form one loss; None: all.
     """
     sums = torch.stack([torch.stack((s.total.sum(), s.items.sum())) for s in scores]).sum(0)
     dist.all_reduce(sums, group=group)
-    loss = float(sums[0] / sums[1])
+    return float(sums[0] / sums[1])
+
+
+def _is_loss_spike(loss: float, plan: LoopPlan, state: TrainState) -> bool:
+    """Return True if a loss is not finite, or above `plan.spike_factor` times the running mean."""
     mean = state.mean_loss
-    if not math.isfinite(loss) or (mean is not None and loss > plan.spike_factor * mean):
-        return True
+    return not math.isfinite(loss) or (mean is not None and loss > plan.spike_factor * mean)
+
+
+def _update_mean_loss(state: TrainState, loss: float) -> None:
+    """Update the running mean of the loss in `state` by the loss of a step that is no spike."""
+    mean = state.mean_loss
     state.mean_loss = loss if mean is None else mean + (1 - MEAN_LOSS_DECAY) * (loss - mean)
-    return False
 
 
 def _apply_skip_policy(plan: LoopPlan, state: TrainState, saver: "_Saver") -> Stop:
