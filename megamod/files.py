@@ -9,19 +9,24 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_TEMPORARY_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+
 
 def build_temporary_path(path: Path) -> Path:
-    """Build the path of a new hidden sibling of `path`, to write and then rename to it.
-
-    `TEMPORARY_NAME` of `megamod.folder_lock` recognises those that a killed process left.
-    """
+    """Build the path of a new hidden sibling of the file `path`, to write and then rename to it."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def is_temporary_name(name: str) -> bool:
+    """Return True for a name of `build_temporary_path`, which a killed process may have left."""
+    return _TEMPORARY_FILE.fullmatch(name) is not None
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -107,6 +112,12 @@ def create_folder_atomically(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+def list_temporary_folders(path: Path) -> list[Path]:
+    """List the siblings of `path` that killed processes left in `create_folder_atomically`."""
+    pattern = re.compile(rf"\.tmp-{re.escape(path.name)}-[0-9a-f]{{8}}")
+    return [left for left in path.parent.glob(".tmp-*") if pattern.fullmatch(left.name)]
 
 
 def sync_file(path: Path) -> None:

@@ -12,7 +12,6 @@ import errno
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import sys
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megamod.errors import EXIT_CALLS, DistributedFailure, UserError
+from megamod.files import is_temporary_name, list_temporary_folders
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,6 @@ WATCH = 60.0  # seconds that a lock of another machine is watched for a sign of 
 STALE = 120.0  # a lock of another machine that is this much older than a new file is not watched
 
 LOCK = ".in_use"
-TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-"""Names that `build_temporary_path` of `megamod.files` makes, which this module may not import."""
 
 _WITHOUT_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """Errors of a file system that has no hard links."""
@@ -234,7 +232,7 @@ def delete_temporaries(folder: Path) -> None:
             subfolders.clear()
             continue
         for name in files:
-            if TEMPORARY_NAME.fullmatch(name) and not name.startswith(f"{LOCK}."):
+            if is_temporary_name(name) and not name.startswith(f"{LOCK}."):
                 (Path(root) / name).unlink(missing_ok=True)
 
 
@@ -253,9 +251,8 @@ def lock_folder_name(path: Path) -> Iterator[None]:
         _create_folder_for_block(path.parent, title),
         _acquire_for_block(path.with_name(f".{path.name}{LOCK}"), title),
     ):
-        for left in path.parent.glob(".tmp-*"):
-            if re.fullmatch(rf"\.tmp-{re.escape(path.name)}-[0-9a-f]{{8}}", left.name):
-                shutil.rmtree(left, ignore_errors=True)
+        for left in list_temporary_folders(path):
+            shutil.rmtree(left, ignore_errors=True)
         yield
 
 
@@ -327,11 +324,7 @@ def _build_lock_temporary(file: Path) -> Path:
 
 def _list_lock_temporaries(file: Path) -> list[Path]:
     """List the temporary siblings of a lock file, which exist while it is created or deleted."""
-    return [
-        left
-        for left in file.parent.glob(f"{file.name}.*.tmp")
-        if TEMPORARY_NAME.fullmatch(left.name)
-    ]
+    return [left for left in file.parent.glob(f"{file.name}.*.tmp") if is_temporary_name(left.name)]
 
 
 def _create_lock_file(file: Path, text: str) -> bool:

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.version": (set(), set()),
     "megamod.errors": (set(), {"torch"}),
     "megamod.files": (set(), set()),
-    "megamod.folder_lock": ({"megamod.errors"}, set()),
+    "megamod.folder_lock": ({"megamod.errors", "megamod.files"}, set()),
     "megamod.progress": (set(), {"tqdm"}),
     "megamod.tables": (set(), set()),
     "megamod.names": ({"megamod.errors"}, {"pydantic"}),
