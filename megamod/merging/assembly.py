@@ -14,10 +14,10 @@ from megamod.merging.settings import (
     compute_relative_depth,
     compute_relative_depths,
     look_up_parameters,
-    split_at_layer_number,
 )
 from megamod.merging.tensors import TOWER, TensorSource, Values, describe_source
 from megamod.states.forest import read_model_config
+from megamod.states.layer_names import split_at_layer_number
 
 
 @dataclass(frozen=True)

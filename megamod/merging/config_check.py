@@ -12,6 +12,7 @@ from megamod.errors import UserError, report_damage, shorten
 from megamod.merging.tensors import TensorSource
 from megamod.names import is_domain
 from megamod.states.forest import read_model_config
+from megamod.states.layer_names import find_layer_prefix, split_at_layer_number
 
 # Usual fields. Text: parts of their names; switches; numbers from 0 to 1: parts of their names.
 _TEXTS = ("type", "version", "_act", "activation_function", "untie", "name_or_path")
@@ -25,7 +26,6 @@ _OTHER_SIZES = ("d_model", "num_layers", "n_layers")
 _WIDTHS, _DEPTHS = ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer")
 _INNER, _HEADS = ("intermediate_size", "n_inner", "n_embd"), ("num_attention_heads", "n_head")
 _POSITIONS = ("max_position_embeddings", "n_positions")
-_LAYER = re.compile(r"(?:.*?\.)?\d+\.")  # beginning of a name, up to the number of a layer
 _LEAST_SHARE = 0.4  # of the ends of names that a class and a file of the same model share
 _SHARE = 0.5  # of the names that a class and a file share if they name the same model alike
 
@@ -158,9 +158,7 @@ def _sizes_match_tensors(fields: Mapping[str, object], source: TensorSource) -> 
     shapes = [spec.shape for spec in source.tensors.values()]
     sizes = Counter(size for shape in shapes for size in set(shape))
     layers = Counter(
-        match[0].rpartition(".")[0].rpartition(".")[0]
-        for match in map(_LAYER.match, _list_layer_prefixes(source.tensors))
-        if match
+        split_at_layer_number(prefix)[0] for prefix in _list_layer_prefixes(source.tensors)
     )
     width = next((fields[name] for name in _WIDTHS if type(fields.get(name)) is int), 0)
     depth = next((fields[name] for name in _DEPTHS if type(fields.get(name)) is int), 0)
@@ -185,5 +183,5 @@ def _list_name_ends(names: Iterable[str]) -> set[str]:
 
 
 def _list_layer_prefixes(names: Iterable[str]) -> set[str]:
-    """List the prefixes of the layers of tensors: names up to the first number, and a dot."""
-    return {match[0] for name in names if (match := _LAYER.match(name))}
+    """List the prefixes of all layers that these tensors are in, such as `h.3.`."""
+    return {find_layer_prefix(name) for name in names} - {""}

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from megamod.errors import UserError
 from megamod.merging.compatibility import get_vocab_size
-from megamod.merging.settings import split_at_layer_number
 from megamod.merging.tensors import RenamedFolder, TensorSource, describe_source, have_same_bits
 from megamod.states.forest import read_model_config
+from megamod.states.layer_names import split_at_layer_number
 from megamod.states.stream import TensorSpec
 
 logger = logging.getLogger(__name__)

@@ -1,13 +1,13 @@
 """Parameters of a merge for one tensor: filters, gradients over the layers, order of lookup."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megamod.errors import UserError
 from megamod.schemas import check_known_word
+from megamod.states.layer_names import split_at_layer_number
 
 if TYPE_CHECKING:
     from megamod.merging.methods.table import Method
@@ -17,7 +17,6 @@ Setting = float | bool | Sequence["Setting"] | Mapping[str, "Setting"] | str
 Scope = tuple[str, Mapping[str, Setting]]
 """One level of a recipe: its label for messages, and its settings by name."""
 _LARGEST = 1e30  # well within the range of float32, 3.4e38
-_LAYER = re.compile(r"(?:^|\.)(\d{1,6})(?:\.|$)")
 WITHOUT_EFFECT = ("int8_mask",)  # saves memory in mergekit; the values are the same
 
 
@@ -81,15 +80,6 @@ def check_parameter_names(scopes: Iterable[Scope], known: Sequence[str], method:
             check_known_word(name, (*known, *WITHOUT_EFFECT), f"{where}: {method} has no parameter")
             if name in WITHOUT_EFFECT and not isinstance(setting, bool):
                 raise UserError(f"{where}, {name}: {setting!r} is not true or false")
-
-
-def split_at_layer_number(name: str) -> tuple[str, int, str] | None:
-    """Split a tensor's name at its layer number: `h.`, 3, `.attn.weight`.
-
-    The number of the layer is the first number among the parts of the name. None if there is none.
-    """
-    match = _LAYER.search(name)
-    return None if match is None else (name[: match.start(1)], int(match[1]), name[match.end(1) :])
 
 
 def compute_relative_depths(names: Iterable[str]) -> dict[str, float]:

@@ -10,10 +10,10 @@ from torch import Tensor
 from megamod.errors import UserError
 from megamod.merging.compatibility import get_vocab_size
 from megamod.merging.naming import INPUT_NAMES, OUTPUT_NAMES
-from megamod.merging.settings import split_at_layer_number
 from megamod.merging.tensors import TensorSource, TensorView
 from megamod.merging.vocabulary import Donors, Vocabulary
 from megamod.states.forest import read_model_config
+from megamod.states.layer_names import split_at_layer_number
 from megamod.states.rows import read_tensor_rows
 from megamod.states.stream import PIECE, TensorSpec
 

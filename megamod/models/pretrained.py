@@ -5,7 +5,6 @@ model that would lack more than a tenth of its encoder, or ignore tensors that n
 has, is an error.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -15,9 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from megamod.errors import UserError, report_damage
+from megamod.states.layer_names import find_layer_prefix, split_at_layer_number
 from megamod.states.weights import check_finite
 
-_LAYER = re.compile(r"(.*?\.)(\d+)\.")  # beginning of a tensor's name, and the number of its layer
 MAX_MISSING = 0.1  # largest share of the stock encoder's elements that a file may lack
 MAX_FOREIGN = 0.02  # largest share of a file's tensors with foreign names; two are always allowed
 STOCK_TYPES = {
@@ -148,17 +147,14 @@ def check_all_layers_used(model: PreTrainedModel, unused: Iterable[str], source:
             layers.
     """
     prefix = f"{model.base_model_prefix}."
-
-    def find_layer(name: str) -> tuple[str, str]:
-        """Return the list of layers that a tensor is in, and the number there; "" for none."""
-        match = _LAYER.match(name.removeprefix(prefix))
-        return (match[1], match[2]) if match else ("", "")
-
-    layers = {find_layer(name) for name in model.state_dict()}
-    lists = {name for name, _ in layers if name}
+    layers = {find_layer_prefix(name.removeprefix(prefix)) for name in model.state_dict()} - {""}
+    lists = {split_at_layer_number(layer)[0] for layer in layers}
     for name in sorted(unused):
-        layer = find_layer(name)
-        if layer[0] and layer not in layers and (layer[0] in lists or not lists):
+        layer = find_layer_prefix(name.removeprefix(prefix))
+        if not layer or layer in layers:
+            continue
+        # A list that the model lacks may be that of a head, unless no layer is left at all.
+        if not lists or split_at_layer_number(layer)[0] in lists:
             raise UserError(
                 f"{source}: config.json does not describe all layers of the weights, such as {name}"
             )
