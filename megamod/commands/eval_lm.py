@@ -91,18 +91,18 @@ def main() -> None:
     disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     held_out = HeldOut(
-        args.data,
-        args.domains or DataBin(args.data).domains,
-        args.split,
-        args.max_seq_length,
-        args.per_device_eval_batch_size,
-        args.domain_token,
-        args.own_only,
-        args.experts,
-        args.context_window,
-        args.force_domain_token,
-        args.mask_documents,
-        args.verify_data,
+        path=args.data,
+        domains=args.domains or DataBin(args.data).domains,
+        split=args.split,
+        block_size=args.max_seq_length,
+        batch_size=args.per_device_eval_batch_size,
+        domain_token=args.domain_token,
+        own_only=args.own_only,
+        experts=args.experts,
+        context_window=args.context_window,
+        force_domain_token=args.force_domain_token,
+        mask_documents=args.mask_documents,
+        verify=args.verify_data,
     )
     folders = {model: find_saved_models(Path(model), held_out) for model in args.model}
     models = {model: score_models(parts, held_out, device) for model, parts in folders.items()}

@@ -299,7 +299,7 @@ def _make_batch_record(
             in their order.
     """
 
-    def fill_in_all_experts(weights: Iterable[float]) -> list[float]:
+    def expand_to_all_experts(weights: Iterable[float]) -> list[float]:
         """Return a weight for every expert of the forest, 0 for experts that did not run."""
         by_domain = dict(zip(names, weights, strict=True))
         return [by_domain.get(name, 0.0) for name in experts.domains]
@@ -309,8 +309,8 @@ def _make_batch_record(
         "split": split,
         "mode": mixture.mode,
         "ppl": mixture.counter.perplexity,
-        "posterior": fill_in_all_experts(mixed.posterior.tolist()),
-        "exp_avg_posterior": fill_in_all_experts(mixed.average.tolist()),
+        "posterior": expand_to_all_experts(mixed.posterior.tolist()),
+        "exp_avg_posterior": expand_to_all_experts(mixed.average.tolist()),
     }
 
 

@@ -235,7 +235,8 @@ def _find_layers(model: PreTrainedModel, layer_count: int) -> torch.nn.ModuleLis
 def _suppress_transformers_log() -> Iterator[None]:
     """Silence transformers in a `with` block, while it builds models that are only inspected."""
     logger = logging.getLogger("transformers")
-    level, logger.level = logger.level, logging.CRITICAL
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -34,17 +34,16 @@ from megamod.merging.naming import list_tieable_pairs, rename_to_template
 from megamod.merging.plan import MergePlan, make_merge_plan
 from megamod.merging.recipe import InputModel, MergeRecipe, build_weighted_recipe
 from megamod.merging.statistics import check_statistics_settings, compute_missing_statistics
-from megamod.merging.tensors import ModelTensor, TensorSource, have_same_bits
+from megamod.merging.tensors import (
+    ModelTensor,
+    TensorSource,
+    have_same_bits,
+    iterate_stored_pieces,
+)
 from megamod.merging.vocabulary import Vocabulary, unite_vocabularies
 from megamod.merging.vocabulary_view import view_with_vocabulary
 from megamod.states.output_folder import check_new_folder, create_new_folder
-from megamod.states.stream import (
-    PIECE,
-    ModelFolder,
-    TensorSpec,
-    iterate_pieces,
-    write_streamed_tensors,
-)
+from megamod.states.stream import ModelFolder, TensorSpec, write_streamed_tensors
 from megamod.states.weights import is_finite
 
 SHARD_BYTES = 5 * 10**9
@@ -422,15 +421,6 @@ def iterate_merged_tensor(plan: MergePlan, seed: int, name: str) -> Iterator[Ten
         if not is_finite(piece):
             raise UserError(_explain_non_finite(plan, name, target.models))
         yield piece
-
-
-def iterate_stored_pieces(folder: TensorSource, name: str) -> Iterator[Tensor]:
-    """Yield the elements of the tensor `name` in order, in pieces that share one buffer."""
-    spec = folder.tensors[name]
-    buffer = torch.empty(PIECE // spec.dtype.itemsize, dtype=spec.dtype)
-    for start, stop in iterate_pieces(spec.numel, spec.dtype.itemsize):
-        folder.read_into(name, start, buffer[: stop - start])
-        yield buffer[: stop - start]
 
 
 def _explain_non_finite(plan: MergePlan, name: str, models: Sequence[ModelTensor]) -> str:

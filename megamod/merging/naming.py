@@ -78,7 +78,7 @@ def rename_to_template(
             if (
                 partner is not None
                 and _find_equal_tensor(folder, name, first.tensors) is None
-                and _is_folder_tied(first)
+                and _has_tied_output_matrix(first)
             ):
                 added[name] = partner
     if added:
@@ -157,7 +157,7 @@ def ties_output_matrix(config: Mapping[str, object]) -> bool:
     return bool(tied)
 
 
-def _is_folder_tied(folder: TensorSource) -> bool:
+def _has_tied_output_matrix(folder: TensorSource) -> bool:
     """Return True if the folder's configuration ties the output matrix to the input embedding."""
     return ties_output_matrix(read_model_config(folder.folder))
 
@@ -225,7 +225,7 @@ def _match_names(
     same_class = _may_have_same_class(first, other)
     for name in _list_missing_tensors(first, other, all_tensors):
         counterpart = _find_equal_tensor(first, name, other.tensors)
-        if counterpart is None and _is_folder_tied(other):
+        if counterpart is None and _has_tied_output_matrix(other):
             counterpart = _find_tied_counterpart(other, name, first)
         if counterpart is not None:
             names[name] = counterpart

@@ -260,7 +260,7 @@ def _compute_model_statistics(
     Raises:
         UserError: if the block is invalid, or the model or the text cannot be read.
     """
-    # Imported here, as only these two methods run models.
+    # Imported here: other merges run no model, and need not wait for transformers.
     from megamod.merging.alignment.calibration import read_calibration_batches
     from megamod.merging.alignment.measure import load_model
     from megamod.merging.alignment.options import Calibration

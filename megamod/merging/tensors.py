@@ -122,6 +122,15 @@ def have_same_bits(first: TensorSource, name: str, second: TensorSource, other_n
     return True
 
 
+def iterate_stored_pieces(source: TensorSource, name: str) -> Iterator[Tensor]:
+    """Yield the elements of the tensor `name` in order, in pieces that share one buffer."""
+    spec = source.tensors[name]
+    buffer = torch.empty(PIECE // spec.dtype.itemsize, dtype=spec.dtype)
+    for start, stop in iterate_pieces(spec.numel, spec.dtype.itemsize):
+        source.read_into(name, start, buffer[: stop - start])
+        yield buffer[: stop - start]
+
+
 @dataclass(frozen=True)
 class ModelTensor:
     """One tensor of one model, for a merge method.

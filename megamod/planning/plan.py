@@ -68,10 +68,10 @@ class JobPlan:
 
         Args:
             setting: training setting; a new micro-batch or recomputation costs a pass through the
-                model without storage, see `_find_peak_activations`.
+                model without storage, see `_estimate_peak_activations`.
             topology: None: that of the job. A rank must hold as many experts as in the job.
         """
-        passed = self._find_peak_activations(setting.micro_batch, setting.checkpointing)
+        passed = self._estimate_peak_activations(setting.micro_batch, setting.checkpointing)
         return compute_memory(
             self.network.trained_sizes,
             self.network.frozen_sizes,
@@ -83,11 +83,11 @@ class JobPlan:
 
     @cached_property
     def _measured_peaks(self) -> dict[tuple[int, bool], int]:
-        """Cache of `_find_peak_activations`: peak bytes by (micro-batch, recomputation)."""
+        """Cache of `_estimate_peak_activations`: peak bytes by (micro-batch, recomputation)."""
         return {}
 
-    def _find_peak_activations(self, micro_batch: int, checkpointing: bool) -> int:
-        """Find the peak bytes of activations of a micro-batch.
+    def _estimate_peak_activations(self, micro_batch: int, checkpointing: bool) -> int:
+        """Estimate the peak bytes of activations of a micro-batch.
 
         They are measured, once for each pair of arguments; large micro-batches other than the job's
         are extrapolated linearly from two that are measured.
@@ -102,8 +102,8 @@ class JobPlan:
         high = 2 * low
         if micro_batch > high and micro_batch != self.job.setting.micro_batch:
             first, second = (
-                self._find_peak_activations(low, checkpointing),
-                self._find_peak_activations(high, checkpointing),
+                self._estimate_peak_activations(low, checkpointing),
+                self._estimate_peak_activations(high, checkpointing),
             )
             return second + (micro_batch - high) * (second - first) // (high - low)
         key = (micro_batch, checkpointing)

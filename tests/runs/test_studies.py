@@ -233,14 +233,14 @@ def test_table_and_document(workspace):
 
 
 def test_changed_settings_are_refused(workspace, tmp_path):
-    from megamod.runs.studies.records import read_record
+    from megamod.runs.studies.records import read_cell_record
     from megamod.runs.studies.study_file import read_study
 
     changed = {**STUDY, "common": {**COMMON, "max_steps": 5}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(changed))
     cell = read_study(tmp_path / "tiny.yaml").find_cell("dense.short.s1")
     with pytest.raises(UserError, match="max_steps: 4 then, 5 now"):
-        read_record(workspace / "evidence", cell)
+        read_cell_record(workspace / "evidence", cell)
 
 
 FINETUNING = {

@@ -298,7 +298,7 @@ def _make_integer_source(target: MergeTensor, model: ModelTensor) -> Callable[[i
     def draw_integers(count: int) -> Tensor:
         """Draw the next `count` numbers of the sequence, [count] int16."""
         raw = torch.empty(-(-count // 4), dtype=torch.int64)
-        raw.random_(-(2**63), None, generator=generator)
+        raw.random_(-(2**63), None, generator=generator)  # None: up to the largest int64
         return raw.view(torch.int16)[:count]
 
     return draw_integers

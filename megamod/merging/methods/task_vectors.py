@@ -128,8 +128,8 @@ def model_stock(target: MergeTensor) -> Iterator[Tensor]:
         for _, base, deltas in _iterate_task_vectors(target, list(target.iterate_row_pieces())):
             rows = deltas.view(len(deltas), -1, width)
             products = torch.einsum("aij,bij->iab", rows.double(), rows.double())
-            pull = _compute_interpolation_ratio(products)
-            mean = rows.mean(0).mul_(pull.to(rows.dtype)[:, None])
+            ratio = _compute_interpolation_ratio(products)
+            mean = rows.mean(0).mul_(ratio.to(rows.dtype)[:, None])
             yield base.add_(mean.view(-1))
         return
     products = torch.zeros(
@@ -137,9 +137,9 @@ def model_stock(target: MergeTensor) -> Iterator[Tensor]:
     )
     for _, _, deltas in _iterate_task_vectors(target, list(target.iterate_pieces())):
         products += deltas @ deltas.T
-    pull = float(_compute_interpolation_ratio(products))
+    ratio = float(_compute_interpolation_ratio(products))
     for _, base, deltas in _iterate_task_vectors(target, list(target.iterate_pieces())):
-        yield base.add_(deltas.mean(0), alpha=pull)
+        yield base.add_(deltas.mean(0), alpha=ratio)
 
 
 def _compute_interpolation_ratio(products: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from megamod.errors import UserError
-from megamod.merging.merge import iterate_merged_tensor, iterate_stored_pieces
+from megamod.merging.merge import iterate_merged_tensor
 from megamod.merging.moe.configuration import build_moe_config, find_moe_family
 from megamod.merging.plan import MergePlan
-from megamod.merging.tensors import describe_source, have_same_bits
+from megamod.merging.tensors import describe_source, have_same_bits, iterate_stored_pieces
 from megamod.models.lm.moe_families import LAYERS, MoeFamily
 from megamod.states.forest import read_model_config
 from megamod.states.stream import TensorSpec, plan_shards

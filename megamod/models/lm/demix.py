@@ -100,7 +100,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         has_head_per_domain = config.untie in ("input_output", "transformer_output")
 
         def make_head() -> OutputHead:
-            """Make the output matrix, of one domain where it is untied."""
+            """Make an output matrix: the only one, or that of one domain."""
             return OutputHead(config.hidden_size, config.vocab_size)
 
         self.lm_head = DomainExperts(make_head, domains) if has_head_per_domain else make_head()
@@ -257,7 +257,8 @@ class DemixMoeForCausalLM(DemixForCausalLM):
 def restrict_config_to_local_domains(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, let `model.config.domains` list only the domains this process holds.
 
-    A model without experts is left as it is.
+    A folder that is saved in the block has weights of these alone, and loads by its config.json. A
+    model without experts is left as it is.
     """
     config, group = model.config, next(iterate_domain_experts(model), None)
     domains = getattr(config, "domains", None)

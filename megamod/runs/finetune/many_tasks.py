@@ -86,7 +86,7 @@ class ManyTasksModel(FinetuneModel):
         return list_input_fields(self.config)
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def task_names(self) -> tuple[str, ...]:
         """Names of the tasks in the order of their ids."""
         return tuple(task.spec.name for task in self.tasks)
 
@@ -154,7 +154,9 @@ class ManyTasksModel(FinetuneModel):
 
     def make_objective(self, device: torch.device) -> MultiTaskObjective:
         """Return the training loss: the mean over tasks that --task_loss_reduction selects."""
-        return MultiTaskObjective(self.inputs, self.names, device, self.args.task_loss_reduction)
+        return MultiTaskObjective(
+            self.inputs, self.task_names, device, self.args.task_loss_reduction
+        )
 
     def make_row_selector(
         self, batches: TaskMixture, device: torch.device
@@ -170,7 +172,7 @@ class ManyTasksModel(FinetuneModel):
         return UncertaintySelector(
             batches,
             self.inputs,
-            self.names,
+            self.task_names,
             self.config.task_kinds,
             device,
             scope=self.args.uncertainty_selection,

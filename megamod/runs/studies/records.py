@@ -67,7 +67,7 @@ class CellRecord(Schema):
     details: dict[str, Any]
 
 
-def make_record(
+def make_cell_record(
     study: Study,
     cell: Cell,
     figures: Figures,
@@ -125,13 +125,13 @@ def compute_json_digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_record(folder: Path, record: Record) -> None:
+def write_cell_record(folder: Path, record: Record) -> None:
     """Write a cell's file into `folder`, which is created if needed; an earlier one is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{record['cell']}.json", json.loads(format_json(record)))
 
 
-def read_record(folder: Path, cell: Cell) -> Record | None:
+def read_cell_record(folder: Path, cell: Cell) -> Record | None:
     """Read a cell's file in `folder`; return None if there is none.
 
     Raises:

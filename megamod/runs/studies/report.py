@@ -15,7 +15,7 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.evaluation.plots import plot_losses_along_line, plot_ratios
 from megamod.evaluation.seeds import Estimate, compare_to_baseline, estimate_mean
-from megamod.runs.studies.records import Record, read_record
+from megamod.runs.studies.records import Record, read_cell_record
 from megamod.runs.studies.study_file import Study, Table
 
 EMPTY = "–"
@@ -37,7 +37,7 @@ def read_records(study: Study, evidence: Path) -> dict[str, Record]:
     Raises:
         UserError: if one is malformed, or of other settings than the study has now.
     """
-    records = {cell.name: read_record(evidence, cell) for cell in study.cells}
+    records = {cell.name: read_cell_record(evidence, cell) for cell in study.cells}
     return {name: record for name, record in records.items() if record is not None}
 
 

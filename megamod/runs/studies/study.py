@@ -23,9 +23,9 @@ from megamod.runs.studies.records import (
     Figures,
     Record,
     find_largest_difference,
-    make_record,
-    read_record,
-    write_record,
+    make_cell_record,
+    read_cell_record,
+    write_cell_record,
 )
 from megamod.runs.studies.study_file import Cell, Study
 
@@ -64,13 +64,13 @@ def run_cells(study: Study, cells: Sequence[Cell], folders: StudyFolders) -> Non
     Raises:
         UserError: if a cell fails by its settings, or there are figures of other settings.
     """
-    missing = [cell for cell in cells if read_record(folders.evidence, cell) is None]
+    missing = [cell for cell in cells if read_cell_record(folders.evidence, cell) is None]
     for cell in missing:
         with _lock_cell(folders.work, cell) as taken:
-            if not taken or read_record(folders.evidence, cell) is not None:
+            if not taken or read_cell_record(folders.evidence, cell) is not None:
                 continue
             record = run_cell(study, cell, folders)
-            write_record(folders.evidence, record)
+            write_cell_record(folders.evidence, record)
         logger.info(
             "%s: %.0f s; %s", cell.name, record["seconds"], format_progress(study, cells, folders)
         )
@@ -94,7 +94,7 @@ def run_cell(study: Study, cell: Cell, folders: StudyFolders) -> Record:
     with open(logs / f"{cell.name}.txt", "a", encoding="utf-8") as log, redirect_stdout(log):
         figures, digests = RUNS[study.file.kind](study, cell, folders.inputs, folders.work)
     seconds = time.perf_counter() - wall, time.process_time() - processor
-    return make_record(study, cell, figures, digests, *seconds)
+    return make_cell_record(study, cell, figures, digests, *seconds)
 
 
 def run_cells_in_processes(
@@ -126,7 +126,7 @@ def run_cells_in_processes(
         if line != last:
             logger.info("%s", line)
             last = line
-    left = [cell.name for cell in cells if read_record(folders.evidence, cell) is None]
+    left = [cell.name for cell in cells if read_cell_record(folders.evidence, cell) is None]
     if left:
         raise UserError(f"{len(left)} cells are not done, {left[0]} among them; see {logs}")
 
@@ -143,7 +143,7 @@ def repeat_cell(study: Study, cell: Cell, folders: StudyFolders, new_work: Path)
         UserError: if there are no figures, the inputs are others, or the scores differ by more than
             `TOLERANCE`.
     """
-    recorded = read_record(folders.evidence, cell)
+    recorded = read_cell_record(folders.evidence, cell)
     if recorded is None:
         raise UserError(f"--repeat: {folders.evidence} has no figures of {cell.name}")
     record = run_cell(study, cell, StudyFolders(folders.inputs, new_work, folders.evidence))
@@ -169,7 +169,7 @@ def format_progress(study: Study, cells: Sequence[Cell], folders: StudyFolders) 
     Raises:
         UserError: if there are figures of other settings.
     """
-    records = [read_record(folders.evidence, cell) for cell in cells]
+    records = [read_cell_record(folders.evidence, cell) for cell in cells]
     done = {cell.name: r for cell, r in zip(cells, records, strict=True) if r is not None}
     left = sum(
         _estimate_seconds(cell, list(done.values())) for cell in cells if cell.name not in done
