@@ -181,10 +181,10 @@ def _read_parts(
         inputs: gets all models that the file names.
     """
     if file.modules is None:
-        return _read_slices_or_models(file, folder, inputs), {}
+        return _register_slices_or_models(file, folder, inputs), {}
     if len(file.modules) == 1:
         (module,) = file.modules.values()
-        return _read_slices_or_models(module, folder, inputs), module.parameters
+        return _register_slices_or_models(module, folder, inputs), module.parameters
     parts = []
     for name, module in file.modules.items():
         sources = tuple(_register_source(entry, folder, inputs) for entry in module.models)
@@ -192,7 +192,7 @@ def _read_parts(
     return tuple(parts), {}
 
 
-def _read_slices_or_models(
+def _register_slices_or_models(
     content: _Module, folder: Path, inputs: list[InputModel]
 ) -> tuple[RecipePart, ...]:
     """Read `slices:` as parts, or append `models:` to the inputs and return no parts.

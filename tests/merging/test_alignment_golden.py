@@ -126,7 +126,7 @@ def test_case(name, common):
         count = measured.row_count if key == "xcorr.pooler" else None
         result = (
             measured.covariances[key.removeprefix("xcorr.")]
-            .compute_moments(count)
+            .finalise_moments(count)
             .overwrite_cross_by_correlation()
         )
         torch.testing.assert_close(result.float(), golden[key].float(), rtol=0, atol=1e-5)

@@ -59,7 +59,7 @@ def test_correlations_are_those_of_numpy_whatever_the_batches(far):
         sums = CrossCovariance(5)
         for entry, other in zip(first.split(sizes), second.split(sizes), strict=True):
             sums.add_batch(entry, other)
-        result = sums.compute_moments().overwrite_cross_by_correlation()
+        result = sums.finalise_moments().overwrite_cross_by_correlation()
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
         assert not result[1].any()
 
@@ -71,7 +71,7 @@ def test_what_is_not_finite_counts_as_nothing():
     result, expected = CrossCovariance(3), CrossCovariance(3)
     result.add_batch(first, second)
     expected.add_batch(clean_first, clean_second)
-    assert torch.equal(result.compute_moments().cross, expected.compute_moments().cross)
+    assert torch.equal(result.finalise_moments().cross, expected.finalise_moments().cross)
     assert torch.isnan(first[4, 1])
 
 
@@ -81,7 +81,7 @@ def test_another_count_makes_the_moments_of_the_release(stacked):
     sums = CrossCovariance(4, stacked=stacked)
     sums.add_batch(first.float()[:5], second.float()[:5])
     sums.add_batch(first.float()[5:], second.float()[5:])
-    moments = sums.compute_moments(100)
+    moments = sums.finalise_moments(100)
     cross = first.T @ second / 100 - torch.outer(first.sum(0), second.sum(0)) / 100**2
     variance = (first**2).sum(0) / 100 - (first.sum(0) / 100) ** 2
     torch.testing.assert_close(moments.cross, cross, rtol=0, atol=1e-6)
@@ -93,7 +93,7 @@ def test_the_mean_of_covariances():
     for seed in range(3):
         sums = CrossCovariance(3)
         sums.add_batch(features(9, 3, seed), features(9, 3, seed + 10))
-        moments.append(sums.compute_moments())
+        moments.append(sums.finalise_moments())
     expected = sum(entry.cross for entry in moments) / 3
     torch.testing.assert_close(average_moments(moments).cross, expected)
 
@@ -209,7 +209,7 @@ def test_features_are_those_of_a_plain_loop(level, special):
         first, second, [group], (), iterate_whole_batches(texts(20), 3), options
     )
     assert measured.row_count == len(rows[0])
-    result = measured.covariances[group.name].compute_moments().overwrite_cross_by_correlation()
+    result = measured.covariances[group.name].finalise_moments().overwrite_cross_by_correlation()
     expected = np.corrcoef(rows[0].T, rows[1].T)[:16, 16:]
     torch.testing.assert_close(result, torch.from_numpy(expected), rtol=0, atol=2e-4)
 

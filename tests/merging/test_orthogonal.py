@@ -260,8 +260,8 @@ def test_products_of_the_stream_are_those_of_the_folded_model():
         folded.append(copy_of(model, new, untie=True))
     again = measure_covariances(*folded, stream, (), batches_of(), options)
     for group in stream:
-        left = measured.covariances[group.name].compute_products()
-        right = again.covariances[group.name].compute_products()
+        left = measured.covariances[group.name].finalise_products()
+        right = again.covariances[group.name].finalise_products()
         scale = float(left.cross.abs().max())
         assert (left.cross - right.cross).abs().max() < 1e-6 * scale
         torch.testing.assert_close(left.first, right.first, rtol=1e-5, atol=1e-6)

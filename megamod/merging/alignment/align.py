@@ -47,7 +47,7 @@ from megamod.merging.alignment.record import (
     list_aligned_groups,
 )
 from megamod.merging.alignment.refine import Refinement
-from megamod.merging.alignment.reuse import compute_cached_alignment
+from megamod.merging.alignment.reuse import load_or_compute_alignment
 from megamod.merging.alignment.statistics import average_moments
 from megamod.merging.alignment.symmetry import Symmetry, find_symmetry
 from megamod.merging.alignment.weight_matching import match_weights
@@ -98,14 +98,15 @@ def align_models(
         }
         return _build_alignment(symmetry, matches, options, costs=False)
     if options.method == "orthogonal":
-        return _align_by_maps(first, second, symmetry, list(batches), options, descent_rounds)
+        batches = list(batches)
+        return _align_and_refine_maps(first, second, symmetry, batches, options, descent_rounds)
     matched = _list_matched_groups(symmetry, options)
     observed = _list_observed_groups(matched, options)
     measured = measure_covariances(first, second, observed, symmetry.domains, batches, options)
     return _build_alignment(symmetry, _match_groups(matched, measured, options), options)
 
 
-def _align_by_maps(
+def _align_and_refine_maps(
     first: PreTrainedModel,
     second: PreTrainedModel,
     symmetry: Symmetry,
@@ -136,7 +137,7 @@ def _align_by_maps(
         return refinement.refine_maps(options.refine_steps)
 
     states = (first.state_dict(), second.state_dict())
-    return compute_cached_alignment(options, states, batches, compute_alignment, descent_rounds)
+    return load_or_compute_alignment(options, states, batches, compute_alignment, descent_rounds)
 
 
 def align_weights(
@@ -160,7 +161,7 @@ def align_weights(
     )
     if options.method == "orthogonal":
         states = (first, second)
-        return compute_cached_alignment(
+        return load_or_compute_alignment(
             options, states, (), lambda _: align_weights_by_maps(*states, symmetry, options), 0
         )
     groups = {group.name: group for group in list_aligned_groups(symmetry, options)}
@@ -324,7 +325,7 @@ def _match_groups(
         # The pooler has one row per sequence; the original program divides by tokens.
         by_tokens = options.compat.pooler_by_tokens and names == ("pooler",)
         count = measured.row_count if by_tokens else None
-        moments = [measured.covariances[name].compute_moments(count) for name in names]
+        moments = [measured.covariances[name].finalise_moments(count) for name in names]
         mean = average_moments(moments) if len(moments) > 1 else moments[0]
         matrix = (mean.cross if options.covariance else mean.overwrite_cross_by_correlation()).cpu()
         return matrix.abs() if options.absolute else matrix

@@ -201,7 +201,7 @@ def _match_stream(
         return None
     if not rotates_stream(symmetry, options):
         return _match_features(stream[0], measured)
-    places = {g.name: measured.covariances[g.name].compute_products() for g in stream}
+    places = {g.name: measured.covariances[g.name].finalise_products() for g in stream}
     keeps_ones = not symmetry.family.rms
     return match_observed_stream(places, stream[0].size, measured.row_count, keeps_ones)
 
@@ -211,7 +211,7 @@ def _match_features(group: PermutationGroup, measured: FeatureStatistics) -> Gro
 
     The sums of the group in `measured` are overwritten.
     """
-    moments = measured.covariances[group.name].compute_moments()
+    moments = measured.covariances[group.name].finalise_moments()
     correlation = moments.overwrite_cross_by_correlation().cpu()
     if any(axis.role == "sign" for axis in group.axes):
         return match_signed_features(correlation)

@@ -309,10 +309,10 @@ def match_observed_heads(
     split = []
     for role in ("qk", "values"):
         name = f"{group.name}:{role}"
-        queries = measured.covariances[name].compute_products()
+        queries = measured.covariances[name].finalise_products()
         keys = None
         if group.queries_per_key > 1:
-            keys = measured.covariances[f"{name}:keys"].compute_products()
+            keys = measured.covariances[f"{name}:keys"].finalise_products()
         norms = [_compute_head_norms(group, which, queries, keys) for which in ("first", "second")]
         scale = torch.outer(*norms).clamp(min=torch.finfo(torch.float64).tiny)
         products = split_head_products(group, queries.cross, keys and keys.cross)

@@ -137,7 +137,7 @@ class Refinement:
                 self._take_adam_step(state)
                 bar.update(1)
                 if state.step % EVERY == 0 or state.step == steps:
-                    self._measure_held_out_loss(state)
+                    self._update_best_maps(state)
                     self._write_progress_file(state)
         return self._compose_alignment(state.best)
 
@@ -153,7 +153,7 @@ class Refinement:
             return _read_progress_file(self._file, list(zeros))
         copies = [{key: tensor.clone() for key, tensor in zeros.items()} for _ in range(4)]
         state = _RefinementState(0, copies[0], copies[1], math.inf, copies[2], copies[3])
-        self._measure_held_out_loss(state)
+        self._update_best_maps(state)
         return state
 
     def _make_zero_parameters(self) -> dict[MapKey, Tensor]:
@@ -196,9 +196,10 @@ class Refinement:
             state.parameters[key] = state.parameters[key] - RATE * change
 
     @torch.no_grad()
-    def _measure_held_out_loss(self, state: _RefinementState) -> None:
-        """Measure the loss half way on the held-out rows; store the parameters in `state.best` if
-        it is the smallest.
+    def _update_best_maps(self, state: _RefinementState) -> None:
+        """Store the parameters in `state.best` if their held-out loss is the smallest so far.
+
+        It is the loss half way between the models, on the held-out rows.
 
         Raises:
             UserError: if the loss is not finite.

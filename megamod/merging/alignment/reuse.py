@@ -17,7 +17,7 @@ _VERSION = 1  # of the computation; alignments of another one are not used again
 _NAME_DIGITS = 32  # hexadecimal digits of the digest that name a subfolder
 
 
-def compute_cached_alignment(
+def load_or_compute_alignment(
     options: AlignmentOptions,
     states: Sequence[Mapping[str, Tensor]],
     batches: Sequence[CalibrationBatch],
@@ -66,7 +66,7 @@ def _compute_input_digest(
     """Compute a SHA-256, in hexadecimal, of everything that the alignment depends on.
 
     Args:
-        options, states, batches, descent_rounds: see `compute_cached_alignment`.
+        options, states, batches, descent_rounds: see `load_or_compute_alignment`.
     """
     # The text itself counts, not where it lies.
     settings = options.model_dump(exclude={"maps": True, "calibration": {"path"}})

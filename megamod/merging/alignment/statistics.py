@@ -91,8 +91,8 @@ class CrossCovariance:
         self._squares += product.diagonal().view(2, size)
         self._sums += both.sum(1).view(2, size)
 
-    def compute_moments(self, count: int | None = None) -> Moments:
-        """Compute the moments; the sums are overwritten, so this ends the accumulation.
+    def finalise_moments(self, count: int | None = None) -> Moments:
+        """Turn the sums into moments, in place; this ends the accumulation.
 
         Args:
             count: divisor instead of the number of added rows; None: that number. The original
@@ -108,11 +108,11 @@ class CrossCovariance:
         product.div_(n).sub_(torch.outer(*mean))
         return Moments(variance[0], variance[1], product)
 
-    def compute_products(self) -> Moments:
-        """Compute sums of squares and of products, means not subtracted, on the CPU.
+    def finalise_products(self) -> Moments:
+        """Return sums of squares and of products, means not subtracted, on the CPU.
 
-        They are sums and not averages, in the fields of `Moments`. The sums are overwritten, so
-        this ends the accumulation.
+        They are sums and not averages, in the fields of `Moments`. They are made in place, so this
+        ends the accumulation.
         """
         _, squares, product = self._compute_raw_sums()
         return Moments(squares[0].cpu(), squares[1].cpu(), product.cpu())
