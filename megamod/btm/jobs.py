@@ -77,7 +77,7 @@ def build_command(
     """
     program = [str(commands_folder / stage.program), *stage.arguments]
     gpus = sum(len(host.slots) for host in placement)
-    cores = share_cores(len(hosts[0].slots)) if hostfile is None else {}
+    cores = make_thread_variables(len(hosts[0].slots)) if hostfile is None else {}
     if not stage.ranks or (hostfile is None and gpus == 1):
         # If the job's slots are on another host, the GPUs of this machine belong to other jobs.
         visible = ",".join(map(str, placement[0].slots)) if is_local_host(placement[0]) else ""
@@ -96,8 +96,8 @@ def build_command(
     return command + program, cores
 
 
-def share_cores(slots: int) -> dict[str, str]:
-    """Return variables that give each slot of this machine its part of the cores.
+def make_thread_variables(slots: int) -> dict[str, str]:
+    """Make variables that give each slot of this machine threads for its part of the cores.
 
     Otherwise each process would start a thread for every core, and jobs slow each other down
     several times. With GPUs, or if OMP_NUM_THREADS is set, the result is empty.

@@ -23,9 +23,9 @@ from megamod.convert.writing import write_converted_model
 from megamod.errors import UserError, report_damage
 from megamod.files import create_folder_atomically
 from megamod.models.auto import resolve_model_folder
-from megamod.states import weight_files
 from megamod.states.config_file import check_model_fits_files, check_sizes, read_config_file
 from megamod.states.tokenizer_files import copy_tokenizer
+from megamod.states.weight_files import has_weights
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def is_model_source(name: str) -> bool:
     return (path / "config.json").is_file() or (name.count("/") == 1 and not path.exists())
 
 
-def has_weights(name: str) -> bool:
+def may_have_weights(name: str) -> bool:
     """Return True for a folder with weights, whole or sharded, and for a name that is no folder.
 
     Such a name is taken as that of a model on the hub, which has weights.
@@ -101,7 +101,7 @@ def has_weights(name: str) -> bool:
         UserError: as `list_weight_files`, such as for a missing shard.
     """
     path = Path(name)
-    return not path.is_dir() or weight_files.has_weights(path)
+    return not path.is_dir() or has_weights(path)
 
 
 def _is_foreign_type(kind: object) -> bool:

@@ -145,7 +145,7 @@ class Heartbeat:
         loss: str | None = None
         answered = threading.Event()
 
-        def find_loss() -> None:
+        def record_loss() -> None:
             """Set `loss`, and `answered` after the first answer of the store."""
             nonlocal loss
             with suppress(RuntimeError):
@@ -159,7 +159,7 @@ class Heartbeat:
 
         # A store whose process is stopped accepts a question and never answers: no timeout of the
         # connection covers that.
-        thread = threading.Thread(target=find_loss, daemon=True)
+        thread = threading.Thread(target=record_loss, daemon=True)
         thread.start()
         if answered.wait(2 * BEAT):
             thread.join(4 * BEAT)

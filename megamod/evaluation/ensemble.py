@@ -20,6 +20,7 @@ from megamod.mixture.ensemble import (
     PerplexityCounter,
     PosteriorRule,
     estimate_prior,
+    make_leave_one_out_mixtures,
 )
 from megamod.mixture.prior import Prior, restrict_to_top_k
 from megamod.progress import show_progress
@@ -209,9 +210,12 @@ def _score_text(
     # The updating prior starts uniform, as in the estimate, whatever the prior in use is.
     mixtures["updating_prior"] = Mixture("updating_prior", len(names), protocol.rule)
     single_counters = {name: PerplexityCounter() for name in names}
-    without_expert = (
-        _make_leave_one_out_mixtures(names, prior, protocol) if protocol.removal_test else {}
-    )
+    without_expert: dict[str, tuple[list[int], Mixture]] = {}
+    if protocol.removal_test:
+        kept_prior = prior if protocol.mode == "cached_prior" else None
+        without_expert = make_leave_one_out_mixtures(
+            names, protocol.mode, protocol.rule, kept_prior
+        )
     batches = source.iterate_batches(text, names, protocol.batch)
     for log_probs, mask in show_progress(batches, f"mixing on {text.domain}"):
         for mode, mixture in mixtures.items():
@@ -237,34 +241,6 @@ def _score_text(
         name: _make_score(mixture.counter, text_bytes)
         for name, (_, mixture) in without_expert.items()
     }
-
-
-def _make_leave_one_out_mixtures(
-    names: Sequence[str], prior: Tensor | None, protocol: MixingProtocol
-) -> dict[str, tuple[list[int], Mixture]]:
-    """Make a mixture of all experts but one for each expert, for `removal_test`.
-
-    Args:
-        names: domains of the experts.
-        prior: [E] float64 weights of these experts, or None; with the mode "cached_prior" the
-            weights of the remaining experts are rescaled to sum 1.
-        protocol: mode and update rule of the mixtures.
-    Returns:
-        by the domain of the omitted expert: indices of the others among `names`, and their mixture.
-        No entry for an only expert, and none for one that has all of the prior.
-    """
-    mixtures = {}
-    for left_out, name in enumerate(names):
-        other_indices = [index for index in range(len(names)) if index != left_out]
-        other_prior = None
-        if prior is not None and protocol.mode == "cached_prior":
-            other_prior = prior[other_indices] / prior[other_indices].sum()
-        if other_indices and (other_prior is None or bool(other_prior.isfinite().all())):
-            mixtures[name] = (
-                other_indices,
-                Mixture(protocol.mode, len(other_indices), protocol.rule, other_prior),
-            )
-    return mixtures
 
 
 def _list_weights_by_expert(

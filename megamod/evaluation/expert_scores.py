@@ -243,7 +243,8 @@ class SequentialScores:
         missing: dict[str, list[TextSelection]] = {}
         for text, domains in requests.items():
             for domain in domains:
-                if (text, domain) not in self._scores and not self._read_cache_file(text, domain):
+                is_stored = (text, domain) in self._scores
+                if not is_stored and not self._load_cached_scores(text, domain):
                     missing.setdefault(domain, []).append(text)
         for expert in self.experts.iterate_loaded_experts(
             [d for d in self.experts.domains if d in missing]
@@ -257,7 +258,7 @@ class SequentialScores:
                 else:
                     cache_file = self._make_cache_path(text, expert.domain)
                     write_atomic(cache_file, save({"log_probs": scores}))
-                    self._read_cache_file(text, expert.domain)
+                    self._load_cached_scores(text, expert.domain)
             del expert
 
     def iterate_batches(
@@ -271,8 +272,8 @@ class SequentialScores:
             part = slice(start, start + size)
             yield torch.stack([row[part] for row in rows]), masks[part]
 
-    def _read_cache_file(self, text: TextSelection, domain: str) -> bool:
-        """Read the scores of a text under the expert of `domain` from their cache file.
+    def _load_cached_scores(self, text: TextSelection, domain: str) -> bool:
+        """Load the scores of a text under the expert of `domain` from their cache file.
 
         Returns:
             True if they are in `_scores` now; False without a cache folder, and if the file is

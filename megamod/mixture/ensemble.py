@@ -7,7 +7,7 @@ Shapes: E experts, B sequences, T positions.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -160,6 +160,29 @@ class Mixture:
         if self.rule.name == "history":
             average = average.clamp(min=LEAST).where(self.prior > 0, 0.0)
         return average / average.sum()
+
+
+def make_leave_one_out_mixtures(
+    names: Sequence[str], mode: str, rule: PosteriorRule, prior: Tensor | None
+) -> dict[str, tuple[list[int], Mixture]]:
+    """Make, for each expert, a mixture of all others.
+
+    Args:
+        names: domains of the experts.
+        mode, rule: see `Mixture`.
+        prior: [E] float64 weights of these experts; those of the others are rescaled to sum 1.
+            None: see `Mixture`.
+    Returns:
+        by the domain of the omitted expert: indices of the others among `names`, and their mixture.
+        No entry for an only expert, and none for one that has all of the prior.
+    """
+    mixtures = {}
+    for left_out, name in enumerate(names):
+        others = [index for index in range(len(names)) if index != left_out]
+        rescaled = None if prior is None else prior[others] / prior[others].sum()
+        if others and (rescaled is None or bool(rescaled.isfinite().all())):
+            mixtures[name] = (others, Mixture(mode, len(others), rule, rescaled))
+    return mixtures
 
 
 def estimate_prior(

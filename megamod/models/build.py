@@ -190,18 +190,18 @@ def make_bert_config(preset: str, vocab_size: int, **multiplexing: object) -> Pr
         raise UserError(str(error)) from error
 
 
-def select_pretraining_class(config: PreTrainedConfig, objective: str) -> type:
-    """Select the Auto class whose `from_config` builds the model that is pretrained.
+def set_pretraining_architecture(config: PreTrainedConfig) -> None:
+    """Set `config.architectures` of a multiplexed ELECTRA; other configurations do not change.
 
-    Sets `config.architectures` of a multiplexed ELECTRA, by which the Auto class then builds the
-    model that replaces tokens.
-
-    Args:
-        objective: "masked_lm" or "replaced_token".
+    Its Auto class has two models for pretraining, and builds the one that replaces tokens itself by
+    this field.
     """
     if isinstance(config, MuxElectraConfig):
-        # ELECTRA has two heads for pretraining; this one replaces tokens by itself.
         config.architectures = ["MuxElectraForReplacedTokens"]
+
+
+def select_pretraining_class(objective: str) -> type:
+    """Select the Auto class of the model that is pretrained for "masked_lm" or "replaced_token"."""
     return _AUTO[objective]
 
 
@@ -216,4 +216,5 @@ def build_encoder(
         objective: "masked_lm" or "replaced_token".
         dtype: dtype of the weights; None: torch's default.
     """
-    return select_pretraining_class(config, objective).from_config(config, dtype=dtype)
+    set_pretraining_architecture(config)
+    return select_pretraining_class(objective).from_config(config, dtype=dtype)

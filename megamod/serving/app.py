@@ -14,14 +14,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from megamod.serving.completion import CompletionService
 from megamod.serving.exchange import add_error_handlers
 from megamod.serving.metrics import Metrics, RequestCounter
+from megamod.serving.page_policy import PAGE_POLICY
 from megamod.serving.request_queue import RequestQueue
 from megamod.version import __version__
-
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""The page loads nothing, and talks to its server alone."""
 
 
 class Service(Protocol):
@@ -55,7 +50,7 @@ def make_app(service: Service, *, max_wait: float, max_queue: int) -> FastAPI:
     """Make the application that serves a model; its queue is `app.state.queue`.
 
     Args:
-        service: the model to serve.
+        service: the model to serve; a completion service reports its tokens to the metrics.
         max_wait: seconds that a request of an incomplete group waits for others.
         max_queue: most waiting inputs.
     """

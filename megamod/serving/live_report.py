@@ -12,12 +12,7 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.evaluation.run_report import format_run_report, list_report_files
-
-POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""The page loads nothing, and asks its server alone."""
+from megamod.serving.page_policy import PAGE_POLICY
 
 SCRIPT = """
 <script>
@@ -142,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Security-Policy", POLICY)
+        self.send_header("Content-Security-Policy", PAGE_POLICY)
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
         self.wfile.write(body)

@@ -69,10 +69,10 @@ def _sample_documents(texts: Iterable[str], max_bytes: int) -> list[str]:
     Documents below `SHORTEST` characters are dropped.
 
     Args:
-        texts: whole texts, see `_cut_long_text`.
+        texts: whole texts, see `_cut_at_line_ends`.
         max_bytes: most UTF-8 bytes of all selected documents together.
     """
-    pieces = dict.fromkeys(piece for text in texts for piece in _cut_long_text(text))
+    pieces = dict.fromkeys(piece for text in texts for piece in _cut_at_line_ends(text))
     documents = [piece for piece in pieces if len(piece) >= SHORTEST]
     share = min(1.0, max_bytes / max(1, sum(len(document.encode()) for document in documents)))
     selected, used = [], 0
@@ -84,7 +84,7 @@ def _sample_documents(texts: Iterable[str], max_bytes: int) -> list[str]:
     return selected
 
 
-def _cut_long_text(text: str) -> Iterator[str]:
+def _cut_at_line_ends(text: str) -> Iterator[str]:
     """Yield parts of at most `LONGEST` characters, cut at line ends where there are any.
 
     CRLF becomes LF; line ends at both ends of the text, and those at cuts, are dropped.

@@ -27,7 +27,7 @@ VERSION = 1
 HEADER = struct.Struct("<9sQBQ")
 DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
-SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+FAIRSEQ_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3 of every dict.txt
 OVERWRITE = "#fairseq:overwrite"
 SCAN = 1 << 20  # items or tokens checked at once
 BLOCK_BYTES = 4 << 20  # of a .bin that have a digest of their own
@@ -259,9 +259,9 @@ class Dictionary:
 
     def __init__(self) -> None:
         """Start with the four special symbols."""
-        self.symbols = list(SPECIALS)
-        self.counts = [1] * len(SPECIALS)
-        self._ids = {symbol: number for number, symbol in enumerate(SPECIALS)}
+        self.symbols = list(FAIRSEQ_SYMBOLS)
+        self.counts = [1] * len(FAIRSEQ_SYMBOLS)
+        self._ids = {symbol: number for number, symbol in enumerate(FAIRSEQ_SYMBOLS)}
 
     @classmethod
     def load(cls, path: str | Path) -> "Dictionary":
@@ -304,8 +304,8 @@ class Dictionary:
 
     def save(self, path: str | Path) -> None:
         """Write a `dict.txt`, a line `symbol count` per symbol but the four special ones."""
-        seen, lines = set(SPECIALS), []
-        for number in range(len(SPECIALS), len(self)):
+        seen, lines = set(FAIRSEQ_SYMBOLS), []
+        for number in range(len(FAIRSEQ_SYMBOLS), len(self)):
             symbol = self.symbols[number]
             mark = f" {OVERWRITE}" if symbol in seen else ""
             lines.append(f"{symbol} {self.counts[number]}{mark}\n")
@@ -318,7 +318,7 @@ class Dictionary:
 
     def get_id(self, symbol: str) -> int:
         """Return the id of a symbol; 3, the id of `<unk>`, for unknown symbols."""
-        return self._ids.get(symbol, SPECIALS.index("<unk>"))
+        return self._ids.get(symbol, FAIRSEQ_SYMBOLS.index("<unk>"))
 
     def get_symbol(self, number: int) -> str:
         """Return the symbol of an id; an id outside the dictionary raises IndexError."""

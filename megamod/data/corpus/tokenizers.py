@@ -18,7 +18,7 @@ import numpy as np
 
 from megamod.data.corpus import sentencepiece_model
 from megamod.data.corpus.fast_tokenizers import LARGEST_ID, load_fast_tokenizer
-from megamod.data.corpus.indexed import Dictionary
+from megamod.data.corpus.indexed import FAIRSEQ_SYMBOLS, Dictionary
 from megamod.errors import UserError, report_damage, shorten
 from megamod.files import write_atomic
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
 GPT2_FILES = ("encoder.json", "vocab.bpe", "dict.txt")
-FAIRSEQ_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
 ALPHABET = 1000  # most frequent characters that trained word pieces cover
 LONGEST = 1 << 20  # characters of a text encoded at once: bounds the memory for a huge document
 

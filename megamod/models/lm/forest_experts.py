@@ -145,11 +145,11 @@ def check_member(expert: Expert, config: PreTrainedConfig) -> None:
 
 
 def prepare_expert(model: LanguageModel, expert: Expert, experts: Sequence[Expert]) -> str | None:
-    """Return the name that selects an expert in the model that holds it.
+    """Add an expert to its model if it is an adapter; return the name that selects it there.
 
-    An adapter is added to the model first, and stays selected; each call adds it again. `SEED`
-    selects the seed itself, if adapters of it are among the experts; otherwise the name is the
-    expert's `member`, None if the expert is the whole model.
+    An added adapter stays selected; each call adds it again. `SEED` selects the seed itself, if
+    adapters of it are among the experts; otherwise the name is the expert's `member`, None if the
+    expert is the whole model.
 
     Args:
         model: holds the expert, or is the seed of the adapter; changed in place.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedConfig
 
-from megamod.convert.sources import has_weights, resolve_model
+from megamod.convert.sources import may_have_weights, resolve_model
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.errors import UserError
 from megamod.models.presets import PRESETS
@@ -52,7 +52,7 @@ def read_start_config(
     source = resolve_model(named, flag, accepts, needed)
     if stage.model is None:
         return source.config, None
-    if has_weights(source.name):
+    if may_have_weights(source.name):
         return source.config, source.name
     if not stage.do_train:
         raise UserError(f"--model {named}: there are no weights in it, so it must be trained")

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
-from megamod.convert.sources import has_weights, is_model_source, resolve_model
+from megamod.convert.sources import is_model_source, may_have_weights, resolve_model
 from megamod.data.batches import BatchDivision
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.databin import DataBin
@@ -336,7 +336,7 @@ def find_weight_source(model: ModelArgs, config: PreTrainedConfig) -> WeightSour
     """
     if model.init_from is not None:
         start = WeightSource(model.init_from, "--init_from")
-    elif is_model_source(model.model) and has_weights(model.model) and not model.from_scratch:
+    elif is_model_source(model.model) and may_have_weights(model.model) and not model.from_scratch:
         start = WeightSource(model.model, "--model")
     else:
         return None
@@ -374,8 +374,9 @@ def build_initial_encoder(
     if start is None:
         logger.info("new weights, drawn with --seed %d", seed)
         return build.build_encoder(config, objective, torch.float32)
+    build.set_pretraining_architecture(config)
     model, report = load_pretrained(
-        build.select_pretraining_class(config, objective),
+        build.select_pretraining_class(objective),
         resolve_model(*astuple(start)).name,
         start.flag,
         config=config,

@@ -49,7 +49,7 @@ from megamod.merging.alignment.permute import (
     untie_output_matrix,
 )
 from megamod.merging.alignment.symmetry import find_symmetry
-from megamod.runs.studies.language_models import provide_trained_run
+from megamod.runs.studies.language_models import train_unless_done
 from megamod.runs.studies.parameter_counts import count_parameters
 from megamod.runs.studies.records import Figures
 from megamod.runs.studies.study_file import Cell, Study
@@ -88,7 +88,7 @@ def run_barrier_cell(
     flags = {k: v for k, v in settings.items() if k not in SETTINGS and not k.startswith(PREFIX)}
     seeds = [(cell.seed - 1 + step) % extras["circle"] + 1 for step in range(3)]
     folders = [
-        provide_trained_run({**flags, "seed": seed}, text.training_bin, work) / "model"
+        train_unless_done({**flags, "seed": seed}, text.training_bin, work) / "model"
         for seed in dict.fromkeys(seeds)
     ]
     models = [load_model(str(folder), AutoModelForCausalLM).eval() for folder in folders]

@@ -11,7 +11,12 @@ from megamod.evaluation.expert_scores import Experts, SequentialScores, TextSele
 from megamod.evaluation.held_out_data import HeldOut
 from megamod.evaluation.model_folders import find_saved_models, score_models
 from megamod.evaluation.perplexity import DENSE
-from megamod.mixture.ensemble import Mixture, PerplexityCounter, PosteriorRule
+from megamod.mixture.ensemble import (
+    Mixture,
+    PerplexityCounter,
+    PosteriorRule,
+    make_leave_one_out_mixtures,
+)
 from megamod.mixture.prior import Prior, restrict_to_top_k
 from megamod.states.forest import Forest
 
@@ -118,7 +123,8 @@ def score_forest(forest: Forest, text: ScoredText) -> ForestLosses:
             for count in TOP
             if count < len(names)
         }
-        fewer = _make_leave_one_out_mixtures(prior)
+        weights = torch.tensor(prior.weights, dtype=torch.float64)
+        fewer = make_leave_one_out_mixtures(prior.domains, "cached_prior", PosteriorRule(), weights)
         alone = {name: PerplexityCounter() for name in names}
         for log_probs, mask in source.iterate_batches(scored, names, BATCH):
             for mixture in mixtures.values():
@@ -143,24 +149,6 @@ def _make_mixture(mode: str, rule: PosteriorRule, prior: Prior) -> Mixture:
     """Make a mixture of all experts that starts from the weights of a prior."""
     weights = torch.tensor(prior.weights, dtype=torch.float64)
     return Mixture(mode, len(weights), rule, weights)
-
-
-def _make_leave_one_out_mixtures(prior: Prior) -> dict[str, tuple[list[int], Mixture]]:
-    """Make the mixtures of all experts but one, with cached priors.
-
-    The weights are those of the other experts in the prior, scaled to sum 1. An expert without
-    which nothing of the prior is left has no mixture.
-
-    Returns:
-        by the name of the missing expert: indices of the others in the prior, and their mixture.
-    """
-    weights, fewer = torch.tensor(prior.weights, dtype=torch.float64), {}
-    for removed, name in enumerate(prior.domains):
-        rest = [number for number in range(len(weights)) if number != removed]
-        if float(weights[rest].sum()) > 0:
-            share = weights[rest] / weights[rest].sum()
-            fewer[name] = rest, Mixture("cached_prior", len(rest), PosteriorRule(), share)
-    return fewer
 
 
 def _add_losses(losses: Losses, domain: str, counters: Mapping[str, PerplexityCounter]) -> None:

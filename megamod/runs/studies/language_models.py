@@ -87,7 +87,7 @@ def run_language_model_cell(
     if extras["family"] is not None:
         flags = write_stock_config(extras["family"], flags, DataBin(text.training_bin), work)
     if extras["seed_share"] is None:
-        runs = {"": provide_trained_run(flags, text.training_bin, work)}
+        runs = {"": train_unless_done(flags, text.training_bin, work)}
     else:
         runs = train_forest(flags, extras, text, work)
     tokens = _count_tokens(flags, runs, extras)
@@ -125,7 +125,7 @@ def run_language_model_cell(
     return Figures(scores, details), {"text": text.digest}
 
 
-def provide_trained_run(
+def train_unless_done(
     flags: Settings, databin: Path, work: Path, *, stop: int | None = None
 ) -> Path:
     """Train to step `stop` (None: to the end) unless that is done; return the run's folder.
@@ -172,7 +172,7 @@ def train_forest(
     if extras["strangers"]:
         strangers = train_and_average_strangers(flags, extras, text, work)
     elif seed_steps:
-        seed = provide_trained_run(flags, text.training_bin, work, stop=seed_steps)
+        seed = train_unless_done(flags, text.training_bin, work, stop=seed_steps)
     rate = extras["expert_learning_rate"] or flags["learning_rate"]
     runs = {}
     for domain in domains:
@@ -226,7 +226,7 @@ def train_and_average_strangers(
     for number, domain in enumerate(domains):
         stranger = {"domains": [domain], "per_device_train_batch_size": batch, "max_steps": steps}
         stranger["seed"] = flags["seed"] * len(domains) + number
-        runs.append(provide_trained_run({**flags, **stranger}, text.training_bin, work))
+        runs.append(train_unless_done({**flags, **stranger}, text.training_bin, work))
     align: dict[str, object] = {"method": extras["strangers"]}
     if extras["strangers"] != "identity":
         align["calibration"] = {"path": str(text.write_excerpts(_CALIBRATION_BYTES))}
@@ -250,7 +250,7 @@ def _train_seed(flags: Settings, extras: Mapping[str, object], text: StudyText, 
         return train_and_average_strangers(flags, extras, text, work)
     steps = _count_seed_steps(flags, extras)
     return find_parent(
-        provide_trained_run(flags, text.training_bin, work, stop=steps), step=steps
+        train_unless_done(flags, text.training_bin, work, stop=steps), step=steps
     ).model
 
 
