@@ -161,17 +161,17 @@ def _read_run_files(path: Path, name: str) -> _RunFiles:
             raise UserError(f"{path}: is no result of megamod eval-ensemble --output")
         return _RunFiles(name, path.parent, mixture=mixture)
     run = _RunFiles(
-        name,
-        path,
-        read_metrics(path / METRICS) if (path / METRICS).is_file() else (),
-        _read_json_if_exists(path / "perplexity.json"),
-        _read_json_if_exists(path / "results.json"),
-        read_checked_file(path / "summary.json", list[_SummaryRow])
+        name=name,
+        folder=path,
+        metrics=read_metrics(path / METRICS) if (path / METRICS).is_file() else (),
+        scores=_read_json_if_exists(path / "perplexity.json"),
+        results=_read_json_if_exists(path / "results.json"),
+        sweep=read_checked_file(path / "summary.json", list[_SummaryRow])
         if (path / "summary.json").is_file()
         else (),
-        _read_json_if_exists(path / "evaluation" / "mixture.json"),
-        read_run_recipe(path),
-        _flatten_objects(_read_json_if_exists(path / "env.json")),
+        mixture=_read_json_if_exists(path / "evaluation" / "mixture.json"),
+        settings=read_run_recipe(path),
+        environment=_flatten_objects(_read_json_if_exists(path / "env.json")),
     )
     if not any((run.metrics, run.scores, run.results, run.sweep, run.mixture)):
         raise UserError(

@@ -312,18 +312,18 @@ def _make_job(
         muon=settled.optim.optim == "muon",
     )
     return Job(
-        name,
-        tuple(job_names),
-        topology,
-        run,
-        model,
-        lora,
-        mux,
-        data,
-        vocabulary,
-        setting,
-        steps,
-        tuple(placements),
+        name=name,
+        job_names=tuple(job_names),
+        topology=topology,
+        run=run,
+        model=model,
+        lora=lora,
+        mux=mux,
+        data=data,
+        vocabulary=vocabulary,
+        setting=setting,
+        steps=steps,
+        placements=tuple(placements),
     )
 
 

@@ -79,14 +79,14 @@ class Memory:
         host_weights: offloaded weights, in host memory.
     """
 
-    weights: int
-    gradients: int
-    optimizer: int
-    kept: int
-    activations: int
-    buffers: int
-    collected: int
-    update: int
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    kept: int = 0
+    activations: int = 0
+    buffers: int = 0
+    collected: int = 0
+    update: int = 0
     host: int = 0
     host_weights: int = 0
 
@@ -128,7 +128,7 @@ def compute_memory(
         if group[0]
     ]
     buffers = _compute_buffer_bytes({**sizes, **frozen}, setting)
-    whole = Memory(0, 0, 0, 0, activations, buffers, 0, 0)
+    whole = Memory(activations=activations, buffers=buffers)
     for group_sizes, ranks, _ in _group_parameters_by_ranks(frozen, topology):
         on_device, on_host = _compute_weight_bytes(group_sizes, ranks, setting)
         whole = replace(
@@ -195,7 +195,12 @@ def _compute_group_memory(
     if setting.stage == 0:
         full_bytes = element * total
         moments = (element if muon else MOMENTS) * total
-        return Memory(full_bytes, full_bytes, moments, full_bytes * accumulates, 0, 0, 0, 0)
+        return Memory(
+            weights=full_bytes,
+            gradients=full_bytes,
+            optimizer=moments,
+            kept=full_bytes * accumulates,
+        )
     if setting.stage == 3:
         shard = _count_shard_elements(group_sizes, ranks)
         weights, offloaded = _compute_weight_bytes(group_sizes, ranks, setting)
@@ -216,14 +221,12 @@ def _compute_group_memory(
     # Each reduction allocates the rank's shard again, in addition to the accumulated gradients.
     allocates_again = stage_1 or (setting.stage == 2 and setting.micro_steps > 1)
     return Memory(
-        weights,
-        gradients,
-        MASTER * shard + moments,
-        gradients * accumulates,
-        0,
-        0,
-        element * shard * allocates_again,
-        update,
+        weights=weights,
+        gradients=gradients,
+        optimizer=MASTER * shard + moments,
+        kept=gradients * accumulates,
+        collected=element * shard * allocates_again,
+        update=update,
         host_weights=offloaded,
     )
 

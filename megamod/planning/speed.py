@@ -54,15 +54,15 @@ def compute_traffic(
     # The decoder's token table, which the output head uses too.
     tied = [name for name in network.trained_sizes if name.endswith("embeddings.tokens.weight")]
     return compute_step_traffic(
-        network.trained_sizes,
-        topology,
-        setting.stage,
-        setting.micro_steps,
-        setting.element_bytes,
-        setting.persistent,
-        setting.live,
-        tied,
-        network.frozen_sizes,
+        element_counts=network.trained_sizes,
+        topology=topology,
+        zero_stage=setting.stage,
+        micro_steps=setting.micro_steps,
+        element_bytes=setting.element_bytes,
+        persistence_threshold=setting.persistent,
+        live_limit=setting.live,
+        tied_names=tied,
+        frozen=network.frozen_sizes,
     )
 
 

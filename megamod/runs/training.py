@@ -258,24 +258,24 @@ def _train_and_publish(
         muon=settings.optim.optim == "muon",
     )
     export = ModelExport(
-        engine,
-        spec.config,
-        topology,
-        spec.tokenizer,
-        output / "run.yaml",
-        spec.card,
-        spec.companions,
-        spec.seed_digest or "",
+        engine=engine,
+        config=spec.config,
+        topology=topology,
+        tokenizer=spec.tokenizer,
+        run_file=output / "run.yaml",
+        card=spec.card,
+        companions=spec.companions,
+        seed_digest=spec.seed_digest or "",
     )
     checkpoints = Checkpoints(
-        output / "checkpoints",
-        engine,
-        topology,
-        export,
-        list_settings_to_repeat(parsed, spec.data_digest, settings.global_batch)
+        folder=output / "checkpoints",
+        engine=engine,
+        topology=topology,
+        write_model=export,
+        settings=list_settings_to_repeat(parsed, spec.data_digest, settings.global_batch)
         | (spec.settings or {}),
-        run.save_total_limit,
-        {field.name: field.default for args in parsed for field in fields(args)},
+        keep_count=run.save_total_limit,
+        defaults={field.name: field.default for args in parsed for field in fields(args)},
     )
     state = checkpoints.resume(safety.resume) or TrainState()
     if state.step >= settings.plan.stop_step > 0:
@@ -291,17 +291,17 @@ def _train_and_publish(
             )
         running = ActiveRun(engine, device, monitor, export, output, state)
         train(
-            engine,
-            spec.make_objective(device),
-            lambda step: iterate_train_batches(
+            engine=engine,
+            objective=spec.make_objective(device),
+            open_batches=lambda step: iterate_train_batches(
                 batches, step, workers, pin_memory=device.type == "cuda"
             ),
-            settings.plan,
-            state,
-            checkpoints,
-            monitor,
-            spec.make_evaluate(running),
-            spec.make_row_selector(device) if spec.make_row_selector else None,
+            plan=settings.plan,
+            state=state,
+            checkpoints=checkpoints,
+            monitor=monitor,
+            evaluate=spec.make_evaluate(running),
+            select_batches=spec.make_row_selector(device) if spec.make_row_selector else None,
         )
         publish_model(
             partial(spec.write_model, export) if spec.write_model else export, output / "model"
@@ -410,14 +410,14 @@ def make_monitor(
     )
     on_gpu = engine.device.type == "cuda"
     return Monitor(
-        Path(run.output_dir),
-        groups,
-        unit,
-        run.max_steps,
-        flops_per_token,
-        find_peak_flops(torch.cuda.get_device_name()) if on_gpu else None,
-        run.report_to,
-        first_step,
+        folder=Path(run.output_dir),
+        groups=groups,
+        unit=unit,
+        max_steps=run.max_steps,
+        flops_per_token=flops_per_token,
+        peak_flops=find_peak_flops(torch.cuda.get_device_name()) if on_gpu else None,
+        report_to=run.report_to,
+        first_step=first_step,
     )
 
 

@@ -198,14 +198,14 @@ def encode_texts(
         sizes += map(len, ids)
     _warn_of_cut_rows(cut, len(texts), limits)
     return EncodedRows(
-        np.concatenate(ids_of),
-        np.concatenate(types_of),
-        np.cumsum([0, *sizes], dtype=np.int64),
-        texts.labels,
-        None,
-        tokenizer.pad_token_id or 0,
-        cut,
-        limits.max_tokens,
+        ids=np.concatenate(ids_of),
+        segments=np.concatenate(types_of),
+        offsets=np.cumsum([0, *sizes], dtype=np.int64),
+        labels=texts.labels,
+        word_starts=None,
+        pad_id=tokenizer.pad_token_id or 0,
+        cut=cut,
+        longest=limits.max_tokens,
     )
 
 
@@ -261,14 +261,14 @@ def encode_words(
     _warn_of_cut_rows(cut, len(rows), limits)
     ids = _flatten_rows(rows, np.int32)
     return EncodedRows(
-        ids,
-        np.zeros(len(ids), dtype=np.int8),
-        np.cumsum([0, *map(len, rows)], dtype=np.int64),
-        np.concatenate(targets) if tokens.labels is not None else None,
-        word_starts,
-        tokenizer.pad_token_id or 0,
-        cut,
-        limits.max_tokens,
+        ids=ids,
+        segments=np.zeros(len(ids), dtype=np.int8),
+        offsets=np.cumsum([0, *map(len, rows)], dtype=np.int64),
+        labels=np.concatenate(targets) if tokens.labels is not None else None,
+        word_starts=word_starts,
+        pad_id=tokenizer.pad_token_id or 0,
+        cut=cut,
+        longest=limits.max_tokens,
     )
 
 

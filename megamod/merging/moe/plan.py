@@ -141,14 +141,14 @@ def make_moe_plan(
         for name, tensor, spec in _plan_layer(dense, family, layer, names):
             tensors[name], specs[name] = tensor, spec
     plan = MoePlan(
-        _plan_shared_as_copies(dense, tensors) if shared != "averaged" else dense,
-        kind,
-        family,
-        shared,
-        tensors,
-        specs,
-        plan_shards(specs, shard_bytes),
-        config,
+        dense=_plan_shared_as_copies(dense, tensors) if shared != "averaged" else dense,
+        kind=kind,
+        family=family,
+        shared=shared,
+        tensors=tensors,
+        specs=specs,
+        files=plan_shards(specs, shard_bytes),
+        config=config,
     )
     if shared == "asserted":
         _check_shared_equal(plan)

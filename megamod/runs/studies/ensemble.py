@@ -61,14 +61,14 @@ def evaluate_ensemble(args: EnsembleArgs, device: torch.device) -> dict[str, Dom
     if args.topk is not None and args.topk > count:
         raise UserError(f"--topk {args.topk}: there are {count} experts, give {count} or less")
     protocol = MixingProtocol(
-        args.mode,
-        PosteriorRule(args.rule, args.temperature, args.forgetting, args.first_over_all),
-        args.topk,
-        args.prior_split,
-        args.prior_sequences,
-        args.split,
-        args.mixing_batch_size,
-        args.removal_test,
+        mode=args.mode,
+        rule=PosteriorRule(args.rule, args.temperature, args.forgetting, args.first_over_all),
+        topk=args.topk,
+        prior_split=args.prior_split,
+        prior_sequences=args.prior_sequences,
+        split=args.split,
+        batch=args.mixing_batch_size,
+        removal_test=args.removal_test,
     )
     priors = None
     if args.prior is not None:
