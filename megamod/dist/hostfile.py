@@ -148,7 +148,8 @@ def check_hostfile(
     """Read a hostfile and check it for a job on all its slots.
 
     Args:
-        experts: number of experts of a DEMix run; none may cross machines if one can hold it.
+        experts: number of experts of a DEMix run; the ranks of an expert must be on one machine if
+            they fit on one.
         ssh: log in to all machines at once, without a password.
         port: port of ssh; None: as ssh is configured.
     Returns:

@@ -285,8 +285,8 @@ def load_text_generator(
     Args:
         model: folder or hub name; of a run's folder, its model is meant.
         domain: expert to use alone; None for all of them, mixed.
-        prior: file of `write_prior` with the weights of the experts at the first token; None: those
-            that the model names, or equal ones. Not used with `domain`.
+        prior: file of `write_prior` with the weights of the experts at the first token; None: the
+            prior in the model's configuration, or else equal weights. Not used with `domain`.
         device: device that the model runs on.
     Raises:
         UserError: if there is no such model or expert, it has no tokenizer, `prior` does not fit

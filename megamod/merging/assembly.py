@@ -258,8 +258,8 @@ def _iterate_targets_of_stacked_layers(
 def _find_layer_prefix(recipe: MergeRecipe, folder: TensorSource) -> str:
     """Find the name prefix of the layers of the language model, such as `model.layers.`.
 
-    Of several stacks in a folder it is the one outside of towers, or of those that which has as
-    many layers as config.json says.
+    Of several stacks in a folder, those in towers do not count; of the others it is the one that
+    has as many layers as config.json says.
 
     Raises:
         UserError: beginning with the recipe's origin, if there are no layers, or several stacks of

@@ -24,8 +24,8 @@ _INDICES = ("layer_idx", "layer_index", "layer_id", "block_idx", "idx", "layer_n
 def build_config(config: Mapping[str, object]) -> PretrainedConfig | None:
     """Build the configuration object of a config.json's content.
 
-    None if transformers and megamod have no class for its `model_type`, or that refuses it. Code in
-    a model folder is not run.
+    None if transformers and megamod have no class for its `model_type`, or the class refuses the
+    content. Code in a model folder is not run.
     """
     try:
         return build_config_strictly(config)

@@ -120,7 +120,7 @@ class _StackedModels:
         origins: origin of each layer of the result.
     Attributes:
         depths: number of layers of each model; 0: unknown.
-        configs, folders: those of each model, the first one that of the result.
+        configs, folders: configuration and folder of each model, those of the template first.
         layers: for each stacked layer, the index of its model and its number there.
         sections: language settings of each model, with those of single layers that are defaults.
         signatures: description of each layer of each model; None if a class is unknown.

@@ -308,9 +308,9 @@ def _find_equal_tensor(folder: TensorSource, name: str, candidates: Iterable[str
 
 
 def _find_tied_counterpart(tied_model: TensorSource, name: str, other: TensorSource) -> str | None:
-    """Find the tensor of a tied model that stands for one that it does not store.
+    """Find the tensor of a tied model that also serves as the tensor `name` of another model.
 
-    An embedding stands for an output matrix, and the other way round, if names and shapes say so;
+    An input embedding is found for an output matrix, and the other way round, by names and shapes;
     vocabularies may differ in size.
 
     Args:

@@ -42,8 +42,8 @@ class Multiplexer:
 
     Attributes:
         draw: draws the keys in float32 on the CPU: [N, D], or [N, D, D] with `matrices`.
-        mix: from x [B, N, L, D], keys and the implementation of kernels to [B, L, D]; None: it has
-            parameters besides its keys, and a model with these mixes.
+        mix: from x [B, N, L, D], keys and the implementation of kernels to [B, L, D]; None: mixing
+            takes parameters besides the keys, and the model that has them does it.
         matrices: the key of an instance is a matrix [D, D], not a vector [D].
         divides_features: each instance has its part of the features, so that N is at most D.
     """

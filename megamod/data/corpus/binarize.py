@@ -264,8 +264,8 @@ def _compute_identity(
 def _compute_header_identity(header: dict) -> str:
     """Compute the identity of an existing data-bin from its header, see `_compute_identity`.
 
-    A header of an earlier version may lack digests of text. Its identity then equals no other, so
-    that such a data-bin is never taken for one of the same text.
+    A header of an earlier version may lack digests of text. Its identity then equals that of no new
+    data-bin, so it is not taken for one of the same text.
     """
     digests = {
         name: {split: splits.get(split, {}).get("text_sha256") for split in SPLITS}

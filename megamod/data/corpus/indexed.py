@@ -340,7 +340,10 @@ class Dictionary:
         return self._ids[symbol]
 
     def _append_symbol(self, symbol: str, count: int) -> int:
-        """Append a symbol with its frequency `count`; return its new id, even if it has one."""
+        """Append a symbol with its frequency `count`, and return its new id.
+
+        A symbol that is in the dictionary already is appended again, and gets the new id.
+        """
         self._ids[symbol] = len(self.symbols)
         self.symbols.append(symbol)
         self.counts.append(count)

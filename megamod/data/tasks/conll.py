@@ -156,7 +156,7 @@ def _detect_layout(
     """
     certain = [block[_count_possible_comments(block) :] for block in blocks]
     certain = [block for block in certain if block]
-    if not certain:  # every line begins with #: none of them is a comment but by its form
+    if not certain:  # every line begins with #, so only the form of a line tells a comment
         certain = [[row for row in block if not COMMENT.match(row[1])] for block in blocks]
         certain = [block for block in certain if block]
     if not certain:

@@ -55,9 +55,10 @@ def convert_to_iob2(sentences: TokenSet, repair: bool) -> str:
     The scheme is "iob1", "iob2", "iobes" (also for BILOU), or "broken" if the labels follow none
     and `repair` is set. Log repairs and conversions.
 
-    In IOB2 every entity begins with B-; in IOB1 only one that follows another of its type at once.
-    A file that mixes them is read as IOB1 if most of its entities begin with I-, with a warning;
-    otherwise its I- without a beginning are mistakes of an IOB2 file.
+    In IOB2 every entity begins with B-. In IOB1 an entity begins with B- only if the word before it
+    ends an entity of the same type, otherwise with I-. A file that mixes both is read as IOB1 if
+    most of its entities begin with I-, with a warning; otherwise its I- without a beginning are
+    mistakes of an IOB2 file.
 
     Args:
         sentences: sentences with labels; the labels are changed in place.
@@ -67,7 +68,7 @@ def convert_to_iob2(sentences: TokenSet, repair: bool) -> str:
             `repair` is set.
     """
     orphans, first_orphan = 0, None  # labels that continue an entity which did not begin
-    begins, needless = 0, 0  # labels that begin an entity; those that IOB1 would write I-
+    begins, needless = 0, 0  # labels B-, and how many of them IOB1 would write as I-
     letters, rows = set(), []
     for sentence, labels in enumerate(sentences.labels):
         row, kind_before, label_before, is_open = [], None, OUTSIDE, False

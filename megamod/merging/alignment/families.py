@@ -119,7 +119,7 @@ _LLAMA = Family(
     readers=("lm_head", "score", "qa_outputs"),
     tied=(("lm_head.weight", "embed_tokens.weight"),),
     ties=False,
-    # Norms within heads and tables of angles know nothing of which head it is.
+    # Norms within heads and rotary tables are the same for every head, whatever their order.
     free=(
         *("score.bias", "qa_outputs.bias", "rotary_emb.inv_freq"),
         *("self_attn.q_norm.weight", "self_attn.k_norm.weight"),

@@ -142,8 +142,7 @@ class _ModuleNames:
     shapes: Shapes
 
     def may_have_tensor(self, tensor: str) -> bool:
-        """Return True if a tensor that may be tied, so that it is not stored, belongs to this
-        model.
+        """Return True if the model has this tensor, which need not be stored, as it may be tied.
 
         It does if a tensor of the module around it is stored. A matrix outside of modules, such as
         `lm_head.weight`, does if it is stored, or the backbone has a prefix and no classifier.
@@ -387,7 +386,8 @@ def _make_layer_groups(
         )
     )
     wide = names.find_axis_length(f"{narrow}.weight", inputs)
-    # The gate decides what passes, so its sign is fixed; that of what it multiplies is free.
+    # Features may change sign if their reader changes it too, but not before an activation: the
+    # gate has one, what it multiplies has none.
     signs = ["sign", ""] if family.gate else [""]
     out = [
         axis

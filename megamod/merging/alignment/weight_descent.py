@@ -195,7 +195,7 @@ def _compute_inner_product(group: PermutationGroup, products: Products, match: G
 def make_identity_group_match(group: PermutationGroup) -> GroupMatch:
     """Make the match of a group that changes nothing.
 
-    Of the residual stream its permutation is None, which keeps the order too: the stream may get a
-    map in its place.
+    For the residual stream its permutation is None, which also keeps the order: the stream may get
+    an orthogonal map instead of a permutation.
     """
     return GroupMatch(None if group.family == "res" else torch.arange(group.size))

@@ -38,8 +38,8 @@ def convert_to_moe(
 ) -> MoePlan:
     """Write a mixture whose experts are the feed-forwards of the models of an average.
 
-    Feed-forwards are copied bit by bit; every other tensor is that of the average, or with `anchor`
-    or experts of one model that of all of them.
+    Feed-forwards are copied bit by bit. Every other tensor is averaged; with `anchor`, or experts
+    of one model, it is the same in all models and copied from the first.
 
     Args:
         recipe: average of the models, all with a domain; their order is that of the experts.

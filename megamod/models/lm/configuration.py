@@ -160,7 +160,7 @@ class ForestConfig(PreTrainedConfig):
     domain: str | None = None
     vocab_size: int = 0
     max_position_embeddings: int = 0
-    # A forest has no layers of its own, so that a cache made for it has as many as it is given.
+    # A forest has no layers of its own, so a cache made for it gets its layers as experts fill it.
     num_hidden_layers: int = 0
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -176,7 +176,7 @@ class ForestConfig(PreTrainedConfig):
         """
         parts = [make_part_config(fields) for fields in self.parts]
         stock = any(part.model_type != DemixConfig.model_type for part in parts)
-        # Stock models pad the vocabulary, and name special ids or not, as they like.
+        # Stock models may pad the vocabulary, and need not name other special ids.
         for field in ("eos_token_id",) if stock else ("vocab_size", *SPECIAL_IDS):
             values = [getattr(part, field) for part in parts]
             if any(value != values[0] for value in values):

@@ -302,7 +302,8 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
             experts, expert_caches, input_ids, attention_mask, position_ids, shift_labels
         )
         log_weights = compute_token_weights(
-            # At place t the log-probability of token t + 1, which that of its successor leans on.
+            # Position t holds the log-probability of token t + 1: with it the weights for token
+            # t + 2 are known.
             nn.functional.pad(token_log_probs[:, :, 1:], (0, 1)),
             prior,
             rule=self.config.rule,

@@ -31,8 +31,8 @@ class ExpertCache:
         """Return the number of cached tokens; 0 without a cache."""
         return self.cache.get_seq_length(self.first + layer) if self.cache is not None else 0
 
-    # Stock models ask these before they build their masks: every layer keeps all positions, and
-    # windows of attention are the masks' matter.
+    # Stock models read the following before they build masks. Every layer keeps all positions;
+    # windows of attention are applied by the masks.
     is_compileable = False
 
     @property

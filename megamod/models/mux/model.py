@@ -74,7 +74,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ("EncoderLayer",)
-    # Parts that a head does not have: checkpoints hold those of pretraining and of tasks alike.
+    # A checkpoint may hold parts of pretraining or of another task, which this model lacks.
     _keys_to_ignore_on_load_unexpected = (r"position_ids$", r"^retrieval_head\.")
 
     pretraining: ClassVar[bool] = False
