@@ -287,8 +287,8 @@ def _match_module_pattern(patterns: Mapping[str, float], module: str, default: f
     """Return the value of the first pattern that matches the end of a module's name, as in peft.
 
     Args:
-        patterns: values by regular expression. What it matches begins at the name's begin or after
-            a dot, and ends at the name's end.
+        patterns: values by regular expression. A match starts at the beginning of the name or after
+            a dot, and ends at its end.
         default: the result if none matches.
     """
     for pattern, value in patterns.items():

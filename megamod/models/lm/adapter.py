@@ -67,7 +67,7 @@ def make_lora_fields(
     inside = [
         n for n in linear if n not in outside and n.startswith(f"{layers or ''}.".lstrip("."))
     ]
-    chosen = list(inside)
+    selected = list(inside)
     for target in targets or ():
         if not any(f".{name}".endswith(f".{target}") for name in inside):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in inside}))
@@ -77,16 +77,16 @@ def make_lora_fields(
             )
     if targets is not None:
         endings = tuple(f".{target}" for target in targets)
-        chosen = [name for name in inside if f".{name}".endswith(endings)]
-    short = {name.rpartition(".")[2] for name in chosen}
+        selected = [name for name in inside if f".{name}".endswith(endings)]
+    short = {name.rpartition(".")[2] for name in selected}
     reached = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in short]
     return {
         "r": rank,
         "lora_alpha": 2 * rank if alpha is None else alpha,
         "lora_dropout": dropout,
         # Last parts of names, as people write them, where they select the same layers.
-        "target_modules": sorted(short if reached == chosen else chosen),
-        "fan_in_fan_out": isinstance(model.get_submodule(chosen[0]), Conv1D),
+        "target_modules": sorted(short if reached == selected else selected),
+        "fan_in_fan_out": isinstance(model.get_submodule(selected[0]), Conv1D),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": seed_name,
     }

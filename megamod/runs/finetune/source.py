@@ -26,7 +26,6 @@ def read_start_config(
 
     Args:
         stage: flags of the model and of the stages.
-        accepts, needed: `accepts_type` and `needed_kind` of `resolve_model`.
         accepts: returns True for a model type that the run can train, see `resolve_model`.
         needed: the kind of model that is accepted, for the message.
     Returns:
