@@ -1,10 +1,14 @@
 """Flags of the commands that write a model folder tensor by tensor: `merge` and `to_moe`."""
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
+from megamod.errors import UserError
 from megamod.flags import Arguments, option
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}  # B as in billion: mergekit's
 
 
 @dataclass
@@ -34,8 +38,6 @@ class ModelOutputArgs(Arguments):
         Raises:
             UserError: if --max_shard_size is no size.
         """
-        from megamod.states.stream import parse_size  # with torch, not for --help
-
         return {
             "shard_bytes": parse_size(self.max_shard_size, "--max_shard_size"),
             "threads": self.num_threads or min(len(os.sched_getaffinity(0)), 8),
@@ -55,3 +57,21 @@ class ModelOutputArgs(Arguments):
             done = "written to" if is_new else "done already, in"
             end = "nothing was written" if self.dry_run else f"{done} {self.output_dir}"
             print(*lines, end, sep="\n")
+
+
+def parse_size(text: str, origin: str) -> int:
+    """Parse a size in bytes, such as 500M, 5GB or 5B.
+
+    It is a number alone, or with K, M, G or B (10^9, as in mergekit) or KB, MB or GB, in either
+    case.
+
+    Args:
+        text: the size.
+        origin: flag of the size, for messages.
+    Raises:
+        UserError: naming `origin`, if it is not such a size, or is 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGB]?)(B?)", text.strip(), flags=re.IGNORECASE)
+    if match is None or float(match[1]) == 0 or (match[3] and match[2] in "bB"):
+        raise UserError(f"{origin}: {text!r} is not a size; write one like 500M, 5GB or 5B (= 5GB)")
+    return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))

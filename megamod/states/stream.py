@@ -9,7 +9,6 @@ optimizer state.
 import json
 import math
 import os
-import re
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,7 +39,6 @@ ANCHOR, ROW = "anchor", "row"
 """Names in an anchored model: the frozen module of a layer, and the router row of an expert or
 (`anchor_row`) of that module."""
 _DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}  # B as in billion: mergekit's
 
 
 @dataclass(frozen=True)
@@ -206,24 +204,6 @@ def iterate_pieces(numel: int, itemsize: int = 4) -> Iterator[tuple[int, int]]:
     step = PIECE // itemsize
     for start in range(0, numel, step):
         yield start, min(start + step, numel)
-
-
-def parse_size(text: str, origin: str) -> int:
-    """Parse a size in bytes, such as 500M, 5GB or 5B.
-
-    It is a number alone, or with K, M, G or B (10^9, as in mergekit) or KB, MB or GB, in either
-    case.
-
-    Args:
-        text: the size.
-        origin: flag of the size, for messages.
-    Raises:
-        UserError: naming `origin`, if it is not such a size, or is 0.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGB]?)(B?)", text.strip(), flags=re.IGNORECASE)
-    if match is None or float(match[1]) == 0 or (match[3] and match[2] in "bB"):
-        raise UserError(f"{origin}: {text!r} is not a size; write one like 500M, 5GB or 5B (= 5GB)")
-    return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> dict[str, list[str]]:

@@ -14,7 +14,6 @@ from megamod.states.stream import (
     ModelFolder,
     TensorSpec,
     iterate_pieces,
-    parse_size,
     plan_shards,
     write_streamed_tensors,
 )
@@ -151,17 +150,3 @@ def test_broken_folders_are_refused_by_name(tmp_path):
     # Beside a single file an index counts for nothing, here as in transformers.
     file.write_bytes(whole)
     assert list(ModelFolder(tmp_path).tensors) == list(read_weights(tmp_path)) == ["a"]
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5B", 5e9), ("5GB", 5e9), ("1.5G", 1.5e9), ("200MB", 2e8), ("3k", 3e3), ("77", 77)],
-)
-def test_sizes(text, size):
-    assert parse_size(text, "--max_shard_size") == size
-
-
-@pytest.mark.parametrize("text", ["", "5X", "-1M", "0", "5BB", "M", "1e3", "inf"])
-def test_what_is_no_size(text):
-    with pytest.raises(UserError, match="--max_shard_size"):
-        parse_size(text, "--max_shard_size")

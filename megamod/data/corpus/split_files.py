@@ -67,14 +67,14 @@ def write_split(
     start = [tokenizer.bos_id] if add_bos else []
     tokens, largest, reported = 0, tokenizer.eos_id, 0
 
-    def count_items() -> Iterator[str]:
+    def iterate_counted_items() -> Iterator[str]:
         """Yield the items, and count each of them."""
         for text in texts:
             counter.add_item(text)
             yield text
 
     with IndexedWriter(prefix, select_token_dtype(tokenizer.vocab_size)) as writer:
-        for ids in encode(count_items()):
+        for ids in encode(iterate_counted_items()):
             ids = np.concatenate([start, ids, [tokenizer.eos_id]]).astype(np.int32)
             writer.add_item(ids)
             tokens += len(ids)

@@ -64,9 +64,9 @@ class DataBin:
         self._header: DataBinHeader | None = None
         self._flat = False
         if os.path.lexists(self.path / HEADER):
-            self._read_header()
+            self._set_attributes_from_header()
         else:
-            self._read_fairseq_folder()
+            self._set_attributes_from_fairseq()
 
     @property
     def special_ids(self) -> dict[str, int | None]:
@@ -198,7 +198,7 @@ class DataBin:
         if self._header is not None and split not in self._header.domains[domain]:
             raise UserError(f"{self.path / HEADER}: domain {domain} has no split {split}")
 
-    def _read_header(self) -> None:
+    def _set_attributes_from_header(self) -> None:
         """Set the attributes from databin.json; raise UserError if it or its files are damaged."""
         header = read_databin_header(self.path)
         for name, expected in (header.files or {}).items() if self.verify != "size" else ():
@@ -215,7 +215,7 @@ class DataBin:
         self.eos_id, self.unk_id = header.eos_id, header.unk_id
         self.digest = hash_file(self.path / HEADER)
 
-    def _read_fairseq_folder(self) -> None:
+    def _set_attributes_from_fairseq(self) -> None:
         """Set the attributes from the files of fairseq.
 
         Raise UserError if there are none, in the folder or below it, if both have some, or if the
