@@ -62,15 +62,18 @@ def select_files(files: dict[str, Path], names: list[str]) -> dict[str, Path]:
 
 
 def read_recipe_summary(path: Path) -> str:
-    """Read the first sentence of the comment at the top of a recipe; "" for a file without one."""
+    """Read the first sentence of the comment at the top of a recipe; "" for a file without one.
+
+    A command, which is indented, ends it too.
+    """
     if path.suffix != ".yaml":
         return ""
     comment: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
+        if not line.startswith("#") or (comment and line.startswith("#  ")):
             break
         comment.append(line.lstrip("# "))
-    return re.split(r"\.(?= [A-Z]|$)", " ".join(comment))[0]
+    return re.split(r"[.:](?= [A-Z]|$)", " ".join(comment))[0]
 
 
 def copy_files(files: dict[str, Path], output: Path) -> None:

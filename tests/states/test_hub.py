@@ -50,6 +50,28 @@ def test_a_name_is_found_in_the_cache(cache, tmp_path, capsys):
     assert ours == theirs and DOMAINS[0] in capsys.readouterr().out
 
 
+def test_a_tokenizer_is_found_in_the_cache(cache, tmp_path):
+    """Its files are asked for once, not one by one, which is slow where the hub does not answer."""
+    text = tmp_path / "law.txt"
+    text.write_text("\n\n".join(f"the court of case {case}" for case in range(300)))
+    headers = {}
+    for name, tokenizer in (
+        ("trained", "wordpiece:120"),
+        ("read", tmp_path / "trained" / "tokenizer"),
+        ("cached", "org/name"),
+    ):
+        words = ("--input", f"law={text}", "--tokenizer", tokenizer)
+        launch("preprocess", *words, "--output_dir", tmp_path / name)
+        headers[name] = json.loads((tmp_path / name / "databin.json").read_text())
+        if name == "trained":
+            cache("org/name", tmp_path / "trained" / "tokenizer")
+    for key in ("tokenizer", "domains"):
+        assert headers["cached"][key] == headers["read"][key]
+    with pytest.raises(UserError, match=r"--tokenizer org/absent: .* `hf download org/absent`"):
+        words = ("--input", f"law={text}", "--tokenizer", "org/absent")
+        launch("preprocess", *words, "--output_dir", tmp_path / "absent")
+
+
 def test_without_a_network_the_message_says_how_to_fetch_it(cache):
     with pytest.raises(UserError, match="the hub: org/absent is not in the cache"):
         find_local_or_hub_folder("org/absent", "--model")
