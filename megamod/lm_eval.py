@@ -57,8 +57,8 @@ def check_harness_model(model_args: Mapping[str, object]) -> None:
     if config.get("untie", "none") == "none" or str(domain) in domains:
         return
     if domain is not None or len(domains) > 1:
-        chosen = "names no expert" if domain is None else f"names domain={domain}"
-        raise UserError(f"{where} {chosen}; add domain=NAME, NAME one of {', '.join(domains)}")
+        problem = "names no expert" if domain is None else f"names domain={domain}"
+        raise UserError(f"{where} {problem}; add domain=NAME, NAME one of {', '.join(domains)}")
 
 
 if __name__ == "__main__":

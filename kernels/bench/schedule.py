@@ -86,9 +86,9 @@ def measure_all(
             yield request, None
             continue
         torch.compiler.reset()  # else a shape is compiled with the ones before in mind
-        chosen = compiled
+        compile_mode = compiled
         if compiled == "floors":
-            chosen = "all" if request.tuned else "default"
+            compile_mode = "all" if request.tuned else "default"
         shape = parse_shape(request.shape)
         named = {
             "op": request.op,
@@ -97,7 +97,7 @@ def measure_all(
             "dtype": dtype,
         }
         case = CASES[request.op](shape, dtype, device)
-        variants = make_variants(case, chosen)
+        variants = make_variants(case, compile_mode)
         rows: list[Row] = []
         for mode in request.modes:
             result = measure_case(case, mode, variants, machine_speed, rounds, deadline)

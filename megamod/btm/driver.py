@@ -132,7 +132,7 @@ class Driver:
             time.sleep(POLL_SECONDS)
         self._show_progress(jobs, redraw_now=True)
         self.finished += [job.row for job in jobs]
-        _raise_failures([job for job in jobs if job.fault])
+        _raise_if_any_failed([job for job in jobs if job.fault])
 
     def count_signal(self, signal_number: int, frame: object) -> None:
         """Count a signal to stop; a signal handler, whose arguments have no effect.
@@ -426,7 +426,7 @@ def _count_usable_slots(sequence_count: int, hosts: HostSlots) -> int:
     )
 
 
-def _raise_failures(failed_jobs: Sequence[TaskState]) -> None:
+def _raise_if_any_failed(failed_jobs: Sequence[TaskState]) -> None:
     """Raise one exception for all failed jobs, with their reasons; return if there are none.
 
     Raises:

@@ -80,11 +80,11 @@ def find_parent(
         return ParentModel(
             checkpoint, _resolve_member(checkpoint, path, member), _read_resumable_step(checkpoint)
         )
-    worlds = [folder.name for folder in list_model_folders(checkpoint)]
-    if member not in worlds:
+    domains = [folder.name for folder in list_model_folders(checkpoint)]
+    if member not in domains:
         raise UserError(
             f"--parents {path}: holds independent models; --member must be one of "
-            f"{', '.join(worlds)}, not {member!r}"
+            f"{', '.join(domains)}, not {member!r}"
         )
     return ParentModel(checkpoint, None, _read_resumable_step(checkpoint / member), member)
 

@@ -84,9 +84,8 @@ def find_saved_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
             )
         data = open_held_out_data(path, config, held_out)
         for domain in held_out.domains:
-            open_held_out_blocks(
-                data, held_out, domain
-            )  # raises for a missing file before any scoring
+            # Raises for a missing file before any scoring.
+            open_held_out_blocks(data, held_out, domain)
         end = find_document_end(path, config, data, held_out)
         models.append(SavedModel(path, config, data, rows, end))
     return models if held_out.experts is None else _select_experts(folder, models, held_out.experts)

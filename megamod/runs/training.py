@@ -426,8 +426,8 @@ def list_settings_to_repeat(
 ) -> dict[str, object]:
     """List the settings that a resumed run must repeat, since they decide its numbers.
 
-    They are the arguments outside of `FREE_ON_RESUME` and of `free_on_resume` of their class, and
-    those below.
+    They are the arguments outside of `FREE_ON_RESUME` and of `free_on_resume` of their class, the
+    digest of the data and the sequences per step.
 
     Args:
         parsed: all arguments of the command.

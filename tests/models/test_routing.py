@@ -16,9 +16,14 @@ from megamod.models.lm.routing import (
 )
 
 
-def tiny_mixture(kind: str, chosen: int = 2):
+def tiny_mixture(kind: str, experts_per_token: int = 2):
     family = MOE_FAMILIES[kind]
-    fields = {family.count: 4, family.chosen: chosen, family.width: 24, **family.constants}
+    fields = {
+        family.count: 4,
+        family.experts_per_token: experts_per_token,
+        family.width: 24,
+        **family.constants,
+    }
     fields |= {"head_dim": 8} if kind in ("qwen3_moe", "ernie4_5_moe", "cohere2_moe") else {}
     model = tiny_stock(kind, **fields)
     for name, parameter in model.named_parameters():
@@ -27,10 +32,12 @@ def tiny_mixture(kind: str, chosen: int = 2):
     return model
 
 
-def random_routing(tokens: int, experts: int = 4, chosen: int = 2, seed: int = 0) -> Routing:
+def random_routing(
+    tokens: int, experts: int = 4, experts_per_token: int = 2, seed: int = 0
+) -> Routing:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(tokens, experts, generator=generator, dtype=torch.float64)
-    weights, selected = logits.softmax(-1).topk(chosen)
+    weights, selected = logits.softmax(-1).topk(experts_per_token)
     return Routing(logits, weights / weights.sum(-1, keepdim=True), selected)
 
 
@@ -115,4 +122,4 @@ def test_router_alone_is_trained(kind):
     assert trained == [f"model.layers.{n}.{path}" for n in range(2)]
     check_router_training("--train router", model.config)
     with pytest.raises(UserError, match="is 1, so the weight of the only expert is 1"):
-        check_router_training("--train router", tiny_mixture(kind, chosen=1).config)
+        check_router_training("--train router", tiny_mixture(kind, experts_per_token=1).config)

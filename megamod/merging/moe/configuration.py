@@ -95,7 +95,7 @@ def build_moe_config(
             fields["rope_theta"] = rotary["rope_theta"]
     fields |= {
         family.count: experts,
-        family.chosen: experts_per_token,
+        family.experts_per_token: experts_per_token,
         family.width: values["intermediate_size"],
         **family.constants,
     }

@@ -108,7 +108,7 @@ def drop_expert(
         others = [index for index in range(count) if index != number]
         family, config = mixture.family, dict(mixture.config)
         config[family.count] = count - 1
-        config[family.chosen] = min(config[family.chosen], count - 1)
+        config[family.experts_per_token] = min(config[family.experts_per_token], count - 1)
         experts = tuple(record.experts[index] for index in others)
         router = dict(record.router)
         if router.get("kind") == "calibrated":

@@ -79,8 +79,9 @@ class MoePlan:
 
     def format_summary(self) -> str:
         """Format type, experts and size of the mixture, one line each."""
+        per_token = self.config[self.family.experts_per_token]
         lines = [
-            f"{self.kind} of {self.experts} experts, {self.config[self.family.chosen]} per token; "
+            f"{self.kind} of {self.experts} experts, {per_token} per token; "
             f"other weights: {self.shared}"
         ]
         lines += [

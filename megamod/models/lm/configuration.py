@@ -281,9 +281,9 @@ def _check_is_causal_lm(where: str, kind: object, fields: Mapping[str, object]) 
         )
     name = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    pairs = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    seq_to_seq = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     causal = isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel"))
-    if not causal or kind in masked or kind in pairs:
+    if not causal or kind in masked or kind in seq_to_seq:
         raise UserError(
             f"{where}: config.json has model_type {kind!r}; a causal language model is needed, "
             "such as llama, gpt2 or demix"

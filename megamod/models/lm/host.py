@@ -188,7 +188,6 @@ class HostMixin:
         Args:
             hidden: result of `compute_hidden_states`.
             labels: [...], one for each state (already shifted); -100 is not scored.
-
         Returns:
             the summed loss in nats, and the log-probabilities [...] of the labels, without gradient
             and 0 where the label is -100.

@@ -26,8 +26,8 @@ class MoeFamily:
             is one tensor per expert; the others have all experts along a first axis, parts along
             the rows.
         zeros: name in a layer -> shape of tensors that are zero, E experts and D features.
-        count, chosen, width: configuration fields of E, of the experts per token, and of the
-            width F of an expert.
+        count, experts_per_token, width: configuration fields of E, of the experts that a router
+            selects for a token, and of the width F of an expert.
         constants: further fields that make the class equal to the dense one.
         always_norms: the class divides the weights of a token's experts by their sum whatever the
             configuration says, so that one expert per token gives the router no gradient.
@@ -47,7 +47,7 @@ class MoeFamily:
     )
     zeros: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     count: str = "num_experts"
-    chosen: str = "num_experts_per_tok"
+    experts_per_token: str = "num_experts_per_tok"
     width: str = "intermediate_size"
     constants: Mapping[str, object] = field(default_factory=dict)
     always_norms: bool = False
@@ -104,7 +104,7 @@ MOE_FAMILIES: dict[str, MoeFamily] = {
         "Ernie4_5_MoeForCausalLM",
         zeros={"mlp.moe_statics.e_score_correction_bias": (1, "E")},
         count="moe_num_experts",
-        chosen="moe_k",
+        experts_per_token="moe_k",
         width="moe_intermediate_size",
         constants={
             "moe_num_shared_experts": 0,

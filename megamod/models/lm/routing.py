@@ -140,8 +140,8 @@ def check_router_training(where: str, config: PreTrainedConfig) -> None:
     """
     family = MOE_FAMILIES[config.model_type]
     norms = family.always_norms or getattr(config, "norm_topk_prob", False)
-    if norms and getattr(config, family.chosen) == 1:
+    if norms and getattr(config, family.experts_per_token) == 1:
         raise UserError(
-            f"{where}: {family.chosen} is 1, so the weight of the only expert is 1 and the router "
-            "gets no gradient; convert with --topk 2"
+            f"{where}: {family.experts_per_token} is 1, so the weight of the only expert is 1 and "
+            "the router gets no gradient; convert with --topk 2"
         )

@@ -35,4 +35,6 @@ def count_parameters(models: Sequence[Path]) -> dict[str, int]:
 def _count_experts_per_token(model: Path) -> int:
     """Count the experts that compute a token in a model folder: 1, or the top k of a mixture."""
     config = read_lm_config(model)
-    return getattr(config, MOE_FAMILIES[config.model_type].chosen) if is_mixture(config) else 1
+    if not is_mixture(config):
+        return 1
+    return getattr(config, MOE_FAMILIES[config.model_type].experts_per_token)
