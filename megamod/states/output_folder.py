@@ -1,6 +1,7 @@
 """New output folders, created atomically: complete or absent."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +25,31 @@ def check_new_folder(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         delete_leftovers(path)
         raise UserError(f"--output_dir {path}: exists already; name a new or an empty folder")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    parent = _find_existing_parent(path)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(
             f"--output_dir {path}: cannot be written: {parent} is not a writable folder"
         )
+
+
+def check_disk_space(output: Path, size: int) -> None:
+    """Refuse to write `size` bytes on a disk that has fewer left.
+
+    Args:
+        output: folder to write; it need not exist.
+    Raises:
+        UserError: naming --output_dir and both numbers.
+    """
+    free = shutil.disk_usage(_find_existing_parent(Path(output))).free
+    if free < size:
+        raise UserError(
+            f"--output_dir {output}: the weights need {size:,} bytes, and {free:,} are free"
+        )
+
+
+def _find_existing_parent(path: Path) -> Path:
+    """Return the nearest folder above `path` that exists."""
+    return next(folder for folder in path.absolute().parents if folder.exists())
 
 
 @contextmanager

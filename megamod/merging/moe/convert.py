@@ -1,13 +1,11 @@
 """Conversion of dense experts to one mixture, streamed: a piece of a tensor is held at a time."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megamod.errors import UserError
 from megamod.merging.merge import (
     SHARD_BYTES,
     open_merge_plan,
@@ -19,7 +17,7 @@ from megamod.merging.moe.plan import MoePlan, compute_moe_tensor, make_moe_plan
 from megamod.merging.moe.record import ExpertRecord, MoeRecord, write_moe_card, write_moe_record
 from megamod.merging.moe.rows import RouterRows
 from megamod.merging.recipe import InputModel, MergeRecipe
-from megamod.states.output_folder import check_new_folder, create_new_folder
+from megamod.states.output_folder import check_disk_space, check_new_folder, create_new_folder
 
 
 def convert_to_moe(
@@ -100,22 +98,6 @@ def convert_to_moe(
         write_moe_record(folder, record)
         write_moe_card(folder, record)
     return plan
-
-
-def check_disk_space(output: Path, size: int) -> None:
-    """Refuse to write `size` bytes on a disk that has fewer left.
-
-    Args:
-        output: folder to write; it need not exist.
-    Raises:
-        UserError: naming --output_dir and both numbers.
-    """
-    parent = next(folder for folder in Path(output).absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < size:
-        raise UserError(
-            f"--output_dir {output}: the weights need {size:,} bytes, and {free:,} are free"
-        )
 
 
 def _format_model_path(model: InputModel) -> str:

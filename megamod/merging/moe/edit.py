@@ -16,7 +16,6 @@ from torch import Tensor
 from megamod.errors import UserError
 from megamod.merging.model_folder import write_files_besides_weights
 from megamod.merging.moe.configuration import find_moe_family, read_moe_config
-from megamod.merging.moe.convert import check_disk_space
 from megamod.merging.moe.record import (
     ExpertRecord,
     MoeRecord,
@@ -27,7 +26,7 @@ from megamod.merging.moe.record import (
 from megamod.merging.tensors import TensorSource, describe_source, have_same_bits
 from megamod.models.lm.moe_families import LAYERS, MoeFamily
 from megamod.states.forest import Expert, read_model_config
-from megamod.states.output_folder import create_new_folder
+from megamod.states.output_folder import check_disk_space, create_new_folder
 from megamod.states.stream import (
     ModelFolder,
     TensorSpec,
