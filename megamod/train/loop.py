@@ -114,7 +114,7 @@ def train(
     stop = Stop.NO
 
     if state.step and checkpoints.was_evaluation_interrupted(state.step):
-        _evaluate_or_save(evaluate, state, saver, engine)
+        _evaluate_with_rescue_save(evaluate, state, saver, engine)
     engine.train()  # a loaded model is in evaluation mode
 
     def is_due(interval_steps: int) -> bool:
@@ -171,7 +171,7 @@ def train(
             ):
                 saver.save(state)
             if is_due(plan.eval_steps):
-                _evaluate_or_save(evaluate, state, saver, engine)
+                _evaluate_with_rescue_save(evaluate, state, saver, engine)
             if stop and not is_one_group:
                 break
 
@@ -195,7 +195,7 @@ def train(
     return state
 
 
-def _evaluate_or_save(
+def _evaluate_with_rescue_save(
     evaluate: Callable[[int], None],
     state: TrainState,
     saver: "_Saver",
