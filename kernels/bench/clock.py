@@ -96,7 +96,7 @@ def measure_machine_speed(device: str) -> MachineSpeed:
     gemm = min(clock(lambda: a @ b) for _ in range(10))
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     return MachineSpeed(
-        name, 2 * source.numel() / copy, 2 * size**3 / gemm, list_software_versions()
+        name, 2 * source.numel() / copy, 2 * size**3 / gemm, format_software_versions()
     )
 
 
@@ -106,8 +106,8 @@ def format_machine_speed(speed: dict[str, object]) -> str:
     return f"{speed['device']}, {speed['software']}: copy {copy:.0f} GB/s, GEMM {gemm:.3g} TFLOP/s"
 
 
-def list_software_versions() -> str:
-    """List the versions of Python, torch and Triton in one line."""
+def format_software_versions() -> str:
+    """Format the versions of Python, torch and Triton in one line."""
     result = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     try:
         result.append(f"triton {version('triton')}")

@@ -1,4 +1,4 @@
-"""FlexAttention in place of `instance_attention`, with a mask or with small batches."""
+"""FlexAttention in place of `instance_attention`, with a mask or as many short sequences."""
 
 from collections.abc import Callable
 
@@ -40,8 +40,8 @@ def make_block_diagonal_attention(
     return attend
 
 
-def make_small_batch_attention(heads: int) -> Callable[..., Tensor]:
-    """Make attention over B * L sequences of N tokens, with some number of heads.
+def make_per_position_attention(heads: int) -> Callable[..., Tensor]:
+    """Make attention over B * L sequences, one per position, of N tokens, with `heads` heads.
 
     Returns:
         a function of q, k, v [B, N, L, D] that returns [B, N, L, D].
@@ -78,5 +78,5 @@ def make_flex_variants(
         return {}
     return {
         "flex mask": make_block_diagonal_attention(instances, length, heads, device),
-        "flex batches": make_small_batch_attention(heads),
+        "flex positions": make_per_position_attention(heads),
     }

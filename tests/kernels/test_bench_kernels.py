@@ -96,7 +96,7 @@ def test_flex_attention_is_the_same_attention():
     assert flex.make_flex_variants(3, 5, 2, "cpu") == {}  # it has no backward pass there
     for peer in (
         flex.make_block_diagonal_attention(3, 5, 2, "cpu"),
-        flex.make_small_batch_attention(2),
+        flex.make_per_position_attention(2),
     ):
         torch.testing.assert_close(peer(**arguments), expected)
 
