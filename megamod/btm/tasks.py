@@ -209,7 +209,8 @@ def get_expert_folder(campaign: Campaign, domain: str) -> Path:
 def has_finished(folder: Path, step: int) -> bool:
     """Return True if a run has ended at `step`: its scores are of that step, and it has a model.
 
-    The scores, perplexity.json, are written last. A file that cannot be read counts as absent.
+    perplexity.json is written after OUT/model. Only the plots follow it; a run without them has
+    ended all the same. A file that cannot be read counts as absent.
 
     Args:
         folder: output folder of the run.

@@ -56,7 +56,10 @@ class DomainTopology:
 
     @property
     def ranks_per_domain(self) -> int:
-        """Number g of ranks that hold the same expert; 1 if a rank holds several experts."""
+        """Number g of ranks that hold the same expert; 1 if a rank holds several experts.
+
+        Without meaning in dense training, where every rank holds the same model.
+        """
         return max(1, self.world_size // len(self.domains))
 
     @property

@@ -256,7 +256,7 @@ def draw_orthogonal_keys(keys: KeySettings) -> Tensor:
 
 @multiplexer("random_ortho_low_rank", multiplex_orthogonal, matrices=True, divides_features=True)
 def draw_low_rank_keys(keys: KeySettings) -> Tensor:
-    """Draw matrices [N, D, D] of rank D / N whose ranges are orthogonal to each other."""
+    """Draw matrices [N, D, D] of rank D // N whose ranges are orthogonal to each other."""
     first, second = (
         _convert_to_rotation(_draw_orthogonal_matrix(keys.size, keys.generator)) for _ in range(2)
     )

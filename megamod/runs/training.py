@@ -37,10 +37,11 @@ from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.flags import Arguments
 from megamod.folder_lock import lock_folder
-from megamod.models.lm.routing import is_mixture
+from megamod.models.lm.routing import is_sparse_moe
 from megamod.run_recipe import write_run_recipe
 from megamod.runs.code_digest import compute_code_digest
 from megamod.runs.node_log import write_node_log
+from megamod.runs.resume_settings import list_settings_to_repeat
 from megamod.states.checkpoint_folder import TrainState
 from megamod.train.checkpoint import Checkpoints
 from megamod.train.compiled import check_compile_stage, check_compiler, compile_blocks
@@ -63,26 +64,6 @@ from megamod.train.optim import make_optimizer_factory
 from megamod.train.trackers import check_tracker
 
 logger = logging.getLogger(__name__)
-
-FREE_ON_RESUME = frozenset(
-    (
-        *("output_dir", "data", "verify_data", "init_from", "from_scratch", "resume", "deepspeed"),
-        *("stop_step", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
-        *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"),
-        *("per_device_eval_batch_size", "eval_batches", "eval_split", "dataloader_num_workers"),
-        *("nonfinite", "max_nonfinite_steps", "spike_factor", "save_failure", "dist_timeout"),
-        *(
-            "precision",
-            "report_to",
-            "print_groups",
-            "allow_unknown_ds_keys",
-            "gradient_checkpointing",
-        ),
-        *("attn_implementation", "torch_compile"),
-    )
-)
-"""Fields that may differ in a resumed run: they change none of its numbers, or (precision) only
-their rounding. The product of the batch sizes is compared separately."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +105,9 @@ class RunSpec:
         make_objective: from the device to the objective.
         make_evaluate: from the run to the function that every rank calls every --eval_steps with
             the number of finished steps.
+        evaluates_start: a new run is also evaluated before its first step.
+        prepare_output: writes further files into the output folder; called on every rank once the
+            folder is locked, before the model is built. None: there are none.
         flops_per_token: from the module to the operations of a training step per token; None: the
             log shows no MFU.
         companions: further files that are copied into the model folder.
@@ -146,6 +130,8 @@ class RunSpec:
     make_model: Callable[[], nn.Module]
     make_objective: Callable[[torch.device], Objective]
     make_evaluate: Callable[[ActiveRun], Callable[[int], None]]
+    evaluates_start: bool = False
+    prepare_output: Callable[[], None] | None = None
     flops_per_token: Callable[[nn.Module], float] | None = None
     companions: Sequence[Path] = ()
     seed_digest: str | None = None
@@ -192,7 +178,7 @@ def execute_run(
         safety,
         topology,
         spec.config.hidden_size,
-        mixture=spec.config if is_mixture(spec.config) else None,
+        mixture=spec.config if is_sparse_moe(spec.config) else None,
     )
     parsed, ds_config = settings.replace_arguments(parsed), settings.ds_config
     if compiled:
@@ -243,6 +229,8 @@ def _train_and_publish(
     """
     run, safety = (_find_arguments(parsed, kind) for kind in (RunArgs, SafetyArgs))
     topology, ds_config, output = spec.topology, settings.ds_config, Path(run.output_dir)
+    if spec.prepare_output:
+        spec.prepare_output()
     model = spec.make_model()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -290,6 +278,9 @@ def _train_and_publish(
                 run, spec.groups, spec.unit, engine, topology, flops, state.step, tokens
             )
         running = ActiveRun(engine, device, monitor, export, output, state)
+        evaluate = spec.make_evaluate(running)
+        if spec.evaluates_start and state.step == 0:
+            evaluate(0)
         train(
             engine=engine,
             objective=spec.make_objective(device),
@@ -300,7 +291,7 @@ def _train_and_publish(
             state=state,
             checkpoints=checkpoints,
             monitor=monitor,
-            evaluate=spec.make_evaluate(running),
+            evaluate=evaluate,
             select_batches=spec.make_row_selector(device) if spec.make_row_selector else None,
         )
         publish_model(
@@ -419,30 +410,6 @@ def make_monitor(
         report_to=run.report_to,
         first_step=first_step,
     )
-
-
-def list_settings_to_repeat(
-    parsed: Sequence[Arguments], data_digest: str, global_batch: int
-) -> dict[str, object]:
-    """List the settings that a resumed run must repeat, since they decide its numbers.
-
-    They are the arguments outside of `FREE_ON_RESUME` and of `free_on_resume` of their class, the
-    digest of the data and the sequences per step.
-
-    Args:
-        parsed: all arguments of the command.
-        data_digest: digest of the training data.
-        global_batch: sequences per step of all ranks.
-    Returns:
-        value by name, as state.json stores them.
-    """
-    kept = {
-        field.name: getattr(args, field.name)
-        for args in parsed
-        for field in fields(args)
-        if field.name not in FREE_ON_RESUME | args.free_on_resume
-    }
-    return {**kept, "data digest": data_digest, "sequences per step": global_batch}
 
 
 def _find_arguments(parsed: Sequence[Arguments], kind: type) -> Arguments:

@@ -72,7 +72,7 @@ class Metrics:
         self.batch_seconds.observe(report.seconds)
 
     def format_text(self) -> bytes:
-        """Format all metrics in the text format of Prometheus."""
+        """Format all metrics in the text format of Prometheus, in UTF-8."""
         return generate_latest(self.registry)
 
 

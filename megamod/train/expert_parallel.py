@@ -23,7 +23,7 @@ from megamod.dist.communication import compute_exchange_traffic
 from megamod.dist.ds_config import get_offload_device
 from megamod.errors import UserError
 from megamod.models.lm.moe_families import LAYERS, MOE_FAMILIES
-from megamod.models.lm.routing import is_mixture
+from megamod.models.lm.routing import is_sparse_moe
 
 KEY = "expert_parallel"
 """Name of the block in a DeepSpeed file."""
@@ -109,7 +109,7 @@ def get_parallel_layers(module: nn.Module) -> dict[str, AutoEPMoELayer]:
     Empty for a model that is no mixture, or whose experts are not spread over ranks.
     """
     config = getattr(module, "config", None)
-    if config is None or not is_mixture(config):
+    if config is None or not is_sparse_moe(config):
         return {}
     block = MOE_FAMILIES[config.model_type].module
     layers = {

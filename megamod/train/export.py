@@ -166,14 +166,16 @@ class ModelExport:
     def _gather_weights(self, keep_copies: bool) -> dict[str, Tensor]:
         """Gather weights by their names in the stock class, tied ones once; collective.
 
-        Under ZeRO 3 they are gathered one by one and copied to the CPU. Of a model with an adapter
-        only the trained weights are gathered.
+        Under ZeRO 3 they are gathered one by one and copied to the CPU. Experts that are spread
+        over ranks are gathered at every stage, see `gather_experts`. Of a model with an adapter
+        only the trained weights are gathered, without spread experts and buffers.
 
         Args:
-            keep_copies: False on ranks that write nothing: those need no copies under ZeRO 3.
+            keep_copies: False on ranks that write nothing, which need no copies of what is
+                gathered.
         Returns:
-            tensors by name: the parameters themselves, except under ZeRO 3; there without
-            `keep_copies` only buffers.
+            tensors by name: buffers and the parameters themselves, but copies of what is gathered,
+            or nothing of it without `keep_copies`.
         """
         state = {}
         is_unpartitioned = self.engine.zero_optimization_stage() < 3

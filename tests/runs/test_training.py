@@ -13,12 +13,8 @@ from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.flags import parse_args
-from megamod.runs.training import (
-    FREE_ON_RESUME,
-    format_group_table,
-    list_settings_to_repeat,
-    write_run_records,
-)
+from megamod.runs.resume_settings import FREE_ON_RESUME, list_settings_to_repeat
+from megamod.runs.training import format_group_table, write_run_records
 from megamod.train.optim import make_optimizer_factory
 
 DOMAINS = ("law", "med", "code", "news")

@@ -17,12 +17,12 @@ import torch
 from megamod.data.batches import BatchDivision, StepBatches, check_fills_instance_groups
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.blocks import IGNORE
-from megamod.data.lm.instance_groups import (
+from megamod.data.lm.order import BalancedSampler
+from megamod.data.tasks.instance_groups import (
     InstanceLayout,
     arrange_rows_for_ensemble,
     arrange_rows_in_order,
 )
-from megamod.data.lm.order import BalancedSampler
 from megamod.data.tasks.iob import are_entity_labels, format_entity_label, parse_entity_label
 from megamod.data.tasks.text_labels import TextSet
 from megamod.data.tasks.token_set import TokenSet

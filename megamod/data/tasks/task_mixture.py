@@ -132,10 +132,10 @@ class TaskMixture(StepBatches):
         Args:
             task_indices, row_indices: [R] int64, as `select_rows` returns them.
         Returns:
-            input_ids, attention_mask, token_type_ids [R, L] int64, padded to the longest row and a
-            multiple of 8; task_ids, rows [R] int64; labels [R] float32, classes or values, 0 where
-            a task has labels of tokens; token_labels [R, L] int64, -100 where there is none, if
-            any task has them; items, T numbers of labels by task.
+            input_ids, attention_mask, token_type_ids [R, L] int64, padded to the largest of
+            the tasks' `compute_padded_length`; task_ids, rows [R] int64; labels [R] float32,
+            classes or values, 0 where a task has labels of tokens; token_labels [R, L] int64, -100
+            where there is none, if any task has them; items, T numbers of labels by task.
         """
         parts = [
             (np.flatnonzero(task_indices == task), encoded)

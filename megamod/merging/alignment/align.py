@@ -321,7 +321,10 @@ def _match_groups(
     """
 
     def compute_similarity(*names: str) -> Tensor:
-        """Return the correlations (or covariances) [C, C], averaged over the named groups."""
+        """Return the correlations (or covariances) [C, C] of the named groups' averaged moments.
+
+        They are absolute if the options say so. The moments are overwritten: once per group.
+        """
         # The pooler has one row per sequence; the original program divides by tokens.
         by_tokens = options.compat.pooler_by_tokens and names == ("pooler",)
         count = measured.row_count if by_tokens else None

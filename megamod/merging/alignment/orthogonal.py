@@ -369,10 +369,13 @@ def match_observed_stream(
 def match_signed_features(signed: Tensor, plain: Tensor | None = None) -> GroupMatch:
     """Find the permutation of gated features, and the sign of each factor that the gate multiplies.
 
+    The sign of that factor, a row of the up projection, is free, because the matrix that reads the
+    product can change its sign too. That of the gate is not: it passes through the activation.
+
     Args:
-        signed: similarity [C, C] of the first model's features (rows) and the second's, which
-            changes its sign with the feature.
-        plain: similarity that does not, of the gates; None: 0.
+        signed: similarity [C, C] of the factors of the first model (rows) and the second.
+        plain: similarity [C, C] of their gates, which is added to the absolute values of `signed`;
+            None: only `signed` counts.
     Returns:
         the match, with the map "sign" [C, 1, 1], float64 of -1 and 1, that acts after the
         permutation.

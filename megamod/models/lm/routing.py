@@ -32,8 +32,11 @@ class Routing:
         return shares.scatter_add_(1, self.experts, self.weights.float())
 
 
-def is_mixture(config: PreTrainedConfig) -> bool:
-    """Return True for a mixture of experts of a type in `MOE_FAMILIES`."""
+def is_sparse_moe(config: PreTrainedConfig) -> bool:
+    """Return True for a stock sparse mixture of experts, of a type in `MOE_FAMILIES`.
+
+    False for a DEMix model and a forest, which have experts but no routers.
+    """
     return config.model_type in MOE_FAMILIES
 
 

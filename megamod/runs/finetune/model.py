@@ -9,6 +9,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from megamod.data.batches import BatchDivision, StepBatches
+from megamod.data.tasks.classification import TrainRows
+from megamod.data.tasks.task_mixture import TaskMixture
 from megamod.runs.finetune.tasks import FinetuneTask
 from megamod.train.loop import SelectBatches
 from megamod.train.objectives import Objective
@@ -69,7 +71,7 @@ class FinetuneModel(Protocol):
         """
         ...
 
-    def make_batches(self, division: BatchDivision, seed: int) -> StepBatches:
+    def make_batches(self, division: BatchDivision, seed: int) -> TrainRows | TaskMixture:
         """Return the training micro-batches of a rank, with a `digest` of all rows.
 
         Args:

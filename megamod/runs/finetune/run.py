@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from megamod.args import RunArgs
@@ -155,12 +154,11 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
     _set_max_steps(run, stage, model.compute_steps_per_epoch(batches))
     best = BestModel(folder, partial(find_selection_value, model))
 
-    def make_module() -> nn.Module:
-        """Build the model of this seed; rank 0 writes OUT/tokenizer, which the export copies."""
+    def write_tokenizer() -> None:
+        """Write OUT/tokenizer, which the export copies, on rank 0."""
         if dist.get_rank() == 0:
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
             model.tokenizer.save_pretrained(folder / "tokenizer")
-        return model.make_module(run.seed, folder)
 
     def make_evaluate(running: ActiveRun) -> Callable[[int], None]:
         """Make the evaluation on dev; without --do_eval one that does nothing."""
@@ -180,9 +178,10 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
         if not model.has_many_tasks and model.tasks[0].spec.kind == "token"
         else "examples",
         make_batches=lambda division: batches,
-        make_model=make_module,
+        make_model=partial(model.make_module, run.seed, folder),
         make_objective=model.make_objective,
         make_evaluate=make_evaluate,
+        prepare_output=write_tokenizer,
         make_row_selector=partial(model.make_row_selector, batches),
         write_model=best.write_model,
     )

@@ -1,4 +1,7 @@
-"""Scores and predictions of the held-out rows of a finetuning run; all of it is collective."""
+"""Scores and predictions of the held-out rows of a finetuning run.
+
+All public functions but `make_predictors` are collective.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -151,12 +154,15 @@ def _write_predictions(
 ) -> None:
     """Write predictions in the format of a benchmark's server, or labels of words as CoNLL columns.
 
+    For rank 0 alone. A file of sentences has the name that the server expects, else
+    TASK_SPLIT.tsv; one of words is SPLIT.txt, or TASK_SPLIT.txt with a model of many tasks.
+
     Args:
-        model: the model; of many tasks, files are named after the task too.
+        model: the model, of one task or many.
         task: the task that was predicted.
         split: name of a split of `task`.
         answers: see `score_split`.
-        folder: exists; the file is named after the split, and after the task where needed.
+        folder: exists.
     """
     spec = task.spec
     if spec.kind == "token":

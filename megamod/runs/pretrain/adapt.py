@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import nn
 
 from megamod.args import OptimArgs, RunArgs, SafetyArgs
 from megamod.data.lm.pretraining import LmData
@@ -143,21 +142,17 @@ def _build_run_spec(
     config = build_dense_config(start.expert, args)
     digest = gather_texts(compute_weights_digest(start.expert) if rank == 0 else "")[0]
 
-    def make_model() -> nn.Module:
-        """Build the model with the start's weights; rank 0 writes OUT/start.json and says so."""
+    def record_start() -> None:
+        """Write OUT/start.json and say where the run starts from, on rank 0."""
         if rank == 0:
             output.mkdir(parents=True, exist_ok=True)
             write_json(output / RECORD, make_start_record(forest, start, digest))
             print(f"starting from the expert {start.expert.domain}, {start.reason}", flush=True)
-        return build_dense_model(start.expert, config, args.method)
 
     def make_evaluate(running: ActiveRun) -> partial[None]:
-        """Make the evaluation on the new domain; a new run is evaluated at once."""
+        """Make the function that logs the perplexity on the new domain after some steps."""
         scores = make_evaluation(running, data, topology, run, args.eval_split)
-        evaluate = partial(log_own_perplexity, scores, running, args.eval_split)
-        if running.state.step == 0:
-            evaluate(0)  # the start on the new domain, for comparison
-        return evaluate
+        return partial(log_own_perplexity, scores, running, args.eval_split)
 
     return RunSpec(
         config=config,
@@ -170,9 +165,11 @@ def _build_run_spec(
         make_batches=lambda division: data.build_train_batches(
             division, sampler="balanced", alpha=1.0, seed=run.seed
         ),
-        make_model=make_model,
+        make_model=lambda: build_dense_model(start.expert, config, args.method),
         make_objective=lambda device: CausalLMObjective(data.domains, device, selects_expert=False),
         make_evaluate=make_evaluate,
+        evaluates_start=True,  # for comparison with the adapted expert
+        prepare_output=record_start,
         flops_per_token=lambda module: compute_flops_per_token(config, module, data.block_size),
         # The digest identifies the start, wherever its files are and however it was selected.
         settings={"start weights": digest, "start": start.expert.domain}

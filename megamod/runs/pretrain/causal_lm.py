@@ -31,7 +31,7 @@ from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, ge
 from megamod.models.lm.feed_forward import freeze_all_but_experts
 from megamod.models.lm.flops import compute_flops_per_token
 from megamod.models.lm.load import LanguageModel, build_lm, select_lm_class
-from megamod.models.lm.routing import freeze_all_but_routers, is_mixture
+from megamod.models.lm.routing import freeze_all_but_routers, is_sparse_moe
 from megamod.models.presets import SHAPE
 from megamod.runs.pretrain.anchor import check_anchor_flags, set_anchor_rows
 from megamod.runs.pretrain.mixture import check_mixture_flags, read_expert_domains, write_mixture
@@ -134,7 +134,7 @@ def pretrain_causal_lm(
 
     def make_objective(device: torch.device) -> CausalLMObjective:
         """Make the next-token loss, for a mixture of experts with the load-balance loss added."""
-        if is_mixture(config):
+        if is_sparse_moe(config):
             experts = read_expert_domains(model.model, config)
             return MixtureLMObjective(data.domains, device, model.router_aux_loss_coef, experts)
         return CausalLMObjective(data.domains, device, choose)
@@ -168,7 +168,7 @@ def pretrain_causal_lm(
             log_own_perplexity, make_evaluation(running, data, topology, run, split), running, split
         ),
         flops_per_token=lambda module: compute_flops_per_token(config, module, data.block_size),
-        write_model=partial(write_mixture, model) if is_mixture(config) else None,
+        write_model=partial(write_mixture, model) if is_sparse_moe(config) else None,
         tokens_per_sample=data.block_size,
     )
     done = execute_run(

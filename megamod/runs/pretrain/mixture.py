@@ -14,7 +14,7 @@ from megamod.merging.moe.record import FILE, read_moe_record, write_moe_record
 from megamod.models.auto import resolve_model_folder
 from megamod.models.lm.configuration import LmConfig
 from megamod.models.lm.moe_families import MOE_FAMILIES
-from megamod.models.lm.routing import check_router_training, is_mixture
+from megamod.models.lm.routing import check_router_training, is_sparse_moe
 from megamod.train.export import ModelExport
 
 
@@ -27,7 +27,7 @@ def check_mixture_flags(model: ModelArgs, config: LmConfig) -> None:
     Raises:
         UserError: naming the flag.
     """
-    if not is_mixture(config):
+    if not is_sparse_moe(config):
         reason = f"--model {model.model} is no mixture of experts; to_moe.py makes one"
         refuse_values_without_effect(model, MIXTURE_FLAGS, reason)
     elif model.train == "router":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megamod.models.lm.configuration import read_lm_config
 from megamod.models.lm.moe_families import MOE_FAMILIES
-from megamod.models.lm.routing import is_mixture
+from megamod.models.lm.routing import is_sparse_moe
 from megamod.states.weights import read_weights
 
 
@@ -35,6 +35,6 @@ def count_parameters(models: Sequence[Path]) -> dict[str, int]:
 def _count_experts_per_token(model: Path) -> int:
     """Count the experts that compute a token in a model folder: 1, or the top k of a mixture."""
     config = read_lm_config(model)
-    if not is_mixture(config):
+    if not is_sparse_moe(config):
         return 1
     return getattr(config, MOE_FAMILIES[config.model_type].experts_per_token)
