@@ -24,6 +24,7 @@ from megamod.errors import UserError, report_damage
 from megamod.files import create_folder_atomically
 from megamod.models.auto import resolve_model_folder
 from megamod.states.config_file import check_model_fits_files, check_sizes, read_config_file
+from megamod.states.hub import find_local_or_hub_folder, is_hub_name
 from megamod.states.tokenizer_files import copy_tokenizer
 from megamod.states.weight_files import has_weights
 
@@ -67,7 +68,7 @@ def resolve_model(
             of its model type, if `accepts_type` refuses the type, or if the conversion fails.
     """
     where = f"{flag} {source}"
-    fields = _read_config_fields(source, where)
+    fields = _read_config_fields(source, flag)
     original = datamux.find_original_class(fields)
     kind = datamux.ORIGINALS[original].model_type if original else fields.get("model_type")
     _check_fields(fields, kind, original, source, where)
@@ -110,16 +111,16 @@ def _is_foreign_type(kind: object) -> bool:
     return not known or CONFIG_MAPPING[kind].__module__.startswith("transformers.")
 
 
-def _read_config_fields(source: str, where: str) -> dict[str, object]:
+def _read_config_fields(source: str, flag: str) -> dict[str, object]:
     """Read the fields of config.json, from a folder or else from the hub.
 
     Args:
         source: model folder or hub name.
-        where: the flag and the source, for messages.
+        flag: option or key that named the source, for messages.
     Raises:
         UserError: if there is no config.json, or one that cannot be used.
     """
-    path = Path(source)
+    path, where = Path(source), f"{flag} {source}"
     if path.suffix in FAIRSEQ or (path.is_dir() and not (path / "config.json").is_file()):
         if path.is_file() or any(file.suffix in FAIRSEQ for file in path.glob("*")):
             raise UserError(
@@ -130,6 +131,8 @@ def _read_config_fields(source: str, where: str) -> dict[str, object]:
         raise UserError(f"{where}: there is no model (no config.json)")
     if not path.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise UserError(f"{where}: there is no such folder")
+    if is_hub_name(source):
+        path = find_local_or_hub_folder(source, flag, weights=False)
     if path.is_dir():
         try:
             return read_config_file(path)

@@ -77,6 +77,9 @@ def test_without_a_network_the_message_says_how_to_fetch_it(cache):
         find_local_or_hub_folder("org/absent", "--model")
     with pytest.raises(UserError, match=r"`hf download org/absent` where there is a network"):
         launch("generate", "--model", "org/absent", "--prompt", "x")
+    words = ("--task", "mrpc", "--data_dir", "GLUE", "--do_train", "--output_dir", "out")
+    with pytest.raises(UserError, match=r"--model org/absent: .* `hf download org/absent`"):
+        launch("finetune_glue", "--model", "org/absent", *words)
     with pytest.raises(UserError, match=r"is no folder and no repository of the hub$"):
         find_local_or_hub_folder("absent", "--model")
 
