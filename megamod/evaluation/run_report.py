@@ -221,7 +221,8 @@ def _iterate_sections(runs: Sequence[_RunFiles]) -> Iterator[tuple[str, str]]:
                 run.name, plot_matrix, matrix, title=f"{run.scores.get('split')} perplexity"
             )
             for run in runs
-            if (matrix := _drop_missing_cells(run.scores.get("perplexity", {})))
+            # A single cell compares nothing, and is among the scores.
+            if sum(map(len, (matrix := _list_perplexities(run.scores)).values())) > 1
         ),
     )
     yield (
@@ -284,8 +285,9 @@ def _select_summary_numbers(run: _RunFiles) -> dict[str, object]:
     return {name: number for name, number in numbers.items() if number is not None}
 
 
-def _drop_missing_cells(matrix: Mapping[str, Mapping]) -> dict[str, dict[str, float]]:
-    """Drop cells without a number from a matrix, and empty rows."""
+def _list_perplexities(scores: Mapping) -> dict[str, dict[str, float]]:
+    """Return the perplexities of a run by expert and domain, without empty cells and rows."""
+    matrix = scores.get("perplexity", {})
     rows = {name: {k: v for k, v in row.items() if v is not None} for name, row in matrix.items()}
     return {name: row for name, row in rows.items() if row}
 

@@ -159,6 +159,16 @@ def test_differences_are_marked_and_a_page_can_be_repeated(tmp_path):
     assert (tmp_path / "page.html").read_text() == first
 
 
+def test_one_expert_on_one_domain_has_no_matrix(tmp_path):
+    run = make_run(tmp_path / "run", rate=0.1)
+    scores = json.loads((run / "perplexity.json").read_text())
+    for cells, count in ({"a": 7.0, "b": 8.0}, 1), ({"a": 7.0, "b": None}, 0):
+        scores["perplexity"] = {"dense": cells}
+        (run / "perplexity.json").write_text(json.dumps(scores))
+        sections = write_run_report([run], tmp_path / "page.html")
+        assert sections.count("Perplexity by expert and domain") == count
+
+
 def test_the_command_and_its_refusals(tmp_path, capsys):
     run, other = (make_run(tmp_path / name, rate=0.1) for name in ("run", "other/run"))
     launch("report", run, "--output", tmp_path / "r.html")
