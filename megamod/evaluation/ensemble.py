@@ -246,7 +246,7 @@ def _score_text(
 def _list_weights_by_expert(
     log_weights: Tensor, mask: Tensor, names: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Return the experts' weights along one sequence, as lists.
+    """List the experts' weights along one sequence.
 
     Args:
         log_weights: [E, T].

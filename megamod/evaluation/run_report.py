@@ -230,7 +230,7 @@ def _iterate_sections(runs: Sequence[_RunFiles]) -> Iterator[tuple[str, str]]:
         "".join(
             _format_figure(run.name, plot_shares, priors, x_label="average weight of each expert")
             for run in runs
-            if (priors := _list_priors(run.mixture))
+            if (priors := _collect_priors(run.mixture))
         ),
     )
     yield (
@@ -238,10 +238,10 @@ def _iterate_sections(runs: Sequence[_RunFiles]) -> Iterator[tuple[str, str]]:
         "".join(
             _format_figure(run.name, plot_shares, loads, x_label="share of the tokens of a domain")
             for run in runs
-            if (loads := _list_expert_loads(run.metrics))
+            if (loads := _collect_expert_loads(run.metrics))
         ),
     )
-    speeds = _list_speeds_and_scores(runs)
+    speeds = _collect_speeds_and_scores(runs)
     yield (
         "Score and throughput",
         _format_figure("dev split", plot_trade_off, speeds) if speeds else "",
@@ -251,7 +251,7 @@ def _iterate_sections(runs: Sequence[_RunFiles]) -> Iterator[tuple[str, str]]:
         "".join(
             _format_figure(run.name, plot_barriers, barriers)
             for run in runs
-            if (barriers := _list_barriers(run.results))
+            if (barriers := _collect_barriers(run.results))
         ),
     )
     yield "Settings", _format_comparison_table({run.name: run.settings for run in runs})
@@ -297,7 +297,7 @@ def _get_scores_by_domain(mixture: Mapping) -> Mapping[str, Mapping]:
     return mixture.get("domains", {})
 
 
-def _list_priors(mixture: Mapping) -> dict[str, Mapping[str, float]]:
+def _collect_priors(mixture: Mapping) -> dict[str, Mapping[str, float]]:
     """Collect the prior weights of the experts by domain of the text, where there are any.
 
     Args:
@@ -310,8 +310,8 @@ def _list_priors(mixture: Mapping) -> dict[str, Mapping[str, float]]:
     }
 
 
-def _list_expert_loads(metrics: Sequence[Mapping]) -> dict[str, dict[str, float]]:
-    """List the shares of tokens that a mixture's experts get, by domain of the text, then expert.
+def _collect_expert_loads(metrics: Sequence[Mapping]) -> dict[str, dict[str, float]]:
+    """Collect the shares of tokens that a mixture's experts get, by domain of the text, then expert.
 
     They are those of the last record of metrics.jsonl that has any; without one the result is {}.
     """
@@ -326,7 +326,7 @@ def _list_expert_loads(metrics: Sequence[Mapping]) -> dict[str, dict[str, float]
     return loads
 
 
-def _list_speeds_and_scores(
+def _collect_speeds_and_scores(
     runs: Sequence[_RunFiles],
 ) -> dict[str, dict[str, dict[int, tuple[float, float]]]]:
     """Collect the points (instances per second, task score) of all runs, by task, model and N.
@@ -346,7 +346,7 @@ def _list_speeds_and_scores(
     return tasks
 
 
-def _list_barriers(results: Mapping) -> dict[str, dict[str, tuple[float, float]]]:
+def _collect_barriers(results: Mapping) -> dict[str, dict[str, tuple[float, float]]]:
     """Collect the barriers in results.json, by task and alignment: mean and standard error (nats).
 
     Args:

@@ -33,7 +33,7 @@ from megamod.merging.model_folder import (
 from megamod.merging.naming import list_tieable_pairs, rename_to_template
 from megamod.merging.plan import MergePlan, make_merge_plan
 from megamod.merging.recipe import InputModel, MergeRecipe, build_weighted_recipe
-from megamod.merging.statistics import check_statistics_settings, compute_missing_statistics
+from megamod.merging.statistics import check_statistics_settings, write_missing_statistics
 from megamod.merging.tensors import (
     ModelTensor,
     TensorSource,
@@ -187,7 +187,7 @@ def write_merge(
             return replace(plan, is_written=True)
         check_new_folder(output)
     with ExitStack() as stack:
-        files = compute_missing_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
+        files = write_missing_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
         statistics = [file and stack.enter_context(ModelFolder(file)) for file in files]
         plan = replace(plan, statistics=statistics)
         folder = stack.enter_context(create_new_folder(output))

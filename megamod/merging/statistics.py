@@ -210,8 +210,8 @@ def check_statistics_settings(recipe: MergeRecipe) -> None:
             )
 
 
-def compute_missing_statistics(recipe: MergeRecipe, folder: Path) -> list[Path | None]:
-    """Compute statistics of the models that have calibration text but no file of statistics.
+def write_missing_statistics(recipe: MergeRecipe, folder: Path) -> list[Path | None]:
+    """Compute and write statistics of the models that have calibration text but no file of them.
 
     Args:
         folder: to write new files into.

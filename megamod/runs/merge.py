@@ -74,9 +74,9 @@ def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
         recipe = read_recipe(recipe_file)
     output = None if args.output_dir is None else Path(args.output_dir)
     if recipe.method == GREEDY_SOUP:
-        from megamod.runs.studies.soup import build_greedy_soup, format_candidates
+        from megamod.runs.studies.soup import format_candidates, write_greedy_soup
 
-        plan, candidates = build_greedy_soup(recipe, output, **args.make_merge_arguments())
+        plan, candidates = write_greedy_soup(recipe, output, **args.make_merge_arguments())
         lines = [plan.format_summary(), *([format_candidates(candidates)] if candidates else [])]
     else:
         plan = merge(recipe, output, seed=args.random_seed, **args.make_merge_arguments())

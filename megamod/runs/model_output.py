@@ -30,7 +30,7 @@ class ModelOutputArgs(Arguments):
     output_dir: str | None = option(None, "folder to make")
 
     def make_merge_arguments(self) -> dict[str, object]:
-        """Return the arguments that `merge`, `build_greedy_soup` and `convert_to_moe` share.
+        """Return the arguments that `merge`, `write_greedy_soup` and `convert_to_moe` share.
 
         They are shard_bytes, threads, copy_tokenizer, dry_run and quiet. `out_dtype` is not among
         them: it is a part of the recipe.

@@ -26,7 +26,7 @@ from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.runs.studies.barrier import run_barrier_study
 from megamod.runs.studies.barrier_recipe import read_barrier_study
-from megamod.runs.studies.soup import build_greedy_soup
+from megamod.runs.studies.soup import write_greedy_soup
 from megamod.runs.to_moe import MoeArgs, run_to_moe
 
 WORDS = [f"w{n}" for n in range(25)]
@@ -197,7 +197,7 @@ def test_every_recipe_takes_orthogonal_maps(models_root, llamas, tmp_path, name)
         )
     elif name == "greedy_soup":
         write_merge_recipe(file, name, llamas, align=align, evaluation={"task": "clm", **held_out})
-        build_greedy_soup(read_recipe(file), out)
+        write_greedy_soup(read_recipe(file), out)
     else:
         merge(read_recipe(file), out)
     # Of a single model nothing is aligned; the norms of several are folded.

@@ -16,7 +16,7 @@ from megamod.merging.alignment import align as align_module
 from megamod.merging.alignment.measure import load_model
 from megamod.merging.recipe_file import read_recipe
 from megamod.runs.studies import soup as soup_module
-from megamod.runs.studies.soup import build_greedy_soup, select_soup_models
+from megamod.runs.studies.soup import select_soup_models, write_greedy_soup
 from megamod.states.weights import read_weights
 
 WORDS = [f"w{n}" for n in range(12)]
@@ -118,7 +118,7 @@ def test_a_soup_is_that_of_the_plain_recipe(folder, tmp_path):
     states = [read_weights(folder / str(number)) for number in range(COUNT)]
     alone = [plain_loss([state], folder) for state in states]
     kept, tried = cook_plainly(states, folder)
-    plan, candidates = build_greedy_soup(
+    plan, candidates = write_greedy_soup(
         read_recipe(build_recipe_from_flags(folder, tmp_path)), tmp_path / "out"
     )
     assert [item.number for item in candidates] == list(tried)
@@ -140,7 +140,7 @@ def test_a_soup_is_that_of_the_plain_recipe(folder, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x").write_text("")
     with pytest.raises(UserError, match="exists already"):
-        build_greedy_soup(
+        write_greedy_soup(
             read_recipe(build_recipe_from_flags(folder, tmp_path)), tmp_path / "other"
         )
 
@@ -205,7 +205,7 @@ def test_models_of_several_seeds_are_aligned_before_they_are_tried(
     align = {"method": method} | ({} if method == "weight" else {"maps": str(tmp_path / "maps")})
     models = [{"model": str(folder / f"s{number}")} for number in range(len(seeds))]
     recipe = read_recipe(build_recipe_from_flags(folder, tmp_path, models=models, align=align))
-    _, candidates = build_greedy_soup(recipe, tmp_path / "out")
+    _, candidates = write_greedy_soup(recipe, tmp_path / "out")
     for item in candidates:
         # Aligned models compute what they did.
         assert item.loss == pytest.approx(plain_loss([seeds[item.number]], folder), abs=1e-5)
@@ -223,7 +223,7 @@ def test_models_of_several_seeds_are_aligned_before_they_are_tried(
     else:  # the maps are stored, and read again
         assert len(list((tmp_path / "maps").iterdir())) == len(seeds) - 1
         monkeypatch.setattr(align_module, "align_weights_by_maps", None)
-        build_greedy_soup(recipe, tmp_path / "again")
+        write_greedy_soup(recipe, tmp_path / "again")
         for file in ("model.safetensors", "merge.json"):
             assert (tmp_path / "again" / file).read_bytes() == (
                 tmp_path / "out" / file
@@ -262,7 +262,7 @@ def test_models_of_several_seeds_are_aligned_before_they_are_tried(
 def test_recipes_that_are_no_soup(folder, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(folder)
     with pytest.raises(UserError) as error:
-        build_greedy_soup(
+        write_greedy_soup(
             read_recipe(build_recipe_from_flags(folder, tmp_path, **changes)), tmp_path / "out"
         )
     assert message in str(error.value)
@@ -272,7 +272,7 @@ def test_recipes_that_are_no_soup(folder, tmp_path, monkeypatch, changes, messag
 def test_a_dry_run_runs_no_model(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(soup_module, "load_aligned_model", None)
     recipe = read_recipe(build_recipe_from_flags(folder, tmp_path))
-    plan, candidates = build_greedy_soup(recipe, None, dry_run=True)
+    plan, candidates = write_greedy_soup(recipe, None, dry_run=True)
     assert "5 models" in plan.format_summary() and candidates == []
     assert [path.name for path in tmp_path.iterdir()] == ["soup.yaml"]
 
@@ -283,4 +283,4 @@ def test_models_of_unequal_vocabularies(folder, tmp_path):
     models = [{"model": str(folder / "0")}, {"model": str(tmp_path / "larger")}]
     recipe = read_recipe(build_recipe_from_flags(folder, tmp_path, models=models))
     with pytest.raises(UserError, match=r"vocab_size|embedding|wte"):
-        build_greedy_soup(recipe, None, dry_run=True)
+        write_greedy_soup(recipe, None, dry_run=True)

@@ -174,7 +174,7 @@ def align_weights(
         units.append([[*residual, *([tied_head] if tied_head else [])]])
     for group in groups.values():
         if group.family == "attn":
-            partner = groups.get(_find_partner_group(group.name))
+            partner = groups.get(_find_partner_name(group.name))
             units.append([[group], *([[partner]] if partner else [])])
         elif group.family in ("ff", "head") and group is not tied_head:
             units.append([[group]])
@@ -360,7 +360,7 @@ def _match_groups(
         if group.heads is None:
             matches[group.name] = solve(matrix)
         else:
-            order = matches[_find_partner_group(group.name)].heads if group.family == "qk" else None
+            order = matches[_find_partner_name(group.name)].heads if group.family == "qk" else None
             heads, mode = group.heads, options.attention
             if soft:
                 matches[group.name] = transport_heads(
@@ -372,7 +372,7 @@ def _match_groups(
     return matches
 
 
-def _find_partner_group(name: str) -> str:
+def _find_partner_name(name: str) -> str:
     """Find the name of the other group of the same attention heads: layer.N.attn of layer.N.qk, and
     the other way round.
     """
@@ -403,7 +403,7 @@ def _build_alignment(
     }
     for name in names:
         if symmetry.groups[name].family == "attn" and costs:
-            all_costs[name] = all_costs.get(_find_partner_group(name), all_costs[name])
+            all_costs[name] = all_costs.get(_find_partner_name(name), all_costs[name])
     return Alignment({name: matches[name].permutation for name in names}, all_costs, options)
 
 

@@ -67,7 +67,7 @@ class Alignment:
 
     def find_maps(self, group: PermutationGroup) -> Maps:
         """Return the maps of a group by role; empty if it has none."""
-        return self.maps.get(find_map_name(group), {})
+        return self.maps.get(get_map_name(group), {})
 
     def find_applied_permutations(self, symmetry: Symmetry) -> dict[str, Tensor]:
         """Return the permutations that are applied to a model, by group of its symmetry.
@@ -153,7 +153,7 @@ class Alignment:
             raise UserError(f"{folder}: exists already") from error
 
 
-def find_map_name(group: PermutationGroup) -> str:
+def get_map_name(group: PermutationGroup) -> str:
     """Return the name under which `Alignment.maps` has the maps of a group.
 
     All groups of the residual stream share those of "res.emb": there is one stream, and the layers

@@ -42,7 +42,7 @@ from megamod.merging.alignment.permute import (
     make_axis_change,
     permute_state,
 )
-from megamod.merging.alignment.record import Alignment, find_map_name
+from megamod.merging.alignment.record import Alignment, get_map_name
 from megamod.merging.alignment.symmetry import Symmetry
 from megamod.progress import show_progress
 
@@ -276,7 +276,7 @@ class Refinement:
         """
         changes: dict[str, list[AxisChange]] = {}
         for group in self._symmetry.groups.values():
-            maps = {role: b for (name, role), b in blocks.items() if name == find_map_name(group)}
+            maps = {role: b for (name, role), b in blocks.items() if name == get_map_name(group)}
             for axis in group.axes if maps else ():
                 change = make_axis_change(group, axis, None, maps)
                 if change.blocks is not None:

@@ -203,7 +203,7 @@ class _ModuleNames:
             axes.append(TensorAxis(f"{module}.bias", 0, role="shift"))
         return axes
 
-    def find_axis_length(self, tensor: str, axis: int) -> int:
+    def get_axis_length(self, tensor: str, axis: int) -> int:
         """Return the length of a tensor's axis.
 
         Raises:
@@ -221,14 +221,14 @@ class _ModuleNames:
         Raises:
             UserError: if the weight of the dense module is missing.
         """
-        dense = self.find_head_module(head)
+        dense = self.find_head_module_name(head)
         out = [TensorAxis(f"{dense}.weight", 0), TensorAxis(f"{dense}.bias", 0)]
         out += self.list_scaled_axes(head.norm) if head.norm else []
-        size = self.find_axis_length(f"{dense}.weight", 0)
+        size = self.get_axis_length(f"{dense}.weight", 0)
         into = [TensorAxis(f"{reader}.weight", 1)]
         return _make_group(head.name, "head", size, None, out, into, [Hook(reader, "input")])
 
-    def find_head_module(self, head: Head) -> str:
+    def find_head_module_name(self, head: Head) -> str:
         """Return the name of a head's dense module: inside the backbone if it is there, else
         outside.
         """
@@ -266,7 +266,7 @@ def _find_output_heads(names: _ModuleNames) -> list[tuple[Head, str | None]]:
     aliases = {alias for alias, _ in names.family.tied}
     heads = []
     for head in names.family.output_heads:
-        if names.has_module(names.find_head_module(head)):
+        if names.has_module(names.find_head_module_name(head)):
             # A tied output matrix need not be stored.
             readers = (r for r in head.readers if names.has_module(r) or f"{r}.weight" in aliases)
             heads.append((head, next(readers, None)))
@@ -286,7 +286,7 @@ def _list_output_readers(
         output_heads: see `_find_output_heads`.
     """
     family = names.family
-    modules = [names.find_head_module(head) for head, _ in output_heads]
+    modules = [names.find_head_module_name(head) for head, _ in output_heads]
     after_heads = {reader for _, reader in output_heads}
     for reader in family.readers:
         module = names.prefix + reader if names.has_module(names.prefix + reader) else reader
@@ -312,7 +312,7 @@ def _make_embedding_group(names: _ModuleNames) -> PermutationGroup:
     norm = f"{prefix}{family.layer.format(0)}{family.norms[0]}"
     if not family.pre_norm:
         norm = prefix + family.outer_norm
-    size = names.find_axis_length(f"{norm}.weight", 0)
+    size = names.get_axis_length(f"{norm}.weight", 0)
     into = _list_attention_readers(names, 0)
     hook = Hook(norm, "input" if family.pre_norm else "output")
     return _make_group(
@@ -358,7 +358,7 @@ def _make_layer_groups(
     )
     widen = names.list_widening_modules(stem)
     inputs = 0 if family.transposed else 1
-    size = names.find_axis_length(f"{mixed}.weight", inputs)
+    size = names.get_axis_length(f"{mixed}.weight", inputs)
     if size % heads:
         raise UserError(f"{mixed}.weight: {size} features cannot be split into {heads} heads")
     fused = query == key
@@ -385,7 +385,7 @@ def _make_layer_groups(
             projections=tuple(Hook(module, "output", start) for module, start in observed),
         )
     )
-    wide = names.find_axis_length(f"{narrow}.weight", inputs)
+    wide = names.get_axis_length(f"{narrow}.weight", inputs)
     # Features may change sign if their reader changes it too, but not before an activation: the
     # gate has one, what it multiplies has none.
     signs = ["sign", ""] if family.gate else [""]
@@ -403,7 +403,7 @@ def _make_layer_groups(
     if family.pre_norm:
         following = names.prefix + family.layer.format(layer + 1) + family.norms[0]
         after = [after[1], names.prefix + family.outer_norm if last else following]
-    stream = names.find_axis_length(f"{after[0]}.weight", 0)
+    stream = names.get_axis_length(f"{after[0]}.weight", 0)
     side = "input" if family.pre_norm else "output"
     following_readers = readers if last else _list_attention_readers(names, layer + 1)
     middle, end = (

@@ -302,7 +302,7 @@ def _find_trained_labels(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]
     """
     number = config.tasks.index(spec.name)
     labels, kind = tuple(config.task_labels[number]), config.task_kinds[number]
-    if _find_head_kind(spec) != kind:
+    if _get_head_kind(spec) != kind:
         raise UserError(f"task {spec.name}: the model has a head of kind {kind} for it")
     if not spec.labels:
         return labels
@@ -317,7 +317,7 @@ def _find_trained_labels(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]
     return ordered
 
 
-def _find_head_kind(spec: TaskSpec) -> str:
+def _get_head_kind(spec: TaskSpec) -> str:
     """Return the kind of a task's head: "sequence", "regression" or "token".
 
     Tasks of pairs have a head of the kind "sequence", too.
@@ -349,7 +349,7 @@ def _build_config(
             source,
             variant=stage.variant or "base",
             tasks=[spec.name for spec in specs],
-            task_kinds=[_find_head_kind(spec) for spec in specs],
+            task_kinds=[_get_head_kind(spec) for spec in specs],
             task_labels=[list(spec.labels) for spec in specs],
             max_seq_length=_resolve_max_length(args, source.max_position_embeddings),
         )

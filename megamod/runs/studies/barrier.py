@@ -131,7 +131,7 @@ def run_barrier_study(study: BarrierStudy, output: Path, device: torch.device) -
     jobs = list(itertools.product(study.tasks, study.variants, study.pairs))
     with show_progress(total=len(jobs) * study.points, unit="point") as bar:
         for task, name, pair in jobs:
-            path = _find_curve_path(output, task, name, pair)
+            path = _get_curve_path(output, task, name, pair)
             if path.exists():
                 bar.update(study.points)
                 continue
@@ -200,7 +200,7 @@ def _read_calibration(
     return items
 
 
-def _find_curve_path(output: Path, task: str, variant: str, pair: tuple[str, str]) -> Path:
+def _get_curve_path(output: Path, task: str, variant: str, pair: tuple[str, str]) -> Path:
     """Return the path of a curve, OUT/curves/TASK/VARIANT/FIRST-SECOND.json; it need not exist."""
     return output / "curves" / task / variant / f"{pair[0]}-{pair[1]}.json"
 
@@ -393,7 +393,7 @@ def _write_results(study: BarrierStudy, output: Path) -> str:
     for task in study.tasks:
         for name in study.variants:
             pair_curves = [
-                read_checked_file(_find_curve_path(output, task, name, pair), Curve).model_dump()
+                read_checked_file(_get_curve_path(output, task, name, pair), Curve).model_dump()
                 for pair in study.pairs
             ]
             splits = list(pair_curves[0]["losses"])

@@ -69,7 +69,7 @@ class Candidate:
     kept: bool
 
 
-def build_greedy_soup(
+def write_greedy_soup(
     recipe: MergeRecipe,
     output: Path | None,
     *,
