@@ -143,7 +143,7 @@ class Driver:
         self.signals += 1
 
     def _get_process_mark(self, task: Task) -> str:
-        """Return the mark of a task's processes for `find_processes`: the path of its lock."""
+        """Return the mark of a task's processes for `iterate_processes`: the path of its lock."""
         return str(self._get_lock_path(task).resolve())
 
     def _get_lock_path(self, task: Task) -> Path:

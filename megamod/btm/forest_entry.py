@@ -8,7 +8,7 @@ from typing import Literal
 from megamod.errors import UserError
 from megamod.run_recipe import read_run_recipe
 from megamod.schemas import Items, Schema, read_checked_file
-from megamod.states.adapter import find_seed_folder, is_adapter
+from megamod.states.adapter import is_adapter, resolve_seed_folder
 from megamod.states.checkpoint_folder import (
     STATE,
     StateRecord,
@@ -87,7 +87,7 @@ def list_seed_parents(model: Path) -> tuple[Parent, ...]:
     Raises:
         UserError: if the adapter names no seed that can be found.
     """
-    return (Parent(path=str(find_seed_folder(model)), weight=1.0),) if is_adapter(model) else ()
+    return (Parent(path=str(resolve_seed_folder(model)), weight=1.0),) if is_adapter(model) else ()
 
 
 def _read_training_domains(folder: Path) -> list[str]:

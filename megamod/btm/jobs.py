@@ -123,7 +123,7 @@ def start_process(
         variables: added to a copy of this process's environment without MEGAMOD_ variables.
         lock_descriptor: lock of the job; the program inherits it and it is closed in this process,
             also if the start fails.
-        process_mark: value of the variable `MARK`, by which `find_processes` knows the job.
+        process_mark: value of the variable `MARK`, by which `iterate_processes` knows the job.
         log_path: file in an existing folder, created if needed.
     Raises:
         OSError: if the log cannot be written or the program cannot be started.
@@ -149,7 +149,7 @@ def start_process(
         os.close(lock_descriptor)
 
 
-def find_processes(process_mark: str) -> Iterator[psutil.Process]:
+def iterate_processes(process_mark: str) -> Iterator[psutil.Process]:
     """Iterate over all processes of a job on this machine, by the mark in their environment.
 
     Processes whose environment is hidden, as those of other users, are skipped.
@@ -171,9 +171,9 @@ def request_stop(process_mark: str) -> None:
     ranks are on other hosts.
 
     Args:
-        process_mark: mark of the job, see `find_processes`.
+        process_mark: mark of the job, see `iterate_processes`.
     """
-    processes = {process.pid: process for process in find_processes(process_mark)}
+    processes = {process.pid: process for process in iterate_processes(process_mark)}
     launchers = {pid for pid, process in processes.items() if _is_launcher(process)}
     # Children of a rank are its data workers, needed until the rank ends.
     others = processes.keys() - launchers
@@ -185,7 +185,7 @@ def request_stop(process_mark: str) -> None:
 
 def kill_processes(process_mark: str) -> None:
     """Kill all processes of a job on this machine by SIGKILL, if there are any."""
-    for process in find_processes(process_mark):
+    for process in iterate_processes(process_mark):
         with contextlib.suppress(psutil.Error):
             process.kill()
 

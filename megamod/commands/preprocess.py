@@ -40,7 +40,7 @@ def main() -> None:
     from megamod.data.corpus.builtin import load_builtin_documents
     from megamod.data.corpus.documents import parse_domain_paths
     from megamod.data.corpus.header import format_databin_summary
-    from megamod.states.hub import find_local_or_hub_folder, is_hub_name
+    from megamod.states.hub import find_or_download_folder, is_hub_name
 
     inputs: dict[str, str | list[str]] = {**parse_domain_paths(options.input)}
     if options.sample_lines is not None:
@@ -49,7 +49,7 @@ def main() -> None:
     if options.tokenizer is None:
         raise UserError("--tokenizer is missing: sentencepiece:8192, or a folder; see --help")
     if is_hub_name(options.tokenizer) and not options.tokenizer.endswith(".model"):
-        folder = find_local_or_hub_folder(options.tokenizer, "--tokenizer", weights=False)
+        folder = find_or_download_folder(options.tokenizer, "--tokenizer", weights=False)
         options.tokenizer = str(folder)
     if options.builtin:
         builtin = load_builtin_documents()

@@ -19,8 +19,8 @@ class Traffic:
     """Bytes sent by one rank in one step.
 
     Attributes:
-        world: in collectives over all ranks, for shared parameters.
-        domain: in collectives over the ranks of the domain, for its experts.
+        world: in collectives over all ranks, for shared parameters; in dense training, all of them.
+        domain: in collectives over the ranks of the domain, for its experts; with BTM, its model.
         expert: in collectives over the ranks with the same experts of a mixture, for these.
     """
 

@@ -64,7 +64,10 @@ class DomainTopology:
 
     @property
     def expert_parallel_size(self) -> int:
-        """Number of different sets of experts: the expert-parallel size."""
+        """Number of different sets of experts: the expert-parallel size.
+
+        Without meaning in dense training.
+        """
         return min(self.world_size, len(self.domains))
 
     def get_rank_domains(self, rank: int) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ from megamod.files import hash_file, write_atomic
 from megamod.models.lm.configuration import get_default_sequence_length, read_lm_config
 from megamod.models.lm.forest_experts import LoadedExpert, load_experts
 from megamod.progress import show_progress
-from megamod.states.adapter import find_seed_folder, get_config_file, is_adapter
+from megamod.states.adapter import get_config_file, is_adapter, resolve_seed_folder
 from megamod.states.forest import Expert, Forest
 from megamod.states.stream import ModelFolder
 from megamod.states.weight_files import ADAPTER_FILE
@@ -403,7 +403,7 @@ def list_expert_files(expert: Expert) -> list[Path]:
     Raises:
         UserError: if a file is missing or damaged.
     """
-    seed, adapter = find_seed_folder(expert.path), expert.path
+    seed, adapter = resolve_seed_folder(expert.path), expert.path
     files = [seed / "config.json", *ModelFolder(seed, expert.member).files]
     if is_adapter(adapter):
         files += [get_config_file(adapter), adapter / ADAPTER_FILE]

@@ -26,7 +26,7 @@ from megamod.models.lm.load import LanguageModel, load_lm
 from megamod.states.adapter import is_adapter
 from megamod.states.config_file import read_config_file
 from megamod.states.forest import FILE, find_expert_index, open_forest
-from megamod.states.hub import find_local_or_hub_folder
+from megamod.states.hub import find_or_download_folder
 from megamod.states.model_folder import is_model_folder
 from megamod.states.tokenizer_files import find_tokenizer_folder, list_tokenizer_files
 
@@ -326,7 +326,7 @@ def find_model_folder(model: str) -> Path:
     Raises:
         UserError: if there is no such folder or repository.
     """
-    path = find_local_or_hub_folder(model, "--model")
+    path = find_or_download_folder(model, "--model")
     is_run = (path / "model").is_dir() and not is_model_folder(path) and not (path / FILE).is_file()
     return path / "model" if is_run else path
 

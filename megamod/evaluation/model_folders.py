@@ -20,7 +20,7 @@ from megamod.evaluation.perplexity import DENSE, DomainEvaluation, Score, ScoreM
 from megamod.models.lm.configuration import LmConfig, get_domains, get_untie, read_lm_config
 from megamod.models.lm.forest_experts import ModelReader
 from megamod.states.forest import FILE, open_forest
-from megamod.states.hub import find_local_or_hub_folder
+from megamod.states.hub import find_or_download_folder
 from megamod.states.model_folder import is_model_folder, list_model_folders
 
 
@@ -57,7 +57,7 @@ def find_saved_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
     Raises:
         UserError: if there is no model, or one does not match the data or lacks a requested expert.
     """
-    folder = find_local_or_hub_folder(str(folder), "--model")
+    folder = find_or_download_folder(str(folder), "--model")
     members: dict[Path, dict[str, str | None] | None] = {}
     if folder.is_file() or (folder / FILE).exists():
         for expert in open_forest(folder).experts:

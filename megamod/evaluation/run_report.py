@@ -311,7 +311,7 @@ def _collect_priors(mixture: Mapping) -> dict[str, Mapping[str, float]]:
 
 
 def _collect_expert_loads(metrics: Sequence[Mapping]) -> dict[str, dict[str, float]]:
-    """Collect the shares of tokens that a mixture's experts get, by domain of the text, then expert.
+    """Collect the shares of tokens of a mixture's experts, by domain of the text, then expert.
 
     They are those of the last record of metrics.jsonl that has any; without one the result is {}.
     """

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megamod.errors import UserError
 from megamod.merging.tensors import TensorSource, TensorView, describe_source
-from megamod.states.adapter import find_seed_folder, is_adapter, read_adapter_config
+from megamod.states.adapter import is_adapter, read_adapter_config, resolve_seed_folder
 from megamod.states.stream import ModelFolder, TensorSpec
 from megamod.states.weight_files import ADAPTER_CONFIG, ADAPTER_FILE
 
@@ -249,7 +249,7 @@ def open_weights(folder: Path, member: str | None = None) -> Iterator[TensorSour
     Raises:
         UserError: if they cannot be read, or the adapter cannot be merged.
     """
-    with ModelFolder(find_seed_folder(folder), member) as source:
+    with ModelFolder(resolve_seed_folder(folder), member) as source:
         yield AdaptedFolder(source, folder) if is_adapter(folder) else source
 
 

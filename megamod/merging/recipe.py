@@ -12,7 +12,7 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.merging.settings import Scope, Setting
 from megamod.merging.vocabulary import VocabularyRequest
-from megamod.states.adapter import find_seed_folder, is_adapter
+from megamod.states.adapter import is_adapter, resolve_seed_folder
 
 GREEDY_SOUP = "greedy_soup"
 """The method that first selects models whose uniform average is best on held-out data."""
@@ -205,7 +205,7 @@ def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
     Returns:
         folder of the model, which may not exist, and folder of the adapter or None.
     Raises:
-        UserError: as `find_seed_folder`, for an adapter alone.
+        UserError: as `resolve_seed_folder`, for an adapter alone.
     """
     whole = resolve_recipe_path(text, folder)
     if "+" in text and not os.path.exists(whole):
@@ -214,7 +214,7 @@ def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
             adapter = resolve_recipe_path(text[position + 1 :], folder)
             if text[:position] and os.path.exists(model) and os.path.exists(adapter):
                 return model, adapter
-    return (find_seed_folder(whole), whole) if is_adapter(whole) else (whole, None)
+    return (resolve_seed_folder(whole), whole) if is_adapter(whole) else (whole, None)
 
 
 def resolve_recipe_path(text: str, folder: Path) -> Path:

@@ -20,7 +20,7 @@ from megamod.models.lm.host import make_host_classes
 from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS
 from megamod.models.lm.load import check_same_family
 from megamod.models.presets import PRESETS
-from megamod.states.adapter import find_seed_folder, is_adapter
+from megamod.states.adapter import is_adapter, resolve_seed_folder
 from megamod.states.hub import try_download_from_hub
 from megamod.states.weight_files import has_weights
 
@@ -50,7 +50,7 @@ def resolve_model_folder(model: str, flag: str = "--model") -> Path | None:
         return None
     if is_adapter(Path(model)):
         raise UserError(
-            f"{flag} {model} is a LoRA adapter of {find_seed_folder(Path(model))}: name that "
+            f"{flag} {model} is a LoRA adapter of {resolve_seed_folder(Path(model))}: name that "
             "folder, or merge the adapter into it with megamod merge"
         )
     if (Path(model) / "config.json").is_file():

@@ -43,8 +43,8 @@ def get_config_file(folder: Path) -> Path:
     return folder / (ADAPTER_CONFIG if is_adapter(folder) else "config.json")
 
 
-def find_seed_folder(folder: Path) -> Path:
-    """Find the folder of the model that an adapter was trained on; `folder` if it is no adapter.
+def resolve_seed_folder(folder: Path) -> Path:
+    """Resolve an adapter to the folder of the model it was trained on; others are returned as is.
 
     The path of the seed is relative to the working directory, else to `folder`. A seed that is
     named as a repository of the hub is downloaded.
@@ -98,7 +98,7 @@ def check_seed_weights(folder: Path) -> None:
     """
     if not is_adapter(folder):
         return
-    seed, file = find_seed_folder(folder), folder / ADAPTER_FILE
+    seed, file = resolve_seed_folder(folder), folder / ADAPTER_FILE
     try:
         with safe_open(file, framework="np") as tensors:
             recorded = (tensors.metadata() or {}).get(SEED_DIGEST)

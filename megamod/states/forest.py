@@ -26,7 +26,7 @@ from megamod.errors import UserError, name_origin, shorten
 from megamod.files import write_json
 from megamod.names import check_name
 from megamod.schemas import Items, Schema, read_checked_file
-from megamod.states.adapter import check_seed_weights, find_seed_folder
+from megamod.states.adapter import check_seed_weights, resolve_seed_folder
 from megamod.states.config_file import read_config_file
 from megamod.states.model_folder import is_model_folder, list_model_folders
 from megamod.states.token_ids import check_same_token_ids
@@ -191,7 +191,7 @@ def check_new_expert(path: str | Path, expert: Expert, replaced: str | None = No
             refused as in `open_forest`.
     """
     file = resolve_forest_path(path)
-    for folder in dict.fromkeys((expert.path, find_seed_folder(expert.path))):
+    for folder in dict.fromkeys((expert.path, resolve_seed_folder(expert.path))):
         if not has_weights(folder):
             raise UserError(f"{folder}: there are no weights in it")
     check_seed_weights(expert.path)
@@ -344,10 +344,10 @@ def read_model_config(folder: Path) -> dict[str, object]:
     The seed may be downloaded.
 
     Raises:
-        UserError: as `find_seed_folder` and `read_config_file`, or if a model with experts does not
-            name its domains.
+        UserError: as `resolve_seed_folder` and `read_config_file`, or if a model with experts does
+            not name its domains.
     """
-    config = read_config_file(find_seed_folder(folder))
+    config = read_config_file(resolve_seed_folder(folder))
     domains = config.get("domains")
     named = isinstance(domains, list) and all(isinstance(domain, str) for domain in domains)
     if config.get("untie", "none") != "none" and not (named and domains):

@@ -34,7 +34,7 @@ def try_download_from_hub(name: str, weights: bool = True) -> tuple[Path | None,
         return None, str(error)
 
 
-def find_local_or_hub_folder(name: str, flag: str, weights: bool = True) -> Path:
+def find_or_download_folder(name: str, flag: str, weights: bool = True) -> Path:
     """Return the path that a flag names; download the hub's repository if no such path exists.
 
     Args:

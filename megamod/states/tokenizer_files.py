@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megamod.files import write_atomic
-from megamod.states.adapter import find_seed_folder
+from megamod.states.adapter import resolve_seed_folder
 
 VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "dict.txt")
 """Files that hold nothing but a vocabulary or merges, besides SentencePiece models."""
@@ -26,9 +26,9 @@ def find_tokenizer_folder(folder: Path) -> Path:
     The folder of a whole model is returned even if it has no tokenizer.
 
     Raises:
-        UserError: as `find_seed_folder`, for an adapter without a tokenizer of its own.
+        UserError: as `resolve_seed_folder`, for an adapter without a tokenizer of its own.
     """
-    return folder if list_tokenizer_files(folder) else find_seed_folder(folder)
+    return folder if list_tokenizer_files(folder) else resolve_seed_folder(folder)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> list[Path]:

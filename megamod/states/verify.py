@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megamod.errors import UserError
-from megamod.states.adapter import check_seed_weights, find_seed_folder, is_adapter
+from megamod.states.adapter import check_seed_weights, is_adapter, resolve_seed_folder
 from megamod.states.checkpoint_folder import (
     LATEST,
     STATE,
@@ -65,7 +65,7 @@ def check_forest(path: Path) -> Iterator[CheckResult]:
         return
     yield f"{file}: forest, {len(opened.experts)} experts", []
     folders = [expert.path for expert in opened.experts]
-    for folder in dict.fromkeys([*folders, *map(find_seed_folder, folders)]):
+    for folder in dict.fromkeys([*folders, *map(resolve_seed_folder, folders)]):
         yield check_model_files(folder)
     runs = {expert.path.parent for expert in opened.experts}
     runs |= {folder.parent for folder in file.parent.glob("*/checkpoints")}
@@ -170,7 +170,7 @@ def _check_adapter_files(path: Path) -> CheckResult:
     and the faults, one sentence each.
     """
     try:
-        seed = find_seed_folder(path)
+        seed = resolve_seed_folder(path)
         check_seed_weights(path)
     except UserError as error:
         return f"{path}: adapter", [str(error)]

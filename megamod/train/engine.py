@@ -64,7 +64,8 @@ def build_engine(
     Dense models share every parameter over the world. In a DEMix model, parameters inside
     `DomainExperts` are reduced over the ranks of their domain only, summed and divided by the world
     size: the gradient of the joint loss (Gururangan et al. 2022, section 3). Independent models
-    (BTM) get a data-parallel world of their domain's ranks.
+    (BTM) get a data-parallel world of their domain's ranks. With expert parallelism, the experts of
+    a mixture are reduced over the ranks that hold the same ones.
 
     Args:
         make_optimizer: called with the groups of trained parameters.

@@ -223,7 +223,7 @@ class ModelExport:
     def _write_whole_model(
         self, folder: Path, config: PreTrainedConfig, state: dict[str, Tensor]
     ) -> list[Path]:
-        """Write a model without experts into a folder, created if needed; return the files.
+        """Write a model without domain experts into a folder, created if needed; return the files.
 
         `state` maps names to weights. Of a model with an adapter: the adapter, without config.json.
         """

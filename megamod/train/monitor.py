@@ -154,7 +154,7 @@ class Monitor:
         }
         if get_rank() == 0:
             self._append_record(record, self._select_curves(record, further_metrics))
-            self._print_progress(record, interval_seconds)
+            self._log_progress(record, interval_seconds)
         self.discard_steps()
 
     def log_scores(
@@ -178,7 +178,7 @@ class Monitor:
             tags = {f"{split}/{name}/{tag}": value for name, value in scores.items()}
             self._append_record({"step": step, kind: dict(scores), "split": split}, tags)
             text = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            self._print_line(f"step {step}  {split} {kind}  {text}")
+            self._log_line(f"step {step}  {split} {kind}  {text}")
         self.since = time.perf_counter()
 
     def _drop_evaluation(self, step: int, split: str, kind: str) -> None:
@@ -263,22 +263,22 @@ class Monitor:
         tags |= {f"train/loss/{g}": value for g, value in record["loss_by_domain"].items()}
         return {tag: value for tag, value in tags.items() if value is not None}
 
-    def _print_progress(self, record: Mapping[str, object], interval_seconds: float) -> None:
-        """Print the console line of a record, with an estimate of the time left (ETA).
+    def _log_progress(self, record: Mapping[str, object], interval_seconds: float) -> None:
+        """Log a line about a record, with an estimate of the time left (ETA).
 
         `interval_seconds` is the time since the last record.
         """
         seconds = int((self.max_steps - record["step"]) * interval_seconds / self.steps)
         mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
         norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3g}"
-        self._print_line(
+        self._log_line(
             f"step {record['step']}/{self.max_steps}  loss {record['loss']:.4f}  "
             f"lr {record['lr']:.3g}  norm {norm}  "
             f"{record[f'{self.unit}_per_second']:,.0f} {self.unit}/s  MFU {mfu}  "
             f"ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
         )
 
-    def _print_line(self, line: str) -> None:
+    def _log_line(self, line: str) -> None:
         """Log a line of text, above the progress bar if there is one."""
         with tqdm.external_write_mode(file=sys.stderr):  # redraws the bar below
             logger.info("%s", line)

@@ -23,9 +23,11 @@ class BatchScore:
     """Loss and metrics of a micro-batch.
 
     Attributes:
-        loss: differentiable scalar: each summed loss divided by its entry of `item_totals`.
-        total: [E] float32, summed loss of each group's sequences (of each domain), in nats.
-        items: [E] float32, number of items (target tokens) in each sum.
+        loss: differentiable scalar: each summed loss divided by its entry of `item_totals`, unless
+            the class of the objective says otherwise.
+        total: [E] float32, summed loss by group that the log shows (domain, task), in nats, or of
+            squared errors.
+        items: [E] float32, number of items (target tokens, rows) in each sum.
         further: further metrics by name: [2] float32, sum and count; the log shows sum / count.
     """
 
@@ -39,7 +41,7 @@ class Objective(Protocol):
     """Computes losses of batches. A loss may have several terms, each a mean over its items."""
 
     def count_items(self, batch: Batch) -> Sequence[float]:
-        """Count the items (target tokens) of each term in a batch, before any forward pass."""
+        """Count the items (tokens, rows) of each term in a batch, before any forward pass."""
         ...
 
     def compute_loss(

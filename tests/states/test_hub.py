@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import hub as transformers_hub
 
 from megamod.errors import UserError
-from megamod.states.hub import download_from_hub, find_local_or_hub_folder
+from megamod.states.hub import download_from_hub, find_or_download_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -39,8 +39,8 @@ def cache(monkeypatch, tmp_path):
 def test_a_name_is_found_in_the_cache(cache, tmp_path, capsys):
     model, data = make_model(tmp_path / "model", "feedforward"), make_data(tmp_path / "data")
     cache("org/name", model)
-    assert (find_local_or_hub_folder("org/name", "--model") / "config.json").is_file()
-    assert find_local_or_hub_folder(str(model), "--model") == model  # a path counts before a name
+    assert (find_or_download_folder("org/name", "--model") / "config.json").is_file()
+    assert find_or_download_folder(str(model), "--model") == model  # a path counts before a name
     results = []
     for name in (model, "org/name"):
         output = tmp_path / "scores.json"
@@ -74,14 +74,14 @@ def test_a_tokenizer_is_found_in_the_cache(cache, tmp_path):
 
 def test_without_a_network_the_message_says_how_to_fetch_it(cache):
     with pytest.raises(UserError, match="the hub: org/absent is not in the cache"):
-        find_local_or_hub_folder("org/absent", "--model")
+        find_or_download_folder("org/absent", "--model")
     with pytest.raises(UserError, match=r"`hf download org/absent` where there is a network"):
         launch("generate", "--model", "org/absent", "--prompt", "x")
     words = ("--task", "mrpc", "--data_dir", "GLUE", "--do_train", "--output_dir", "out")
     with pytest.raises(UserError, match=r"--model org/absent: .* `hf download org/absent`"):
         launch("finetune_glue", "--model", "org/absent", *words)
     with pytest.raises(UserError, match=r"is no folder and no repository of the hub$"):
-        find_local_or_hub_folder("absent", "--model")
+        find_or_download_folder("absent", "--model")
 
 
 def test_what_push_to_hub_sends_is_the_model(cache, tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_what_push_to_hub_sends_is_the_model(cache, tmp_path, monkeypatch):
     assert {"config.json", "model.safetensors", "README.md"} <= {p.name for p in sent.iterdir()}
     cache("org/demix", sent)
     back = AutoModelForCausalLM.from_pretrained(
-        find_local_or_hub_folder("org/demix", "--model"), domain="code"
+        find_or_download_folder("org/demix", "--model"), domain="code"
     )
     for (name, ours), theirs in zip(
         model.state_dict().items(), back.state_dict().values(), strict=True

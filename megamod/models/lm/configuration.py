@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from megamod.errors import UserError, report_damage
 from megamod.mixture.posterior import RULES
 from megamod.names import is_domain
-from megamod.states.adapter import find_seed_folder
+from megamod.states.adapter import resolve_seed_folder
 from megamod.states.config_file import check_model_fits_files, read_config_file
 from megamod.states.forest import HOST_TYPE
 
@@ -248,7 +248,7 @@ def read_lm_config(folder: Path, flag: str | None = None) -> PreTrainedConfig:
     """
     where = str(folder) if flag is None else f"{flag} {folder}"
     with report_damage(f"{where}: config.json cannot be used"):
-        folder = find_seed_folder(Path(folder))
+        folder = resolve_seed_folder(Path(folder))
         try:
             read_config_file(folder)
         except UserError as error:

@@ -38,7 +38,7 @@ from megamod.models.lm.demix import DemixOutput
 from megamod.models.lm.forest_cache import ExpertCache, fill_mask_and_positions, split_cache
 from megamod.models.lm.forest_experts import check_member, load_lm_for_scoring, prepare_expert
 from megamod.models.lm.load import LanguageModel, select_lm_class
-from megamod.states.adapter import find_seed_folder
+from megamod.states.adapter import resolve_seed_folder
 from megamod.states.forest import FILE, Forest, open_forest
 
 
@@ -128,7 +128,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         """
         if config is not None and config._attn_implementation is not None:
             kwargs.setdefault("attn_implementation", config._attn_implementation)
-        seeds = [find_seed_folder(expert.path).resolve() for expert in forest.experts]
+        seeds = [resolve_seed_folder(expert.path).resolve() for expert in forest.experts]
         folders = list(dict.fromkeys(seeds))
         parts = [load_lm_for_scoring(folder, **kwargs) for folder in folders]
         experts = []

@@ -12,7 +12,7 @@ from megamod.errors import UserError
 from megamod.models.lm.adapter import SEED, add_adapter, list_adapters, select_adapter
 from megamod.models.lm.configuration import get_domains, get_untie, read_lm_config
 from megamod.models.lm.load import LanguageModel, load_lm
-from megamod.states.adapter import find_seed_folder, is_adapter
+from megamod.states.adapter import is_adapter, resolve_seed_folder
 from megamod.states.forest import Expert, Forest
 
 
@@ -56,7 +56,7 @@ def load_experts(
     selected = [
         expert for expert in forest.experts if only_domains is None or expert.domain in only_domains
     ]
-    folders = [find_seed_folder(expert.path).resolve() for expert in selected]
+    folders = [resolve_seed_folder(expert.path).resolve() for expert in selected]
     remaining_uses = Counter(folders)
     open_models: dict[Path, LanguageModel] = {}
     for expert, folder in zip(selected, folders, strict=True):
@@ -99,7 +99,7 @@ class ModelReader:
         Raises:
             UserError: if a folder cannot be read, or the adapter does not fit its seed.
         """
-        seed = find_seed_folder(folder).resolve()
+        seed = resolve_seed_folder(folder).resolve()
         content = (seed, frozenset(members))
         if content != self._content:
             self._model = self._content = None  # so that two models are never held at once
@@ -160,5 +160,5 @@ def prepare_expert(model: LanguageModel, expert: Expert, experts: Sequence[Exper
     if is_adapter(expert.path):
         return add_adapter(model, expert.path)
     folder = expert.path.resolve()
-    is_seed = any(is_adapter(e.path) and find_seed_folder(e.path) == folder for e in experts)
+    is_seed = any(is_adapter(e.path) and resolve_seed_folder(e.path) == folder for e in experts)
     return SEED if is_seed else expert.member

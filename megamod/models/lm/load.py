@@ -26,7 +26,7 @@ from megamod.models.lm.demix import (
 )
 from megamod.models.lm.host import find_stock_class, make_dense_class, make_host_classes
 from megamod.models.pretrained import check_all_layers_used
-from megamod.states.adapter import find_seed_folder, is_adapter
+from megamod.states.adapter import is_adapter, resolve_seed_folder
 from megamod.states.weight_files import has_weights
 from megamod.states.weights import assign_to_experts, check_finite, read_weights
 
@@ -204,7 +204,7 @@ def load_lm(
             read, if a weight is missing or not finite, or if the adapter does not fit.
     """
     if is_adapter(folder):
-        model = load_lm(find_seed_folder(folder), config, local_domains, flag, **kwargs)
+        model = load_lm(resolve_seed_folder(folder), config, local_domains, flag, **kwargs)
         add_adapter(model, folder)
         return model
     saved = read_lm_config(folder, flag)

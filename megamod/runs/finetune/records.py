@@ -153,9 +153,9 @@ def make_peaks_record(model: FinetuneModel, evaluations: Sequence[Record]) -> Re
 def make_table_row(model: FinetuneModel, record: Record) -> dict[str, float] | None:
     """Make the row of one seed in the printed table: numbers by title of the column; None: no row.
 
-    A single task has all scores of its best evaluation and of its predictions. Many tasks have one
-    score each, their mean, and with all of GLUE its average; without an evaluation they have no
-    row.
+    A single task has all numbers among the scores of its best evaluation and predictions. Many
+    tasks have one score each, their mean, and with all of GLUE its average; without an evaluation
+    they have no row.
 
     Args:
         model: the model and its tasks.

@@ -161,7 +161,10 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
             model.tokenizer.save_pretrained(folder / "tokenizer")
 
     def make_evaluate(running: ActiveRun) -> Callable[[int], None]:
-        """Make the evaluation on dev; without --do_eval one that does nothing."""
+        """Make the evaluation on dev, which goes on from those that a resumed run has; collective.
+
+        Without --do_eval it does nothing.
+        """
         if not stage.do_eval:
             return lambda step: None
         best.load_evaluations(running.state.step)

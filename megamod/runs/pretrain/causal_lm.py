@@ -275,7 +275,7 @@ def log_start(model: ModelArgs, start: tuple[Path, str] | None, config: LmConfig
 def make_evaluation(
     running: ActiveRun, data: LmData, topology: DomainTopology, run: RunArgs, split: str
 ) -> DomainEvaluation:
-    """Make the evaluation that computes the perplexity of the run's experts on a split.
+    """Make the evaluation that computes the perplexity of the run's model or experts on a split.
 
     A call of it is collective: each rank scores its share of the batches, and with experts only
     those that it holds. Bytes of text are counted only if --eval_batches does not limit the split.
@@ -310,6 +310,8 @@ def log_own_perplexity(
     evaluate: DomainEvaluation, running: ActiveRun, split: str, step: int
 ) -> None:
     """Compute and log the perplexity of each domain under its own expert; collective.
+
+    Without experts it is that under the one model.
 
     Args:
         evaluate: see `make_evaluation`.
