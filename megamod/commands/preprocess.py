@@ -144,9 +144,9 @@ def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> st
     Returns:
         a report, a line per domain.
     Raises:
-        UserError: for flags that do not go with --sample_lines, or as `sample_lines`.
+        UserError: for flags that do not go with --sample_lines, or as `write_random_lines`.
     """
-    from megamod.data.corpus.line_sample import sample_lines
+    from megamod.data.corpus.line_sample import write_random_lines
 
     if options.builtin or options.tokenizer is not None or not inputs:
         raise UserError(
@@ -155,7 +155,7 @@ def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> st
     if options.sample_lines < 1:
         raise UserError(f"--sample_lines {options.sample_lines}: at least 1 is needed")
     with lock_folder(options.output_dir):
-        counts = sample_lines(
+        counts = write_random_lines(
             inputs,
             options.sample_lines,
             options.output_dir,

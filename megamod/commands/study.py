@@ -56,7 +56,7 @@ def main() -> None:
 
     Raises:
         UserError: for a study, cell or document that does not exist, or as `run_missing_cells` and
-            `print_table`.
+            `report_figures`.
     """
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
@@ -81,7 +81,7 @@ def main() -> None:
     if not args.table:
         run_missing_cells(args, study, cells, evidence)
     if not args.repeat:
-        print_table(args, study, evidence)
+        report_figures(args, study, evidence)
 
 
 def find_study_file(name: str) -> Path:
@@ -137,7 +137,7 @@ def run_missing_cells(args: StudyArgs, study, cells: list, evidence: Path) -> No
         run_cells_in_processes(study, cells, folders, arguments, args.jobs)
 
 
-def print_table(args: StudyArgs, study, evidence: Path) -> None:
+def report_figures(args: StudyArgs, study, evidence: Path) -> None:
     """Print the table of the figures in `evidence`; write it into --document and draw --plot.
 
     Args:

@@ -105,7 +105,7 @@ def iterate_domain_experts(module: nn.Module) -> Iterator[DomainExperts]:
 
 
 def select_domain(module: nn.Module, domain: str) -> None:
-    """Set the domain whose expert all `DomainExperts` inside a module use from now on.
+    """Select the domain whose expert all `DomainExperts` inside a module use from now on.
 
     A module without experts is left as it is.
 

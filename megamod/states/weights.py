@@ -40,7 +40,8 @@ def select_weight_file(name: str, has_experts: bool) -> str:
     """Select the name of the weight file that holds the parameter `name`.
 
     Args:
-        has_experts: True for a model with experts, whose weights are in several files.
+        has_experts: True for a model with domain experts, whose weights are in several files;
+            False for a sparse mixture, whose experts have no domains.
     """
     if not has_experts:
         return DENSE_FILE

@@ -11,7 +11,7 @@ from megamod.errors import UserError
 from megamod.files import write_atomic
 
 
-def sample_lines(
+def write_random_lines(
     inputs: Mapping[str, str], count: int, output: Path, *, encoding_errors: str, seed: int
 ) -> dict[str, tuple[int, int]]:
     """Write OUTPUT/NAME.txt with `count` random lines of each file, one item per line.

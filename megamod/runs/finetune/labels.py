@@ -76,7 +76,7 @@ def match_labels_to_model(config: PreTrainedConfig, spec: TaskSpec, *, trained: 
 
 
 def set_config_labels(config: PreTrainedConfig, spec: TaskSpec) -> None:
-    """Write the labels of a task and its kind of problem into the configuration of its model.
+    """Set the labels of a task and its kind of problem in the configuration of its model.
 
     A regression has one label, with the default name.
 

@@ -46,7 +46,7 @@ class StudyText:
     def training_bin(self) -> Path:
         """Folder of the data-bin of the training domains, which is written at the first use."""
         return self._write_databin(
-            "domains", {name: self._cut_held_out(name) for name in self.domains}
+            "domains", {name: self._write_shortened_text(name) for name in self.domains}
         )
 
     @cached_property
@@ -76,7 +76,9 @@ class StudyText:
     @cached_property
     def novel_bin(self) -> Path:
         """Folder of the data-bin of the novel domains, which is written at the first use."""
-        return self._write_databin("novel", {name: self._cut_held_out(name) for name in self.novel})
+        return self._write_databin(
+            "novel", {name: self._write_shortened_text(name) for name in self.novel}
+        )
 
     def write_excerpts(self, limit: int) -> Path:
         """Write an excerpt of the training text as one file; return the file.
@@ -111,7 +113,7 @@ class StudyText:
         binarize(inputs, tokenizer, output, workers=1)
         return output
 
-    def _cut_held_out(self, name: str) -> Path:
+    def _write_shortened_text(self, name: str) -> Path:
         """Write a domain's text with held-out splits cut to `held_out_bytes`; return its folder.
 
         If nothing is to be cut, it is the folder of the source.
