@@ -24,7 +24,7 @@ from megamod.errors import UserError, report_damage
 from megamod.files import create_folder_atomically
 from megamod.models.auto import resolve_model_folder
 from megamod.states.config_file import check_model_fits_files, check_sizes, read_config_file
-from megamod.states.hub import find_local_or_hub_folder, is_hub_name
+from megamod.states.hub import find_or_download_folder, is_hub_name
 from megamod.states.tokenizer_files import copy_tokenizer
 from megamod.states.weight_files import has_weights
 
@@ -132,7 +132,7 @@ def _read_config_fields(source: str, flag: str) -> dict[str, object]:
     if not path.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise UserError(f"{where}: there is no such folder")
     if is_hub_name(source):
-        path = find_local_or_hub_folder(source, flag, weights=False)
+        path = find_or_download_folder(source, flag, weights=False)
     if path.is_dir():
         try:
             return read_config_file(path)
