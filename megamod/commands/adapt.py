@@ -34,10 +34,13 @@ def main() -> None:
     if args.forest is None and args.model is None:
         raise UserError("--forest is missing, or --model: what to start from")
     # Imported late, so that --help and errors in flags answer at once.
+    from transformers.utils.logging import disable_progress_bar
+
     from megamod.runs.node_log import start_logging
     from megamod.runs.pretrain.adapt import adapt
 
     start_logging()
+    disable_progress_bar()
     adapt(*parsed)
 
 

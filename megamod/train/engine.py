@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups
@@ -123,7 +124,9 @@ def build_engine(
     except ValueError as error:
         if "is not supported on your device" not in str(error):
             raise
-        raise UserError(f"--precision: {error}") from error
+        raise UserError(
+            f"--precision, or the precision of --deepspeed: {error} {_list_precisions()}"
+        ) from error
     if topology.sharing is Sharing.DEMIX:
         _check_expert_groups(group_name, topology)
     if zero["stage"] == 0 and dist.get_world_size() == 1:
@@ -176,6 +179,15 @@ def _mark_deepspeed_experts(model: nn.Module, topology: DomainTopology) -> str:
         for parameter in module.experts.parameters():
             parameter.allreduce, parameter.group_name = False, name
     return name
+
+
+def _list_precisions() -> str:
+    """Return a sentence with the values of --precision that this device can compute in."""
+    device = get_accelerator()
+    names = ["fp32"]
+    names += ["bf16"] if device.is_bf16_supported() else []
+    names += ["fp16"] if device.is_fp16_supported() else []
+    return f"Allowed here ({device.device_name()}) are {', '.join(names)}"
 
 
 def _check_expert_groups(name: str, topology: DomainTopology) -> None:

@@ -13,6 +13,7 @@ def test_an_expert_more_from_command_to_scores(tmp_path):
     done = run_launcher("adapt", *flags, *sizes, "--report_to", "none")
     assert done.returncode == 0, done.stderr
     assert "of the highest posterior" in done.stdout and "after adaptation" in done.stdout
+    assert "Loading weights" not in done.stderr
     grown = tmp_path / "out" / "model"
     assert f"art is an expert of {grown}, with those it had" in done.stdout
     kept = (tmp_path / "out" / "run.yaml").read_text()

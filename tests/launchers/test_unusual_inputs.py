@@ -41,7 +41,7 @@ def run(warm, folder, *words):
         (("forest", "branch", "--parents", "in/law", "--domain", LONG, *OUT), "is not made of"),
         (("verify", LONG * 20), "File name too long"),
         (("eval_lm", "--model", LONG, "--data", "in/bin", "--domains", "law"), "too long"),
-        ((*RUN, *OUT, "--precision", "fp16"), "--precision"),
+        ((*RUN, *OUT, "--precision", "fp16"), "Allowed here (cpu) are fp32, bf16"),
         ((*RUN, *OUT, "--intermediate_size", str(10**15)), "not enough memory"),
         ((*RUN, *OUT, "--deepspeed", "large.json"), "not enough memory"),
         ((*RUN, *OUT, "--deepspeed", "huge.json"), "which no size or interval can be"),
