@@ -67,9 +67,10 @@ def make_forest_entry(path: Path, domain: str | None = None, member: str | None 
     domains = [] if is_adapter(model) else config.get("domains") or []
     has_experts = config.get("untie", "none") != "none"
     if has_experts and member not in domains:
+        wrong = "" if member is None else f", not {member!r}"
         raise UserError(
             f"--path {path}: is a model with experts; --member must be one of "
-            f"{', '.join(domains)}, not {member!r}"
+            f"{', '.join(domains)}{wrong}"
         )
     if domain is None:
         domains = domains or _read_training_domains(path)

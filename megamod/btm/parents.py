@@ -82,9 +82,10 @@ def find_parent(
         )
     domains = [folder.name for folder in list_model_folders(checkpoint)]
     if member not in domains:
+        wrong = "" if member is None else f", not {member!r}"
         raise UserError(
             f"--parents {path}: holds independent models; --member must be one of "
-            f"{', '.join(domains)}, not {member!r}"
+            f"{', '.join(domains)}{wrong}"
         )
     return ParentModel(checkpoint, None, _read_resumable_step(checkpoint / member), member)
 
@@ -214,8 +215,9 @@ def _resolve_member(folder: Path, path: Path, member: str | None) -> str | None:
             raise UserError(f"--member {member}: {path} is one dense model, without members")
         return None
     if member not in config["domains"]:
+        wrong = "" if member is None else f", not {member!r}"
         raise UserError(
             f"--parents {path}: is a model with experts; --member must be one of "
-            f"{', '.join(config['domains'])}, not {member!r}"
+            f"{', '.join(config['domains'])}{wrong}"
         )
     return member

@@ -310,7 +310,7 @@ def test_bad_choices_are_refused_and_change_nothing(tmp_path):
         (lambda: find_parent(tmp_path / "gone"), "no run, no checkpoint and no model"),
         (lambda: find_parent(tmp_path / "empty"), "no checkpoint yet"),
         (lambda: find_parent(tmp_path / "begun"), "not a complete checkpoint"),
-        (lambda: find_parent(mixed), "--member must be one of law, code, art"),
+        (lambda: find_parent(mixed), "--member must be one of law, code, art$"),
         (lambda: find_parent(law, member="law"), "one dense model"),
         (lambda: select_forest_parents(mixed, only_domains=["tax"]), "no expert of domain 'tax'"),
         (lambda: select_forest_parents(mixed, topk=9), "--topk 9: there are only 3 experts"),
