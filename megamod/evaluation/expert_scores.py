@@ -27,7 +27,7 @@ from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
 from megamod.evaluation.held_out_data import (
     HeldOut,
-    find_document_end,
+    find_document_end_id,
     iterate_held_out_batches,
     open_held_out_blocks,
     open_held_out_data,
@@ -109,7 +109,7 @@ class Experts:
                 )
         self.data = {path: open_held_out_data(path, configs[path], held_out) for path in configs}
         self.document_ends = {
-            path: find_document_end(path, configs[path], self.data[path], held_out)
+            path: find_document_end_id(path, configs[path], self.data[path], held_out)
             for path in configs
         }
         has_domain_tokens = {

@@ -142,7 +142,7 @@ def open_held_out_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmD
     return data
 
 
-def find_document_end(
+def find_document_end_id(
     folder: Path, config: LmConfig, data: LmData, held_out: HeldOut
 ) -> int | None:
     """Find the id at the end of documents, at which the model's attention stops; None: at none.

@@ -11,7 +11,7 @@ from megamod.data.lm.pretraining import LmData
 from megamod.errors import UserError
 from megamod.evaluation.held_out_data import (
     HeldOut,
-    find_document_end,
+    find_document_end_id,
     iterate_held_out_batches,
     open_held_out_blocks,
     open_held_out_data,
@@ -86,7 +86,7 @@ def find_saved_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
         for domain in held_out.domains:
             # Raises for a missing file before any scoring.
             open_held_out_blocks(data, held_out, domain)
-        end = find_document_end(path, config, data, held_out)
+        end = find_document_end_id(path, config, data, held_out)
         models.append(SavedModel(path, config, data, rows, end))
     return models if held_out.experts is None else _select_experts(folder, models, held_out.experts)
 

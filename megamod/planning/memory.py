@@ -74,7 +74,7 @@ class Memory:
         activations: peak activations of a micro-batch.
         buffers: reduction and gather buffers of the backward pass.
         collected: the rank's shard of newly reduced gradients, in addition to `gradients`.
-        update: float32 copies of gradients during the optimizer update.
+        update: copies of gradients, flat and in float32, during the optimizer update.
         host: offloaded optimizer state, in host memory or on disk.
         host_weights: offloaded weights, in host memory.
     """
@@ -216,8 +216,9 @@ def _compute_group_memory(
         moments = 2 * summed * min(total, shard + divided * max(group_sizes))
     stage_1 = setting.stage == 1
     gradients = summed * (total if stage_1 else shard)
-    copies = (4 if element < 4 else 0) + (summed if setting.stage < 3 else 0)
-    update = copies * round(min(shard, limit / ranks))
+    # DeepSpeed converts the gradients of a group to float32, and below stage 3 first flattens them.
+    bytes_per_element = (4 if element < 4 else 0) + (summed if setting.stage < 3 else 0)
+    update = bytes_per_element * round(min(shard, limit / ranks))
     # Each reduction allocates the rank's shard again, in addition to the accumulated gradients.
     allocates_again = stage_1 or (setting.stage == 2 and setting.micro_steps > 1)
     return Memory(

@@ -22,7 +22,7 @@ from megamod.evaluation.expert_scores import (
     TextSelection,
     list_expert_files,
 )
-from megamod.evaluation.held_out_data import HeldOut, find_document_end
+from megamod.evaluation.held_out_data import HeldOut, find_document_end_id
 from megamod.evaluation.model_folders import find_saved_models, score_models
 from megamod.mixture.ensemble import PosteriorRule
 from megamod.mixture.prior import Prior
@@ -227,7 +227,9 @@ def test_each_expert_reads_documents_as_it_was_trained(root, tmp_path):
     with pytest.raises(UserError, match="attention of a mamba cannot stop"):
         config = type("Config", (), {"model_type": "mamba"})()
         path = experts.forest.experts[0].path
-        find_document_end(path, config, experts.data[path], held_out(root, mask_documents="true"))
+        find_document_end_id(
+            path, config, experts.data[path], held_out(root, mask_documents="true")
+        )
 
 
 def test_an_expert_left_out_is_a_forest_without_it(root):

@@ -58,7 +58,7 @@ def _iterate_rows(folder: ModelFolder, plan: MoePlan, name: str) -> Iterator[Ten
         folder, plan: an anchored model, and the plan, which has the number of layers.
         name: name of the row's tensor in a feed-forward, such as `experts.law.row` or `anchor_row`.
     """
-    for layer in range(plan.layers):
+    for layer in range(plan.num_layers):
         yield folder.read(f"{LAYERS}.{layer}.{FEED_FORWARD}.{name}")
 
 

@@ -74,7 +74,7 @@ def convert_to_moe(
         config = untie_config_if_needed(plan.specs, plan.config, folder)
         tokenizer = dense.folders[recipe.tokenizer].folder if copy_tokenizer else None
         write_config_and_tokenizer(replace(dense, config=config), folder, tokenizer)
-        shares = dense.compute_shares() if plan.shared == "averaged" else [None] * plan.experts
+        shares = dense.compute_shares() if plan.shared == "averaged" else [None] * plan.num_experts
         experts = tuple(
             ExpertRecord(
                 domain=model.domain,

@@ -58,12 +58,12 @@ class MoePlan:
     config: dict[str, object]
 
     @property
-    def experts(self) -> int:
+    def num_experts(self) -> int:
         """Number E of experts."""
         return len(self.dense.folders)
 
     @property
-    def layers(self) -> int:
+    def num_layers(self) -> int:
         """Number L of layers, all of them sparse."""
         return sum(tensor.layer is not None for tensor in self.tensors.values())
 
@@ -81,7 +81,7 @@ class MoePlan:
         """Format type, experts and size of the mixture, one line each."""
         per_token = self.config[self.family.experts_per_token]
         lines = [
-            f"{self.kind} of {self.experts} experts, {per_token} per token; "
+            f"{self.kind} of {self.num_experts} experts, {per_token} per token; "
             f"other weights: {self.shared}"
         ]
         lines += [

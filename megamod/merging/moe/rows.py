@@ -40,7 +40,7 @@ def initialise_router_rows(plan: MoePlan, seed: int) -> RouterRows:
         seed: seed of the generators.
     """
     spread = float(plan.config.get("initializer_range", 0.02))
-    rows = torch.empty(plan.layers, plan.experts, plan.hidden_size)
+    rows = torch.empty(plan.num_layers, plan.num_experts, plan.hidden_size)
     for layer, target in enumerate(rows):
         text = f"{seed}/{LAYERS}.{layer}.{plan.family.block}.{plan.family.row_name}"
         digest = hashlib.sha256(text.encode()).digest()
@@ -64,7 +64,7 @@ def read_router_rows_file(plan: MoePlan, path: Path) -> RouterRows:
             rows = file.get_tensor(_TENSOR).float()
     except (OSError, SafetensorError) as error:
         raise UserError(f"--router_file {path}: holds no tensor {_TENSOR!r}: {error}") from error
-    expected = (plan.layers, plan.experts, plan.hidden_size)
+    expected = (plan.num_layers, plan.num_experts, plan.hidden_size)
     if rows.shape != expected:
         raise UserError(
             f"--router_file {path}: {_TENSOR} has shape {list(rows.shape)}; layers, experts and "
