@@ -1,7 +1,7 @@
 """R: runs that are cut at any instant and resumed are the straight ones, bit for bit.
 
 Commands are cut by SIGTERM, which saves and stops. Runs on 1, 2 and 4 ranks die in the midst of any
-micro-batch. A run that goes on with another number of ranks, 4 -> 2 -> 1 -> 4 (2 -> 1 -> 2 in a
+micro-batch. A run that goes on with another number of ranks, 4 -> 2 -> 1 -> 4 (2 -> 1 in a
 push), ends with the weights of a straight run to rounding.
 """
 
@@ -30,7 +30,7 @@ TRAINING = ("dense", "demix", "independent", "encoder", "classifier", "tasks", "
 NAMES = TRAINING if SIZE == "nightly" else ("demix",)
 WORLDS = (1, 2, 4) if SIZE == "nightly" else (2,)
 RESHARDED = pick(1, 10)
-LEGS = (4, 2, 1, 4) if SIZE == "nightly" else (2, 1, 2)  # numbers of ranks, one after the other
+LEGS = (4, 2, 1, 4) if SIZE == "nightly" else (2, 1)  # numbers of ranks, one after the other
 BATCH = 10  # cases of one set of ranks
 LAST = 6  # step
 LAYOUTS = (("none", 0), ("none", 1), ("none", 2), ("none", 3))

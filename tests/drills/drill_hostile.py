@@ -22,7 +22,7 @@ from megamod.merging.recipe_file import read_recipe
 from megamod.models.lm.load import load_lm
 from megamod.states.weights import read_weights
 
-CASES = pick(26, 200)
+CASES = pick(12, 200)
 TAGS = (
     "!!python/object/apply:os.system ['touch {canary}']",
     "!!python/object/new:subprocess.check_call [[touch, {canary}]]",

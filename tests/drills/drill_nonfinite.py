@@ -20,7 +20,7 @@ from megamod.errors import PolicyStop
 from megamod.states.checkpoint_folder import KINDS, StateRecord
 from megamod.states.weights import read_weights
 
-CASES = pick(3, 36)  # of each policy on each number of ranks
+CASES = pick(2, 36)  # of each policy on each number of ranks
 WORLDS = (1, 2, 4) if SIZE == "nightly" else (2,)
 POLICIES = ("skip", "stop", "rollback")
 BATCH = 12  # cases of one set of ranks

@@ -128,10 +128,10 @@ def test_a_signal_under_load(tmp_path, record_property):
         async def main() -> tuple[float, list[tuple[float, int]]]:
             until = asyncio.Event()
             tasks = [asyncio.ensure_future(send_until(address, until)) for _ in range(8)]
-            await asyncio.sleep(4)
+            await asyncio.sleep(2)
             signalled = time.monotonic()
             server.send_signal(signal.SIGTERM)
-            await asyncio.sleep(2)
+            await asyncio.sleep(1)
             until.set()
             return signalled, [outcome for task in tasks for outcome in await task]
 

@@ -26,7 +26,7 @@ from megamod.states.manifest import find_file_faults
 from megamod.train.checkpoint import Checkpoints
 from megamod.train.fragments import iterate_fragments
 
-KILLS = pick(8, 200)
+KILLS = pick(5, 200)
 
 
 class Crash(BaseException):
