@@ -15,7 +15,7 @@ from megamod.errors import UserError
 from megamod.models.auto import make_lm_config
 from megamod.models.lm.configuration import DemixConfig, read_lm_config
 from megamod.models.lm.host import make_dense_class, make_host_classes
-from megamod.models.lm.hosts import HOSTS
+from megamod.models.lm.hosts import HOSTS, Host
 from megamod.models.lm.load import build_lm, load_lm
 from megamod.states.weights import extract_expert_weights
 
@@ -247,6 +247,13 @@ def test_a_family_without_a_row_is_a_whole_model():
     output = model.train()(input_ids=IDS, labels=IDS)
     torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=1e-6)
     assert type(model).__name__ == type(stock).__name__
+
+
+def test_a_new_family_is_one_row(monkeypatch):
+    """CONTRIBUTING.md, "Add a host family", with a family of transformers that has no row."""
+    assert "bitnet" not in HOSTS
+    monkeypatch.setitem(HOSTS, "bitnet", Host())
+    test_experts_in_place_of_the_feed_forward_change_no_bit("bitnet")
 
 
 def test_refusals_name_the_value_and_what_is_allowed(tmp_path):
