@@ -2,7 +2,7 @@
 
     megamod finetune-mtl --tasks cola mrpc sst-2 --data_dir GLUE --model BERT \\
         --do_train --do_eval --do_predict --output_dir runs/three
-    deepspeed launchers/finetune_mtl.py --data_dir GLUE --model bert-base-cased --variant base \\
+    deepspeed launchers/finetune_mtl.py --data_dir GLUE --model CA-MTL-base \\
         --use_mt_uncertainty --freeze_encoder_layers 0-5 --per_device_train_batch_size 32 \\
         --learning_rate 2e-5 --num_train_epochs 5 --do_train --do_eval --output_dir runs/glue
     megamod finetune-mtl --tasks sst-2 wnut17 reviews.yaml --data_dir GLUE NER \\

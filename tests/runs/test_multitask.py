@@ -294,7 +294,7 @@ def test_the_recipe_is_that_of_the_release():
     recipe = Path(__file__).resolve().parents[2] / "launchers" / "recipes" / "ca_mtl_base.yaml"
     run, _, optim, stage, args = parse_args(*CLASSES, argv=[str(recipe), "--output_dir", "out"])
     assert (stage.model, stage.variant, stage.parse_frozen_blocks()) == (
-        "bert-base-cased",
+        "google-bert/bert-base-cased",
         "base",
         (0, 5),
     )

@@ -10,8 +10,8 @@ from megamod.errors import UserError
 from megamod.flags import Arguments, option, refuse_values_without_effect
 
 RELEASED_MODELS = {
-    "CA-MTL-base": ("bert-base-cased", "base"),
-    "CA-MTL-large": ("bert-large-cased", "large"),
+    "CA-MTL-base": ("google-bert/bert-base-cased", "base"),
+    "CA-MTL-large": ("google-bert/bert-large-cased", "large"),
 }
 """By name of a model in the release of CA-MTL: its encoder on the hub, and its variant."""
 
