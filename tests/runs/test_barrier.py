@@ -113,7 +113,8 @@ def test_alignment_takes_the_barrier_away(workspace, name, task):
         assert (out / plot).read_bytes()[:4] == b"\x89PNG"
 
 
-def test_only_what_is_missing_is_made(workspace):
+def test_only_what_is_missing_is_made(workspace, caplog):
+    caplog.set_level("INFO", "megamod")
     out, path = workspace / "again", study(workspace, "bert", "mlm", pairs=[["1", "2"]])
     content = yaml.safe_load(path.read_text())
     content["variants"].pop("all")
@@ -126,6 +127,12 @@ def test_only_what_is_missing_is_made(workspace):
     run_barrier_study(read_barrier_study(path), out, torch.device("cpu"))
     assert [file.stat().st_mtime_ns for file in files] == times
     assert len(sorted((out / "curves").rglob("*.json"))) == len(files) + 1
+    lines = [message for message in caplog.messages if message.startswith("curve ")]
+    assert lines == [
+        "curve 1 of 2: mlm, ff+attn, 1-2",
+        "curve 2 of 2: mlm, vanilla, 1-2",
+        "curve 2 of 3: mlm, monotonic, 1-2",
+    ]
     path.write_text(yaml.safe_dump(content | {"points": 3}))
     with pytest.raises(UserError, match="holds a study with another points"):
         run_barrier_study(read_barrier_study(path), out, torch.device("cpu"))

@@ -130,17 +130,18 @@ def run_barrier_study(study: BarrierStudy, output: Path, device: torch.device) -
     }
     jobs = list(itertools.product(study.tasks, study.variants, study.pairs))
     with show_progress(total=len(jobs) * study.points, unit="point") as bar:
-        for task, name, pair in jobs:
+        for number, (task, name, pair) in enumerate(jobs, start=1):
             path = _get_curve_path(output, task, name, pair)
             if path.exists():
                 bar.update(study.points)
                 continue
-            advance = partial(bar.update, 1)
-            items = calibration[task, name]
-            curve = _compute_curve(study, task, name, pair, held_out[task], items, device, advance)
+            items, step = calibration[task, name], bar.update
+            curve = _compute_curve(study, task, name, pair, held_out[task], items, device, step)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(output / RECORD, record)
             write_json(path, curve)
+            if bar.disable:  # no terminal
+                logger.info("curve %d of %d: %s, %s, %s-%s", number, len(jobs), task, name, *pair)
     return _write_results(study, output)
 
 
@@ -242,9 +243,7 @@ def open_held_out(
             for split in splits
         }
 
-    items = [
-        train.ids[a:b].tolist() for a, b in zip(train.offsets, train.offsets[1:], strict=False)
-    ]
+    items = [train.ids[a:b].tolist() for a, b in itertools.pairwise(train.offsets)]
     return HeldOutTask(compute_losses, items, _make_tokenize_function(tokenizer), train.pad_id)
 
 
