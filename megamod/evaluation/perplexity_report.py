@@ -15,7 +15,9 @@ from megamod.files import format_json, write_json
 from megamod.tables import format_matrix, format_table
 
 
-def write_perplexity_report(output: Path, matrix: ScoreMatrix, split: str, step: int) -> str:
+def write_perplexity_report(
+    output: Path, matrix: ScoreMatrix, split: str, step: int, dense: str = DENSE
+) -> str:
     """Write perplexity.json, loss.png and, with experts, experts.png into the folder of a run.
 
     Args:
@@ -23,6 +25,7 @@ def write_perplexity_report(output: Path, matrix: ScoreMatrix, split: str, step:
         matrix: scores of experts (rows) on domains (columns).
         split: name of the scored split.
         step: finished steps.
+        dense: name of a model without experts in the text to print, not in the file.
     Returns:
         the text to print: table of perplexities, mean over domains, paths of all results.
     Raises:
@@ -56,7 +59,8 @@ def write_perplexity_report(output: Path, matrix: ScoreMatrix, split: str, step:
         plot_matrix(table, output / "experts.png", title)
         outputs["experts by domain"] = output / "experts.png"
     stars = " (* best of the column)" if len(table) > 1 else ""
-    lines = [f"\n{split} perplexity after {step} steps{stars}", format_matrix(table)]
+    rows = {dense if name == DENSE else name: row for name, row in table.items()}
+    lines = [f"\n{split} perplexity after {step} steps{stars}", format_matrix(rows)]
     if len(own_domain) > 1:
         experts = ", each under its own expert" if DENSE not in matrix else ""
         lines.append(f"mean over domains{experts}: {mean:.2f}")

@@ -52,6 +52,15 @@ def test_report_of_a_dense_run_has_no_heat_map(run):
     assert "mean over domains: 12.00\n" in output and "experts.png" not in output
 
 
+def test_the_row_of_a_new_expert_has_its_name(run):
+    output = write_perplexity_report(run, {DENSE: {"law": score(4.0)}}, "test", 5, "law")
+    assert [line.split() for line in output.splitlines()[2:4]] == [
+        ["expert", "\\", "text", "law"],
+        ["law", "4.00"],
+    ]
+    assert list(json.loads((run / "perplexity.json").read_text())["perplexity"]) == [DENSE]
+
+
 def test_bits_per_byte_of_unknown_text_are_null(run):
     output = write_perplexity_report(run, {DENSE: {"law": score(4.0)}}, "test", 5)
     assert "mean over domains" not in output and "*" not in output

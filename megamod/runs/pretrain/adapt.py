@@ -96,9 +96,8 @@ def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -
     matrix = make_evaluation(finished, data, topology, run, args.eval_split)()
     if dist.get_rank() == 0:
         finished.monitor.close()
-        print(
-            write_perplexity_report(finished.output, matrix, args.eval_split, finished.state.step)
-        )
+        step = finished.state.step
+        print(write_perplexity_report(finished.output, matrix, args.eval_split, step, args.domain))
         before, after = (
             _read_start_perplexity(finished.output, args.domain),
             select_own_scores(matrix)[args.domain],
