@@ -311,8 +311,8 @@ def _count_items(name: str, source: DocumentSource, item_unit: str) -> dict[str,
         count = sum(counter.items for counter in counters.values())
         raise UserError(
             f"domain {name}: {source.where} has {count} {item_unit}s, none in the split "
-            f"{empty[0]}. A source without splits is divided at random and needs some hundred "
-            "documents (another --seed may help); or use a folder with train, valid and test files"
+            f"{empty[0]}. A source without splits is divided at random by documents (text between "
+            "blank lines): use some hundred, another --seed, or a folder with a file per split"
         )
     return counters
 
