@@ -52,25 +52,25 @@ def plot_training_curves(metrics: Path, output: Path) -> None:
     pyplot = import_pyplot()
     colours = dict(zip(names, select_colours(pyplot, len(names)), strict=True))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    line = "-" if len(trained) > 1 else "o"  # a line of one point is invisible
     if len(names) > 1:
-        left.plot([r["step"] for r in trained], [r["loss"] for r in trained], "k", lw=2)
+        left.plot([r["step"] for r in trained], [r["loss"] for r in trained], f"k{line}", lw=2)
     left.set(xlabel="step", ylabel="training loss (nats per token)")
     split = scored[0]["split"] if scored else "held-out"
     right.set(xlabel="step", ylabel=f"{split} perplexity (log scale)", yscale="log")
     for domain, colour in colours.items():
         for axes, rows, key, mark in (
-            (left, trained, "loss_by_domain", "-"),
+            (left, trained, "loss_by_domain", line),
             (right, scored, "perplexity", "o-"),
         ):
             points = [(r["step"], r[key][domain]) for r in rows if domain in r[key]]
-            axes.plot(
-                *zip(*points, strict=True) if points else ((), ()), mark, c=colour, lw=1.2, ms=4
-            )
+            if points:
+                axes.plot(*zip(*points, strict=True), mark, c=colour, lw=1.2, ms=4)
     right.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     right.yaxis.set_major_formatter("{x:g}")
     right.yaxis.set_minor_formatter(ticker.NullFormatter())
     for axes in (left, right):
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
     handles = [pyplot.Line2D([], [], color=colour) for colour in colours.values()]
     labels = list(colours)
     if len(names) > 1:

@@ -91,6 +91,16 @@ def test_curves_show_the_numbers_of_the_file(tmp_path, figures):
     assert size_of(tmp_path / "loss.png") == (1440, 504)
 
 
+def test_a_curve_of_one_point_can_be_seen(tmp_path, figures):
+    record = {"step": 4, "loss": 2.0, "loss_by_domain": {"law": 1.0, "code": 3.0}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    plots.plot_training_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    left = figures[0].axes[0]
+    assert [line.get_marker() for line in left.lines] == ["o", "o", "o"]
+    first, last = left.get_xlim()
+    assert [tick for tick in left.get_xticks() if first < tick < last] == [4]
+
+
 def test_curves_of_a_run_that_logged_nothing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     plots.plot_training_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
