@@ -413,18 +413,18 @@ def _write_results(study: BarrierStudy, output: Path) -> str:
                         [curve[kind][split] for curve in pair_curves]
                     )
                 record.setdefault(title, {})[name] = result
+    shown = "{:.4f} ± {:.4f}" if len(study.pairs) > 1 else "{:.4f}"
     for title, variants in record.items():
         vanilla = next(
             (n for n in variants if study.variants[n].method == "identity"), next(iter(variants))
         )
         baseline = variants[vanilla]["barrier"][0]
         for name, result in variants.items():
-            mean, error = result["barrier"]
+            mean = result["barrier"][0]
             reduction = result["reduction"] = 1 - mean / baseline if baseline > 0 else None
-            over, over_error = result["barrier_over_mean"]
             rows[f"{title}, {name}" if len(record) > 1 else name] = {
-                "barrier": f"{mean:.4f} ± {error:.4f}",
-                "over the mean": f"{over:.4f} ± {over_error:.4f}",
+                "barrier": shown.format(*result["barrier"]),
+                "over the mean": shown.format(*result["barrier_over_mean"]),
                 f"less than {vanilla}": "-" if reduction is None else f"{reduction:.1%}",
             }
     write_json(output / RESULTS, record)
