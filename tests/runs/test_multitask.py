@@ -275,6 +275,17 @@ def test_mistakes(tmp_path, changes, message):
     assert not (root / "out").exists()
 
 
+def test_new_weights_are_reported_as_new(tmp_path, caplog):
+    from megamod.runs.finetune.many_tasks import prepare_many_tasks_model
+
+    root = make_place(tmp_path)
+    shape = dict(model=None, config_name="bert_tiny", tokenizer_name=root / "bert")
+    prepared = prepare_many_tasks_model(*parsed(root, root / "out", **shape)[3:])
+    caplog.set_level("INFO", "megamod")
+    count = len(list(prepared.make_module(1).named_parameters()))
+    assert caplog.messages == [f"new weights: {count} tensors"]
+
+
 def test_mistakes_about_a_trained_model(folder):
     from megamod.runs.finetune.many_tasks import prepare_many_tasks_model
 

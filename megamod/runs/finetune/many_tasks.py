@@ -104,15 +104,16 @@ class ManyTasksModel(FinetuneModel):
         if self.weights is None:
             model = CaMtlForMultiTask(self.config).float()
             report = {"loaded": [], "new": [n for n, _ in model.named_parameters()], "unused": []}
+            logger.info("new weights: %d tensors", len(report["new"]))
         else:
             model, report = load_from_encoder(
                 self.weights, self.config, load_last_block=self.loads_last_block
             )
-        logger.info(
-            "%s: %d tensors loaded, %d new, %d of it unused",
-            self.weights or "no weights",
-            *(len(report[kind]) for kind in ("loaded", "new", "unused")),
-        )
+            logger.info(
+                "%s: %d tensors loaded, %d new, %d of it unused",
+                self.weights,
+                *(len(report[kind]) for kind in ("loaded", "new", "unused")),
+            )
         if not self.stage.do_train and report["new"]:
             raise UserError(
                 f"--model {self.weights}: {len(report['new'])} of its weights are missing, such as "
