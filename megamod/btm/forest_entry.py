@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from megamod.btm.parents import raise_wrong_member
 from megamod.errors import UserError
 from megamod.run_recipe import read_run_recipe
 from megamod.schemas import Items, Schema, read_checked_file
@@ -67,11 +68,7 @@ def make_forest_entry(path: Path, domain: str | None = None, member: str | None 
     domains = [] if is_adapter(model) else config.get("domains") or []
     has_experts = config.get("untie", "none") != "none"
     if has_experts and member not in domains:
-        wrong = "" if member is None else f", not {member!r}"
-        raise UserError(
-            f"--path {path}: is a model with experts; --member must be one of "
-            f"{', '.join(domains)}{wrong}"
-        )
+        raise_wrong_member(f"--path {path}: is a model with experts", domains, member)
     if domain is None:
         domains = domains or _read_training_domains(path)
         domain = member if has_experts else domains[0] if len(domains) == 1 else None

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from megamod.errors import UserError
 from megamod.mixture.prior import read_prior
@@ -82,11 +83,7 @@ def find_parent(
         )
     domains = [folder.name for folder in list_model_folders(checkpoint)]
     if member not in domains:
-        wrong = "" if member is None else f", not {member!r}"
-        raise UserError(
-            f"--parents {path}: holds independent models; --member must be one of "
-            f"{', '.join(domains)}{wrong}"
-        )
+        raise_wrong_member(f"--parents {path}: holds independent models", domains, member)
     return ParentModel(checkpoint, None, _read_resumable_step(checkpoint / member), member)
 
 
@@ -215,9 +212,15 @@ def _resolve_member(folder: Path, path: Path, member: str | None) -> str | None:
             raise UserError(f"--member {member}: {path} is one dense model, without members")
         return None
     if member not in config["domains"]:
-        wrong = "" if member is None else f", not {member!r}"
-        raise UserError(
-            f"--parents {path}: is a model with experts; --member must be one of "
-            f"{', '.join(config['domains'])}{wrong}"
-        )
+        raise_wrong_member(f"--parents {path}: is a model with experts", config["domains"], member)
     return member
+
+
+def raise_wrong_member(subject: str, domains: Sequence[str], member: str | None) -> NoReturn:
+    """Raise UserError for a --member that is missing (None) or is none of `domains`.
+
+    Args:
+        subject: beginning of the message: the folder, with the flag that names it, and its kind.
+    """
+    wrong = "" if member is None else f", not {member!r}"
+    raise UserError(f"{subject}; --member must be one of {', '.join(domains)}{wrong}")
