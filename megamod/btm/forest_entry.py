@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from megamod.btm.parents import raise_wrong_member
 from megamod.errors import UserError
 from megamod.run_recipe import read_run_recipe
 from megamod.schemas import Items, Schema, read_checked_file
@@ -20,6 +19,7 @@ from megamod.states.forest import (
     Expert,
     Forest,
     Parent,
+    raise_wrong_member,
     read_model_config,
 )
 from megamod.states.model_folder import is_model_folder

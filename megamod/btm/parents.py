@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from megamod.errors import UserError
 from megamod.mixture.prior import read_prior
@@ -15,7 +14,7 @@ from megamod.states.checkpoint_folder import (
     list_checkpoints,
     parse_checkpoint_step,
 )
-from megamod.states.forest import open_forest, read_model_config
+from megamod.states.forest import open_forest, raise_wrong_member, read_model_config
 from megamod.states.manifest import find_file_faults
 from megamod.states.model_folder import is_model_folder, list_model_folders
 
@@ -214,13 +213,3 @@ def _resolve_member(folder: Path, path: Path, member: str | None) -> str | None:
     if member not in config["domains"]:
         raise_wrong_member(f"--parents {path}: is a model with experts", config["domains"], member)
     return member
-
-
-def raise_wrong_member(subject: str, domains: Sequence[str], member: str | None) -> NoReturn:
-    """Raise UserError for a --member that is missing (None) or is none of `domains`.
-
-    Args:
-        subject: beginning of the message: the folder, with the flag that names it, and its kind.
-    """
-    wrong = "" if member is None else f", not {member!r}"
-    raise UserError(f"{subject}; --member must be one of {', '.join(domains)}{wrong}")

@@ -14,11 +14,11 @@ Source: Li et al. 2022 (Branch-Train-Merge), section 2, for what a forest is.
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 from pydantic import BeforeValidator
 
@@ -353,3 +353,13 @@ def read_model_config(folder: Path) -> dict[str, object]:
     if config.get("untie", "none") != "none" and not (named and domains):
         raise UserError(f"{folder}/config.json: domains is {domains!r}, not a list of names")
     return config
+
+
+def raise_wrong_member(subject: str, domains: Sequence[str], member: str | None) -> NoReturn:
+    """Raise UserError for a --member that is missing (None) or is none of `domains`.
+
+    Args:
+        subject: beginning of the message: the folder, with the flag that names it, and its kind.
+    """
+    wrong = "" if member is None else f", not {member!r}"
+    raise UserError(f"{subject}; --member must be one of {', '.join(domains)}{wrong}")
