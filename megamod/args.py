@@ -263,9 +263,15 @@ class LoraArgs(Arguments):
 class MuxArgs(Arguments):
     """Encoders: objective, and instances per forward pass."""
 
-    objective: Literal["causal_lm", "masked_lm", "replaced_token"] = option(
+    objective: Literal["causal_lm", "masked_lm", "replaced_token", "distillation"] = option(
         "causal_lm",
-        "next token; encoders: masked tokens (MUX-BERT), or replaced tokens (MUX-ELECTRA)",
+        "next token; encoders: masked tokens (MUX-BERT), replaced tokens (MUX-ELECTRA), or the "
+        "hidden states of --teacher",
+    )
+    teacher: str | None = option(
+        None,
+        "distillation: stock BERT, by folder or hub name, whose states each instance learns; none: "
+        "--model",
     )
     num_instances: int = option(
         1, "instances that share a forward pass; 1: the plain encoder of transformers", least=1
@@ -296,7 +302,14 @@ class MuxArgs(Arguments):
     def __post_init__(self):
         """Check all fields; raise UserError for objective, losses and generator that do not fit."""
         super().__post_init__()
-        if self.generator != "none" and (self.num_instances == 1 or self.objective == "masked_lm"):
+        if self.objective == "distillation" and self.num_instances == 1:
+            raise UserError(
+                "--objective distillation with --num_instances 1: the states of one instance are "
+                "those of the teacher already; give 2 or more"
+            )
+        if self.generator != "none" and (
+            self.num_instances == 1 or self.objective != "replaced_token"
+        ):
             raise UserError(
                 f"--generator {self.generator} goes with --objective replaced_token and more than "
                 "one instance"
@@ -389,6 +402,11 @@ def refuse_pretraining_flags_without_effect(
         refuse_values_without_effect(
             mux, ("disc_loss_weight",), "--objective is not replaced_token"
         )
+    if mux.objective == "distillation":
+        names = ("task_loss_coeff", "retrieval_loss_coeff", "mlm_probability")
+        refuse_values_without_effect(mux, names, "--objective is distillation")
+    else:
+        refuse_values_without_effect(mux, ("teacher",), "--objective is not distillation")
     if mux.generator == "none" and named_size:  # a folder may hold one
         refuse_values_without_effect(
             mux, ("generator_size", "gen_loss_weight"), "--generator is none"

@@ -16,10 +16,11 @@ from megamod.states.layer_names import find_layer_prefix, split_at_layer_number
 
 # Usual fields. Text: parts of their names; switches; numbers from 0 to 1: parts of their names.
 _TEXTS = ("type", "version", "_act", "activation_function", "untie", "name_or_path")
-_SWITCHES = ("tie_word_embeddings", "is_decoder")
+_SWITCHES = ("tie_word_embeddings", "is_decoder", "attention_bias", "mlp_bias")
 _RATES = ("dropout", "_pdrop", "_eps", "epsilon", "initializer_range")
 _COUNTS = ("num_", "_size", "max_position_embeddings", "n_layer", "n_head", "n_embd", "n_positions")
-_OPTIONAL = ("domain", "n_inner", "_name_or_path")  # may be null
+_OPTIONAL = ("domain", "n_inner", "_name_or_path", "sliding_window")  # may be null
+_OTHER_COUNTS = ("head_dim", "pretraining_tp")
 _UNTIED = ("none", "feedforward")
 _LARGEST = 2**31
 _OTHER_SIZES = ("d_model", "num_layers", "n_layers")
@@ -145,9 +146,20 @@ def _is_usual_value(key: str, value: object, vocab_size: object) -> bool:
         return type(value) is bool
     if any(part in key for part in _RATES):
         return type(value) is float and 0 <= value < 1
-    if any(part in key for part in _COUNTS):
+    if any(part in key for part in _COUNTS) or key in _OTHER_COUNTS:
         return type(value) is int and 0 < value < _LARGEST
-    return False
+    return key == "rope_parameters" and _is_plain_rotary(value)
+
+
+def _is_plain_rotary(value: object) -> bool:
+    """Return True if `rope_parameters` of a config.json are rotary positions without scaling."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"rope_theta", "rope_type"}
+        and value["rope_type"] == "default"
+        and type(value["rope_theta"]) is float
+        and value["rope_theta"] >= 1
+    )
 
 
 def _sizes_match_tensors(fields: Mapping[str, object], source: TensorSource) -> bool:
@@ -172,8 +184,43 @@ def _sizes_match_tensors(fields: Mapping[str, object], source: TensorSource) -> 
         and any(shape == (fields.get("vocab_size"), width) for shape in shapes)
         and heads > 0
         and width % heads == 0
-        and any(sizes[fields[n]] + sizes[fields[n] + 2] for n in _POSITIONS if n in fields)
-        and fields.get("num_key_value_heads", heads) == heads
+        and _positions_match_tensors(fields, sizes)
+        and _heads_match_tensors(fields, width // heads, heads, source)
+    )
+
+
+def _positions_match_tensors(fields: Mapping[str, object], sizes: Counter[int]) -> bool:
+    """Return True if positions are rotary, which have no table, or a size is that of a table.
+
+    Args:
+        fields: content of a config.json.
+        sizes: number of tensors with each size.
+    """
+    return "rope_parameters" in fields or any(
+        sizes[fields[n]] + sizes[fields[n] + 2] for n in _POSITIONS if n in fields
+    )
+
+
+def _heads_match_tensors(
+    fields: Mapping[str, object], head_size: int, heads: int, source: TensorSource
+) -> bool:
+    """Return True if heads of keys and values, where a config.json names them, fit the weights.
+
+    Args:
+        fields: content of the config.json.
+        head_size: features of a head, if it does not name them.
+        heads: heads of queries.
+        source: the weights beside it.
+    """
+    rows = {
+        kind: {spec.shape[0] for n, spec in source.tensors.items() if n.endswith(f"{kind}.weight")}
+        for kind in ("q_proj", "k_proj", "v_proj")
+    }
+    named = "head_dim" in fields or "num_key_value_heads" in fields
+    head_size = fields.get("head_dim", head_size)
+    key_rows = {fields.get("num_key_value_heads", heads) * head_size}
+    return not named or (
+        rows["q_proj"] == {heads * head_size} and rows["k_proj"] == rows["v_proj"] == key_rows
     )
 
 

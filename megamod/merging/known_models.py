@@ -15,6 +15,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 
 from megamod.merging.tensors import TOWER
+from megamod.models.config_classes import load_config_class
 
 _SIMPLE = (bool, int, float, str, type(None))
 # Attributes of modules with the layer's own number, which differs between layers that are alike.
@@ -43,7 +44,7 @@ def build_config_strictly(config: Mapping[str, object]) -> PretrainedConfig | No
     if config.get("model_type") not in CONFIG_MAPPING:
         return None
     with _suppress_transformers_log():
-        return CONFIG_MAPPING[config["model_type"]].from_dict(_restore_floats(dict(config)))
+        return load_config_class(config["model_type"]).from_dict(_restore_floats(dict(config)))
 
 
 def _restore_floats(value: object) -> object:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     BertConfig,
@@ -21,7 +22,11 @@ from megamod.errors import UserError
 from megamod.models.mux.configuration import MuxBertConfig, MuxElectraConfig
 from megamod.models.presets import PRESETS, SHAPE
 
-FAMILIES = {"masked_lm": "mux_bert", "replaced_token": "mux_electra"}
+FAMILIES = {
+    "masked_lm": "mux_bert",
+    "replaced_token": "mux_electra",
+    "distillation": "mux_bert",
+}
 """Model type of the multiplexed encoder that each objective trains."""
 
 # Fields of `MuxConfig` that have the name and the value of a flag.
@@ -35,7 +40,11 @@ STOCK = (
 )
 """Fields that a multiplexed encoder takes over from the stock encoder it starts from."""
 
-_AUTO = {"masked_lm": AutoModelForMaskedLM, "replaced_token": AutoModelForPreTraining}
+_AUTO = {
+    "masked_lm": AutoModelForMaskedLM,
+    "replaced_token": AutoModelForPreTraining,
+    "distillation": AutoModel,
+}
 
 
 class EncoderFlags(Protocol):
@@ -201,7 +210,7 @@ def set_pretraining_architecture(config: PreTrainedConfig) -> None:
 
 
 def select_pretraining_class(objective: str) -> type:
-    """Select the Auto class of the model that is pretrained for "masked_lm" or "replaced_token"."""
+    """Select the Auto class of the model that an encoder's objective trains, as in `FAMILIES`."""
     return _AUTO[objective]
 
 
@@ -213,7 +222,7 @@ def build_encoder(
     On the meta device there are no weights. `config.architectures` of a multiplexed ELECTRA is set.
 
     Args:
-        objective: "masked_lm" or "replaced_token".
+        objective: a key of `FAMILIES`.
         dtype: dtype of the weights; None: torch's default.
     """
     set_pretraining_architecture(config)

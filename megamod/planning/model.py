@@ -217,6 +217,11 @@ def build_network(job: Job) -> Network:
     Raises:
         UserError: for a model that does not exist, or does not fit the data.
     """
+    if job.mux.objective == "distillation":
+        raise UserError(
+            "--objective distillation: plan masked_lm with the same flags; the teacher's weights "
+            "come on top, and an N-th of its activations"
+        )
     if job.mux.objective != "causal_lm":
         sizes = PRESETS[FAMILIES[job.mux.objective]]
         if job.model.model not in sizes:

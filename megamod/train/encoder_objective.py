@@ -1,4 +1,4 @@
-"""Objective of encoders: losses of masked, replaced and retrieved tokens."""
+"""Objective of encoders: losses of masked, replaced and retrieved tokens, and of distillation."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -7,7 +7,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from megamod.train.objectives import Batch, BatchScore, stack_sum_and_count
 
@@ -20,11 +20,11 @@ ComputeLosses = Callable[[nn.Module, Batch, Sequence[float]], dict[str, Tensor]]
 
 
 class EncoderObjective:
-    """Pretraining of an encoder: masked, replaced or retrieved tokens, or several of these.
+    """Pretraining of an encoder: masked, replaced or retrieved tokens, or a teacher's states.
 
     Args:
-        compute_losses: `compute_masked_lm_losses` or `compute_replaced_token_losses` with all
-            arguments but model, batch and divisors.
+        compute_losses: `compute_masked_lm_losses`, `compute_replaced_token_losses` or
+            `compute_distillation_losses` with all arguments but model, batch and divisors.
         item_fields: fields of a batch with the number of items of each sum.
         main_loss: name of the loss that the log shows.
     """
@@ -156,6 +156,46 @@ def compute_replaced_token_losses(
             output.generator_loss * masked, batch["masked"]
         )
     return losses
+
+
+def compute_distillation_losses(
+    model: nn.Module,
+    batch: Batch,
+    item_totals: Sequence[float],
+    device: torch.device,
+    teacher: PreTrainedModel,
+    cls_token_id: int,
+) -> dict[str, Tensor]:
+    """Compute the distance between the states of a bare multiplexed encoder and its teacher's.
+
+    The teacher reads every row by itself, without its padding, and gets the dtype of the model.
+
+    Args:
+        batch: of R rows, as in `MaskedBatches`. Read are `input_ids` [R, T] int64, and the number
+            `unpadded` of tokens that are no padding.
+        item_totals: divisor in "loss" of the sum over tokens; 0 counts as 1.
+        device: device of the model, to which batch and teacher are copied.
+        teacher: bare stock encoder of the same width; it is not trained.
+        cls_token_id: id of the first token of every row, which the model puts there.
+    Returns:
+        "loss", a differentiable scalar; and [2] float32 sums with their counts over tokens:
+        "task_loss", the squared difference, mean over features, and "similarity", the cosine.
+    Source: Hinton et al. 2015; Sun et al. 2019 (Patient KD), section 3.2, for hidden states.
+    """
+    ids = batch["input_ids"].to(device, non_blocking=True, copy=True)
+    ids[:, 0] = cls_token_id
+    unpadded = ids != (teacher.config.pad_token_id or 0)
+    teacher.to(device=device, dtype=next(model.parameters()).dtype)
+    with torch.no_grad():
+        targets = teacher(input_ids=ids, attention_mask=unpadded.long())[0][unpadded].float()
+    states = model(input_ids=ids, attention_mask=unpadded.long())[0][unpadded].float()
+    total = (states - targets).square().mean(-1).sum()
+    similarity = functional.cosine_similarity(states.detach(), targets, dim=-1).sum()
+    return {
+        "loss": total / (item_totals[0] or 1.0),
+        "task_loss": stack_sum_and_count(total, batch["unpadded"]),
+        "similarity": stack_sum_and_count(similarity, batch["unpadded"]),
+    }
 
 
 def _collect_loss_terms(

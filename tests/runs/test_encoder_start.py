@@ -12,9 +12,8 @@ from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
 from megamod.runs.pretrain.encoder_lm import (
     build_encoder_config,
-    build_initial_encoder,
-    find_weight_source,
 )
+from megamod.runs.pretrain.encoder_start import build_initial_encoder, find_weight_source
 
 
 @pytest.fixture(scope="module")

@@ -246,6 +246,13 @@ def test_changed_settings_are_refused(workspace, tmp_path):
 FINETUNING = {
     "title": "two tasks",
     "kind": "finetuning",
+    "text": {
+        "domains": ["law", "code"],
+        "tokenizer": "package:toy_encoder/model",
+        "held_out_bytes": 400,
+        "items": "line",
+        "bos": True,
+    },
     "common": {
         "launcher": "mtl",
         "tasks": ["sst-2", "cola"],
@@ -263,6 +270,12 @@ FINETUNING = {
         "one": {
             "launcher": "glue", "task": "sst-2", "max_steps": 2, "learning_rate": 0.1,
             "tasks": None, "variant": None,
+        },
+        "two": {
+            "launcher": "glue", "task": "sst-2", "max_steps": 2, "learning_rate": 0.1,
+            "tasks": None, "variant": None, "pretrain_objective": "distillation",
+            "pretrain_num_instances": 2, "pretrain_max_steps": 2, "pretrain_max_seq_length": 8,
+            "pretrain_per_device_train_batch_size": 4, "pretrain_per_device_eval_batch_size": 4,
         },
     },
     "seeds": [1],
@@ -346,7 +359,9 @@ def test_finetuning(workspace):
 
     study = read_study(workspace / "tasks.yaml")
     kept_records = read_records(study, workspace / "evidence-tasks")
-    assert sorted(kept_records) == [f"{arm}.all.s1" for arm in ("one", "plain", "single")]
+    assert sorted(kept_records) == [f"{arm}.all.s1" for arm in ("one", "plain", "single", "two")]
+    two = kept_records["two.all.s1"]
+    assert two["details"]["pretraining"]["task_loss"] > 0 and len(two["config"]["inputs"]) == 2
     assert set(kept_records["one.all.s1"]["scores"]) == {"sst-2", "mean"}
     for name, record in kept_records.items():
         scores = record["scores"]
@@ -365,16 +380,17 @@ def test_finetuning(workspace):
 
 
 def test_package_folders(tmp_path, monkeypatch):
-    from megamod.runs.studies.finetuning import find_package_folder
+    from megamod.runs.studies.packages import resolve_package_path
 
     (tmp_path / "toy_two" / "model").mkdir(parents=True)
     (tmp_path / "toy_two" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    assert find_package_folder("package:toy_two/model") == tmp_path / "toy_two" / "model"
+    assert resolve_package_path("package:toy_two/model") == str(tmp_path / "toy_two" / "model")
+    assert resolve_package_path("wordpiece:300") == "wordpiece:300"
     with pytest.raises(UserError, match="there is no folder other in the package toy_two"):
-        find_package_folder("package:toy_two/other")
+        resolve_package_path("package:toy_two/other")
     with pytest.raises(UserError, match="pip install toy-three"):
-        find_package_folder("package:toy_three/model")
+        resolve_package_path("package:toy_three/model")
 
 
 COPY = """

@@ -45,7 +45,7 @@ def test_settings_of_cells(tmp_path):
     ("changes", "message"),
     [
         ({"kind": "poems"}, "mine.yaml, kind: 'poems' is not one of language_models, finetuning"),
-        ({"text": None}, "`text` goes with kind: language_models"),
+        ({"text": None}, "kind: language_models needs `text`"),
         ({"armz": {}}, "mine.yaml: unknown key 'armz'; the nearest is 'arms'"),
         ({"arms": {}}, "mine.yaml, arms: {} has fewer than 1 items"),
         ({"arms": {"x": {}, "a b": {}}}, "letters, digits"),

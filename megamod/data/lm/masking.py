@@ -82,6 +82,7 @@ class MaskedBatches(StepBatches):
         masked, positions:   ints, number of labels and of positions to retrieve at.
         tokens, mask_id:     ints, number of tokens for replaced-token detection, and id of [MASK].
         readable:            int, positions whose retrieved token is no padding (generators).
+        unpadded:            int, tokens that are no padding (distillation).
 
     Args:
         datasets: tokens of each domain; those after the last full block are not used.
@@ -167,6 +168,7 @@ class MaskedBatches(StepBatches):
             "positions": len(retrieved_instances) * (self.block_size - self.prefix),
             "tokens": len(inputs) * (self.block_size - self.prefix),
             "readable": self._count_retrievable_positions(inputs, retrieved_instances),
+            "unpadded": int((inputs != self.masking.pad_id).sum()),
             "mask_id": self.masking.mask_id,
         }
 

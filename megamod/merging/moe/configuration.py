@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, get_origin
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from megamod.errors import UserError
+from megamod.models.config_classes import load_config_class
 from megamod.models.lm.moe_families import (
     MOE_FAMILIES,
     MOE_OF_DENSE,
@@ -72,8 +73,9 @@ def build_moe_config(
         UserError: as `find_moe_family`, or naming the first field that the mixture cannot have.
     """
     kind, family = find_moe_family(folder, config)
-    dense = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    values, known = dense.to_dict(), _list_declared_fields(CONFIG_MAPPING[kind])
+    dense = load_config_class(config["model_type"]).from_dict(dict(config))
+    sparse_class = load_config_class(kind)
+    values, known = dense.to_dict(), _list_declared_fields(sparse_class)
     fields: dict[str, object] = {}
     for name in (*_list_declared_fields(type(dense)), *_CARRIED):
         value = values.get(name, getattr(dense, name, None))
@@ -99,7 +101,7 @@ def build_moe_config(
         family.width: values["intermediate_size"],
         **family.constants,
     }
-    sparse = CONFIG_MAPPING[kind](**fields)
+    sparse = sparse_class(**fields)
     result = json.loads(sparse.to_json_string(use_diff=False))
     result.pop("transformers_version", None)
     dtype = config.get("dtype", config.get("torch_dtype"))

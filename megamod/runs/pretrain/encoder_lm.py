@@ -1,17 +1,15 @@
-"""Pretraining of encoders, multiplexed or not: masked, replaced or retrieved tokens."""
+"""Pretraining of encoders, multiplexed or not: masked, replaced, retrieved tokens; distillation."""
 
-import logging
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
-from megamod.convert.sources import is_model_source, may_have_weights, resolve_model
+from megamod.convert.sources import is_model_source, resolve_model
 from megamod.data.batches import BatchDivision
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.databin import DataBin
@@ -35,26 +33,37 @@ from megamod.flags import find_origin, refuse_values_without_effect
 from megamod.models import build
 from megamod.models.build import FAMILIES, LOSSES
 from megamod.models.presets import SHAPE
-from megamod.models.pretrained import load_pretrained
+from megamod.runs.pretrain.encoder_start import (
+    build_initial_encoder,
+    find_weight_source,
+    load_teacher,
+)
 from megamod.runs.pretrain.encoder_vocabulary import DataVocabulary, make_masking
 from megamod.runs.training import ActiveRun, RunSpec, execute_run
 from megamod.train.encoder_objective import (
     ComputeLosses,
     EncoderObjective,
+    compute_distillation_losses,
     compute_masked_lm_losses,
     compute_replaced_token_losses,
 )
 from megamod.train.export import Card
 
-logger = logging.getLogger(__name__)
-
 GROUP = "text"  # name of the only loss in the log
 ITEM_FIELDS = {
     "masked_lm": ("masked", "positions"),
     "replaced_token": ("tokens", "positions", "masked", "readable"),
+    "distillation": ("unpadded",),
 }
 """By --objective the fields of a batch with the number of items of each sum in the loss, which
 these numbers, summed over a step, divide; see `item_fields` of `EncoderObjective`."""
+
+_CARDS = {
+    "masked_lm": ("masked language model", "fill-mask", "AutoModelForMaskedLM"),
+    "replaced_token": ("discriminator of replaced tokens", "electra", "AutoModelForPreTraining"),
+    "distillation": ("encoder with the states of a stock one", "feature-extraction", "AutoModel"),
+}
+"""By --objective what a model card calls the model, its tag, and the class that loads it."""
 
 STRUCTURE = ("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "generator")
 """Flags of a multiplexed model's parts, which cannot differ from those of a model to start from."""
@@ -93,6 +102,7 @@ def pretrain_encoder(
     start = find_weight_source(model, config)
     if start is not None and (folder := Path(astuple(start)[0])).is_dir():
         check_tokenizer_matches(folder, data.databin, start.flag)
+    teacher = load_teacher(model, mux, config, data.databin)
     masking = make_masking(data.databin, mux)
     shown = "task_loss" if mux.task_loss_coeff > 0 else "retrieval_loss"
     item_fields = ITEM_FIELDS[mux.objective]
@@ -103,7 +113,7 @@ def pretrain_encoder(
         alpha=data_args.alpha,
         seed=run.seed,
         instances=mux.num_instances,
-        prefix=getattr(config, "prefix_length", 0),
+        prefix=0 if teacher is not None else getattr(config, "prefix_length", 0),
     )
     rows = max(1, run.per_device_eval_batch_size // mux.num_instances) * mux.num_instances
     held_out_rows = batches(split, division=BatchDivision(rows, rows, 0, 1))
@@ -122,7 +132,7 @@ def pretrain_encoder(
 
         The scores are logged by the monitor of the run `running`, and set in `last`.
         """
-        losses = make_loss_function(mux, config, running.device)
+        losses = make_loss_function(mux, config, running.device, teacher)
         scores = score_encoder(
             running.engine.module,
             iterate_held_out(my_rank(), topology.world_size),
@@ -146,7 +156,7 @@ def pretrain_encoder(
         make_batches=lambda division: batches("train", division=division),
         make_model=lambda: build_initial_encoder(config, run.seed, start, mux.objective),
         make_objective=lambda device: EncoderObjective(
-            make_loss_function(mux, config, device), item_fields, shown
+            make_loss_function(mux, config, device, teacher), item_fields, shown
         ),
         make_evaluate=lambda running: partial(evaluate, running),
     )
@@ -170,7 +180,10 @@ def pretrain_encoder(
 
 
 def make_loss_function(
-    mux: MuxArgs, config: PreTrainedConfig, device: torch.device
+    mux: MuxArgs,
+    config: PreTrainedConfig,
+    device: torch.device,
+    teacher: PreTrainedModel | None = None,
 ) -> ComputeLosses:
     """Make the function that computes the losses of a batch for --objective.
 
@@ -178,10 +191,16 @@ def make_loss_function(
         mux: flags of the objective and its weights.
         config: configuration of the model.
         device: device of the model, to which batches are moved.
+        teacher: of distillation, see `load_teacher`.
     Returns:
         a function of the model, a batch and the divisors of the loss's sums, in the order of
             `ITEM_FIELDS`.
     """
+    if teacher is not None:
+        cls = config.cls_token_id
+        return partial(
+            compute_distillation_losses, device=device, teacher=teacher, cls_token_id=cls
+        )
     if mux.objective == "masked_lm":
         return partial(compute_masked_lm_losses, device=device, multiplexed=mux.num_instances > 1)
     return partial(
@@ -309,89 +328,6 @@ def _check_flags_fit_multiplexed_model(
         )
 
 
-@dataclass(frozen=True)
-class WeightSource:
-    """Source of the initial weights, a model folder or hub name, and the option that named it."""
-
-    source: str
-    flag: str
-
-    def __str__(self) -> str:
-        """Return the option and its value, as messages begin."""
-        return f"{self.flag} {self.source}"
-
-
-def find_weight_source(model: ModelArgs, config: PreTrainedConfig) -> WeightSource | None:
-    """Find the source of the initial weights: --init_from, or --model with weights.
-
-    With --from_scratch those of --model are not used.
-
-    Args:
-        model: flags of the model.
-        config: configuration of the model to train.
-    Returns:
-        None if all weights are new.
-    Raises:
-        UserError: if they are those of another family or number of instances.
-    """
-    if model.init_from is not None:
-        start = WeightSource(model.init_from, "--init_from")
-    elif is_model_source(model.model) and may_have_weights(model.model) and not model.from_scratch:
-        start = WeightSource(model.model, "--model")
-    else:
-        return None
-    stock = config.model_type.removeprefix("mux_")
-    same = (stock, config.model_type)
-    config_of_start = resolve_model(
-        *astuple(start), same.__contains__, f"{' or '.join(same)}"
-    ).config
-    instances = getattr(config_of_start, "num_instances", 1)
-    if config_of_start.model_type != stock and instances != getattr(config, "num_instances", 1):
-        raise UserError(
-            f"{start}: that model has num_instances {instances}, this one "
-            f"{getattr(config, 'num_instances', 1)}"
-        )
-    return start
-
-
-def build_initial_encoder(
-    config: PreTrainedConfig, seed: int, start: WeightSource | None, objective: str
-) -> nn.Module:
-    """Build an encoder in float32, with the weights that a source has, and new ones otherwise.
-
-    A stock encoder starts a multiplexed one: its embeddings and layers are kept, multiplexer and
-    demultiplexer are new. Tensors that are new or not used are logged.
-
-    Args:
-        config: configuration of the encoder.
-        seed: seed of the new weights.
-        start: source of the weights; None: all are new.
-        objective: value of --objective, which selects the class.
-    Raises:
-        UserError: if a tensor has another shape, or the weights cannot be read.
-    """
-    torch.manual_seed(seed)
-    if start is None:
-        logger.info("new weights, drawn with --seed %d", seed)
-        return build.build_encoder(config, objective, torch.float32)
-    build.set_pretraining_architecture(config)
-    model, report = load_pretrained(
-        build.select_pretraining_class(objective),
-        resolve_model(*astuple(start)).name,
-        start.flag,
-        config=config,
-        ignore_mismatched_sizes=True,
-    )
-    if report["mismatched_keys"]:
-        name, saved, here = min(report["mismatched_keys"])
-        raise UserError(f"{start}: {name} has shape {tuple(saved)}, in this model {tuple(here)}")
-    logger.info("weights of %s", start)
-    for title, names in (("new", "missing_keys"), ("left out", "unexpected_keys")):
-        if report[names]:
-            logger.info("%s: %s: %s", start.flag, title, ", ".join(sorted(report[names])))
-    return model
-
-
 def _make_encoder_card(mux: MuxArgs, data_digest: str) -> Card:
     """Make the model card of an encoder: objective, instances per pass, digest of its data.
 
@@ -400,12 +336,10 @@ def _make_encoder_card(mux: MuxArgs, data_digest: str) -> Card:
         data_digest: digest of the data-bin.
     """
     kind = "multiplexed " if mux.num_instances > 1 else ""
-    masked = mux.objective == "masked_lm"
-    what = "masked language model" if masked else "discriminator of replaced tokens"
-    tag = ("fill-mask",) if masked else ("electra",)
+    what, tag, auto = _CARDS[mux.objective]
     return Card(
         summary=f"A {kind}{what} trained with megamod.",
-        tags=(*tag, "data-multiplexing") if kind else tag,
+        tags=(tag, "data-multiplexing") if kind else (tag,),
         facts={"instances per forward pass": str(mux.num_instances), "data digest": data_digest},
-        load=f"AutoModelFor{'MaskedLM' if masked else 'PreTraining'}.from_pretrained(FOLDER)",
+        load=f"{auto}.from_pretrained(FOLDER)",
     )

@@ -58,6 +58,7 @@ def make_masking(data: DataBin, mux: MuxArgs) -> Masking:
 
     For masked_lm 80 % of the selected tokens become [MASK] and 10 % random ones; for replaced_token
     85 % become [MASK], to be replaced by a generator or random ids. The others stay as they are.
+    For distillation none is selected.
 
     Args:
         data: data-bin to train on.
@@ -67,12 +68,13 @@ def make_masking(data: DataBin, mux: MuxArgs) -> Masking:
     """
     mask = read_mask_id(data)
     shares = {"masked": 0.85, "random": 0.0} if mux.objective == "replaced_token" else {}
+    probability = 0.0 if mux.objective == "distillation" else mux.mlm_probability
     return Masking(
         mask,
         data.pad_id,
         (data.bos_id, data.eos_id, data.pad_id, mask),
         data.vocab_size,
-        probability=mux.mlm_probability,
+        probability=probability,
         max_pad_tokens=mux.max_pad_tokens,
         **shares,
     )

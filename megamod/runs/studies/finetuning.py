@@ -2,13 +2,16 @@
 
 Settings are flags of the launcher that `launcher` names (glue, ner or mtl). A model or tokenizer
 `package:NAME/FOLDER` lies in an installed Python package; `data_dir` is below the folder of inputs.
+With settings pretrain_KEY, KEY a flag of megamod pretrain, the model is pretrained first, on the
+text of the study; cells with the same flags share this run.
 """
 
-import importlib.util
+import json
 import shutil
 from pathlib import Path
 
-from megamod.args import SafetyArgs
+from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
 from megamod.files import hash_file
 from megamod.flags import format_flags, parse_args
@@ -22,11 +25,14 @@ from megamod.runs.finetune.args import (
     WordArgs,
 )
 from megamod.runs.finetune.records import RESULTS, Results
-from megamod.runs.studies.records import Figures, Scores
+from megamod.runs.studies.packages import PACKAGE, resolve_package_path
+from megamod.runs.studies.records import Figures, Scores, compute_json_digest
 from megamod.runs.studies.study_file import Cell, Settings, Study
+from megamod.runs.studies.texts import open_study_text
+from megamod.runs.studies.work_folders import wait_for_folder_lock
 from megamod.schemas import read_checked_file
 
-PACKAGE = "package:"  # prefix of a model or tokenizer that lies in a Python package
+PRETRAIN = "pretrain_"  # prefix of settings that are flags of megamod pretrain
 COMMON = (FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs)
 CLASSES = {
     "glue": (*COMMON, OneTaskArgs, TaskArgs),
@@ -44,16 +50,16 @@ def run_finetuning_cell(
     With the setting `one_model_a_task` of the launcher mtl each task has a run.
 
     Args:
-        study: the study of the cell, not used.
+        study: the study of the cell, whose text is used to pretrain.
         cell: arm, rung and seed, with their settings.
         inputs: folder that `data_dir` is below.
         work: folder in which the runs are.
     Returns:
-        the figures, with a row per task and `mean`, and the digest of the model's weights if the
-        model lies in a package.
+        the figures, with a row per task and `mean`, and digests: of the model's weights if the
+        model lies in a package, and of the text if it was pretrained on.
     Raises:
-        UserError: for an unknown launcher, settings that the launcher refuses, or a setting that
-            the launcher mtl needs or another cannot have.
+        UserError: for an unknown launcher, settings that a launcher refuses, a setting that the
+            launcher mtl needs or another cannot have, or pretraining in a study without text.
     """
     settings = dict(cell.settings)
     launcher = settings.pop("launcher", "glue")
@@ -66,11 +72,22 @@ def run_finetuning_cell(
         raise UserError(f"{cell.name}: one_model_a_task is for the launcher mtl, not {launcher}")
     tasks = settings["tasks"] if launcher == "mtl" else [None]
     runs = [[task] for task in tasks] if several else [tasks]
-    figures, digests = Figures({}), {}
+    figures, digests = Figures({}), _resolve_model(settings)
+    names = [name for name in settings if name.startswith(PRETRAIN)]
+    flags = {name.removeprefix(PRETRAIN): settings.pop(name) for name in names}
+    if flags:
+        if study.file.text is None:
+            raise UserError(f"{cell.name}: {PRETRAIN}* settings need a study with `text`")
+        text = open_study_text(study.file.text, inputs, work)
+        flags = {"seed": cell.seed, "model": settings["model"], **flags}
+        folder = _pretrain_unless_done(flags, text.training_bin, work)
+        settings["model"] = str(folder / "model")
+        digests["text"] = text.digest
+        figures.details["pretraining"] = json.loads((folder / RESULTS).read_text())
     for named in runs:
         folder = work / f"{cell.name}{'.' + named[0] if several else ''}"
         flags = settings | ({"tasks": named} if launcher == "mtl" else {})
-        digests |= _run_finetuning(flags, launcher, cell.seed, inputs, folder)
+        _run_finetuning(flags, launcher, cell.seed, inputs, folder)
         _add_task_scores(read_checked_file(folder / RESULTS, Results), launcher, figures)
         shutil.rmtree(folder)
     speed = [values["instances_per_second"] for values in figures.scores.values()]
@@ -82,9 +99,47 @@ def run_finetuning_cell(
     return figures, digests
 
 
+def _resolve_model(settings: Settings) -> dict[str, object]:
+    """Replace a model and tokenizer in packages by their folders, in place.
+
+    Returns:
+        the digest of the model's weights, 16 hexadecimal digits, under the key `model`; empty
+        unless the model is in a package.
+    Raises:
+        UserError: for a package that is not installed.
+    """
+    in_package = str(settings.get("model", "")).startswith(PACKAGE)
+    for name in settings.keys() & {"model", "tokenizer_name"}:
+        settings[name] = resolve_package_path(str(settings[name]))
+    weights = Path(str(settings.get("model", ""))) / "model.safetensors"
+    return {"model": hash_file(weights)[:16]} if in_package and weights.is_file() else {}
+
+
+def _pretrain_unless_done(flags: Settings, databin: Path, work: Path) -> Path:
+    """Pretrain an encoder unless that is done; return the run's folder.
+
+    It is in `work`, named after the flags and the text. Other processes that need it wait.
+
+    Args:
+        flags: flags of megamod pretrain, `model` among them.
+        databin: folder of the data-bin to train on.
+    Raises:
+        UserError: as `pretrain_encoder`.
+    """
+    folder = work / f"encoder-{compute_json_digest({**flags, 'text': DataBin(databin).digest})}"
+    with wait_for_folder_lock(folder):
+        if not (folder / RESULTS).is_file():
+            from megamod.runs.pretrain.encoder_lm import pretrain_encoder
+
+            own = {"data": str(databin), "output_dir": str(folder), "report_to": "none"}
+            classes = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
+            pretrain_encoder(*parse_args(*classes, argv=format_flags({**flags, **own})))
+    return folder
+
+
 def _run_finetuning(
     settings: Settings, launcher: str, seed: int, inputs: Path, folder: Path
-) -> dict[str, object]:
+) -> None:
     """Finetune once in `folder`, which keeps the run.
 
     Args:
@@ -93,20 +148,10 @@ def _run_finetuning(
         seed: seed of the run.
         inputs: folder that `data_dir` is below.
         folder: output folder of the run.
-    Returns:
-        the digest of the model's weights, 16 hexadecimal digits, under the key `model`; empty
-        unless the model is in a package.
     Raises:
-        UserError: for flags that the launcher refuses, or a package that is not installed.
+        UserError: for flags that the launcher refuses.
     """
     flags = dict(settings)
-    digests: dict[str, object] = {}
-    for name in ("model", "tokenizer_name"):
-        if str(flags.get(name, "")).startswith(PACKAGE):
-            flags[name] = str(find_package_folder(str(flags[name])))
-            weights = Path(flags[name]) / "model.safetensors"
-            if name == "model" and weights.is_file():
-                digests["model"] = hash_file(weights)[:16]
     names = flags.get("data_dir", [])
     folders = [str(inputs / name) for name in (names if isinstance(names, list) else [names])]
     if folders:
@@ -128,26 +173,6 @@ def _run_finetuning(
     else:
         from megamod.runs.finetune.one_task import prepare_one_task_model as prepare
     finetune(prepare(*parsed[3:]), parsed)
-    return digests
-
-
-def find_package_folder(text: str) -> Path:
-    """Find a folder inside an installed Python package, such as one that brings model weights.
-
-    Args:
-        text: `package:NAME/FOLDER`.
-    Raises:
-        UserError: if the package is not installed or has no such folder.
-    """
-    name, _, inside = text.removeprefix(PACKAGE).partition("/")
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        pip = name.replace("_", "-")
-        raise UserError(f"{text}: the Python package {name} is not installed; pip install {pip}")
-    folder = Path(spec.origin).parent / inside
-    if not folder.is_dir():
-        raise UserError(f"{text}: there is no folder {inside} in the package {name}")
-    return folder
 
 
 def _add_task_scores(results: Results, launcher: str, figures: Figures) -> None:

@@ -18,11 +18,9 @@ Settings are flags of megamod pretrain, and
     anchor, mixture_topk, ...   turn the forest into a mixture of experts, see `mixtures`
 """
 
-import fcntl
 import math
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +48,7 @@ from megamod.runs.studies.parameter_counts import count_parameters
 from megamod.runs.studies.records import Figures, compute_json_digest
 from megamod.runs.studies.study_file import Cell, Settings, Study
 from megamod.runs.studies.texts import StudyText, open_study_text
+from megamod.runs.studies.work_folders import wait_for_folder_lock
 from megamod.states.checkpoint_folder import StateRecord, list_checkpoints, parse_checkpoint_step
 from megamod.states.forest import edit_forest, open_forest
 
@@ -139,7 +138,7 @@ def train_unless_done(
         UserError: as `pretrain_causal_lm`.
     """
     folder = work / f"run-{compute_json_digest({**flags, 'text': DataBin(databin).digest})}"
-    with _wait_for_folder_lock(folder):
+    with wait_for_folder_lock(folder):
         _train_in_folder(flags, databin, folder, stop)
     return folder
 
@@ -196,7 +195,7 @@ def train_forest(
                 "max_steps": flags["max_steps"] - seed_steps,
             }
         folder = work / f"expert-{compute_json_digest({**expert_flags, **seed_identity})}"
-        with _wait_for_folder_lock(folder):
+        with wait_for_folder_lock(folder):
             branched = seed is not None and not extras["anchor"]
             if branched and not list_checkpoints(folder / "checkpoints"):
                 source = find_parent(seed, step=seed_steps)
@@ -233,7 +232,7 @@ def train_and_average_strangers(
     if extras["strangers_refine_steps"]:
         align["refine_steps"] = extras["strangers_refine_steps"]
     folder = work / f"strangers-{compute_json_digest([[run.name for run in runs], align])}"
-    with _wait_for_folder_lock(folder):
+    with wait_for_folder_lock(folder):
         if not folder.exists():
             sources = [(run / "model", None) for run in runs]
             recipe = build_weighted_recipe(sources, [1.0] * len(runs))
@@ -307,7 +306,7 @@ def make_mixture(
     databin, settings = text.training_bin, {k: extras[k] for k in mixtures.SETTINGS}
     identity = {"runs": [folder.name for folder in runs.values()], **settings}
     folder = work / f"mixture-{compute_json_digest(identity | {'seed': flags['seed']})}"
-    with _wait_for_folder_lock(folder):
+    with wait_for_folder_lock(folder):
         start = mixtures.convert_experts(runs, extras, flags["seed"], databin, folder / "model")
         if extras["mixture_train"] is None:
             return folder
@@ -365,7 +364,7 @@ def _compute_losses(
         losses = score_forest(open_forest(models[""]), scored)
     else:
         folder = work / f"forest-{compute_json_digest([folder.name for folder in runs.values()])}"
-        with _wait_for_folder_lock(folder):
+        with wait_for_folder_lock(folder):
             shutil.rmtree(folder, ignore_errors=True)
             with edit_forest(folder) as experts:
                 experts += [make_forest_entry(run, domain) for domain, run in runs.items()]
@@ -436,12 +435,3 @@ def _sum_training_seconds(run: Path) -> float:
             seconds += record["step_ms"] / 1000 * (record["step"] - before)
             before = record["step"]
     return seconds
-
-
-@contextmanager
-def _wait_for_folder_lock(folder: Path) -> Iterator[None]:
-    """Hold a lock file beside `folder` for the block, so that one process at a time writes it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -52,20 +52,22 @@ Setting = Annotated[Any, AfterValidator(_check_setting)]
 
 
 class TextSpec(Schema):
-    """Text of a study of kind `language_models` or `barriers`; folders of the names of its domains
-    lie below INPUTS/domains.
+    """Text of a study; folders of the names of its domains lie below INPUTS/domains.
 
     Attributes:
         domains: trained on and scored.
         novel: scored alone.
-        tokenizer: as `megamod preprocess --tokenizer`.
+        tokenizer: as `megamod preprocess --tokenizer`, or `package:NAME/FOLDER`.
         held_out_bytes: bytes of valid and of test text to keep per domain; None: all.
+        items: as `megamod preprocess --items`; `bos`: as its --bos.
     """
 
     domains: list[Name] = Field(min_length=1)
     novel: list[Name] = Field([])
     tokenizer: str
     held_out_bytes: int | None = Field(None, ge=1)
+    items: Literal["document", "line"] | None = None
+    bos: bool = False
 
 
 class Table(Schema):
@@ -114,7 +116,7 @@ class StudyFile(Schema):
 
     Attributes:
         kind: kind of its cells: `language_models`, `finetuning` or `barrier_cell` runs them.
-        text: text of the study; None for the kind finetuning, which has tasks.
+        text: text of the study; the kind finetuning needs it only to pretrain.
         common, rungs, arms: settings; those of a rung and of an arm by its name.
     """
 
@@ -134,8 +136,8 @@ class StudyFile(Schema):
         Raises:
             ValueError: if text, seeds or arms do not fit each other.
         """
-        if (self.text is None) is not (self.kind == "finetuning"):
-            raise ValueError("`text` goes with kind: language_models and barriers, which need it")
+        if self.text is None and self.kind != "finetuning":
+            raise ValueError(f"kind: {self.kind} needs `text`")
         if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError("seeds: different whole numbers from 0 are needed")
         for line in (*self.table.lines.values(), self.table.baseline):

@@ -1,4 +1,4 @@
-"""Text of a study of kind `language_models` or `barriers` as data-bins, made from folders of text.
+"""Text of a study as data-bins, made from folders of text.
 
 WORK/data/domains    the training domains, held-out text cut to `held_out_bytes` a split
 WORK/data/random     the same training text, split at random into as many parts (a control)
@@ -16,6 +16,7 @@ from megamod.data.corpus.binarize import binarize
 from megamod.data.corpus.documents import open_document_source
 from megamod.data.lm.databin import DataBin
 from megamod.files import write_atomic
+from megamod.runs.studies.packages import resolve_package_path
 from megamod.runs.studies.study_file import TextSpec
 
 PARTS_SEED = 1  # of the random split
@@ -33,6 +34,7 @@ class StudyText:
         tokenizer: as `megamod preprocess --tokenizer`.
         held_out_bytes: bytes of valid and of test text to keep per domain, in whole documents from
             the first on; None: all.
+        items, bos: as `megamod preprocess`.
     """
 
     source: Path
@@ -41,6 +43,8 @@ class StudyText:
     novel: Sequence[str]
     tokenizer: str
     held_out_bytes: int | None
+    items: str | None = None
+    bos: bool = False
 
     @cached_property
     def training_bin(self) -> Path:
@@ -110,7 +114,7 @@ class StudyText:
         output = self.work / "data" / kind
         output.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = self.tokenizer if kind == "domains" else self.training_bin / "tokenizer"
-        binarize(inputs, tokenizer, output, workers=1)
+        binarize(inputs, tokenizer, output, item_unit=self.items, add_bos=self.bos, workers=1)
         return output
 
     def _write_shortened_text(self, name: str) -> Path:
@@ -151,8 +155,10 @@ def open_study_text(spec: TextSpec, inputs: Path, work: Path) -> StudyText:
         work,
         tuple(spec.domains),
         tuple(spec.novel),
-        spec.tokenizer,
+        resolve_package_path(spec.tokenizer),
         spec.held_out_bytes,
+        spec.items,
+        spec.bos,
     )
 
 
