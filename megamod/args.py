@@ -286,6 +286,9 @@ class MuxArgs(Arguments):
     retrieval_loss_coeff: float = option(
         0.0, "weight of the loss of retrieval; 1 with --task_loss_coeff 0 is the warm-up", least=0
     )
+    dropout: float | None = option(
+        None, "rate of all dropout, kept in the model; none: that of the model", least=0, most=0.9
+    )
     mlm_probability: float = option(0.15, "share of tokens to predict", least=0, most=1)
     max_pad_tokens: int = option(
         0, "at most this many last tokens of a row become padding", least=0

@@ -40,6 +40,9 @@ STOCK = (
 )
 """Fields that a multiplexed encoder takes over from the stock encoder it starts from."""
 
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+"""Names of the dropout rates in configurations of encoders."""
+
 _AUTO = {
     "masked_lm": AutoModelForMaskedLM,
     "replaced_token": AutoModelForPreTraining,
@@ -227,3 +230,11 @@ def build_encoder(
     """
     set_pretraining_architecture(config)
     return select_pretraining_class(objective).from_config(config, dtype=dtype)
+
+
+def set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
+    """Set all dropout rates of `config` to one rate, in place; None: leave them as they are."""
+    if rate is not None:
+        for name in DROPOUTS:
+            if hasattr(config, name):
+                setattr(config, name, rate)

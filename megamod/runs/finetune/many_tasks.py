@@ -21,7 +21,7 @@ from megamod.data.tasks.task_mixture import TaskMixture
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.flags import find_origin
-from megamod.models.build import make_bert_config
+from megamod.models.build import make_bert_config, set_dropout
 from megamod.models.ca_mtl.configuration import CaMtlConfig
 from megamod.models.ca_mtl.model import (
     CaMtlForMultiTask,
@@ -36,7 +36,6 @@ from megamod.runs.finetune.model import FinetuneModel
 from megamod.runs.finetune.source import (
     load_matching_tokenizer,
     read_start_config,
-    set_dropout,
 )
 from megamod.runs.finetune.tasks import (
     FinetuneTask,

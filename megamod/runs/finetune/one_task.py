@@ -18,7 +18,7 @@ from megamod.data.tasks.specs import TaskSpec, find_text_task, make_token_task
 from megamod.data.tasks.task_file import read_task_spec
 from megamod.errors import UserError
 from megamod.models.auto import has_auto_class
-from megamod.models.build import make_bert_config
+from megamod.models.build import make_bert_config, set_dropout
 from megamod.models.classifier_inputs import (
     compute_max_row_tokens,
     list_input_fields,
@@ -31,7 +31,6 @@ from megamod.runs.finetune.model import FinetuneModel
 from megamod.runs.finetune.source import (
     load_matching_tokenizer,
     read_start_config,
-    set_dropout,
 )
 from megamod.runs.finetune.tasks import FinetuneTask, list_splits_to_read, read_and_encode_task
 from megamod.train.objectives import ClassificationObjective

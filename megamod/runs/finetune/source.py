@@ -15,9 +15,6 @@ from megamod.runs.finetune.args import StageArgs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
-"""Names of the dropout rates in configurations of encoders."""
-
 
 def read_start_config(
     stage: StageArgs, accepts: Callable[[str], bool], needed: str
@@ -92,11 +89,3 @@ def load_matching_tokenizer(
             "they do not belong together"
         )
     return fast
-
-
-def set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
-    """Set all dropout rates of `config` to one rate, in place; None: leave them as they are."""
-    if rate is not None:
-        for name in DROPOUTS:
-            if hasattr(config, name):
-                setattr(config, name, rate)

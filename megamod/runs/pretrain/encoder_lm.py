@@ -232,6 +232,7 @@ def build_encoder_config(
         config = _read_source_config(model.model, mux, data)
     else:
         config = build.make_encoder_config(model.model, changes, mux, DataVocabulary(data), length)
+    build.set_dropout(config, mux.dropout)
     if config.vocab_size != data.vocab_size or config.max_position_embeddings < length:
         raise UserError(
             f"--model {model.model} has a vocabulary of {config.vocab_size} and "
