@@ -282,6 +282,9 @@ class MuxArgs(Arguments):
     )
     num_hidden_demux_layers: int = option(3, "layers of the RSA demultiplexer", least=2)
     learn_muxing: bool = option(False, "train the keys of the multiplexer")
+    unmixed_layers: int = option(
+        0, "first layers that each instance passes by itself, before the multiplexer", least=0
+    )
     task_loss_coeff: float = option(1.0, "weight of the loss of masked or replaced tokens", least=0)
     retrieval_loss_coeff: float = option(
         0.0, "weight of the loss of retrieval; 1 with --task_loss_coeff 0 is the warm-up", least=0
@@ -396,7 +399,8 @@ def refuse_pretraining_flags_without_effect(
         refuse_values_without_effect(optim, ("optim",), reason)
     if plain:
         names = ("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "learn_muxing")
-        refuse_values_without_effect(mux, (*names, "task_loss_coeff"), "--num_instances is 1")
+        names += ("unmixed_layers", "task_loss_coeff")
+        refuse_values_without_effect(mux, names, "--num_instances is 1")
     if mux.demuxing_variant == "index":
         refuse_values_without_effect(
             mux, ("num_hidden_demux_layers",), "--demuxing_variant is index"

@@ -31,7 +31,10 @@ FAMILIES = {
 
 # Fields of `MuxConfig` that have the name and the value of a flag.
 LOSSES = ("task_loss_coeff", "retrieval_loss_coeff", "learn_muxing")
-STRUCTURE = ("num_instances", "muxing_variant", "demuxing_variant", "num_hidden_demux_layers")
+STRUCTURE = (
+    *("num_instances", "muxing_variant", "demuxing_variant", "num_hidden_demux_layers"),
+    "unmixed_layers",
+)
 STOCK = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("intermediate_size", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob"),
@@ -58,6 +61,7 @@ class EncoderFlags(Protocol):
     muxing_variant: str
     demuxing_variant: str
     num_hidden_demux_layers: int
+    unmixed_layers: int
     learn_muxing: bool
     task_loss_coeff: float
     retrieval_loss_coeff: float

@@ -302,13 +302,16 @@ class Encoder(nn.Module):
         queries: int | None = None,
         attended: Tensor | None = None,
         norm: bool = True,
+        start: int = 0,
+        stop: int | None = None,
     ) -> Tensor:
-        """Apply all blocks: x [B, L, D] -> [B, queries or L, D].
+        """Apply the blocks `start` to `stop` - 1, by default all: x [B, L, D] -> the same.
 
         Arguments as in `EncoderLayer.forward`: `mask` of all blocks, `attended` of the first block,
-        `queries` and `norm` of the last.
+        `queries` and `norm` of the last of the encoder, with which the result is [B, queries or L,
+        D].
         """
-        for number, layer in enumerate(self.layer):
+        for number, layer in enumerate(self.layer[start:stop], start):
             last = number == len(self.layer) - 1
             inputs = (x, mask, queries if last else None, attended, norm or not last)
             if self.gradient_checkpointing and self.training:
@@ -336,23 +339,16 @@ class EncoderModel(nn.Module):
             self.embeddings_project = nn.Linear(size, config.hidden_size)
         self.encoder = Encoder(config)
 
-    def encode(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        queries: int | None = None,
-        attended: Tensor | None = None,
-        norm: bool = True,
-    ) -> Tensor:
-        """Encode embeddings to states [B, queries or L, D], see `Encoder.forward`.
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Encode embeddings x [B, L, D'] to states [B, L, D]; `mask` as in `Encoder.forward`."""
+        return self.encoder(self.project(x), mask)
 
-        Args:
-            x: [B, L, D'] where D' is the size of the embeddings, D if they are not projected.
-            mask, queries, attended, norm: as in `Encoder.forward`.
+    def project(self, x: Tensor) -> Tensor:
+        """Project embeddings x [B, L, D'] to the hidden size: [B, L, D].
+
+        D' is the size of the embeddings; if it is D, x is returned as it is.
         """
-        if hasattr(self, "embeddings_project"):
-            x = self.embeddings_project(x)
-        return self.encoder(x, mask, queries, attended, norm)
+        return self.embeddings_project(x) if hasattr(self, "embeddings_project") else x
 
 
 def make_key_mask(attention_mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from megamod.args import (
     DataArgs,
@@ -43,6 +43,7 @@ MODES = {
     "replaced": REPLACED,
     "replaced-mux": (*REPLACED, "--num_instances", "2"),
     "generated": (*REPLACED, "--num_instances", "2", "--generator", "plain"),
+    "distilled": ("--objective", "distillation", "--model", "stock", "--num_instances", "2"),
 }
 # By name: further values to try. Of all others: other choices, the other truth, other numbers.
 VALUES = {
@@ -52,7 +53,7 @@ VALUES = {
     "global_batch_size": ["16"], "spike_factor": ["2.0"], "precision": ["bf16"],
     "stop_step": ["3"], "seed": ["2"], "attn_implementation": ["eager"], "warmup_ratio": ["0.5"],
     "lora_targets": ["q_proj"], "muxing_variant": ["binary_hadamard", "random_ortho"],
-    "anchor": ["bin"],
+    "anchor": ["bin"], "teacher": ["deeper"],
 }  # fmt: skip
 # What these decide happens later, in code that is the same for every kind of run.
 READ_LATER = {
@@ -80,6 +81,10 @@ def folder(tmp_path_factory) -> Path:
             (folder / domain / f"{split}.txt").write_text(text + "\n")
     inputs = {domain: folder / domain for domain in ("law", "med")}
     binarize(inputs, str(folder / "tokenizer"), folder / "bin", add_bos=True)
+    for name, layers in (("stock", 1), ("deeper", 2)):
+        shape = dict(hidden_size=32, num_hidden_layers=layers, num_attention_heads=2)
+        config = BertConfig(**shape, intermediate_size=40, vocab_size=len(vocabulary))
+        BertModel(config).save_pretrained(folder / name)
     (folder / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
     return folder
 

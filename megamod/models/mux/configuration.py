@@ -25,6 +25,8 @@ class MuxConfig(PreTrainedConfig):
         gaussian_hadamard_norm: length of a key.
         binary_hadamard_epsilon: overlap of the chunks of binary keys, 0 to 1.
         learn_muxing: whether the keys are trained.
+        unmixed_layers: first layers that each instance passes by itself, before the multiplexer; 0
+            (as published): embeddings are mixed. At least one layer must be left.
         task_loss_coeff, retrieval_loss_coeff: weights of the two terms of the loss.
         retrieval_percentage: share of the tokens to retrieve (classification and generators).
         filler: rows that fill up the last group of a batch: "deterministic" takes the batch's
@@ -77,6 +79,7 @@ class MuxConfig(PreTrainedConfig):
     gaussian_hadamard_norm: float | int = 1.0
     binary_hadamard_epsilon: float | int = 0.0
     learn_muxing: bool | int = False
+    unmixed_layers: int = 0
     task_loss_coeff: float | int = 1.0
     retrieval_loss_coeff: float | int = 0.0
     retrieval_percentage: float | int = 1.0
@@ -114,18 +117,30 @@ class MuxConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_hidden_demux_layers {self.num_hidden_demux_layers} must be at least 2"
             )
+        if not 0 <= self.unmixed_layers < self.num_hidden_layers:
+            raise ValueError(
+                f"unmixed_layers {self.unmixed_layers} must be 0 to {self.num_hidden_layers - 1}, "
+                "fewer than the layers"
+            )
         for name in ("binary_hadamard_epsilon", "retrieval_percentage"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} must lie between 0 and 1")
-        name = "embedding_size" if hasattr(self, "embedding_size") else "hidden_size"
         divides = MULTIPLEXERS[self.muxing_variant].divides_features
-        if divides and self.num_instances > getattr(self, name):
+        if divides and self.num_instances > self.mixed_size:
+            narrow = hasattr(self, "embedding_size") and not self.unmixed_layers
             raise ValueError(
-                f"{self.muxing_variant} divides {name} {getattr(self, name)} among the "
-                f"instances; num_instances {self.num_instances} is larger"
+                f"{self.muxing_variant} divides {'embedding_size' if narrow else 'hidden_size'} "
+                f"{self.mixed_size} among the instances; num_instances {self.num_instances} is "
+                "larger"
             )
         self._check_ids()
         super().__post_init__(**kwargs)
+
+    @property
+    def mixed_size(self) -> int:
+        """Features of the vectors that are mixed: embeddings, or states after unmixed layers."""
+        narrow = 0 if self.unmixed_layers else getattr(self, "embedding_size", 0)
+        return narrow or self.hidden_size
 
     @property
     def prefix_length(self) -> int:

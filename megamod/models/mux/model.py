@@ -10,31 +10,24 @@ from typing import ClassVar
 
 import torch
 from megamod_kernels.demux import Pairs
-from megamod_kernels.dispatch import uses_triton
-from megamod_kernels.mux import multiplex
-from megamod_kernels.norm_linear import uses_kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamod.models.mux.configuration import MuxConfig
+from megamod.models.mux.encoding import MuxEncoding
 from megamod.models.mux.types import MixedStates, MuxOutput, PreparedBatch
 from megamod.models.mux.vocabulary import VocabularyAccess
 from megamod.models.pretrained import CheckedLoading
 from megamod.nn.demultiplexer import PrefixDemultiplexer, RsaDemultiplexer, SharedRsaLayers
 from megamod.nn.encoder import (
-    EncoderEmbeddings,
     EncoderLayer,
     EncoderModel,
     initialise_weights,
     was_loaded_from_file,
 )
-from megamod.nn.linear import are_standard_layers
 from megamod.nn.multiplexer import (
-    MULTIPLEXERS,
     compute_key_shape,
     draw_keys,
-    multiplex_contextual,
-    multiplex_contextual_v1,
 )
 from megamod.nn.retrieval import (
     IGNORED,
@@ -47,7 +40,7 @@ from megamod.nn.retrieval import (
 )
 
 
-class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
+class MuxPreTrainedModel(MuxEncoding, VocabularyAccess, CheckedLoading):
     """Embeddings, multiplexer, encoder and demultiplexer.
 
     Class attributes are the settings of a family or a head:
@@ -91,7 +84,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     def __init__(self, config: MuxConfig, own_embeddings: bool = True):
         super().__init__(config)
         variant, N = config.muxing_variant, config.num_instances
-        width = getattr(config, "embedding_size", config.hidden_size)
+        width = config.mixed_size
         if variant in self.multiplexers_of_others:
             raise ValueError(f"muxing_variant {variant!r} is not one of {type(self).__name__}")
         contextual = variant == "gaussian_attention_v2"
@@ -104,6 +97,8 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             torch.empty(compute_key_shape(variant, N, width)),
             requires_grad=bool(config.learn_muxing),
         )
+        if config.unmixed_layers:
+            self.mixing_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         if variant.startswith("gaussian_attention"):
             self.muxing_attention = EncoderLayer(config, width)
         if contextual:
@@ -242,43 +237,6 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             )
         return PreparedBatch(rows, ids, attention_mask, token_type_ids, position_ids)
 
-    def encode(
-        self,
-        batch: PreparedBatch,
-        queries: int | None = None,
-        embeddings: EncoderEmbeddings | None = None,
-    ) -> MixedStates:
-        """Embed, multiplex and encode a batch, the result of `prepare_batch`.
-
-        Args:
-            queries: number of first columns to compute; None for all.
-            embeddings: used in place of the model's own; None: its own.
-        Returns:
-            [B, queries or T, D], the last norm pending if the kernels of RSA apply it.
-        """
-        embeddings = embeddings or self.backbone.embeddings
-        mask, attended = self._make_encoder_mask(batch), None
-        instance_positions, mixed_positions = self._select_positions(batch)
-        table, kernels = embeddings.word_embeddings.weight, self.config.kernels
-        keyed_mean = MULTIPLEXERS[self.config.muxing_variant].mix is multiplex
-        if keyed_mean and uses_triton(kernels, table) and embeddings.has_standard_layers():
-            inputs = (batch.ids, self.instance_embedding, batch.token_type_ids)
-            inputs += (instance_positions, mixed_positions)
-            if kernels == "triton" and self._first_block_takes_embeddings(queries):
-                block = self.backbone.encoder.layer[0]
-                mixed, attended = embeddings.embed_with_attention(*inputs, block, mask, kernels)
-            else:
-                mixed = embeddings.embed_multiplexed(*inputs, kernels)
-        else:
-            x = embeddings(batch.ids, batch.token_type_ids, instance_positions)
-            mixed = self._multiplex(x.unflatten(0, (-1, self.config.num_instances)), batch.mask)
-            mixed = embeddings(mixed, None, mixed_positions)
-        rsa = isinstance(getattr(self, "demultiplexer", None), RsaDemultiplexer)
-        if rsa and uses_kernels(kernels, mixed):
-            states = self.backbone.encode(mixed, mask, queries, attended, norm=False)
-            return MixedStates(states, self.backbone.encoder.layer[-1].output["LayerNorm"])
-        return MixedStates(self.backbone.encode(mixed, mask, queries, attended))
-
     def demultiplex(
         self, hidden: MixedStates, columns: slice, pairs: Pairs | None = None
     ) -> Tensor:
@@ -383,52 +341,6 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
                 f"{tokens.shape[1]} tokens leave no room for a prefix of {prefix.shape[1]}"
             )
         return torch.cat([prefix, tokens[:, :kept_columns]], 1)
-
-    def _select_positions(self, batch: PreparedBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Return the positions of the instances and of the mixed sequence, None: consecutive.
-
-        Those in the batch are of the instances if `sees_segments`, else of the mixed sequence.
-        """
-        return (batch.position_ids, None) if self.sees_segments else (None, batch.position_ids)
-
-    def _first_block_takes_embeddings(self, queries: int | None) -> bool:
-        """Return True if `embed_with_attention` can run the first block.
-
-        It needs standard layers, embeddings of the hidden size, and all columns: `queries` is None,
-        or a later block selects them.
-        """
-        backbone, layers = self.backbone, self.backbone.encoder.layer
-        narrow = hasattr(backbone, "embeddings_project")
-        standard = are_standard_layers(*layers[0].attention["self"].values())
-        return not narrow and standard and (queries is None or len(layers) > 1)
-
-    def _multiplex(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Multiplex embeddings x [B, N, T, D] by the configured variant; returns [B, T, D].
-
-        `mask` [B * N, T] is the attention mask or None; only gaussian_attention_v2 uses it.
-        """
-        variant, key = self.config.muxing_variant, self.instance_embedding
-        if variant == "gaussian_attention_v2":
-            blocks = (self.muxing_attention, self.muxing_attention_2)
-            mask_arguments = (mask, self.masks_instances, self.config.kernels)
-            return multiplex_contextual(x, key, *blocks, *mask_arguments)
-        if variant == "gaussian_attention":
-            modules = (self.muxing_attention, self.cross_instances_linear)
-            return multiplex_contextual_v1(x, key, *modules, self.cross_instances_layernorm)
-        return MULTIPLEXERS[variant].mix(x, key, self.config.kernels)
-
-    def _make_encoder_mask(self, batch: PreparedBatch) -> Tensor | None:
-        """Make a mask of keys, bool [B, 1, 1, T], False where all instances are padding.
-
-        None if the batch has no mask, or the model attends to padding.
-        """
-        if not self.config.mask_padding or batch.mask is None:
-            return None
-        mask = batch.mask != 0
-        if length := self.config.prefix_length:
-            mask = self._prepend_prefix(mask.new_ones(len(mask), length), mask)
-        by_group = mask.view(-1, self.config.num_instances, mask.shape[1])
-        return by_group.any(1)[:, None, None, :]
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Initialise a module as transformers does for its own classes; the flag has no effect."""

@@ -65,7 +65,10 @@ _CARDS = {
 }
 """By --objective what a model card calls the model, its tag, and the class that loads it."""
 
-STRUCTURE = ("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "generator")
+STRUCTURE = (
+    *("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "unmixed_layers"),
+    "generator",
+)
 """Flags of a multiplexed model's parts, which cannot differ from those of a model to start from."""
 
 
