@@ -5,7 +5,6 @@ Flags are spelled as in the Trainer of transformers.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Literal
 
 from megamod.errors import UserError
@@ -365,61 +364,6 @@ class DataArgs(Arguments):
 
 MIXTURE_FLAGS = ("train", "router_aux_loss_coef")
 """Flags of `ModelArgs` that belong to mixtures of experts."""
-
-
-def refuse_pretraining_flags_without_effect(
-    model: ModelArgs, lora: LoraArgs, mux: MuxArgs, data: DataArgs, optim: OptimArgs
-) -> None:
-    """Refuse flags of a pretraining run that have no effect together with its other flags.
-
-    Args:
-        model: with `lora`, `mux`, `data` and `optim` the flags of megamod pretrain.
-    Raises:
-        UserError: for such a flag whose value is not the default.
-    """
-    causal, plain = mux.objective == "causal_lm", mux.num_instances == 1
-    named_size = "/" not in model.model and not Path(model.model).is_dir()
-    if named_size:
-        refuse_values_without_effect(
-            model, ("from_scratch",), f"--model is {model.model}, which has no weights"
-        )
-    if model.init_from is not None:
-        refuse_values_without_effect(model, ("from_scratch",), f"--init_from is {model.init_from}")
-    if causal:
-        names = [f.name for f in fields(mux) if f.name != "objective"]
-        refuse_values_without_effect(
-            mux, names, "it belongs to encoders, and --objective is causal_lm"
-        )
-    else:
-        reason = f"--objective {mux.objective} trains an encoder"
-        names = ("untie", "attn_implementation", "vocab_multiple", "anchor", *MIXTURE_FLAGS)
-        refuse_values_without_effect(model, names, reason)
-        refuse_values_without_effect(lora, ("lora_rank",), reason)
-        refuse_values_without_effect(data, ("domain_token", "mask_documents"), reason)
-        refuse_values_without_effect(optim, ("optim",), reason)
-    if plain:
-        names = ("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "learn_muxing")
-        names += ("unmixed_layers", "task_loss_coeff")
-        refuse_values_without_effect(mux, names, "--num_instances is 1")
-    if mux.demuxing_variant == "index":
-        refuse_values_without_effect(
-            mux, ("num_hidden_demux_layers",), "--demuxing_variant is index"
-        )
-    if mux.objective != "replaced_token":
-        refuse_values_without_effect(
-            mux, ("disc_loss_weight",), "--objective is not replaced_token"
-        )
-    if mux.objective == "distillation":
-        names = ("task_loss_coeff", "retrieval_loss_coeff", "mlm_probability")
-        refuse_values_without_effect(mux, names, "--objective is distillation")
-    else:
-        refuse_values_without_effect(mux, ("teacher",), "--objective is not distillation")
-    if mux.generator == "none" and named_size:  # a folder may hold one
-        refuse_values_without_effect(
-            mux, ("generator_size", "gen_loss_weight"), "--generator is none"
-        )
-    if data.sampler != "temperature":
-        refuse_values_without_effect(data, ("alpha",), f"--sampler is {data.sampler}")
 
 
 def apply_deepspeed_values(

@@ -98,7 +98,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.merging.tensors": ({"megamod.states"}, {"torch"}),
     # Imported where a configuration or a name leaves a question open.
     "megamod.merging.known_models": (
-        {"megamod", "megamod.merging.tensors"},
+        {"megamod", "megamod.models", "megamod.merging.tensors"},
         {"torch", "transformers"},
     ),
     "megamod.merging": (

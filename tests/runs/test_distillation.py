@@ -50,14 +50,14 @@ def bare(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_runs(folder):
     """Resumed with equal bits, the same on two ranks, nearer to the teacher with more steps."""
-    one, cut, two = (weights(folder, name) for name in ("one", "cut", "two"))
-    assert all(torch.equal(tensor, cut[name]) for name, tensor in one.items())
+    whole, cut, two = (weights(folder, name) for name in ("one", "cut", "two"))
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
     moved = sum(
-        float((one[f"bert.{n}"] - t.detach()).square().sum())
+        float((whole[f"bert.{n}"] - t.detach()).square().sum())
         for n, t in BertModel.from_pretrained(folder / "plain").named_parameters()
-        if f"bert.{n}" in one
+        if f"bert.{n}" in whole
     )
-    assert 0 < sum(float((one[n] - two[n]).square().sum()) for n in one) < 1e-8 * moved
+    assert 0 < sum(float((whole[n] - two[n]).square().sum()) for n in whole) < 1e-8 * moved
     scores = [results(folder, name) for name in ("one", "after")]
     assert scores[1]["task_loss"] < scores[0]["task_loss"]
     assert -1 < scores[0]["similarity"] < scores[1]["similarity"] < 1

@@ -246,23 +246,11 @@ def test_changed_settings_are_refused(workspace, tmp_path):
 FINETUNING = {
     "title": "two tasks",
     "kind": "finetuning",
-    "text": {
-        "domains": ["law", "code"],
-        "tokenizer": "package:toy_encoder/model",
-        "held_out_bytes": 400,
-        "items": "line",
-        "bos": True,
-    },
+    "text": STUDY["text"] | {"tokenizer": "package:toy_encoder/model", "bos": True},
     "common": {
-        "launcher": "mtl",
-        "tasks": ["sst-2", "cola"],
-        "data_dir": "glue",
-        "model": "package:toy_encoder/model",
-        "variant": "plain",
-        "max_steps": 3,
-        "max_seq_length": 16,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
+        "launcher": "mtl", "tasks": ["sst-2", "cola"], "data_dir": "glue", "variant": "plain",
+        "model": "package:toy_encoder/model", "max_steps": 3, "max_seq_length": 16,
+        "per_device_train_batch_size": 4, "learning_rate": 0.01,
     },
     "arms": {
         "plain": {},
@@ -280,13 +268,8 @@ FINETUNING = {
     },
     "seeds": [1],
     "table": {
-        "value": "score",
-        "columns": "rows",
-        "rows": ["sst-2", "cola"],
-        "compare": "difference",
-        "digits": 3,
-        "baseline": ["plain"],
-        "lines": {"plain": ["plain"], "single": ["single"]},
+        "value": "score", "columns": "rows", "rows": ["sst-2", "cola"], "compare": "difference",
+        "digits": 3, "baseline": ["plain"], "lines": {"plain": ["plain"], "single": ["single"]},
     },
 }  # fmt: skip
 

@@ -131,9 +131,9 @@ def _pretrain_unless_done(flags: Settings, databin: Path, work: Path) -> Path:
         if not (folder / RESULTS).is_file():
             from megamod.runs.pretrain.encoder_lm import pretrain_encoder
 
-            own = {"data": str(databin), "output_dir": str(folder), "report_to": "none"}
+            places = {"data": str(databin), "output_dir": str(folder), "report_to": "none"}
             classes = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
-            pretrain_encoder(*parse_args(*classes, argv=format_flags({**flags, **own})))
+            pretrain_encoder(*parse_args(*classes, argv=format_flags({**flags, **places})))
     return folder
 
 
