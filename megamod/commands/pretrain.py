@@ -96,9 +96,8 @@ def refuse_pretraining_flags_without_effect(
             mux, ("num_hidden_demux_layers",), "--demuxing_variant is index"
         )
     if mux.objective != "replaced_token":
-        refuse_values_without_effect(
-            mux, ("disc_loss_weight",), "--objective is not replaced_token"
-        )
+        names = ("disc_loss_weight", "generator_size", "gen_loss_weight")
+        refuse_values_without_effect(mux, names, "--objective is not replaced_token")
     if mux.objective == "distillation":
         names = ("task_loss_coeff", "retrieval_loss_coeff", "mlm_probability")
         refuse_values_without_effect(mux, names, "--objective is distillation")
