@@ -30,9 +30,6 @@ def main() -> None:
     from megamod.runs.to_moe import MoeArgs, run_to_moe
 
     args, edit = parse_args(MoeArgs, EditArgs, doc=__doc__)
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     if edit.base is not None:
         run_edit(args, edit)
         return

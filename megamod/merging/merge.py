@@ -7,7 +7,7 @@ which solves for a whole layer, holds one layer.
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -191,17 +191,11 @@ def write_merge(
         statistics = [file and stack.enter_context(ModelFolder(file)) for file in files]
         plan = replace(plan, statistics=statistics)
         folder = stack.enter_context(create_new_folder(output))
-        digests = write_merged_weights(
-            folder,
-            plan.files,
-            plan.specs,
-            partial(iterate_merged_tensor, plan, seed),
-            plan.folders,
-            threads=threads,
-            quiet=quiet,
-        )
+        get_digests = stack.enter_context(hash_in_background(plan.folders))
+        produce = partial(iterate_merged_tensor, plan, seed)
+        write_merged_weights(folder, plan.files, plan.specs, produce, threads=threads, quiet=quiet)
         config = untie_config_if_needed(plan.specs, plan.config, folder)
-        content = make_record(digests)
+        content = make_record(get_digests())
         if recipe.align is not None:
             content["unties_output_matrix"] = config != plan.config
         plan = replace(plan, config=config)
@@ -238,49 +232,53 @@ def open_merge_plan(recipe: MergeRecipe, shard_bytes: int, stack: ExitStack) -> 
     return make_merge_plan(recipe, inputs, shard_bytes, vocabulary, common.copied)
 
 
+@contextmanager
+def hash_in_background(sources: Sequence[TensorSource]) -> Iterator[Callable[[], list[str]]]:
+    """Hash the weights of sources in a thread during a `with` block.
+
+    Hashing releases the interpreter's lock, so that imports and writing go on meanwhile.
+
+    Yields:
+        a function that waits for the digests of the weights on disk, one of each source.
+    """
+    pool = ThreadPoolExecutor(1)
+    try:
+        digests = [pool.submit(source.compute_digest) for source in sources]
+        yield lambda: [digest.result() for digest in digests]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def write_merged_weights(
     folder: Path,
     files: Mapping[str, list[str]],
     specs: Mapping[str, TensorSpec],
     compute: Callable[[str], Iterable[Tensor]],
-    sources: Sequence[TensorSource],
     *,
     threads: int,
     quiet: bool,
-) -> list[str]:
-    """Write the weight files of a merge with a progress bar, and return the sources' digests.
-
-    A thread hashes the sources during the writing: hashing and reading both release the
-    interpreter's lock.
+) -> None:
+    """Write the weight files of a merge with a progress bar.
 
     Args:
         folder: to write into.
         files: names of the tensors in each file.
         specs: specifications of the tensors.
         compute: yields the elements of a tensor in order, in its dtype.
-        sources: weights to hash.
         threads: number of tensors computed at the same time.
         quiet: no progress bar.
-    Returns:
-        a digest of the weights on disk of each source.
     """
     hidden = True if quiet else None  # None: hidden unless stderr is a terminal
     size = sum(spec.nbytes for spec in specs.values())
-    hashing = ThreadPoolExecutor(1)
-    try:
-        digests = [hashing.submit(source.compute_digest) for source in sources]
-        with tqdm(total=size, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
 
-            def compute_with_progress(name: str) -> Iterator[Tensor]:
-                """Yield the elements of a tensor, and advance the progress bar."""
-                for piece in compute(name):
-                    yield piece
-                    bar.update(piece.nbytes)
+        def compute_with_progress(name: str) -> Iterator[Tensor]:
+            """Yield the elements of a tensor, and advance the progress bar."""
+            for piece in compute(name):
+                yield piece
+                bar.update(piece.nbytes)
 
-            write_streamed_tensors(folder, files, specs, compute_with_progress, threads)
-        return [digest.result() for digest in digests]
-    finally:
-        hashing.shutdown(cancel_futures=True)
+        write_streamed_tensors(folder, files, specs, compute_with_progress, threads)
 
 
 def _may_hold_result(recipe: MergeRecipe, output: Path) -> bool:

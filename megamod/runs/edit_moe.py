@@ -99,6 +99,7 @@ def _write_calibrated_row(
         UserError: if there is no such expert, or the calibration does not fit the mixture.
     """
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from megamod.merging.moe.edit import open_mixture, refresh_router_rows
     from megamod.models.lm.load import load_lm
@@ -111,6 +112,7 @@ def _write_calibrated_row(
     # Centred rows are differences from the mean of all domains.
     domains = mixture.record.domains if calibration.centre else [domain]
     texts = read_domain_texts(calibration, domains, folder)
+    disable_progress_bar()
     model = load_lm(folder, dtype=torch.float32)
     rows = compute_router_rows(
         model, mixture.family.module, [texts[name] for name in domains], domains, calibration

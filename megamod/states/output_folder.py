@@ -3,11 +3,12 @@
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from megamod.errors import UserError
-from megamod.files import create_folder_atomically
+from megamod.files import create_folder_atomically, sync_tree
 from megamod.folder_lock import delete_leftovers, lock_folder_name
 from megamod.states.manifest import write_model_manifests
 
@@ -68,7 +69,10 @@ def create_new_folder(path: Path) -> Iterator[Path]:
     try:
         with lock_folder_name(path), create_folder_atomically(path) as folder:
             yield folder
-            write_model_manifests(folder)
+            with ThreadPoolExecutor(1) as pool:  # the disk writes while the processor hashes
+                synced = pool.submit(sync_tree, folder)
+                write_model_manifests(folder)
+            synced.result()
             if path.exists():
                 path.rmdir()
     except OSError as error:

@@ -3,12 +3,9 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, get_origin
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, ClassVar, get_origin
 
 from megamod.errors import UserError
-from megamod.models.config_classes import load_config_class
 from megamod.models.lm.moe_families import (
     MOE_FAMILIES,
     MOE_OF_DENSE,
@@ -18,6 +15,9 @@ from megamod.models.lm.moe_families import (
     MoeFamily,
 )
 from megamod.states.forest import read_model_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _CARRIED = ("head_dim",)  # read by the classes, and not among the declared fields of all of them
 _ROTARY = "rope_parameters"  # understood by every class, declared or not
@@ -72,6 +72,9 @@ def build_moe_config(
     Raises:
         UserError: as `find_moe_family`, or naming the first field that the mixture cannot have.
     """
+    # Imported late: transformers takes seconds to load, in which the caller hashes the experts.
+    from megamod.models.config_classes import load_config_class
+
     kind, family = find_moe_family(folder, config)
     dense = load_config_class(config["model_type"]).from_dict(dict(config))
     sparse_class = load_config_class(kind)
@@ -108,11 +111,13 @@ def build_moe_config(
     return result | {"architectures": [family.architecture], "dtype": dtype}
 
 
-def _list_declared_fields(kind: type[PreTrainedConfig]) -> list[str]:
+def _list_declared_fields(kind: "type[PreTrainedConfig]") -> list[str]:
     """List the declared fields of a configuration class, `kind`, sorted.
 
     Fields that every class of transformers has are not among them.
     """
+    from transformers import PreTrainedConfig
+
     classes = kind.__mro__[: kind.__mro__.index(PreTrainedConfig)]
     return sorted(
         {

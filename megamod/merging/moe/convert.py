@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megamod.merging.merge import (
     SHARD_BYTES,
+    hash_in_background,
     open_merge_plan,
     untie_config_if_needed,
     write_config_and_tokenizer,
@@ -61,6 +62,8 @@ def convert_to_moe(
         check_new_folder(output)
     with ExitStack() as stack:
         dense = open_merge_plan(recipe, shard_bytes, stack)
+        # Before the plan, whose configuration classes take seconds to load.
+        get_digests = stack.enter_context(hash_in_background([] if dry_run else dense.folders))
         plan = make_moe_plan(dense, experts_per_token, anchor=anchor, shard_bytes=shard_bytes)
         if dry_run:
             return plan
@@ -68,9 +71,7 @@ def convert_to_moe(
         rows = make_rows(plan)
         folder = stack.enter_context(create_new_folder(output))
         produce = partial(compute_moe_tensor, plan, rows.rows)
-        digests = write_merged_weights(
-            folder, plan.files, plan.specs, produce, dense.folders, threads=threads, quiet=quiet
-        )
+        write_merged_weights(folder, plan.files, plan.specs, produce, threads=threads, quiet=quiet)
         config = untie_config_if_needed(plan.specs, plan.config, folder)
         tokenizer = dense.folders[recipe.tokenizer].folder if copy_tokenizer else None
         write_config_and_tokenizer(replace(dense, config=config), folder, tokenizer)
@@ -85,7 +86,7 @@ def convert_to_moe(
                 data_digest=data,
             )
             for model, share, digest, data in zip(
-                recipe.inputs, shares, digests, data_digests, strict=True
+                recipe.inputs, shares, get_digests(), data_digests, strict=True
             )
         )
         record = MoeRecord(
