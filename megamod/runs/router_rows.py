@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.logging import disable_progress_bar
 
 from megamod.data.corpus.header import HEADER
 from megamod.data.corpus.tokenizers import load_tokenizer
@@ -103,7 +102,6 @@ def compute_calibrated_rows(
         folder = Path(temporary) / "model"
         merge(recipe, folder, quiet=True)
         texts = read_domain_texts(calibration, domains, folder)
-        disable_progress_bar()
         model = load_lm(folder, dtype=torch.float32)
         of_experts = [texts[domain] for domain in domains]
         return compute_router_rows(

@@ -331,8 +331,11 @@ def _make_router_rows_function(
         return partial(initialise_router_rows, seed=args.seed)
     if args.router_kind == "file":
         return partial(read_router_rows_file, path=Path(args.router_file))
+    from transformers.utils.logging import disable_progress_bar
+
     from megamod.runs.router_rows import compute_calibrated_rows
 
+    disable_progress_bar()
     return partial(compute_calibrated_rows, recipe=recipe, calibration=make_calibration(args))
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megamod.errors import UserError
-from megamod.files import create_folder_atomically, sync_tree
+from megamod.files import create_folder_atomically, sync_file
 from megamod.folder_lock import delete_leftovers, lock_folder_name
 from megamod.states.manifest import write_model_manifests
 
@@ -69,10 +69,12 @@ def create_new_folder(path: Path) -> Iterator[Path]:
     try:
         with lock_folder_name(path), create_folder_atomically(path) as folder:
             yield folder
+            files = [file for file in folder.rglob("*") if file.is_file()]
             with ThreadPoolExecutor(1) as pool:  # the disk writes while the processor hashes
-                synced = pool.submit(sync_tree, folder)
+                synced = [pool.submit(sync_file, file) for file in files]
                 write_model_manifests(folder)
-            synced.result()
+            for result in synced:
+                result.result()
             if path.exists():
                 path.rmdir()
     except OSError as error:
