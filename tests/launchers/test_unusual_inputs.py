@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 from drills.commands import make_workplace
 from drills.warm import Command
 from models.tiny_hosts import tiny_stock
@@ -41,12 +42,11 @@ def run(warm, folder, *words):
         (("forest", "branch", "--parents", "in/law", "--domain", LONG, *OUT), "is not made of"),
         (("verify", LONG * 20), "File name too long"),
         (("eval_lm", "--model", LONG, "--data", "in/bin", "--domains", "law"), "too long"),
-        ((*RUN, *OUT, "--precision", "fp16"), "Allowed here (cpu) are fp32, bf16"),
         ((*RUN, *OUT, "--intermediate_size", str(10**15)), "not enough memory"),
         ((*RUN, *OUT, "--deepspeed", "large.json"), "not enough memory"),
         ((*RUN, *OUT, "--deepspeed", "huge.json"), "which no size or interval can be"),
     ],
-    ids=range(12),
+    ids=range(11),
 )
 def test_one_sentence_and_exit_code_2(warm, workplace, words, message):
     for name, size in (("large", 10**18), ("huge", 10**40)):
@@ -59,6 +59,17 @@ def test_one_sentence_and_exit_code_2(warm, workplace, words, message):
         not list(workplace.glob("out/checkpoints/step-*"))
         and not (workplace / "out/model").exists()
     )
+
+
+@pytest.mark.slow
+def test_precisions_that_the_processor_lacks_are_refused(warm, workplace):
+    """Some processors compute in fp16; on all others it is refused before anything is written."""
+    outcome = run(warm, workplace, *RUN, *OUT, "--precision", "fp16")
+    if get_accelerator().is_fp16_supported():
+        assert outcome.code == 0 and (workplace / "out/model").exists(), outcome.text[-900:]
+    else:
+        assert outcome.code == 2 and "Allowed here (cpu) are fp32, bf16" in outcome.text
+        assert not (workplace / "out/model").exists()
 
 
 @pytest.mark.slow

@@ -28,11 +28,13 @@ from megamod.models.mux.configuration import MuxElectraConfig
 from megamod.models.mux.generator import MuxElectraForReplacedTokens
 from megamod.runs.pretrain.encoder_lm import (
     ITEM_FIELDS,
-    WeightSource,
     build_encoder_config,
+    pretrain_encoder,
+)
+from megamod.runs.pretrain.encoder_start import (
+    WeightSource,
     build_initial_encoder,
     find_weight_source,
-    pretrain_encoder,
 )
 from megamod.train.encoder_objective import EncoderObjective, compute_replaced_token_losses
 
