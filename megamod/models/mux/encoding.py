@@ -1,8 +1,8 @@
 """Encoding of a multiplexed batch: embeddings, multiplexer, and the layers of the encoder.
 
 With `unmixed_layers` K of the configuration the first K layers run on each instance by itself and
-the multiplexer mixes their states, not embeddings. A pretrained encoder keeps more of its quality
-then, and a group costs K N + L - K layers in place of L.
+the multiplexer mixes their states, not embeddings. A group then costs K N + L - K layers in place
+of L.
 """
 
 from megamod_kernels.dispatch import uses_triton
@@ -130,8 +130,8 @@ class MuxEncoding:
 
         None if the batch has no mask, or the model attends to padding.
         """
-        mask = self._make_instance_mask(batch)
-        if not self.config.mask_padding or mask is None:
+        mask = self._make_instance_mask(batch) if self.config.mask_padding else None
+        if mask is None:
             return None
         by_group = mask.view(-1, self.config.num_instances, mask.shape[1])
         return by_group.any(1)[:, None, None, :]
