@@ -25,10 +25,7 @@ from megamod.nn.encoder import (
     initialise_weights,
     was_loaded_from_file,
 )
-from megamod.nn.multiplexer import (
-    compute_key_shape,
-    draw_keys,
-)
+from megamod.nn.multiplexer import compute_key_shape, draw_keys
 from megamod.nn.retrieval import (
     IGNORED,
     PrefixRetrievalHead,

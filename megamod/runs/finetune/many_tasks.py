@@ -33,10 +33,7 @@ from megamod.models.classifier_inputs import list_input_fields
 from megamod.runs.finetune.args import ManyTasksArgs, TaskListArgs
 from megamod.runs.finetune.labels import order_labels
 from megamod.runs.finetune.model import FinetuneModel
-from megamod.runs.finetune.source import (
-    load_matching_tokenizer,
-    read_start_config,
-)
+from megamod.runs.finetune.source import load_matching_tokenizer, read_start_config
 from megamod.runs.finetune.tasks import (
     FinetuneTask,
     Rows,

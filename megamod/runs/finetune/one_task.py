@@ -28,10 +28,7 @@ from megamod.models.pretrained import check_all_weights_loaded, load_pretrained
 from megamod.runs.finetune.args import OneTaskArgs, TaskArgs, WordArgs
 from megamod.runs.finetune.labels import set_config_labels
 from megamod.runs.finetune.model import FinetuneModel
-from megamod.runs.finetune.source import (
-    load_matching_tokenizer,
-    read_start_config,
-)
+from megamod.runs.finetune.source import load_matching_tokenizer, read_start_config
 from megamod.runs.finetune.tasks import FinetuneTask, list_splits_to_read, read_and_encode_task
 from megamod.train.objectives import ClassificationObjective
 
